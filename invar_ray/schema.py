@@ -1,0 +1,220 @@
+"""Records that steps hand each other, with their Arrow schemas.
+
+Names follow the field: a *document* is raw, a *passage* is the indexed unit, a *question* is the user's text (a
+*query* is the formatted encoder input), a *variant* is a rewording with the same answer, an *environment* is a
+(rewrite, window) pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import pyarrow as pa
+
+
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A raw document, as read.
+
+    Attributes:
+        id: unique within the corpus.
+        title: may be empty.
+        text: the whole text; passages are cut from it by character offsets.
+        uri: where it came from (file or URL, with a place in it if known); may be empty.
+    """
+
+    id: str
+    title: str
+    text: str
+    uri: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """The indexed unit: ``document.text[start:end]`` is exactly ``text``.
+
+    Attributes:
+        id: deterministic: document id, offsets and a content hash.
+        document_id: the document it was cut from.
+        start, end: character offsets into the document's text, half open.
+    """
+
+    id: str
+    document_id: str
+    title: str
+    text: str
+    start: int
+    end: int
+    uri: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """A question with its gold answers and the documents that hold them.
+
+    Attributes:
+        id: unique within its file.
+        question: the wording in use as the anchor.
+        answers: gold answers, any of which is right; the first is the training target.
+        positive_ids: ids of *documents* (corpus rows) that answer the question.
+        rewrites: wordings of the same question that came with the data (may be empty).
+    """
+
+    id: str
+    question: str
+    answers: tuple[str, ...]
+    positive_ids: tuple[str, ...]
+    rewrites: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """A rewording of a question with the same answer.
+
+    Attributes:
+        question_id: the example it belongs to.
+        rewrite: 0 is the anchor (the question as given), 1.. are rewordings.
+        text: the wording.
+        kind: how it was made, e.g. ``anchor``, ``given``, ``template``, ``typo``, ``speech``.
+        provider: who made it: ``data``, ``rules``, ``file:<uri>``, ``endpoint:<model>``.
+    """
+
+    question_id: str
+    rewrite: int
+    text: str
+    kind: str
+    provider: str
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """A cut of a document: ``document.text[start:end]``.  ``window`` 0 is the anchor cut (the indexed passage)."""
+
+    document_id: str
+    window: int
+    start: int
+    end: int
+    kind: str
+
+
+@dataclass(frozen=True, slots=True)
+class Hit:
+    """A retrieved passage.
+
+    Attributes:
+        passage_id, document_id, title, text, uri: of the passage.
+        rank: 1 is the best.
+        score: cosine similarity with the query, in [-1, 1].
+    """
+
+    passage_id: str
+    document_id: str
+    rank: int
+    score: float
+    title: str = ""
+    text: str = ""
+    uri: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Citation:
+    """A passage that an answer points to.
+
+    Attributes:
+        number: the [n] of the answer, 1-based position of the passage in the prompt.
+        source: ``generated`` when the model wrote the [n]; ``matched`` when it wrote none and the answer's text
+            was found in the passage.
+    """
+
+    number: int
+    passage_id: str
+    document_id: str
+    title: str
+    source: str = "generated"
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What the system says to a question.
+
+    Attributes:
+        text: the answer without its citation marks.
+        citations: the passages it points to, checked to exist.
+        hits: the passages that stood in the prompt, by rank.
+        notes: anything the user must know: passages dropped for the context budget, citations removed, ...
+        confidence: mean log-probability of the answer's tokens (nats); ``None`` where the engine gives none.
+        refused: True where the model said that the passages do not answer.
+    """
+
+    question: str
+    text: str
+    citations: tuple[Citation, ...] = ()
+    hits: tuple[Hit, ...] = ()
+    notes: tuple[str, ...] = ()
+    confidence: float | None = None
+    refused: bool = False
+    timings: dict[str, float] = field(default_factory=dict)
+
+
+DOCUMENT_SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("uri", pa.string())])
+PASSAGE_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("document_id", pa.string()),
+        ("title", pa.string()),
+        ("text", pa.string()),
+        ("start", pa.int64()),
+        ("end", pa.int64()),
+        ("uri", pa.string()),
+    ]
+)
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("question", pa.string()),
+        ("answers", pa.list_(pa.string())),
+        ("positive_ids", pa.list_(pa.string())),
+        ("rewrites", pa.list_(pa.string())),
+    ]
+)
+VARIANT_SCHEMA = pa.schema(
+    [
+        ("question_id", pa.string()),
+        ("rewrite", pa.int32()),
+        ("text", pa.string()),
+        ("kind", pa.string()),
+        ("provider", pa.string()),
+    ]
+)
+HIT_SCHEMA = pa.schema(
+    [
+        ("question_id", pa.string()),
+        ("rewrite", pa.int32()),
+        ("rank", pa.int32()),
+        ("passage_id", pa.string()),
+        ("document_id", pa.string()),
+        ("score", pa.float32()),
+    ]
+)
+
+
+def vector_schema(dimension: int) -> pa.Schema:
+    """Arrow schema of a vectors file: ``id`` and a FixedSizeList of ``dimension`` float32, readable by plain pyarrow."""
+    return pa.schema([("id", pa.string()), ("vector", pa.list_(pa.float32(), dimension))])
+
+
+def to_table(records: Iterable[Any], schema: pa.Schema) -> pa.Table:
+    """Records (dataclasses of this module) as an Arrow table with ``schema``; fields the schema lacks are dropped."""
+    names = schema.names
+    rows = [asdict(record) for record in records]
+    return pa.Table.from_pylist([{name: row[name] for name in names} for row in rows], schema=schema)
+
+
+def from_table(table: pa.Table, record: type[Any]) -> list[Any]:
+    """Rows of ``table`` as instances of ``record``; lists become tuples."""
+    return [
+        record(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
+        for row in table.to_pylist()
+    ]
