@@ -1,7 +1,7 @@
 """Answers as text: SQuAD normalisation, and whether and where a text holds an answer.
 
-Sources: ``normalise_answer`` is SQuAD's official evaluation script (Rajpurkar et al., arXiv 1606.05250).  Containment is
-word-bounded on the normalised text, as METHOD "Stage 1" and answer recall need it; [ours] it also drops punctuation
+Sources: ``normalise_answer`` is SQuAD's official evaluation script (Rajpurkar et al., arXiv 1606.05250).  Containment
+is word-bounded on the normalised text, as METHOD "Stage 1" and answer recall need it; [ours] it also drops punctuation
 outside ASCII (curly quotes, en dashes), which SQuAD's script keeps and which is common in Wikipedia.
 """
 
