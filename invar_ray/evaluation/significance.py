@@ -1,0 +1,120 @@
+"""Intervals for means over questions, by resampling whole clusters.
+
+Rewordings of one question and questions on one passage are not independent: an interval that treats them so is too
+narrow.  Clusters (passage ids) are drawn with replacement, each with all its questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+_BLOCK = 4_000_000  # counts that are drawn at a time: 32 MB
+
+
+@dataclass(frozen=True, slots=True)
+class Interval:
+    """A mean with a percentile interval.
+
+    Attributes:
+        mean: over all values (each value weighs the same, whatever its cluster's size).
+        low, high: of the interval.
+        level: its nominal coverage, e.g. 0.95.
+        clusters: how many clusters stood behind it; with fewer than about 20 it is not to be trusted.
+    """
+
+    mean: float
+    low: float
+    high: float
+    level: float
+    clusters: int
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether 0 lies outside: for a paired difference, whether the two systems differ at this level."""
+        return self.low > 0.0 or self.high < 0.0
+
+
+def cluster_bootstrap(
+    values: ArrayLike, clusters: Sequence[Hashable], *, samples: int = 2000, seed: int = 0, level: float = 0.95
+) -> Interval:
+    """Percentile bootstrap interval of a mean over clustered values.
+
+    Each of ``samples`` resamples draws as many clusters as there are, with replacement, and takes the mean of all their
+    values.
+
+    Args:
+        values: [n], or [seeds, n]: a metric of each question, for several training seeds averaged over them first (the
+            interval is over questions; it does not show the spread over seeds).
+        clusters: [n], the cluster of each value: its gold passage's id.
+        samples: resamples.
+        seed: of the draws; same input and seed, same interval, whatever the order of the values within their cluster.
+        level: coverage in (0, 1).
+
+    Raises:
+        ValueError: sizes differ, there is no value, a value is not finite, or a setting is out of its range.
+
+    Source: Field and Welsh, "Bootstrapping clustered data", JRSS B 69(3), 2007 (cluster bootstrap); Efron and
+    Tibshirani, "An Introduction to the Bootstrap", chapter 13 (percentile interval).
+    """
+    data = _averaged(values, "values")
+    if len(clusters) != data.size:
+        raise ValueError(f"clusters: got {len(clusters)}, expected one for each of the {data.size} values")
+    if samples < 1 or not 0.0 < level < 1.0:
+        raise ValueError(f"samples, level: got {samples}, {level}, expected at least 1 and a number in (0, 1)")
+    numbers: dict[Hashable, int] = {}
+    codes = np.array([numbers.setdefault(name, len(numbers)) for name in clusters])
+    size = len(numbers)
+    sums = np.bincount(codes, weights=data, minlength=size)
+    counts = np.bincount(codes, minlength=size)
+
+    generator = np.random.default_rng(seed)
+    means = np.empty(samples)
+    step = max(1, _BLOCK // size)
+    for start in range(0, samples, step):
+        stop = min(samples, start + step)
+        drawn = generator.integers(size, size=(stop - start, size))
+        means[start:stop] = sums[drawn].sum(axis=1) / counts[drawn].sum(axis=1)
+    low, high = np.quantile(means, [(1.0 - level) / 2.0, (1.0 + level) / 2.0])
+    return Interval(float(data.mean()), float(low), float(high), level, size)
+
+
+def paired_cluster_bootstrap(
+    first: ArrayLike,
+    second: ArrayLike,
+    clusters: Sequence[Hashable],
+    *,
+    samples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
+) -> Interval:
+    """Interval of the mean difference ``first - second`` of two systems on the same questions.
+
+    Pairing takes the difficulty of the questions out, so that it is much narrower than two intervals side by side.
+
+    Args:
+        first, second: [n] or [seeds, n] (averaged over seeds first; the numbers of seeds may differ), in the same order
+            of questions.
+        clusters, samples, seed, level: as in :func:`cluster_bootstrap`.
+
+    Raises:
+        ValueError: as :func:`cluster_bootstrap`, or the two differ in length.
+    """
+    a, b = _averaged(first, "first"), _averaged(second, "second")
+    if a.size != b.size:
+        raise ValueError(f"second: got {b.size} values, expected {a.size}, one for each of the first system's")
+    return cluster_bootstrap(a - b, clusters, samples=samples, seed=seed, level=level)
+
+
+def _averaged(values: ArrayLike, name: str) -> NDArray[np.float64]:
+    data = np.asarray(values, dtype=np.float64)
+    if data.ndim == 2 and data.shape[0] > 0:
+        data = data.mean(axis=0)
+    if data.ndim != 1 or data.size == 0:
+        raise ValueError(f"{name}: got shape {data.shape}, expected [n] or [seeds, n] with n at least 1")
+    if not np.isfinite(data).all():
+        raise ValueError(f"{name}: got a value that is not finite")
+    return data
