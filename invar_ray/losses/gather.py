@@ -34,13 +34,19 @@ def gather_rows(x: Tensor) -> Tensor:
         return x
     x = x.contiguous()
     functional = _functional_all_gather()
+    gathered: Tensor
     if functional is not None:
-        gathered: Tensor = functional(x, 0, dist.group.WORLD)
-        return gathered
-    from torch.distributed.nn import functional as older
+        gathered = functional(x, 0, dist.group.WORLD)
+    else:
+        from torch.distributed.nn import functional as older
 
-    all_gather: Any = older.all_gather  # untyped
-    return torch.cat(tuple(all_gather(x)), dim=0)
+        all_gather: Any = older.all_gather  # untyped
+        gathered = torch.cat(tuple(all_gather(x)), dim=0)
+    if gathered.requires_grad:
+        # On gloo, torch.distributed.nn's backward scatters gradients that are not contiguous (an einsum's, say) in the
+        # order of their memory and so permutes them, without an error (seen with torch 2.13).
+        gathered.register_hook(lambda gradient: gradient.contiguous())
+    return gathered
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
