@@ -37,6 +37,8 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path_png: str | os.PathLik
     Raises:
         ValueError: no record, or no record with a loss term.
     """
+    from matplotlib.ticker import MaxNLocator
+
     keys = list(dict.fromkeys(key for record in records for key, value in record.items() if _is_number(value)))
     terms = [key for key in keys if key in LOSS_NAMES or "loss" in key.lower().split("_")]
     if not terms:
@@ -51,7 +53,7 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path_png: str | os.PathLik
     ]
     write_csv(path.with_suffix(".csv"), ["step", *columns], lines)
 
-    num_columns = min(len(terms), 3)
+    num_columns = 2 if len(terms) == 4 else min(len(terms), 3)
     num_rows = math.ceil(len(terms) / num_columns)
     figure = _figure(4.2 * num_columns, 2.9 * num_rows)
     for number, term in enumerate(terms):
@@ -65,6 +67,7 @@ def plot_losses(records: Sequence[Mapping[str, Any]], path_png: str | os.PathLik
         axes.plot(xs, smooth if len(ys) >= 40 else ys, color=colour, linewidth=1.8)
         axes.set_title(print_name(term))
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_ylabel("nats")
         _tidy(axes, grid="y")
     return _save(figure, path)
@@ -216,5 +219,6 @@ def _number(value: Any) -> float | None:
 
 
 def _running_mean(values: Sequence[float], width: int) -> list[float]:
-    """Mean over the last ``width`` values; the first ones over as many as there are."""
-    return [sum(values[max(0, i + 1 - width) : i + 1]) / min(width, i + 1) for i in range(len(values))]
+    """Mean over about ``width`` values around each; fewer at the ends, so that the curve does not lag."""
+    windows = [values[max(0, i - width // 2) : i + width // 2 + 1] for i in range(len(values))]
+    return [sum(window) / len(window) for window in windows]
