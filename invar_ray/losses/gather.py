@@ -34,7 +34,7 @@ def gather_rows(x: Tensor) -> Tensor:
         return x
     x = x.contiguous()
     functional = _functional_all_gather()
-    gathered: Tensor
+    gathered: Any  # a Tensor; torch leaves register_hook untyped
     if functional is not None:
         gathered = functional(x, 0, dist.group.WORLD)
     else:
@@ -46,7 +46,8 @@ def gather_rows(x: Tensor) -> Tensor:
         # On gloo, torch.distributed.nn's backward scatters gradients that are not contiguous (an einsum's, say) in the
         # order of their memory and so permutes them, without an error (seen with torch 2.13).
         gathered.register_hook(lambda gradient: gradient.contiguous())
-    return gathered
+    result: Tensor = gathered
+    return result
 
 
 def mean_over_ranks(x: Tensor) -> Tensor:
