@@ -39,8 +39,8 @@ class TokenPicker(LogitsProcessor):
     """Notes each chosen token's log-probability, and samples by adding Gumbel noise.
 
     argmax(logits / t + Gumbel noise) is an exact sample of softmax(logits / t).  With a random generator per row,
-    seeded by seed and prompt, a row's draw does not depend on its batch or on other threads, as ``torch.multinomial`` with the
-    global generator would.  Log-probabilities are noted here, B numbers a step, since keeping the logits takes B x V.
+    seeded by seed and prompt, a row's draw does not depend on its batch or on other threads, as ``torch.multinomial``
+    with the global generator would.  Log-probabilities are noted here, B numbers a step, since keeping the logits takes B x V.
     """
 
     def __init__(self, temperature: float, seed: int, encoded: list[list[int]]) -> None:
@@ -49,6 +49,7 @@ class TokenPicker(LogitsProcessor):
         self._random = [torch.Generator().manual_seed(_row_seed(seed, ids)) for ids in encoded] if temperature else []
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:
+        """Scores [B, V] to choose the next token from: their argmax is it."""
         scores = scores.float()  # [B, V]
         picked = scores
         if self.temperature > 0:
@@ -74,6 +75,7 @@ class StopStrings(StoppingCriteria):
         self._done: list[bool] = []
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Which rows are done, [B] bool."""
         rows = input_ids[:, self._start :].tolist()
         self._done = self._done or [False] * len(rows)
         for index, row in enumerate(rows):
@@ -88,6 +90,7 @@ class Cancelled(StoppingCriteria):
         self._event = event
 
     def __call__(self, input_ids: Any, scores: Any, **kwargs: Any) -> Any:
+        """Which rows are done, [B] bool: all or none."""
         return torch.full((input_ids.shape[0],), self._event.is_set(), device=input_ids.device, dtype=torch.bool)
 
 

@@ -1,0 +1,71 @@
+"""Ask a running service: what ``invar-ray ask`` calls.  Needs neither Ray nor torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+
+from invar_ray.errors import RequestError, ResourceError
+
+
+def ask(
+    url: str, question: str, top_k: int | None = None, api_key: str | None = None, timeout_s: float = 60.0
+) -> dict[str, Any]:
+    """Ask a service for an answer.
+
+    Args:
+        url: its address, e.g. ``http://127.0.0.1:8000``.
+        question: the question.
+        top_k: number of passages; ``None`` takes the service's default.
+        api_key: its key, if it asks for one.
+        timeout_s: longest wait in seconds.
+
+    Returns:
+        The response of ``POST /v1/answer``: see :class:`serve.protocol.AnswerResponse`.
+
+    Raises:
+        RequestError: if the service refuses the request (4xx).
+        ResourceError: if it cannot be reached, fails, or is too busy.
+    """
+    body: dict[str, Any] = {"question": question}
+    if top_k is not None:
+        body["top_k"] = top_k
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    address = f"{url.rstrip('/')}/v1/answer"
+    try:
+        response = httpx.post(address, json=body, headers=headers, timeout=timeout_s)
+    except httpx.TimeoutException as error:
+        raise ResourceError(
+            f"no answer from {address} within {timeout_s:g} s", action="wait longer, or look at the service's log"
+        ) from error
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        raise ResourceError(
+            f"cannot reach {address}: {error}",
+            action="start the service with `invar-ray serve`, or correct the address",
+        ) from error
+    if response.status_code == 200:
+        try:
+            answer = response.json()
+        except ValueError:
+            answer = None
+        if isinstance(answer, dict) and "answer" in answer:
+            return answer
+        raise ResourceError(f"{address} sent something else than an answer", action="check the address")
+    message = _message(response)
+    if 400 <= response.status_code < 500 and response.status_code != 429:
+        action = "set INVAR_API_KEY to the service's key" if response.status_code == 401 else ""
+        raise RequestError(f"{address} refused the request (HTTP {response.status_code}): {message}", action=action)
+    wait = response.headers.get("Retry-After")
+    raise ResourceError(
+        f"{address} cannot answer now (HTTP {response.status_code}): {message}",
+        action=f"try again in {wait} s" if wait else "look at the service's log",
+    )
+
+
+def _message(response: httpx.Response) -> str:
+    try:
+        error = response.json()["error"]
+        return f"{error['message']} (request {error['request_id']})"
+    except (ValueError, KeyError, TypeError):
+        return response.text[:200]

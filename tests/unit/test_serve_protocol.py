@@ -1,0 +1,310 @@
+"""The HTTP side without Ray, and what runs inside replicas without Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+import threading
+import time
+from typing import Any
+
+import httpx
+import pytest
+
+from invar_ray.errors import MissingArtifactError, RequestError
+from invar_ray.schema import Answer, Citation, Hit
+from serve.api import make_api
+from serve.engines import Found, Question, RetrieverEngine, Worker
+from serve.protocol import AnswerResponse, Limits, ServiceError, request_id
+
+HITS = tuple(Hit(f"d{n}:0-9:x", f"d{n}", n, 1.0 / n, f"Title {n}", f"Text {n}") for n in range(1, 30))
+LIMITS = Limits(top_k=3, max_top_k=10, max_question_chars=40, max_new_tokens=8, max_body_bytes=300)
+
+
+class Backend:
+    """Answers from HITS; raises what it is told to."""
+
+    def __init__(self) -> None:
+        self.error: Exception | None = None
+        self.gate: asyncio.Event | None = None
+
+    async def retrieve(self, question: str, top_k: int) -> Found:
+        if self.gate is not None:
+            await self.gate.wait()
+        if self.error is not None:
+            raise self.error
+        return Found(HITS[:top_k], {"index": "i1"})
+
+    async def answer(self, question: Question) -> tuple[Answer, dict[str, str]]:
+        hit = question.hits[0]
+        answer = Answer(
+            question.text,
+            f"{question.max_new_tokens} tokens at most",
+            citations=(Citation(1, hit.passage_id, hit.document_id, hit.title),),
+            hits=question.hits,
+            notes=("a note",),
+            confidence=-0.5,
+            timings={"generate_s": 0.25},
+        )
+        return answer, {"generator": "g1"}
+
+    async def describe(self) -> dict[str, Any]:
+        index = {"requested_uri": "new", "active_uri": "old", "error": "new is damaged"}
+        return {"index": index, "generator": {"uri": "g", "max_context": 64}, "versions": {"index": "i1"}}
+
+    async def check(self) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+@pytest.fixture
+def backend() -> Backend:
+    return Backend()
+
+
+def call(
+    backend: Backend, method: str, path: str, *, api_key: str | None = None, max_in_flight: int = 9, **options: Any
+) -> httpx.Response:
+    app = make_api(backend, LIMITS, api_key=api_key, max_in_flight=max_in_flight)
+
+    async def send() -> httpx.Response:
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
+            if "content" in options:
+                options["headers"] = {"Content-Type": "application/json", **options.get("headers", {})}
+            return await client.request(method, path, **options)
+
+    return asyncio.run(send())
+
+
+def fault(response: httpx.Response, status: int, kind: str) -> str:
+    """The message, after checking that the response has the one form of errors."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"type", "message", "request_id"}
+    assert body["error"]["type"] == kind
+    assert body["error"]["request_id"]
+    return str(body["error"]["message"])
+
+
+def test_answer_carries_citations_passages_timings_and_versions(backend: Backend) -> None:
+    body = {"question": "  Who?  ", "top_k": 2, "max_new_tokens": 5}
+    response = call(backend, "POST", "/v1/answer", json=body, headers={"X-Request-ID": "abc-1"})
+    assert response.status_code == 200
+    answer = AnswerResponse.model_validate(response.json())
+    assert (answer.question, answer.answer, answer.request_id) == ("Who?", "5 tokens at most", "abc-1")
+    assert [(passage.number, passage.passage_id) for passage in answer.passages] == [(1, "d1:0-9:x"), (2, "d2:0-9:x")]
+    assert answer.citations[0].passage_id == answer.passages[0].passage_id
+    assert answer.versions == {"index": "i1", "generator": "g1"}
+    assert set(answer.timings) == {"retrieve_s", "generate_s", "total_s"}
+    assert answer.notes == ["a note"]
+
+
+def test_retrieve_takes_the_default_top_k(backend: Backend) -> None:
+    response = call(backend, "POST", "/v1/retrieve", json={"question": "Who?"})
+    assert [passage["rank"] for passage in response.json()["passages"]] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "body, message",
+    [
+        ({"question": ""}, "empty"),
+        ({"question": " \n\x00 "}, "empty"),
+        ({"question": "x" * 41}, "41 characters.*at most 40"),
+        ({"question": "Who?", "top_k": 0}, "top_k is 0.*1 to 10"),
+        ({"question": "Who?", "top_k": 11}, "top_k is 11.*1 to 10"),
+        ({"question": "Who?", "top_k": "2"}, "top_k: .*integer"),
+        ({"question": "Who?", "top_k": True}, "top_k: .*integer"),
+        ({"question": "Who?", "max_new_tokens": 9}, "max_new_tokens is 9.*1 to 8"),
+        ({"question": 3}, "question: .*string"),
+        ({"question": "Who?", "topk": 3}, "topk: .*not permitted"),
+        ({}, "question: .*required"),
+        ([], "body: "),
+    ],
+)
+def test_bad_bodies_are_422_and_say_why(backend: Backend, body: Any, message: str) -> None:
+    assert re.search(message, fault(call(backend, "POST", "/v1/answer", json=body), 422, "invalid_request"))
+
+
+def test_other_bad_requests(backend: Backend) -> None:
+    fault(call(backend, "POST", "/v1/answer", content=b"{"), 400, "invalid_json")
+    plain = {"Content-Type": "text/plain"}
+    response = call(backend, "POST", "/v1/answer", content=b'{"question": "Who?"}', headers=plain)
+    assert "Content-Type: application/json" in fault(response, 422, "invalid_request")
+    fault(call(backend, "GET", "/v1/answer"), 405, "method_not_allowed")
+    fault(call(backend, "GET", "/nowhere"), 404, "not_found")
+    long = json.dumps({"question": "x" * 300}).encode()
+    assert "300 bytes" in fault(call(backend, "POST", "/v1/answer", content=long), 413, "body_too_large")
+
+
+def test_lone_surrogates_are_refused_not_a_crash(backend: Backend) -> None:
+    fault(call(backend, "POST", "/v1/answer", content=rb'{"question": "\ud800"}'), 422, "invalid_request")
+    fault(call(backend, "POST", "/v1/answer", content=rb'{"question": "a", "\ud800": 1}'), 422, "invalid_request")
+    assert call(backend, "POST", "/v1/answer", content=rb'{"question": "caf\u00e9 \ud83d\ude00"}').status_code == 200
+
+
+def test_a_body_without_stated_length_is_counted(backend: Backend) -> None:
+    sent = 0
+
+    async def chunks() -> Any:
+        nonlocal sent
+        for _ in range(100):
+            sent += 1
+            yield b" " * 100
+
+    fault(call(backend, "POST", "/v1/answer", content=chunks()), 413, "body_too_large")
+    assert call(backend, "POST", "/v1/answer", content=iter_bytes(b'{"question"', b': "Who?"}')).status_code == 200
+
+
+async def iter_bytes(*parts: bytes) -> Any:
+    for part in parts:
+        yield part
+
+
+def test_key_is_asked_for_under_v1_only(backend: Backend) -> None:
+    body = {"question": "Who?"}
+    for headers in ({}, {"X-API-Key": "wrong"}, {"Authorization": "Bearer "}, {"Authorization": "Basic secret"}):
+        response = call(backend, "POST", "/v1/answer", json=body, headers=headers, api_key="secret")
+        fault(response, 401, "unauthorized")
+        assert response.headers["WWW-Authenticate"] == "Bearer"
+    for headers in ({"X-API-Key": "secret"}, {"Authorization": "bearer secret"}):
+        assert call(backend, "POST", "/v1/answer", json=body, headers=headers, api_key="secret").status_code == 200
+    for path in ("/", "/healthz", "/readyz", "/docs", "/openapi.json"):
+        assert call(backend, "GET", path, api_key="secret").status_code == 200
+
+
+def test_failures_of_the_backend_keep_the_form_and_hide_their_cause(backend: Backend) -> None:
+    body = {"question": "Who?"}
+    backend.error = ServiceError(503, "overloaded", "too many", retry_after_s=1.2)
+    response = call(backend, "POST", "/v1/answer", json=body)
+    fault(response, 503, "overloaded")
+    assert response.headers["Retry-After"] == "2"
+    fault(call(backend, "GET", "/readyz"), 503, "overloaded")
+    backend.error = RequestError("the question takes 90 tokens", expected="at most 64")
+    assert "90 tokens" in fault(call(backend, "POST", "/v1/answer", json=body), 422, "invalid_request")
+    backend.error = KeyError("a secret path /srv/x")
+    message = fault(call(backend, "POST", "/v1/answer", json=body), 500, "internal")
+    assert "secret" not in message
+
+
+def test_requests_beyond_the_limit_are_told_to_come_back(backend: Backend) -> None:
+    async def crowd() -> list[httpx.Response]:
+        backend.gate = asyncio.Event()
+        app = make_api(backend, LIMITS, max_in_flight=2)
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
+            waiting = [asyncio.create_task(client.post("/v1/answer", json={"question": "Who?"})) for _ in range(2)]
+            await asyncio.sleep(0.05)
+            refused = await client.post("/v1/answer", json={"question": "Who?"})
+            alive = await client.get("/healthz")
+            backend.gate.set()
+            done = await asyncio.gather(*waiting)
+            again = await client.post("/v1/answer", json={"question": "Who?"})
+            return [refused, alive, *done, again]
+
+    refused, *others = asyncio.run(crowd())
+    fault(refused, 503, "overloaded")
+    assert refused.headers["Retry-After"] == "1"
+    assert [response.status_code for response in others] == [200] * 4
+
+
+def test_index_route_tells_requested_and_active(backend: Backend) -> None:
+    body = call(backend, "GET", "/v1/index").json()
+    assert body["index"] == {"requested_uri": "new", "active_uri": "old", "error": "new is damaged"}
+    assert body["limits"]["max_top_k"] == 10
+
+
+def test_page_needs_nothing_from_outside_and_its_policy_admits_it(backend: Backend) -> None:
+    response = call(backend, "GET", "/")
+    assert "<script>" in response.text
+    assert not re.search(r"(src|href)\s*=|https?://|@import|url\(|innerHTML", response.text)
+    policy = response.headers["Content-Security-Policy"]
+    assert policy.count("'sha256-") == 2
+    assert "unsafe" not in policy
+    assert " style=" not in response.text
+    assert not re.search(r"\son[a-z]+=", response.text)
+
+
+def test_openapi_has_examples_and_the_error_form(backend: Backend) -> None:
+    schema = call(backend, "GET", "/openapi.json").json()
+    assert {"/v1/retrieve", "/v1/answer", "/v1/index", "/healthz", "/readyz"} <= set(schema["paths"])
+    assert schema["components"]["schemas"]["AnswerRequest"]["examples"]
+    assert "4XX" in schema["paths"]["/v1/answer"]["post"]["responses"]
+
+
+def test_request_ids_that_could_harm_a_log_are_replaced() -> None:
+    assert request_id("a-b_c.9") == "a-b_c.9"
+    for bad in (None, "", "a b", "a\nb", "x" * 65):
+        assert re.fullmatch("[0-9a-f]{32}", request_id(bad))
+
+
+class FixedRetriever:
+    def __init__(self, version: str) -> None:
+        self.versions = {"index": version}
+        self.calls: list[tuple[tuple[str, ...], int]] = []
+
+    def retrieve(self, questions: list[str], top_k: int) -> list[list[Hit]]:
+        self.calls.append((tuple(questions), top_k))
+        return [list(HITS[:top_k]) for _ in questions]
+
+
+def test_a_failed_index_change_keeps_the_old_one() -> None:
+    def loader(uri: str) -> Any:
+        if uri == "missing":
+            raise MissingArtifactError("nothing is at 'missing'")
+        if uri == "broken":
+            raise OSError("secret")
+        return FixedRetriever(uri)
+
+    engine = RetrieverEngine(loader)
+    with pytest.raises(MissingArtifactError):
+        RetrieverEngine(loader).open("missing")
+    engine.open("a")
+    engine.open("missing")
+    state = engine.describe()
+    assert state["index"] == {"requested_uri": "missing", "active_uri": "a", "error": "nothing is at 'missing'."}
+    assert state["versions"] == {"index": "a"}
+    engine.open("broken")
+    assert engine.error == "OSError while loading it"
+    assert engine.search([("q", 1)])[0].versions == {"index": "a"}
+    engine.open("a")
+    assert engine.error is None
+    engine.open("b")
+    assert engine.search([("q", 1)])[0].versions == {"index": "b"}
+
+
+def test_a_batch_is_searched_by_top_k_and_answered_in_order() -> None:
+    retriever = FixedRetriever("a")
+    engine = RetrieverEngine(lambda uri: retriever)  # type: ignore[arg-type,return-value]
+    engine.open("a")
+    retriever.calls.clear()
+    found = engine.search([("q1", 2), ("q2", 4), ("q3", 2)])
+    assert [len(each.hits) for each in found] == [2, 4, 2]
+    assert sorted(retriever.calls) == [(("q1", "q3"), 2), (("q2",), 4)]
+
+
+def test_a_busy_worker_is_healthy_until_it_is_stuck() -> None:
+    async def scenario() -> None:
+        worker, gate, probes = Worker(stuck_s=0.3), threading.Event(), []
+        await worker.check(lambda: probes.append(1))
+        assert probes == [1]
+        task = asyncio.create_task(worker.run(gate.wait, 5))
+        await asyncio.sleep(0.05)
+        start = time.monotonic()
+        await worker.check(lambda: probes.append(2))
+        assert time.monotonic() - start < 0.2
+        assert probes == [1]
+        await asyncio.sleep(0.35)
+        with pytest.raises(RuntimeError, match=r"more than 0\.3 s"):
+            await worker.check(lambda: None)
+        gate.set()
+        await task
+
+        def failing() -> None:
+            raise ValueError("no")
+
+        with pytest.raises(ValueError, match="no"):
+            await worker.check(failing)
+        worker.close()
+
+    asyncio.run(scenario())
