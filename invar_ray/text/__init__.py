@@ -1,0 +1,1 @@
+"""Text: reading, cutting, rewording, prompts and answer strings; no tensors, no cluster."""
