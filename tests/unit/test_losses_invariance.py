@@ -244,6 +244,18 @@ def test_padding_and_missing_environments_may_hold_nan() -> None:
 
 
 @pytest.mark.parametrize("pattern", ["hard", "soft"])
+def test_a_missing_environment_is_as_if_it_were_not_there(pattern: str) -> None:
+    cosines, positive, allowed = problem(7)
+    present = torch.tensor([True, False, True, True]).expand(3, 4)
+    chosen: dict[str, Any] = {"temperature": 0.5, "pattern": pattern, "top_m": 5, "share": 0.5, "kappa": 1.0}
+    masked = invariance_loss(cosines, positive, allowed, environment_mask=present, **chosen)
+    alone = invariance_loss(cosines[:, [0, 2, 3]], positive, allowed, **chosen)
+    assert masked.loss > 0
+    for found, expected in zip(masked, alone, strict=True):
+        torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("pattern", ["hard", "soft"])
 def test_extreme_scores_stay_finite(pattern: str) -> None:
     cosines = torch.tensor([[[1.0, -1.0, 0.5, -1.0], [-1.0, 1.0, 0.5, -1.0]]], requires_grad=True)
     output = loss_of(cosines, positive=2, temperature=1e-3, pattern=pattern, top_m=3, share=0.5, kappa=1e-3)
