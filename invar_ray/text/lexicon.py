@@ -29,9 +29,11 @@ FUNCTION_WORDS = (
     | PRONOUNS
     | frozenset(
         """and or but if while because although according besides along despite unlike name tell approximately about
-    how many much other who's what's one two three four five six seven eight nine ten all both most when""".split()
+    how many much other say give count list find identify state show explain any who's what's
+    one two three four five six seven eight nine ten all both most when""".split()
     )
 )
+IMPERATIVES = frozenset("tell name say give count list find identify state show explain".split())
 # Left out in telegraphic questions; words that carry a meaning of their own (not, before, between) stay.
 STOP_WORDS = BE | DO | HAVE | frozenset("the a an of to that it there this these those for by with".split())
 

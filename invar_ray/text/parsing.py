@@ -44,7 +44,7 @@ class Style:
     mark: str
 
     def finish(self, text: str, mark: str | None = None) -> str:
-        """``text`` with the question's own capital and mark; ``mark`` replaces its question mark, if it had one."""
+        """``text`` with the question's own capital and mark; ``mark`` replaces that mark, if it had one."""
         text = " ".join(text.split()).replace(" ,", ",")
         if self.capital:
             text = text[:1].upper() + text[1:]
@@ -83,9 +83,9 @@ def split_style(question: str) -> tuple[str, Style]:
     """The question without its final mark and without a capital that only marks its start, and how it was written."""
     stripped = " ".join(question.split())
     body = stripped.rstrip("?.! ")
-    style = Style(capital=body[:1].isupper(), mark="?" if stripped.endswith("?") else "")
+    style = Style(capital=body[:1].isupper(), mark=stripped[-1:] if stripped.endswith(("?", ".")) else "")
     first, _, rest = body.partition(" ")
-    if first.lower().rstrip(",") in FUNCTION_WORDS:
+    if first != "I" and first.lower().rstrip(",") in FUNCTION_WORDS:
         body = f"{first.lower()} {rest}".strip()
     return body, style
 
@@ -189,9 +189,7 @@ def _parse_be(phrase: str, wh: list[str], aux: str, rest: list[str]) -> Question
 
 
 def _with_participle(phrase: str, wh: list[str], aux: str, rest: list[str], at: int) -> Question | None:
-    start = at
-    while start > 1 and rest[start - 1].lower() in _ADVERBS:
-        start -= 1
+    start = _before_adverbs(rest, at)
     return _with_object(phrase, wh, " ".join(rest[:start]), " ".join([aux, *rest[start : at + 1]]), rest[at + 1 :], "")
 
 
@@ -217,8 +215,15 @@ def _participles(rest: list[str]) -> list[int]:
     return [
         at
         for at in range(1, len(rest))
-        if _is_participle(rest[at]) and not _opens_noun(rest[at - 1])
+        if _is_participle(rest[at]) and not _opens_noun(rest[_before_adverbs(rest, at) - 1])
     ]  # fmt: skip
+
+
+def _before_adverbs(rest: list[str], at: int) -> int:
+    """Where the adverbs right before ``at`` start (``at`` where there are none); never 0, the subject's place."""
+    while at > 1 and rest[at - 1].lower() in _ADVERBS:
+        at -= 1
+    return at
 
 
 def _is_participle(word: str) -> bool:

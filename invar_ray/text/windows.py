@@ -149,8 +149,10 @@ def _checked(scene: _Scene, cut: tuple[int, int], answers: Sequence[str], taken:
         return None
     span = scene.words[low][0], scene.words[high - 1][1]
     text = scene.text[span[0] : span[1]]
-    if text in taken or (scene.answer is not None and find_answer(text, answers) is None):
+    if text in taken:
         return None
+    if scene.answer is not None and not low <= scene.answer[0] < scene.answer[1] <= high:
+        return span if find_answer(text, answers) is not None else None  # perhaps it holds another occurrence
     return span
 
 

@@ -16,6 +16,7 @@ from invar_ray.text.lexicon import (
     AUXILIARIES,
     BE,
     DETERMINERS,
+    IMPERATIVES,
     MEASURES,
     PARTICIPLES,
     PAST,
@@ -146,6 +147,10 @@ def request(question: str, generator: random.Random) -> str | None:
     body, style = split_style(question)
     if not body:
         return None
+    if body.split()[0].lower() in IMPERATIVES:
+        if generator.random() < 0.5:
+            return style.finish(f"please {body}", mark=".")
+        return style.finish(f"{generator.choice(('can', 'could', 'would'))} you {body}", mark="?")
     parsed = parse_question(body)
     nouns = _asked_noun(body, parsed)
     if nouns is not None:
@@ -158,7 +163,7 @@ def request(question: str, generator: random.Random) -> str | None:
     if indirect is None:
         return style.finish(generator.choice(_PREFIXED).format(q=body))
     if generator.random() < 0.5:
-        return style.finish(generator.choice(_ASK_INDIRECT).format(q=indirect))
+        return style.finish(generator.choice(_ASK_INDIRECT).format(q=indirect), mark="?")
     return style.finish(generator.choice(_TELL_INDIRECT).format(q=indirect), mark=".")
 
 

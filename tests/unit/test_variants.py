@@ -96,6 +96,11 @@ def test_clause(question: str, expected: set[str | None]) -> None:
         ("who wrote the book of tides", "can you tell me who wrote the book of tides"),
         ("How tall is the north tower?", "Tell me the height of the north tower."),
         ("salt harbour opening date", "tell me: salt harbour opening date"),
+        ("Name the river of Norland.", "Please name the river of Norland."),
+        (
+            "When is the first recorded visit to Norland?",
+            "Quick question: when is the first recorded visit to Norland?",
+        ),
     ],
 )
 def test_request(question: str, expected: str) -> None:
