@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import time
@@ -18,6 +19,7 @@ from invar_ray.errors import ConfigError, RequestError
 from invar_ray.schema import Answer
 from serve.api import make_api
 from serve.engines import (
+    Batcher,
     Found,
     GeneratorEngine,
     GeneratorLoader,
@@ -47,8 +49,7 @@ class RetrieverDeployment:
 
     def __init__(self, max_batch_size: int, batch_wait_s: float, loader: RetrieverLoader = load_retriever) -> None:
         self._engine, self._worker = RetrieverEngine(loader), Worker()
-        self._search.set_max_batch_size(max_batch_size)
-        self._search.set_batch_wait_timeout_s(batch_wait_s)
+        self._search: Batcher[tuple[str, int], Found] = Batcher(self._search_batch, max_batch_size, batch_wait_s)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Serve another index; what is in service stays so until the new one has answered a search."""
@@ -61,8 +62,7 @@ class RetrieverDeployment:
         """The best passages for a question."""
         return await self._search((question, top_k))
 
-    @serve.batch
-    async def _search(self, requests: list[tuple[str, int]]) -> list[Found]:
+    async def _search_batch(self, requests: list[tuple[str, int]]) -> list[Found]:
         return await self._worker.run(self._engine.search, requests)
 
     async def describe(self) -> dict[str, Any]:
@@ -92,8 +92,7 @@ class GeneratorDeployment:
         self, uri: str, max_batch_size: int, batch_wait_s: float, loader: GeneratorLoader = load_generator
     ) -> None:
         self._engine, self._worker = GeneratorEngine(uri, loader, max_batch_size), Worker()
-        self._generate.set_max_batch_size(max_batch_size)
-        self._generate.set_batch_wait_timeout_s(batch_wait_s)
+        self._generate: Batcher[Question, Answer] = Batcher(self._answer_batch, max_batch_size, batch_wait_s)
 
     async def answer(self, question: Question) -> tuple[Answer, dict[str, str]]:
         """The answer and the generator's versions.
@@ -101,13 +100,9 @@ class GeneratorDeployment:
         Raises:
             RequestError: if the question does not fit the model's context.
         """
-        result = await self._generate(question)
-        if isinstance(result, RequestError):
-            raise result
-        return result, self._engine.describe()["versions"]
+        return await self._generate(question), self._engine.describe()["versions"]
 
-    @serve.batch
-    async def _generate(self, questions: list[Question]) -> list[Answer | RequestError]:
+    async def _answer_batch(self, questions: list[Question]) -> list[Answer | RequestError]:
         return await self._worker.run(self._engine.answer, questions)
 
     async def describe(self) -> dict[str, Any]:
@@ -197,11 +192,10 @@ class IngressDeployment:
         for last_try in (False, True):
             response = send()
             try:
-                return await asyncio.wait_for(_wait(response), self._timeout_s)
-            except TimeoutError:
-                response.cancel()
-                message = f"the {name} did not answer within {self._timeout_s:g} s"
-                raise ServiceError(504, "timeout", message, self._retry_after_s) from None
+                if not await _finished(response, self._timeout_s):
+                    message = f"the {name} did not answer within {self._timeout_s:g} s"
+                    raise ServiceError(504, "timeout", message, self._retry_after_s)
+                return await response
             except BackPressureError as error:
                 message = f"the {name} has too many requests waiting"
                 raise ServiceError(503, "overloaded", message, self._retry_after_s) from error
@@ -217,5 +211,20 @@ class IngressDeployment:
         raise AssertionError("unreachable")
 
 
-async def _wait(response: Any) -> Any:
-    return await response
+async def _finished(response: Any, timeout_s: float) -> bool:
+    """Whether a call ends, well or not, in time; it is cancelled if it does not, or if the client went away."""
+
+    async def settle() -> None:
+        with contextlib.suppress(Exception):
+            await response
+
+    # Not wait_for: what it cancels answers with an exception of Serve's own, which would hide the time-out.
+    task = asyncio.create_task(settle())
+    try:
+        done, _ = await asyncio.wait({task}, timeout=timeout_s)
+    except asyncio.CancelledError:
+        response.cancel()
+        raise
+    if not done:
+        response.cancel()
+    return bool(done)

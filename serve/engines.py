@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from invar_ray.errors import InvarError, RequestError
 from invar_ray.schema import Answer, Hit
@@ -19,9 +21,12 @@ if TYPE_CHECKING:  # both import torch: only replicas pay for that
 
 logger = logging.getLogger("ray.serve")
 T = TypeVar("T")
+R = TypeVar("R")
 RetrieverLoader = Callable[[str], "Retriever"]
 GeneratorLoader = Callable[[str], "Generator"]
 _PROBE = "is anyone there?"
+# Transformers builds models on a device that it sets for the whole process: two loads at once break each other.
+_loading = threading.Lock()
 
 
 def load_retriever(uri: str, device: str = "cpu", precision: str = "fp32") -> Retriever:
@@ -86,7 +91,8 @@ class RetrieverEngine:
             self.error = None
             return
         try:
-            retriever = self._loader(uri)
+            with _loading:
+                retriever = self._loader(uri)
             retriever.retrieve([_PROBE], 1)
         except Exception as error:
             self.error = str(error) if isinstance(error, InvarError) else f"{type(error).__name__} while loading it"
@@ -133,7 +139,8 @@ class GeneratorEngine:
 
     def __init__(self, uri: str, loader: GeneratorLoader = load_generator, batch_size: int = 8) -> None:
         self.uri, self._batch_size = uri, batch_size
-        self._generator = loader(uri)
+        with _loading:
+            self._generator = loader(uri)
         self.probe()
 
     def answer(self, questions: Sequence[Question]) -> list[Answer | RequestError]:
@@ -213,3 +220,58 @@ class Worker:
             return work(*args)
         finally:
             self._busy_since = None
+
+
+class Batcher(Generic[T, R]):
+    """Collects single calls into batches: the first waits a little for others; what comes during a batch is the next.
+
+    Serve has a decorator for this, ``serve.batch``.  It keeps its queue on the class: two applications in one process
+    would share it, a class that was used can no longer be sent to a replica, and it runs in replicas only.
+
+    Args:
+        work: answers a batch, in order; an exception in the place of an answer goes to that caller alone.
+        max_size: most calls in a batch.
+        wait_s: how long the first call of a batch waits for others, in seconds.
+    """
+
+    def __init__(
+        self, work: Callable[[list[T]], Awaitable[Sequence[R | Exception]]], max_size: int, wait_s: float
+    ) -> None:
+        self._work, self._max_size, self._wait_s = work, max_size, wait_s
+        self._waiting: list[tuple[T, asyncio.Future[R]]] = []
+        self._full = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    async def __call__(self, item: T) -> R:
+        """The answer to one call; raises what the batch raised."""
+        future: asyncio.Future[R] = asyncio.get_running_loop().create_future()
+        self._waiting.append((item, future))
+        if len(self._waiting) >= self._max_size:
+            self._full.set()
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._drain())
+        return await future
+
+    async def _drain(self) -> None:
+        while self._waiting:
+            if len(self._waiting) < self._max_size:
+                self._full.clear()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._full.wait(), self._wait_s)
+            # Callers that have gone away (disconnects, timeouts) leave a cancelled future: no work for them.
+            alive = [call for call in self._waiting if not call[1].done()]
+            batch, self._waiting = alive[: self._max_size], alive[self._max_size :]
+            if not batch:
+                continue
+            try:
+                results = await self._work([item for item, _ in batch])
+                answers: list[R | Exception] = list(results)
+            except Exception as error:
+                answers = [error] * len(batch)
+            for (_, future), answer in zip(batch, answers, strict=True):
+                if future.done():
+                    continue
+                if isinstance(answer, Exception):
+                    future.set_exception(answer)
+                else:
+                    future.set_result(answer)

@@ -15,7 +15,7 @@ import pytest
 from invar_ray.errors import MissingArtifactError, RequestError
 from invar_ray.schema import Answer, Citation, Hit
 from serve.api import make_api
-from serve.engines import Found, Question, RetrieverEngine, Worker
+from serve.engines import Batcher, Found, Question, RetrieverEngine, Worker
 from serve.protocol import AnswerResponse, Limits, ServiceError, request_id
 
 HITS = tuple(Hit(f"d{n}:0-9:x", f"d{n}", n, 1.0 / n, f"Title {n}", f"Text {n}") for n in range(1, 30))
@@ -306,5 +306,53 @@ def test_a_busy_worker_is_healthy_until_it_is_stuck() -> None:
         with pytest.raises(ValueError, match="no"):
             await worker.check(failing)
         worker.close()
+
+    asyncio.run(scenario())
+
+
+def test_batches_fill_up_keep_their_order_and_fail_alone() -> None:
+    batches: list[list[int]] = []
+
+    async def work(items: list[int]) -> list[int | Exception]:
+        batches.append(items)
+        await asyncio.sleep(0.02)
+        if 100 in items:
+            raise OSError("the whole batch")
+        return [KeyError("odd") if item == 7 else item * 10 for item in items]
+
+    async def scenario() -> None:
+        batcher: Batcher[int, int] = Batcher(work, max_size=4, wait_s=0.01)
+        assert await asyncio.gather(*(batcher(n) for n in range(6))) == [0, 10, 20, 30, 40, 50]
+        assert batches == [[0, 1, 2, 3], [4, 5]]
+        results = await asyncio.gather(batcher(6), batcher(7), batcher(8), return_exceptions=True)
+        assert (results[0], results[2]) == (60, 80)
+        assert isinstance(results[1], KeyError)
+        failed = await asyncio.gather(batcher(100), batcher(1), return_exceptions=True)
+        assert [type(result) for result in failed] == [OSError, OSError]
+        assert await batcher(1) == 10, "a failed batch does not end the batching"
+
+    asyncio.run(scenario())
+
+
+def test_callers_that_went_away_are_not_worked_for() -> None:
+    batches: list[list[int]] = []
+
+    async def work(items: list[int]) -> list[int]:
+        batches.append(items)
+        return items
+
+    async def scenario() -> None:
+        batcher: Batcher[int, int] = Batcher(work, max_size=4, wait_s=0.05)
+        gone, stays = asyncio.create_task(batcher(1)), asyncio.create_task(batcher(2))
+        await asyncio.sleep(0.01)
+        gone.cancel()
+        assert await stays == 2
+        assert batches == [[2]]
+        only = asyncio.create_task(batcher(3))
+        await asyncio.sleep(0.01)
+        only.cancel()
+        await asyncio.sleep(0.1)
+        assert batches == [[2]]
+        assert await batcher(4) == 4
 
     asyncio.run(scenario())

@@ -1,0 +1,375 @@
+"""The composed application over small real artifacts: in this process without a cluster, and once on a local Ray."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from invar_ray.artifacts import Plan, Store
+from invar_ray.config import Config, ModelConfig, TinyConfig
+from invar_ray.errors import RequestError, ResourceError
+from invar_ray.models.adapters import new_adapter, save_adapter
+from invar_ray.models.encoder import llm_spec, open_encoder
+from invar_ray.models.locate import base_plan, build_base, open_base, resolve_base
+from invar_ray.retrieval.index import build_index, write_probes
+from invar_ray.schema import PASSAGE_SCHEMA, Passage, to_table, vector_schema
+from serve.app import AppArgs, build_app, compose, start, stop
+from serve.client import ask
+from serve.protocol import AnswerResponse, IndexResponse, RetrieveResponse
+
+TEXTS = {
+    "Gorse Island": "The light on Gorse Island was kept by Mara Voss until the autumn storm.",
+    "Harbour": "Barley and salt were traded in the harbour every spring.",
+    "Ferry": "The ferry to the mainland leaves at nine in the morning.",
+    "Orchard": "Pears and plums grow in the orchard behind the chapel.",
+    "Mill": "The water mill grinds oats for three villages.",
+}
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    index_uri: str
+    other_index_uri: str
+    generator_uri: str
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    """A one-layer base, two Flat indexes over its vectors, and an untrained generator adapter."""
+    store = Store(str(tmp_path_factory.mktemp("store")))
+    model_config = ModelConfig(tiny=TinyConfig(num_layers=1, num_heads=6, intermediate_size=32), pooling="mean")
+    config = dataclasses.replace(Config(), model=model_config)
+    tiny, _ = store.get_or_build(base_plan(config), lambda building: build_base(building, config))
+    base = resolve_base(config.model, tiny)
+    spec = llm_spec(config.model, base)
+    encoder = open_encoder(spec, store)
+
+    def index(name: str, titles: list[str]) -> str:
+        rows = [Passage(f"{t}:0", t, t, TEXTS[t], 0, len(TEXTS[t])) for t in titles]
+
+        def passages(building: Any) -> None:
+            pq.write_table(to_table(rows, PASSAGE_SCHEMA), building.path / "passages.parquet")
+
+        passages_artifact, _ = store.get_or_build(Plan("passages", name, {"titles": titles}), passages)
+
+        def vectors(building: Any) -> None:
+            matrix = encoder.encode_passages([(row.title, row.text) for row in rows])
+            schema = vector_schema(matrix.shape[1])
+            column = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
+            table = pa.table({"id": [row.id for row in rows], "vector": column.cast(schema.field("vector").type)})
+            (building.path / "shards").mkdir()
+            pq.write_table(table, building.path / "shards" / "part-00000.parquet")
+            write_probes(building.path / "probes.parquet", encoder, [(row.title, row.text) for row in rows[:2]])
+            building.info["encoder"] = spec.to_json()
+
+        parents = {"passages": passages_artifact}
+        vectors_artifact, _ = store.get_or_build(Plan("vectors", name, {}, parents), vectors)
+        parents["vectors"] = vectors_artifact
+        artifact, _ = store.get_or_build(
+            Plan("index", name, {}, parents), lambda b: build_index(b, vectors_artifact, passages_artifact, "Flat")
+        )
+        return artifact.uri
+
+    def generator(building: Any) -> None:
+        model, _ = open_base(base, store)
+        adapted = new_adapter(model, config.generator.lora, seed=0)
+        save_adapter(adapted, adapted.state_dict(), building.path / "adapter", base.location)
+        building.info |= {"base": asdict(base), "max_context": 160}
+
+    adapter, _ = store.get_or_build(Plan("generator", "tiny", {}, {"model": tiny}), generator)
+    return Artifacts(index("all", list(TEXTS)), index("few", list(TEXTS)[:3]), adapter.uri)
+
+
+def app_args(artifacts: Artifacts, **options: Any) -> AppArgs:
+    values: dict[str, Any] = {"top_k": 3, "max_top_k": 4, "max_question_chars": 1500, "max_new_tokens": 4}
+    return AppArgs(index_uri=artifacts.index_uri, generator_uri=artifacts.generator_uri, **(values | options))
+
+
+class Local:
+    """The application in this process; requests go to the ingress replica's web application."""
+
+    def __init__(self, application: Any, *, ready: bool = True) -> None:
+        from ray import serve
+
+        self.handle = serve.run(application, _local_testing_mode=True)
+        self.handle._init()  # Serve has no public way to the local replica's web application
+        self.app = self.handle._router._user_callable_wrapper._callable.app
+        deadline = time.monotonic() + 20  # local testing does not wait for the retriever's first reconfigure
+        while ready and self("GET", "/readyz").status_code != 200 and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def __call__(self, method: str, path: str, **options: Any) -> httpx.Response:
+        async def send() -> httpx.Response:
+            transport = httpx.ASGITransport(self.app)
+            async with httpx.AsyncClient(transport=transport, base_url="http://service", timeout=60) as client:
+                return await client.request(method, path, **options)
+
+        return asyncio.run(send())
+
+
+@pytest.fixture(scope="module")
+def service(artifacts: Artifacts) -> Local:
+    return Local(build_app(app_args(artifacts)))
+
+
+def fault(response: httpx.Response, status: int, kind: str) -> str:
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert set(error) == {"type", "message", "request_id"}
+    assert error["type"] == kind
+    assert "Traceback" not in response.text
+    return str(error["message"])
+
+
+def test_retrieve(service: Local) -> None:
+    response = service("POST", "/v1/retrieve", json={"question": "Who kept the light on Gorse Island?", "top_k": 2})
+    body = RetrieveResponse.model_validate(response.json())
+    assert body.passages[0].title == "Gorse Island"
+    assert [passage.rank for passage in body.passages] == [1, 2]
+    assert body.passages[0].score >= body.passages[1].score
+    assert {"index", "encoder"} <= set(body.versions)
+
+
+def test_answer(service: Local) -> None:
+    response = service("POST", "/v1/answer", json={"question": "When does the ferry leave?"})
+    body = AnswerResponse.model_validate(response.json())
+    assert body.passages[0].title == "Ferry"
+    assert len(body.passages) == 3
+    assert body.confidence is not None
+    assert {citation.number for citation in body.citations} <= {1, 2, 3}
+    assert {"retrieve_s", "generate_s", "total_s"} <= set(body.timings)
+    assert {"index", "encoder", "generator"} <= set(body.versions)
+    again = AnswerResponse.model_validate(
+        service("POST", "/v1/answer", json={"question": "When does the ferry leave?"}).json()
+    )
+    assert again.answer == body.answer
+
+
+def test_answers_in_a_crowd_equal_answers_alone(service: Local) -> None:
+    questions = ["Who kept the light?", "Who kept the light on Gorse Island until the storm?", "What grows?", "Salt?"]
+    alone = [service("POST", "/v1/answer", json={"question": question}).json() for question in questions]
+
+    async def crowd() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(service.app)
+        async with httpx.AsyncClient(transport=transport, base_url="http://service", timeout=60) as client:
+            sent = [client.post("/v1/answer", json={"question": question}) for question in questions]
+            too_long = client.post("/v1/answer", json={"question": "why " * 200})
+            return list(await asyncio.gather(*sent, too_long))
+
+    *together, refused = asyncio.run(crowd())
+    fault(refused, 422, "invalid_request")  # and does not harm those it was batched with
+    for one, other in zip(together, alone, strict=True):
+        assert one.status_code == 200
+        assert one.json()["answer"] == other["answer"]
+        assert one.json()["confidence"] == pytest.approx(other["confidence"], abs=1e-3)
+
+
+def test_index_health_and_page(service: Local, artifacts: Artifacts) -> None:
+    body = IndexResponse.model_validate(service("GET", "/v1/index").json())
+    assert body.index.active_uri == body.index.requested_uri == artifacts.index_uri
+    assert body.index.error is None
+    assert body.generator.max_context == 160
+    assert body.limits.max_top_k == 4
+    assert service("GET", "/healthz").json() == {"service": "invar-ray", "status": "ok"}
+    assert service("GET", "/readyz").json()["status"] == "ready"
+    assert "<form" in service("GET", "/").text
+    assert service("GET", "/docs").status_code == 200
+
+
+def test_bad_requests(service: Local) -> None:
+    for path in ("/v1/answer", "/v1/retrieve"):
+        assert "empty" in fault(service("POST", path, json={"question": "  "}), 422, "invalid_request")
+        assert "1500" in fault(service("POST", path, json={"question": "x" * 1501}), 422, "invalid_request")
+        assert "1 to 4" in fault(service("POST", path, json={"question": "Who?", "top_k": 5}), 422, "invalid_request")
+        fault(service("POST", path, content=b"{", headers={"Content-Type": "application/json"}), 400, "invalid_json")
+        fault(service("GET", path), 405, "method_not_allowed")
+    fault(service("POST", "/v1/answer", json={"question": "x" * 70_000}), 413, "body_too_large")
+    fault(service("GET", "/v2"), 404, "not_found")
+    message = fault(service("POST", "/v1/answer", json={"question": "why " * 200}), 422, "invalid_request")
+    assert "tokens as a prompt" in message
+    assert "context of 160" in message
+
+
+def test_key(artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(Exception, match="INVAR_API_KEY"):
+        Local(build_app(app_args(artifacts, require_api_key=True)))
+    monkeypatch.setenv("INVAR_API_KEY", "sesame")
+    service = Local(build_app(app_args(artifacts)))
+    fault(service("POST", "/v1/answer", json={"question": "Who?"}), 401, "unauthorized")
+    assert service("GET", "/healthz").status_code == 200
+    headers = {"Authorization": "Bearer sesame"}
+    assert service("POST", "/v1/answer", json={"question": "Who?"}, headers=headers).status_code == 200
+
+
+def test_with_a_wrong_index_it_never_becomes_ready(artifacts: Artifacts) -> None:
+    args = app_args(artifacts).model_copy(update={"index_uri": artifacts.generator_uri})
+    service = Local(build_app(args), ready=False)
+    for _ in range(3):
+        fault(service("GET", "/readyz"), 503, "unavailable")
+        time.sleep(0.2)
+
+
+def test_a_slow_generator_times_out_and_a_broken_one_shows_no_trace(artifacts: Artifacts) -> None:
+    class Failing:
+        """Passes the probe at start, then sleeps or fails."""
+
+        max_context, version, calls = 500, "f", 0
+
+        def count_tokens(self, text: str) -> int:
+            return len(text.split())
+
+        def generate(self, prompts: list[str], **options: Any) -> list[Any]:
+            self.calls += 1
+            if self.calls == 2:
+                time.sleep(1.0)
+            if self.calls > 2:
+                raise OSError("secret device name")
+            return []
+
+    args = app_args(artifacts, request_timeout_s=0.4)
+    service = Local(compose(args, generator_loader=lambda uri: Failing()))  # type: ignore[arg-type,return-value]
+    response = service("POST", "/v1/answer", json={"question": "Who?"})
+    fault(response, 504, "timeout")
+    assert response.headers["Retry-After"] == "1"
+    time.sleep(0.8)
+    assert "secret" not in fault(service("POST", "/v1/answer", json={"question": "Who?"}), 500, "internal")
+    assert "secret" not in fault(service("GET", "/readyz"), 503, "unavailable")
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"top_k": 9, "max_top_k": 4},
+        {"retriever_replicas": [3, 2]},
+        {"generator_replicas": [0, 2]},
+        {"max_batch_size": 64, "max_ongoing_requests": 8},
+        {"index_uri": ""},
+        {"unknown": 1},
+    ],
+)
+def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError):
+        AppArgs(**({"index_uri": "i", "generator_uri": "g"} | wrong))
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "config.tiny.yaml"])
+def test_config_files_are_valid_for_serve(name: str) -> None:
+    from ray.serve.schema import ServeDeploySchema
+
+    path = Path(__file__).parents[2] / "serve" / name
+    schema = ServeDeploySchema.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
+    (application,) = schema.applications
+    assert application.import_path == "serve.app:build_app"
+    args = AppArgs.model_validate(application.args)
+    assert schema.http_options.host == "127.0.0.1"
+    built = build_app(args)
+    assert {deployment.name for deployment in application.deployments} <= {
+        "RetrieverDeployment",
+        "GeneratorDeployment",
+        "IngressDeployment",
+    }
+    assert built is not None
+
+
+# On a local Ray, over HTTP.
+
+
+RUNNING: dict[str, Any] = {
+    "num_cpus_per_replica": 0.2,
+    "retriever_replicas": (2, 2),
+    "generator_replicas": (2, 2),
+    "ingress_replicas": (1, 1),
+    "health_check_period_s": 1,
+}
+
+
+@pytest.fixture(scope="module")
+def running(local_ray: Any, artifacts: Artifacts) -> Iterator[str]:
+    url = start(app_args(artifacts, **RUNNING), port=0)
+    try:
+        yield url
+    finally:
+        stop()
+
+
+@pytest.mark.timeout(300)
+def test_over_http(running: str) -> None:
+    answer = ask(running, "When does the ferry leave?", top_k=2)
+    assert answer["passages"][0]["title"] == "Ferry"
+    with pytest.raises(RequestError, match=r"HTTP 422.*1 to 4"):
+        ask(running, "Who?", top_k=9)
+    with pytest.raises(ResourceError, match="cannot reach"):
+        ask("http://127.0.0.1:9", "Who?")
+    response = httpx.post(
+        f"{running}/v1/answer", json={"question": "why " * 200}, headers={"X-Request-ID": "mine-1"}, timeout=60
+    )
+    assert "context of 160" in fault(response, 422, "invalid_request")
+    assert response.headers["X-Request-ID"] == response.json()["error"]["request_id"] == "mine-1"
+
+
+@pytest.mark.timeout(300)
+def test_a_replica_that_dies_costs_no_request(running: str, local_ray: Any) -> None:
+    stopped = False
+    codes: list[int] = []
+
+    def hammer(number: int) -> None:
+        with httpx.Client(timeout=60, trust_env=False) as client:
+            for _ in range(200):
+                if stopped:
+                    return
+                codes.append(client.post(f"{running}/v1/retrieve", json={"question": f"Ferry {number}?"}).status_code)
+
+    with ThreadPoolExecutor(3) as pool:
+        tasks = [pool.submit(hammer, number) for number in range(3)]
+        time.sleep(1.0)
+        os.kill(_replica_pid(local_ray, "RetrieverDeployment"), signal.SIGKILL)
+        time.sleep(4.0)
+        stopped = True
+        for task in tasks:
+            task.result()
+    assert len(codes) > 20
+    assert set(codes) == {200}
+
+
+def _replica_pid(local_ray: Any, deployment: str) -> int:
+    from ray import serve
+
+    replicas = serve.status().applications["invar-ray"].deployments[deployment]
+    assert replicas.status == "HEALTHY"
+    actors = local_ray.util.list_named_actors(all_namespaces=True)
+    name = next(actor["name"] for actor in actors if deployment in actor["name"])
+    handle = local_ray.get_actor(name, namespace="serve")
+    return int(local_ray.get(handle.__ray_call__.remote(lambda replica: os.getpid())))
+
+
+@pytest.mark.timeout(300)
+def test_the_index_changes_in_place(running: str, artifacts: Artifacts) -> None:
+    """A failed change keeps the old index; a good one serves without new replicas."""
+    from ray import serve
+
+    assert serve.status().applications["invar-ray"].status == "RUNNING"
+    for uri, active, has_error in (
+        (artifacts.generator_uri, artifacts.index_uri, True),
+        (artifacts.other_index_uri, artifacts.other_index_uri, False),
+    ):
+        args = app_args(artifacts, **RUNNING)
+        application = build_app(args.model_copy(update={"index_uri": uri}))
+        serve.run(application, name="invar-ray")
+        body = httpx.get(f"{running}/v1/index", timeout=60).json()["index"]
+        assert (body["requested_uri"], body["active_uri"], body["error"] is not None) == (uri, active, has_error)
+    assert ask(running, "What grows in the orchard?", top_k=4)["passages"][0]["title"] != "Orchard"
