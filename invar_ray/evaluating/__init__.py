@@ -1,0 +1,1 @@
+"""The evaluating shell: questions -> hits -> answers -> report, on Ray Data."""

@@ -1,0 +1,142 @@
+"""Questions to hits on Ray Data: the ``hits`` artifact, materialised once for stage 2 and for every table.
+
+``hits.parquet``: a row per question with its wordings, answers and gold documents, and for each wording the passages
+found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from invar_ray.artifacts import Artifact, Building, Plan
+from invar_ray.config import Config
+from invar_ray.progress import Progress
+from invar_ray.retrieval.retriever import open_retriever
+from invar_ray.schema import Example, Hit, Variant, from_table
+from invar_ray.versions import STEPS
+
+_QUESTIONS_PER_BATCH = 64
+HIT_TYPE = pa.struct(
+    [
+        ("passage_id", pa.string()),
+        ("document_id", pa.string()),
+        ("rank", pa.int32()),
+        ("score", pa.float32()),
+        ("title", pa.string()),
+        ("text", pa.string()),
+        ("uri", pa.string()),
+    ]
+)
+"""Arrow type of a :class:`invar_ray.schema.Hit` inside a row."""
+_ROW = pa.schema(
+    [
+        ("question_id", pa.string()),
+        ("wordings", pa.list_(pa.string())),
+        ("answers", pa.list_(pa.string())),
+        ("positive_ids", pa.list_(pa.string())),
+        ("hits", pa.list_(pa.list_(HIT_TYPE))),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class FoundFamily:
+    """A question in all its wordings with what each of them found; the anchor comes first."""
+
+    question_id: str
+    wordings: tuple[str, ...]
+    answers: tuple[str, ...]
+    positive_ids: tuple[str, ...]
+    hits: tuple[tuple[Hit, ...], ...]
+
+
+def hits_plan(config: Config, index: Artifact, questions: Artifact, split: str, top_k: int) -> Plan:
+    """The hits of a split's questions in one index version."""
+    return Plan(
+        kind="hits",
+        name=f"{index.manifest.name}-{split}",
+        config={"split": split, "top_k": top_k},
+        parents={"index": index, "questions": questions},
+        version=STEPS["hits"].version,
+    )
+
+
+def build_hits(building: Building, config: Config, index: Artifact, questions: Artifact) -> None:
+    """Search every wording of every question, on ``scale.embed_workers`` actors of the running Ray."""
+    split, top_k = building.plan.config["split"], building.plan.config["top_k"]
+    examples: list[Example] = from_table(pq.read_table(questions.path(f"{split}.parquet")), Example)
+    families: dict[str, list[str]] = {example.id: [] for example in examples}
+    for variant in from_table(pq.read_table(questions.path(f"{split}_variants.parquet")), Variant):
+        families[variant.question_id].append(variant.text)
+    starts = list(range(0, len(examples), _QUESTIONS_PER_BATCH))
+    blocks = [
+        {
+            "block": number,
+            "wordings": [families[example.id] for example in examples[start : start + _QUESTIONS_PER_BATCH]],
+        }
+        for number, start in enumerate(starts)
+    ]
+    progress = Progress(f"search {split}", len(examples), "questions")
+    stream = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map(
+        SearchBlock,
+        fn_constructor_kwargs={"index_uri": index.uri, "top_k": top_k, "precision": config.model.precision},
+        num_cpus=config.scale.cpus_per_worker,
+        compute=ray.data.ActorPoolStrategy(size=min(config.scale.embed_workers, len(blocks))),
+    )
+    found: dict[int, list[list[list[dict[str, Any]]]]] = {}
+    for row in stream.iter_rows():
+        found[int(row["block"])] = row["hits"]
+        progress.advance(len(row["hits"]))
+    rows = [
+        {
+            "question_id": example.id,
+            "wordings": families[example.id],
+            "answers": list(example.answers),
+            "positive_ids": list(example.positive_ids),
+            "hits": hits,
+        }
+        for example, hits in zip(examples, (hits for number in sorted(found) for hits in found[number]), strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=_ROW), building.path / "hits.parquet")
+    building.info |= {"questions": len(rows), "split": split, "top_k": top_k}
+
+
+def load_hits(artifact: Artifact) -> list[FoundFamily]:
+    """The families of a ``hits`` artifact, in the order of their file."""
+    return [
+        FoundFamily(
+            question_id=row["question_id"],
+            wordings=tuple(row["wordings"]),
+            answers=tuple(row["answers"]),
+            positive_ids=tuple(row["positive_ids"]),
+            hits=tuple(tuple(Hit(**hit) for hit in hits) for hits in row["hits"]),
+        )
+        for row in pq.read_table(artifact.path("hits.parquet")).to_pylist()
+    ]
+
+
+class SearchBlock:
+    """Ray Data actor: opens an index version once, then searches blocks of question families."""
+
+    def __init__(self, index_uri: str, top_k: int, precision: str) -> None:
+        self._retriever = open_retriever(index_uri, precision=precision)
+        self._top_k = top_k
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One block: for each question, for each wording, its hits."""
+        families = [list(wordings) for wordings in row["wordings"]]
+        flat = self._retriever.retrieve([text for family in families for text in family], self._top_k)
+        hits = iter(flat)
+        return {
+            "block": int(row["block"]),
+            "hits": [[[_plain(hit) for hit in next(hits)] for _ in family] for family in families],
+        }
+
+
+def _plain(hit: Hit) -> dict[str, Any]:
+    return {entry.name: getattr(hit, entry.name) for entry in HIT_TYPE}

@@ -1,0 +1,102 @@
+"""The two LoRA adapters.  The only file that imports PEFT.
+
+Adapters are plain PEFT folders (``adapter_config.json``, ``adapter_model.safetensors``).  A model tree carries one
+adapter and is never switched: switching is not thread-safe.  :func:`share_base` gives a second tree over the same base
+tensors.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from pathlib import Path
+
+import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from invar_ray.config import LoraConfig
+from invar_ray.errors import ModelError
+
+_NAME = "default"
+
+
+def new_adapter(base: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
+    """Put a fresh LoRA adapter on ``base`` (in place) and freeze everything else.
+
+    Raises:
+        ModelError: if the base has none of the target modules.
+    """
+    peft_config = PeftLoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        lora_dropout=config.dropout,
+        target_modules=list(config.target_modules),
+        task_type="CAUSAL_LM",
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            return get_peft_model(base, peft_config, adapter_name=_NAME)
+        except ValueError as error:
+            raise ModelError(
+                f"no LoRA adapter fits {type(base).__name__}: {str(error).splitlines()[0]}",
+                action="set lora.target_modules to names of its linear layers",
+            ) from error
+
+
+def load_adapter(base: PreTrainedModel, folder: Path, *, merge: bool = False) -> PreTrainedModel:
+    """``base`` with the adapter of ``folder``, for inference.
+
+    Args:
+        base: taken over: with ``merge`` its tensors change.
+        folder: a PEFT folder.
+        merge: fold the update into the weights (faster; equal up to rounding). Only on a copy that nothing else uses.
+
+    Raises:
+        ModelError: if the folder is no PEFT folder or does not fit the base.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} has no adapter_config.json", expected="a PEFT folder")
+    try:
+        model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+    except (ValueError, RuntimeError) as error:
+        raise ModelError(
+            f"the adapter in {folder} does not fit the base ({str(error).splitlines()[0]})",
+            action="use the base that its adapter_config.json names",
+        ) from error
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    plain = model.merge_and_unload() if merge else model.get_base_model()
+    return plain.eval()
+
+
+def save_adapter(model: PeftModel, state: dict[str, Tensor], folder: Path, base_name: str) -> None:
+    """Write a plain PEFT folder.
+
+    Args:
+        model: carries the adapter's configuration.
+        state: the adapter's weights, complete, named as in ``model``.
+        folder: created.
+        base_name: recorded as ``base_model_name_or_path``.
+    """
+    model.peft_config[_NAME].base_model_name_or_path = base_name
+    folder.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(str(folder), selected_adapters=[_NAME], state_dict=state)
+    nested = folder / _NAME
+    if nested.is_dir():
+        for path in nested.iterdir():
+            shutil.move(str(path), folder / path.name)
+        nested.rmdir()
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card template is empty of content
+
+
+def share_base(base: PreTrainedModel) -> PreTrainedModel:
+    """A second module tree over the same tensors: memory for one base, one adapter on each tree, served
+    concurrently.
+    """
+    memo: dict[int, Tensor] = {id(parameter): parameter for parameter in base.parameters()}
+    memo |= {id(buffer): buffer for buffer in base.buffers()}
+    return copy.deepcopy(base, memo)

@@ -1,0 +1,233 @@
+"""Texts in, unit vectors out: the bi-encoder on a base with the ``retriever`` adapter.
+
+Shape legend: N texts, T tokens, H hidden size, D embedding size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from invar_ray.artifacts import Store, digest
+from invar_ray.config import CoarseConfig, ModelConfig
+from invar_ray.models.adapters import load_adapter
+from invar_ray.models.batching import Vectors, encode_in_batches, pad_right
+from invar_ray.models.coarse import CoarseEncoder
+from invar_ray.models.locate import BaseRef, open_base
+from invar_ray.models.pooling import Pooling, pool
+from invar_ray.text.prompts import format_passage, format_query
+
+PROJECTION_FILE = "projection.safetensors"
+DEFAULT_TOKENS_PER_BATCH = 8192
+
+
+class TextEncoder(Protocol):
+    """What an index needs of an encoder."""
+
+    dimension: int
+    fingerprint: str
+
+    def encode_queries(self, questions: Sequence[str]) -> Vectors:
+        """[N, D] unit rows, in the order given."""
+        ...
+
+    def encode_passages(self, passages: Sequence[tuple[str, str]]) -> Vectors:
+        """[N, D] unit rows for (title, text) pairs, in the order given."""
+        ...
+
+
+@dataclass(frozen=True)
+class EncoderSpec:
+    """Everything that decides an encoder's vectors; travels to workers and into manifests as JSON.
+
+    Attributes:
+        kind: ``llm`` (base with or without adapter) or ``coarse`` (MiniLM).
+        base: the resolved base; for ``coarse`` its location is the model's name.
+        adapter: ref of the adapter artifact below the store's root, or ``None`` for the bare base.
+        adapter_fingerprint: of that artifact.
+    """
+
+    kind: str
+    base: BaseRef
+    adapter: str | None
+    adapter_fingerprint: str | None
+    pooling: Pooling
+    projection_dim: int | None
+    query_prefix: str
+    passage_prefix: str
+    query_max_tokens: int
+    passage_max_tokens: int
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the vectors; independent of where things are stored."""
+        values = asdict(self)
+        values["base"] = self.base.fingerprint
+        del values["adapter"]
+        return digest(values)
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON-able description; :meth:`from_json` reads it back."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(values: dict[str, Any]) -> EncoderSpec:
+        """Inverse of :meth:`to_json`."""
+        return EncoderSpec(**{**values, "base": BaseRef(**values["base"])})
+
+
+def llm_spec(config: ModelConfig, base: BaseRef, adapter: tuple[str, str] | None = None) -> EncoderSpec:
+    """Describe the bi-encoder of a base; ``adapter`` is (ref, fingerprint) of a ``retriever`` artifact."""
+    return EncoderSpec(
+        kind="llm",
+        base=base,
+        adapter=adapter[0] if adapter else None,
+        adapter_fingerprint=adapter[1] if adapter else None,
+        pooling=config.pooling,
+        # An untrained projection would be noise: the bare base is compared without it.
+        projection_dim=config.projection_dim if adapter else None,
+        query_prefix=config.query_prefix,
+        passage_prefix=config.passage_prefix,
+        query_max_tokens=config.query_max_tokens,
+        passage_max_tokens=config.passage_max_tokens,
+    )
+
+
+def coarse_spec(config: CoarseConfig) -> EncoderSpec:
+    """Describe the coarse encoder (MiniLM): mean pooling, no prefixes."""
+    return EncoderSpec(
+        kind="coarse",
+        base=BaseRef(config.model, None, digest({"coarse": config.model})),
+        adapter=None,
+        adapter_fingerprint=None,
+        pooling="mean",
+        projection_dim=None,
+        query_prefix="",
+        passage_prefix="",
+        query_max_tokens=config.max_tokens,
+        passage_max_tokens=config.max_tokens,
+    )
+
+
+def open_encoder(spec: EncoderSpec, store: Store, *, precision: str = "fp32", device: str = "cpu") -> TextEncoder:
+    """Load what ``spec`` describes; the adapter is merged into a private copy of the base.
+
+    Raises:
+        ModelError, ArtifactError: if base or adapter cannot be loaded.
+    """
+    if spec.kind == "coarse":
+        return CoarseEncoder(spec.base.location, spec.query_max_tokens, spec.fingerprint, device=device)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    model, tokenizer = open_base(spec.base, store, dtype)
+    projection: Tensor | None = None
+    if spec.adapter is not None:
+        folder = store.open(spec.adapter, "retriever").path("adapter")
+        model = load_adapter(model, folder, merge=True)
+        if spec.projection_dim is not None:
+            projection = load_projection(folder)
+    module = BiEncoder(model, spec.pooling, spec.projection_dim)
+    if projection is not None and module.projection is not None:
+        module.projection.weight.data.copy_(projection)
+    return Encoder(module.to(device), tokenizer, spec)
+
+
+def load_projection(folder: Path) -> Tensor:
+    """[D, H] projection stored beside a PEFT folder."""
+    return load_file(folder / PROJECTION_FILE)["weight"]
+
+
+class BiEncoder(nn.Module):
+    """Base (with or without adapter) -> pooled, optionally projected, unit vectors.
+
+    Queries and passages share all weights (METHOD "Bi-encoder").  Encoding goes through ``causal_lm.model``: no logits.
+    """
+
+    def __init__(self, causal_lm: PreTrainedModel, pooling: Pooling, projection_dim: int | None = None) -> None:
+        super().__init__()
+        self.causal_lm = causal_lm
+        self.pooling: Pooling = pooling
+        width = int(causal_lm.config.hidden_size)
+        self.projection = None if projection_dim is None else nn.Linear(width, projection_dim, bias=False)
+        self.dimension = projection_dim or width
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """[N, T] token ids and mask -> [N, D] unit rows in float32."""
+        hidden = self.causal_lm.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state  # [N, T, H]
+        pooled = pool(hidden, attention_mask, self.pooling)  # [N, H]
+        if self.projection is not None:
+            pooled = self.projection(pooled)
+        return functional.normalize(pooled.float(), dim=-1)
+
+
+class Encoder:
+    """A bi-encoder with its tokenizer and prompts; implements :class:`TextEncoder`.
+
+    Args:
+        module: on its device, in its precision.
+        tokenizer: of the base.
+        spec: prefixes, lengths and the fingerprint.
+        tokens_per_batch: padding included.
+    """
+
+    def __init__(
+        self,
+        module: BiEncoder,
+        tokenizer: PreTrainedTokenizerBase,
+        spec: EncoderSpec,
+        tokens_per_batch: int = DEFAULT_TOKENS_PER_BATCH,
+    ) -> None:
+        self.module = module.eval()
+        self.tokenizer = tokenizer
+        self.spec = spec
+        self.tokens_per_batch = tokens_per_batch
+        self.dimension = module.dimension
+        self.fingerprint = spec.fingerprint
+
+    def encode_queries(self, questions: Sequence[str]) -> Vectors:
+        """[N, D] unit rows for questions, in the order given."""
+        return self._encode(query_ids(self.tokenizer, questions, self.spec))
+
+    def encode_passages(self, passages: Sequence[tuple[str, str]]) -> Vectors:
+        """[N, D] unit rows for (title, text) pairs, in the order given."""
+        return self._encode(passage_ids(self.tokenizer, passages, self.spec))
+
+    def _encode(self, ids: list[list[int]]) -> Vectors:
+        device = next(self.module.parameters()).device
+
+        def forward(rows: list[list[int]]) -> Tensor:
+            tokens, mask = pad_right(rows, int(self.tokenizer.pad_token_id))
+            return self.module(tokens.to(device), mask.to(device))
+
+        return encode_in_batches(ids, forward, self.dimension, self.tokens_per_batch)
+
+
+def query_ids(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], spec: EncoderSpec) -> list[list[int]]:
+    """Token ids of formatted queries, each ending in the end token, which truncation keeps."""
+    texts = [format_query(question, spec.query_prefix) for question in questions]
+    return _ids_with_eos(tokenizer, texts, spec.query_max_tokens)
+
+
+def passage_ids(
+    tokenizer: PreTrainedTokenizerBase, passages: Sequence[tuple[str, str]], spec: EncoderSpec
+) -> list[list[int]]:
+    """Token ids of formatted (title, text) passages, each ending in the end token."""
+    texts = [format_passage(title, text, spec.passage_prefix) for title, text in passages]
+    return _ids_with_eos(tokenizer, texts, spec.passage_max_tokens)
+
+
+def _ids_with_eos(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> list[list[int]]:
+    if not texts:
+        return []
+    eos = int(tokenizer.eos_token_id)
+    rows = tokenizer(texts, truncation=True, max_length=max_tokens - 1, return_attention_mask=False)["input_ids"]
+    return [row if row and row[-1] == eos else [*row, eos] for row in rows]

@@ -1,0 +1,181 @@
+"""From a name to a model: the embedded base, a folder, or a model hub's name.
+
+``builtin:tiny`` is built once and stored as an artifact of kind ``model``; folders and hub names are used where they
+are. Every model is loaded as a causal LM, so that both adapters fit the same base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from invar_ray.artifacts import Artifact, Building, Plan, Store, digest, open_artifact
+from invar_ray.config import Config, ModelConfig, to_dict
+from invar_ray.errors import ModelError
+from invar_ray.models.tiny import build_tiny
+from invar_ray.versions import STEPS
+
+BUILTIN = "builtin:tiny"
+_ARTIFACT = "artifact:"
+
+
+@dataclass(frozen=True)
+class BaseRef:
+    """A resolved base model, small enough to travel to workers and into manifests.
+
+    Attributes:
+        location: ``artifact:<ref>`` below the store's root, a folder, or a hub name.
+        revision: commit of a hub name.
+        fingerprint: changes whenever the weights or the tokenizer could.
+    """
+
+    location: str
+    revision: str | None
+    fingerprint: str
+
+    def folder_or_name(self, store: Store) -> str:
+        """What ``from_pretrained`` takes, on this node."""
+        if self.location.startswith(_ARTIFACT):
+            return str(store.open(self.location.removeprefix(_ARTIFACT), "model").path())
+        return self.location
+
+
+def base_plan(config: Config) -> Plan:
+    """The artifact of the embedded base."""
+    return Plan(
+        kind="model",
+        name="tiny",
+        config={"tiny": to_dict(config.model.tiny), "seed": config.seed},
+        version=STEPS["model"].version,
+    )
+
+
+def build_base(building: Building, config: Config) -> None:
+    """Write the embedded base into an artifact under construction."""
+    model, tokenizer = build_tiny(config.model.tiny, config.seed)
+    model.save_pretrained(building.path)
+    tokenizer.save_pretrained(building.path)
+    building.info["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+
+
+def resolve_base(config: ModelConfig, tiny: Artifact | None) -> BaseRef:
+    """Find the base without loading it.
+
+    Args:
+        config: names it.
+        tiny: the artifact of the embedded base, where ``config.base`` is ``builtin:tiny``.
+
+    Raises:
+        ModelError: if a folder lacks its files.
+    """
+    if config.base == BUILTIN:
+        if tiny is None:
+            raise ModelError("the embedded base has not been built", action="run python -m jobs.run_pipeline")
+        return BaseRef(f"{_ARTIFACT}{tiny.ref}", None, tiny.fingerprint)
+    folder = Path(config.base).expanduser()
+    if folder.is_dir():
+        return BaseRef(str(folder.resolve()), None, _folder_fingerprint(folder))
+    if config.base.startswith((".", "/", "~")):
+        raise ModelError(f"no folder {config.base!r}", expected="a folder with config.json, tokenizer and safetensors")
+    return BaseRef(config.base, config.revision, digest({"name": config.base, "revision": config.revision}))
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer with an end token and a padding token (the end token where the model has none).
+
+    Raises:
+        ModelError: if it cannot be loaded or has no end token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _unresolved(source, error) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {source!r} has no end token", expected="an eos_token, which queries and passages end in"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(source: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A LLaMA-family causal LM in evaluation mode, in exactly ``dtype`` (weights stored as bf16 would otherwise stay
+    so, which is about ten times slower on CPUs).
+
+    Raises:
+        ModelError: if it cannot be loaded, or has no ``.model`` that gives hidden states.
+    """
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise _unresolved(source, error) from error
+    if not hasattr(model, "model") or not hasattr(model.model, "embed_tokens"):
+        raise ModelError(
+            f"{source!r} is a {type(model).__name__}",
+            expected="a LLaMA-family causal LM (LLaMA, SmolLM, Mistral, Qwen ..)",
+        )
+    return model.eval()
+
+
+def open_base(uri_or_ref: BaseRef, store: Store, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer of a resolved base; errors as :func:`load_causal_lm`."""
+    source = uri_or_ref.folder_or_name(store)
+    return (
+        load_causal_lm(source, revision=uri_or_ref.revision, dtype=dtype),
+        load_tokenizer(source, uri_or_ref.revision),
+    )
+
+
+def open_generator(generator_uri: str) -> Any:
+    """The generator of an adapter artifact, ready to answer.
+
+    Args:
+        generator_uri: artifact of kind ``generator``; base and settings come from its manifest.
+
+    Returns:
+        A :class:`invar_ray.models.generator.Generator` whose ``version`` is the artifact's fingerprint.
+
+    Raises:
+        ArtifactError: if the artifact cannot be used.  ModelError: if its base is gone or changed.
+    """
+    from invar_ray.models.adapters import load_adapter
+    from invar_ray.models.generator import Generator
+
+    artifact = open_artifact(generator_uri, "generator")
+    artifact.verify()
+    base = BaseRef(**artifact.info["base"])
+    model, tokenizer = open_base(base, artifact.store)
+    generator = Generator(load_adapter(model, artifact.path("adapter")), tokenizer, artifact.info["max_context"])
+    generator.version = artifact.fingerprint
+    return generator
+
+
+def _folder_fingerprint(folder: Path) -> str:
+    names = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".model", ".txt"})
+    if not any(path.name == "config.json" for path in names):
+        raise ModelError(f"{folder} has no config.json", expected="a folder written by save_pretrained")
+    parts = {}
+    for path in names:
+        with open(path, "rb") as stream:
+            # A safetensors header lists every tensor; weights of tens of gigabytes are sampled, not read.
+            content = stream.read(1 << 20)
+            stream.seek(max(0, path.stat().st_size - (1 << 20)))
+            parts[path.name] = [path.stat().st_size, hashlib.sha256(content + stream.read()).hexdigest()]
+    return digest(json.loads(json.dumps(parts)))
+
+
+def _unresolved(source: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"cannot load {source!r} ({str(error).splitlines()[0]})",
+        expected="a folder with config.json, tokenizer files and safetensors weights, or a hub name that is cached or "
+        "reachable",
+        action="download it on a machine with network (hf download NAME --local-dir DIR) and set model.base=DIR, "
+        "or use model.base=builtin:tiny; invar-ray doctor checks this",
+    )

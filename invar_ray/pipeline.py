@@ -1,0 +1,266 @@
+"""Corpus to served index, step by step; each step is skipped when its artifact stands.
+
+A :class:`Pipeline` is the dependency graph of a run: asking it for an artifact makes what is missing, and nothing
+else.  The demo, the jobs and the command line all call it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import time
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from invar_ray.artifacts import Artifact, Building, Plan, Store
+from invar_ray.config import Config, ServeConfig
+from invar_ray.evaluating.evaluate import System, build_report, report_plan
+from invar_ray.evaluating.hits import build_hits, hits_plan
+from invar_ray.evaluation.report import Report, read_report, write_report
+from invar_ray.indexing.embed import build_vectors, vectors_plan
+from invar_ray.indexing.passages import build_passages, passages_plan
+from invar_ray.indexing.questions import build_questions, questions_plan
+from invar_ray.indexing.trainset import build_trainset, trainset_plan
+from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec
+from invar_ray.models.locate import BUILTIN, BaseRef, base_plan, build_base, load_tokenizer, resolve_base
+from invar_ray.retrieval.index import build_index
+from invar_ray.session import RaySession
+from invar_ray.training.trainer import encoder_of, generator_plan, retriever_plan, train_generator, train_retriever
+from invar_ray.versions import STEPS
+
+
+class Pipeline:
+    """All artifacts of a run, made on demand.
+
+    Args:
+        config: the run.
+        quiet: print nothing.
+
+    Use as a context manager: leaving it stops the Ray that it started.
+    """
+
+    def __init__(self, config: Config, *, quiet: bool = False) -> None:
+        self.config = config
+        self.store = Store(config.storage.root_uri)
+        self.session = RaySession(config.scale)
+        self.seconds: dict[str, float] = {}
+        self.reused: list[str] = []
+        self._quiet = quiet
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.session.close()
+
+    @cached_property
+    def base(self) -> BaseRef:
+        """The base model, resolved (the embedded one is built)."""
+        tiny = None
+        if self.config.model.base == BUILTIN:
+            tiny = self._step("base model", base_plan(self.config), lambda building: build_base(building, self.config))
+        return resolve_base(self.config.model, tiny)
+
+    @cached_property
+    def questions(self) -> Artifact:
+        """Questions of both splits with their rewordings."""
+        return self._step(
+            "questions", questions_plan(self.config), lambda building: build_questions(building, self.config)
+        )
+
+    @cached_property
+    def passages(self) -> Artifact:
+        """The corpus, cut into passages."""
+        questions = self.questions if self.config.corpus.distractors is not None else None
+        tokenizer = load_tokenizer(self.base.folder_or_name(self.store), self.base.revision)
+        return self._step(
+            "passages",
+            passages_plan(self.config, self.base, questions),
+            lambda building: build_passages(building, self.config, tokenizer, questions),
+        )
+
+    @cached_property
+    def coarse_index(self) -> Artifact:
+        """MiniLM's index: the teacher's view, and a baseline."""
+        return self._index("minilm", coarse_spec(self.config.coarse), None)
+
+    @cached_property
+    def base_index(self) -> Artifact:
+        """The index of the base without adapter: what negatives are mined from, and the row that training must beat."""
+        return self._index("base", llm_spec(self.config.model, self.base), None)
+
+    @cached_property
+    def trainset(self) -> Artifact:
+        """What stage 1 trains on."""
+        parents = self.passages, self.questions, self.base_index, self.coarse_index.parent("vectors")
+        return self._step(
+            "training set",
+            trainset_plan(self.config, *parents),
+            lambda building: build_trainset(building, self.config, *parents),
+        )
+
+    @cached_property
+    def retriever(self) -> Artifact:
+        """The stage-1 adapter."""
+        trainset, base = self.trainset, self.base
+        return self._step(
+            "stage 1: retriever",
+            retriever_plan(self.config, base, trainset),
+            lambda building: train_retriever(building, self.config, base, trainset),
+            on_ray=True,
+        )
+
+    @cached_property
+    def index(self) -> Artifact:
+        """The index that is served: all passages under the stage-1 adapter."""
+        return self._index("retriever", encoder_of(self.retriever), self.retriever)
+
+    @cached_property
+    def generator(self) -> Artifact:
+        """The stage-2 adapter, trained on what the served index retrieves."""
+        hits, base = self.hits(self.index, "train"), self.base
+        return self._step(
+            "stage 2: generator",
+            generator_plan(self.config, base, hits),
+            lambda building: train_generator(building, self.config, base, hits),
+            on_ray=True,
+        )
+
+    @cached_property
+    def report(self) -> Artifact:
+        """Base, stage 1 and both stages on the dev questions."""
+        systems = []
+        if self.config.evaluation.coarse_baseline:
+            systems.append(System("MiniLM", self.hits(self.coarse_index, "dev"), None))
+        answers = self.config.evaluation.num_answers > 0
+        systems.append(System("base", self.hits(self.base_index, "dev"), "" if answers else None, True))
+        trained = self.hits(self.index, "dev")
+        systems.append(System("stage 1", trained, "" if answers else None))
+        if answers:
+            systems.append(System("both stages", trained, self.generator, True))
+        dataset = self.config.questions.dev_uri.rpartition("/")[2].removesuffix(".gz").removesuffix(".jsonl")
+        return self._step(
+            "report",
+            report_plan(self.config, systems),
+            lambda building: build_report(building, self.config, self.base, systems, dataset),
+            on_ray=True,
+        )
+
+    def hits(self, index: Artifact, split: str) -> Artifact:
+        """What a split's questions retrieve from an index version."""
+        top_k = self.config.evaluation.top_k if split == "dev" else self.config.generator.top_k
+        return self._step(
+            f"hits of {split} questions in the {index.manifest.name} index",
+            hits_plan(self.config, index, self.questions, split, top_k),
+            lambda building: build_hits(building, self.config, index, self.questions),
+            on_ray=True,
+        )
+
+    def index_with(self, adapter: Artifact) -> Artifact:
+        """An index of this run's passages under a given stage-1 adapter."""
+        return self._index("retriever", encoder_of(adapter), adapter)
+
+    def run(self) -> Report:
+        """Everything up to the report; times of the steps that ran are in it."""
+        artifact = self.report
+        measured = read_report(artifact.path("report.json"))
+        meta = {
+            "index": self.index.uri,
+            "report": artifact.uri,
+            "seed": self.config.seed,
+            "reused": self.reused,
+        }
+        if self.config.evaluation.num_answers > 0:
+            meta["generator"] = self.generator.uri
+        return Report(rows=measured.rows, seconds=dict(self.seconds), answer=None, meta=meta)
+
+    def _index(self, name: str, spec: EncoderSpec, adapter: Artifact | None) -> Artifact:
+        passages = self.passages
+        vectors = self._step(
+            f"embed passages ({name})",
+            vectors_plan(self.config, passages, spec, name, adapter),
+            lambda building: build_vectors(building, self.config, passages, spec),
+            on_ray=True,
+            resumable=True,
+        )
+        factory = self.config.index.factory
+        plan = Plan(
+            kind="index",
+            name=name,
+            config={"factory": factory},
+            parents={"vectors": vectors, "passages": passages},
+            version=STEPS["index"].version,
+        )
+        return self._step(f"index ({name})", plan, lambda building: build_index(building, vectors, passages, factory))
+
+    def _step(
+        self,
+        label: str,
+        plan: Plan,
+        body: Callable[[Building], None],
+        *,
+        on_ray: bool = False,
+        resumable: bool = False,
+    ) -> Artifact:
+        started = time.monotonic()
+
+        def timed(building: Building) -> None:
+            self._say(f"{label} ...")
+            if on_ray:
+                self.session.ensure()
+            body(building)
+
+        artifact, reused = self.store.get_or_build(plan, timed, resumable=resumable)
+        if reused:
+            if label not in self.reused:
+                self.reused.append(label)
+                self._say(f"{label}: re-used {artifact.ref}")
+        else:
+            self.seconds[label] = round(time.monotonic() - started, 2)
+            self._say(f"{label}: {self.seconds[label]:.1f} s -> {artifact.ref}")
+        return artifact
+
+    def _say(self, text: str) -> None:
+        if not self._quiet:
+            print(text, file=sys.stderr, flush=True)
+
+
+def start_service(index: Artifact, generator: Artifact, serve: ServeConfig, *, blocking: bool = False) -> str:
+    """Serve an index and a generator on the connected Ray; returns the address (after Ctrl-C, if ``blocking``).
+
+    Raises:
+        MixedArtifactsError: if they were not made for each other.  ResourceError: if it does not start.
+    """
+    app = _service()
+    args = app.AppArgs(
+        index_uri=index.uri,
+        generator_uri=generator.uri,
+        retriever_replicas=serve.retriever_replicas,
+        generator_replicas=serve.generator_replicas,
+        num_gpus_per_replica=serve.num_gpus_per_replica,
+        num_cpus_per_replica=serve.num_cpus_per_replica,
+        top_k=serve.top_k,
+        max_new_tokens=generator.info["max_new_tokens"],
+    )
+    address: str = app.start(args, host=serve.host, port=serve.port, blocking=blocking)
+    return address
+
+
+def stop_service() -> None:
+    """Stop what :func:`start_service` started."""
+    _service().stop()
+
+
+def finish_report(report: Report, folder: Path) -> Path:
+    """Write ``report.json`` at the top of a run's folder."""
+    return write_report(report, folder / "report.json")
+
+
+def _service() -> Any:
+    # serve/ is a top level package of its own, above this one: it is started by name.
+    return importlib.import_module("serve.app")

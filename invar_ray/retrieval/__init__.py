@@ -1,0 +1,1 @@
+"""Search: index, retriever, mined negatives, and answers from what was retrieved."""

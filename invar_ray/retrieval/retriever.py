@@ -1,0 +1,138 @@
+"""Question in, hits out: an index version together with the encoder that made it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow.parquet as pq
+
+from invar_ray.artifacts import Artifact, Store, open_artifact
+from invar_ray.errors import MixedArtifactsError, RequestError
+from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder
+from invar_ray.retrieval.index import Index, check_probes, load_index
+from invar_ray.schema import Hit, Passage, from_table
+
+
+class Passages:
+    """Row number -> passage, over the ``passages`` artifact's memory-mapped Parquet."""
+
+    def __init__(self, artifact: Artifact) -> None:
+        self._table = pq.read_table(artifact.path("passages.parquet"), memory_map=True).combine_chunks()
+        self.fingerprint = artifact.fingerprint
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def rows(self, rows: Sequence[int]) -> list[Passage]:
+        """The passages in these rows, in this order."""
+        passages: list[Passage] = from_table(self._table.take(list(rows)), Passage)
+        return passages
+
+    def ids(self) -> list[str]:
+        """All passage ids, in row order."""
+        ids: list[str] = self._table.column("id").to_pylist()
+        return ids
+
+    def document_ids(self) -> list[str]:
+        """The document of each row."""
+        ids: list[str] = self._table.column("document_id").to_pylist()
+        return ids
+
+
+class Retriever:
+    """Searches one index version with its own encoder.
+
+    Args:
+        encoder: made the index (checked by :func:`open_retriever`).
+        index: rows = ``passages``.
+        version: fingerprint of the index artifact.
+    """
+
+    def __init__(self, encoder: TextEncoder, index: Index, passages: Passages, version: str) -> None:
+        self.encoder = encoder
+        self.index = index
+        self.passages = passages
+        self.version = version
+
+    @property
+    def versions(self) -> dict[str, str]:
+        """What answers carry, so that they can be traced."""
+        return {"index": self.version, "encoder": self.encoder.fingerprint, "passages": self.passages.fingerprint}
+
+    def retrieve(self, questions: Sequence[str], top_k: int) -> list[list[Hit]]:
+        """The best passages for each question, best first; ties keep the index's order.
+
+        Raises:
+            RequestError: if ``top_k`` is below 1.
+        """
+        if top_k < 1:
+            raise RequestError(f"top_k is {top_k}", expected="1 or more")
+        if not questions:
+            return []
+        scores, rows = self.index.search(self.encoder.encode_queries(questions), top_k)
+        results = []
+        for question_scores, question_rows in zip(scores, rows, strict=True):
+            kept = [
+                (float(score), int(row)) for score, row in zip(question_scores, question_rows, strict=True) if row >= 0
+            ]
+            found = self.passages.rows([row for _, row in kept])
+            results.append(
+                [
+                    Hit(
+                        passage_id=passage.id,
+                        document_id=passage.document_id,
+                        rank=rank,
+                        score=score,
+                        title=passage.title,
+                        text=passage.text,
+                        uri=passage.uri,
+                    )
+                    for rank, ((score, _), passage) in enumerate(zip(kept, found, strict=True), start=1)
+                ]
+            )
+        return results
+
+
+def open_retriever(
+    index_uri: str, *, adapter_uri: str | None = None, precision: str = "fp32", device: str = "cpu"
+) -> Retriever:
+    """Load an index version and the encoder that its manifest names.
+
+    Args:
+        index_uri: artifact of kind ``index``.
+        adapter_uri: the ``retriever`` adapter that the caller means to use; refused unless it made the index.
+
+    Raises:
+        ArtifactError: if an artifact is missing, incomplete or damaged.
+        MixedArtifactsError: if index, encoder, adapter or passages do not belong together.
+    """
+    artifact = open_artifact(index_uri, "index")
+    spec = EncoderSpec.from_json(artifact.info["encoder"])
+    if adapter_uri is not None:
+        _same_adapter(artifact, spec, open_artifact(adapter_uri, "retriever"))
+    index = load_index(artifact)
+    passages = artifact.parent("passages")
+    passages.verify()
+    rows = Passages(passages)
+    if len(rows) != index.size:
+        raise MixedArtifactsError(
+            f"{artifact.uri} holds {index.size} vectors, its passages {len(rows)} rows",
+            action="reindex (python -m jobs.reindex)",
+        )
+    encoder = open_encoder(spec, artifact.store, precision=precision, device=device)
+    check_probes(artifact, encoder)
+    return Retriever(encoder, index, rows, artifact.fingerprint)
+
+
+def open_encoder_of(index: Artifact, store: Store) -> TextEncoder:
+    """The encoder that an index's manifest names."""
+    return open_encoder(EncoderSpec.from_json(index.info["encoder"]), store)
+
+
+def _same_adapter(index: Artifact, spec: EncoderSpec, adapter: Artifact) -> None:
+    if spec.adapter_fingerprint != adapter.fingerprint:
+        made_by = f"adapter {spec.adapter_fingerprint}" if spec.adapter_fingerprint else "the base without an adapter"
+        raise MixedArtifactsError(
+            f"{index.uri} was made by {made_by}, not by adapter {adapter.fingerprint} ({adapter.uri})",
+            action="reindex with this adapter (python -m jobs.reindex), or serve the index with its own",
+        )

@@ -1,0 +1,77 @@
+"""A Ray to run on: the cluster that is there, or a local one for the length of a run."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import tempfile
+from types import TracebackType
+
+import ray
+
+from invar_ray.config import ScaleConfig
+
+_WORKER_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Libraries' own progress bars and notices would drown a run's.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
+    "DS_LOG_LEVEL": "error",
+}
+
+
+class RaySession:
+    """Connects to Ray when first needed, and stops what it started.
+
+    With ``scale.ray_address`` or the environment's ``RAY_ADDRESS`` (set inside ``ray job submit``) it joins that
+    cluster and leaves it running; otherwise it starts a local Ray with its own ports and folder, on loopback, and
+    stops it at the end.
+    """
+
+    def __init__(self, scale: ScaleConfig) -> None:
+        self._scale = scale
+        self._started = False
+        self._folder: str | None = None
+
+    def ensure(self) -> None:
+        """Connect unless connected."""
+        if ray.is_initialized():
+            return
+        # 60 s, Ray's default, is exceeded on loaded machines; the controller reads it from this environment.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(self._scale.worker_timeout_s))
+        address = self._scale.ray_address or os.environ.get("RAY_ADDRESS")
+        if address:
+            ray.init(address=address, ignore_reinit_error=True, log_to_driver=True)
+        else:
+            self._folder = tempfile.mkdtemp(prefix="invar-ray-")
+            ray.init(
+                num_cpus=self._scale.local_num_cpus,
+                include_dashboard=False,
+                log_to_driver=True,
+                logging_level="warning",
+                _temp_dir=self._folder,
+                runtime_env={"env_vars": _WORKER_ENV},
+            )
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        self._started = True
+
+    def close(self) -> None:
+        """Disconnect, and stop a Ray that :meth:`ensure` started."""
+        if self._started:
+            ray.shutdown()
+            self._started = False
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
+
+    def __enter__(self) -> RaySession:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,1 @@
+"""The training shell: one Ray Train + DeepSpeed loop for both stages."""

@@ -1,0 +1,114 @@
+"""What stage 2 trains on: prompts with retrieved passages, and the answers that they end in.
+
+Everything about a step follows from (seed, step), as in stage 1.  Shape legend: B sequences, T tokens.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from invar_ray.artifacts import Artifact
+from invar_ray.config import GeneratorConfig
+from invar_ray.losses.answer import IGNORED
+from invar_ray.text.answers import contains_answer
+from invar_ray.text.prompts import REFUSAL, fit_prompt, format_target
+
+_SEED_STRIDE = 1_000_003
+
+
+@dataclass(frozen=True)
+class PromptAndTarget:
+    """A prompt and the text that must follow it."""
+
+    prompt: str
+    target: str
+
+
+class HitSet:
+    """A ``hits`` artifact in memory: for each training question its wordings and the passages each of them
+    retrieved.
+    """
+
+    def __init__(self, artifact: Artifact) -> None:
+        rows: list[dict[str, Any]] = pq.read_table(artifact.path("hits.parquet")).to_pylist()
+        self.rows = rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def sequence(
+        self, number: int, config: GeneratorConfig, tokenizer: PreTrainedTokenizerBase, rng: random.Random
+    ) -> PromptAndTarget:
+        """One training sequence; what varies (METHOD "Stage 2") is drawn from ``rng``.
+
+        The target names the first passage that holds the answer; where none does, the target is the fixed refusal.
+        """
+        row = self.rows[number]
+        wording = rng.randrange(len(row["wordings"])) if config.use_rewrites else 0
+        passages = [(hit["title"], hit["text"]) for hit in row["hits"][wording][: config.top_k]]
+        answers: list[str] = row["answers"]
+        if rng.random() < config.distractor_share:
+            passages = [passage for passage in passages if not _holds(passage, answers)]
+        elif config.vary_top_k and len(passages) > 1:
+            keep = rng.randint(1, len(passages))
+            gold = next((passage for passage in passages if _holds(passage, answers)), None)
+            passages = passages[:keep]
+            if gold is not None and gold not in passages:
+                passages[-1] = gold
+        if config.shuffle_passages:
+            rng.shuffle(passages)
+        budget = config.max_tokens - config.max_new_tokens
+        fitted = fit_prompt(row["wordings"][wording], passages, lambda text: len(tokenizer(text)["input_ids"]), budget)
+        place = next((index for index, passage in enumerate(fitted.passages, 1) if _holds(passage, answers)), None)
+        target = REFUSAL if place is None else format_target(answers[0], place)
+        return PromptAndTarget(fitted.prompt, target)
+
+    def step_rows(self, seed: int, step: int, size: int) -> list[int]:
+        """Numbers of the questions of a step: epochs of shuffled passes, without gaps."""
+        total = len(self.rows)
+        wanted: list[int] = []
+        position = step * size
+        while len(wanted) < size:
+            epoch, offset = divmod(position + len(wanted), total)
+            order = list(range(total))
+            random.Random(seed * _SEED_STRIDE + epoch).shuffle(order)
+            wanted += order[offset : offset + size - len(wanted)]
+        return wanted
+
+
+def tokenize_sequences(
+    sequences: Sequence[PromptAndTarget], tokenizer: PreTrainedTokenizerBase, max_tokens: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Token ids [B, T], mask [B, T] and labels [B, T] (``IGNORED`` outside the target), padded right.
+
+    The target ends in the end token; a prompt that leaves it too little room loses tokens from its left, which
+    :func:`invar_ray.text.prompts.fit_prompt` makes rare.
+    """
+    eos = int(tokenizer.eos_token_id)
+    rows: list[tuple[list[int], int]] = []
+    for sequence in sequences:
+        prompt = tokenizer(sequence.prompt)["input_ids"]
+        target = [*tokenizer(f" {sequence.target}", add_special_tokens=False)["input_ids"], eos][:max_tokens]
+        prompt = prompt[max(0, len(prompt) + len(target) - max_tokens) :]
+        rows.append(([*prompt, *target], len(prompt)))
+    width = max(len(ids) for ids, _ in rows)
+    ids_tensor = torch.full((len(rows), width), int(tokenizer.pad_token_id), dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.long)
+    labels = torch.full((len(rows), width), IGNORED, dtype=torch.long)
+    for index, (ids, prompt_length) in enumerate(rows):
+        ids_tensor[index, : len(ids)] = torch.tensor(ids)
+        mask[index, : len(ids)] = 1
+        labels[index, prompt_length : len(ids)] = torch.tensor(ids[prompt_length:])
+    return ids_tensor, mask, labels
+
+
+def _holds(passage: tuple[str, str], answers: Sequence[str]) -> bool:
+    return contains_answer(f"{passage[0]} {passage[1]}", answers)

@@ -1,0 +1,152 @@
+"""Starts a stage on Ray Train and turns its last checkpoint into an adapter artifact."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import ray.train
+from ray.train import CheckpointConfig, FailureConfig, RunConfig
+from ray.train.torch import TorchTrainer
+
+from invar_ray.artifacts import Artifact, Building, Plan
+from invar_ray.config import Config, to_dict
+from invar_ray.errors import InvarError, ResourceError
+from invar_ray.evaluation.plots import plot_losses
+from invar_ray.models.encoder import EncoderSpec, llm_spec
+from invar_ray.models.locate import BaseRef
+from invar_ray.versions import STEPS
+
+
+def retriever_plan(config: Config, base: BaseRef, trainset: Artifact) -> Plan:
+    """The stage-1 adapter."""
+    return Plan(
+        kind="retriever",
+        name=config.name,
+        config={
+            "base": base.fingerprint,
+            "model": _model_science(config),
+            "retriever": to_dict(config.retriever),
+            "document_weight": config.coarse.document_weight,
+            "precision": config.model.precision,
+            "seed": config.seed,
+        },
+        parents={"trainset": trainset},
+        version=STEPS["retriever"].version,
+    )
+
+
+def train_retriever(building: Building, config: Config, base: BaseRef, trainset: Artifact) -> None:
+    """Stage 1: fill an adapter artifact.
+
+    Raises:
+        ResourceError: if the cluster cannot run the workers, or they keep failing.
+    """
+    # The spec of the adapter to be: its fingerprint is the plan's, known before training.
+    spec = llm_spec(config.model, base, (building.plan.ref, building.plan.fingerprint))
+    inputs = {"trainset": trainset.ref, "encoder": spec.to_json()}
+    _train(building, config, "retriever", inputs, trainset.store.root_uri)
+    building.info |= {"encoder": spec.to_json()}
+
+
+def generator_plan(config: Config, base: BaseRef, hits: Artifact) -> Plan:
+    """The stage-2 adapter."""
+    return Plan(
+        kind="generator",
+        name=config.name,
+        config={
+            "base": base.fingerprint,
+            "generator": to_dict(config.generator),
+            "precision": config.model.precision,
+            "seed": config.seed,
+        },
+        parents={"hits": hits},
+        version=STEPS["generator"].version,
+    )
+
+
+def train_generator(building: Building, config: Config, base: BaseRef, hits: Artifact) -> None:
+    """Stage 2: fill an adapter artifact; errors as :func:`train_retriever`."""
+    reference = {"location": base.location, "revision": base.revision, "fingerprint": base.fingerprint}
+    _train(building, config, "generator", {"hits": hits.ref, "base": reference}, hits.store.root_uri)
+    building.info |= {
+        "base": reference,
+        "max_context": config.generator.max_tokens,
+        "max_new_tokens": config.generator.max_new_tokens,
+    }
+
+
+def encoder_of(adapter: Artifact) -> EncoderSpec:
+    """The encoder of a ``retriever`` artifact."""
+    return EncoderSpec.from_json(adapter.info["encoder"])
+
+
+def _train(building: Building, config: Config, stage: str, inputs: dict[str, Any], root_uri: str) -> None:
+    scale, plan = config.scale, building.plan
+    trainer = TorchTrainer(
+        _work,
+        train_loop_config={
+            "stage": stage,
+            "config": config,
+            "root_uri": root_uri,
+            "inputs": inputs,
+            "run": plan.fingerprint,
+        },
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=scale.num_workers,
+            use_gpu=scale.use_gpu,
+            resources_per_worker={"CPU": scale.cpus_per_worker} | ({"GPU": 1} if scale.use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=f"{plan.kind}-{plan.fingerprint}",
+            storage_path=f"{root_uri.rstrip('/')}/.train",
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            failure_config=FailureConfig(max_failures=scale.max_failures),
+        ),
+    )
+    try:
+        result = trainer.fit()
+    except Exception as error:
+        raise _explain(error, stage) from error
+    if result.checkpoint is None:
+        raise ResourceError(f"training of the {stage} ended without a checkpoint", action="see the workers' logs above")
+    with result.checkpoint.as_directory() as name:
+        folder = Path(name)
+        shutil.copytree(folder / "adapter", building.path / "adapter", dirs_exist_ok=True)
+        shutil.copy(folder / "log.jsonl", building.path / "log.jsonl")
+    log = [json.loads(line) for line in (building.path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    plot_losses(log, building.path / "losses.png")
+    building.info |= {"steps": len(log), "final": log[-1]}
+
+
+def _work(payload: dict[str, Any]) -> int:
+    # Imported on the workers only: DeepSpeed takes seconds to load and speaks up while it does.
+    from invar_ray.training.worker import train_worker
+
+    return train_worker(payload)
+
+
+def _explain(error: Exception, stage: str) -> InvarError:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InvarError):
+            return cause
+        failures = getattr(cause, "worker_failures", None) or {}
+        for failure in failures.values():
+            inner = getattr(failure, "cause", failure)
+            if isinstance(inner, InvarError):
+                return inner
+        cause = cause.__cause__
+    return ResourceError(
+        f"training of the {stage} failed: {str(error).strip().splitlines()[-1] if str(error).strip() else error!r}",
+        action="see the workers' log above; a re-run goes on from the last checkpoint",
+    )
+
+
+def _model_science(config: Config) -> dict[str, Any]:
+    model = to_dict(config.model)
+    for key in ("base", "revision", "tiny"):  # they are in the base's fingerprint
+        del model[key]
+    return model

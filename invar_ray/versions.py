@@ -1,0 +1,95 @@
+"""Code versions of the steps.
+
+A step's version enters the fingerprint of what it makes.  Raise it when a change to the step changes its output:
+artifacts of the old code are then not re-used.  ``tests/unit/test_versions.py`` holds a hash of each step's code
+(without comments and docstrings) and fails when the code changed, so that the question is always asked; see
+CONTRIBUTING.md.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class StepCode:
+    """A step's version and the modules whose code decides its output."""
+
+    version: int
+    modules: tuple[str, ...]
+
+
+_ENCODING = (
+    "invar_ray.models.encoder",
+    "invar_ray.models.pooling",
+    "invar_ray.models.adapters",
+    "invar_ray.text.prompts",
+)
+_READING = ("invar_ray.text.readers", "invar_ray.text.storage", "invar_ray.text.sentences")
+_TRAINING = ("invar_ray.training.worker", "invar_ray.training.engine", "invar_ray.training.stages")
+
+STEPS: dict[str, StepCode] = {
+    "model": StepCode(1, ("invar_ray.models.tiny",)),
+    "passages": StepCode(1, (*_READING, "invar_ray.text.chunking", "invar_ray.indexing.passages")),
+    "questions": StepCode(
+        1,
+        (
+            *_READING,
+            *(
+                f"invar_ray.text.{name}"
+                for name in (
+                    "variants",
+                    "rules",
+                    "wording",
+                    "parsing",
+                    "noise",
+                    "numbers",
+                    "lexicon",
+                    "stable",
+                    "endpoint",
+                )
+            ),
+            "invar_ray.indexing.questions",
+        ),
+    ),
+    "vectors": StepCode(1, (*_ENCODING, "invar_ray.models.coarse", "invar_ray.indexing.embed")),
+    "index": StepCode(1, ("invar_ray.retrieval.index",)),
+    "trainset": StepCode(
+        1,
+        (
+            "invar_ray.retrieval.mining",
+            "invar_ray.indexing.trainset",
+            "invar_ray.text.windows",
+            "invar_ray.text.sentences",
+            "invar_ray.text.stable",
+            "invar_ray.text.answers",
+        ),
+    ),
+    "retriever": StepCode(
+        1,
+        (
+            *_TRAINING,
+            *_ENCODING,
+            "invar_ray.training.batches",
+            "invar_ray.losses.contrastive",
+            "invar_ray.losses.alignment",
+            "invar_ray.losses.invariance",
+            "invar_ray.losses.masks",
+            "invar_ray.losses.gather",
+        ),
+    ),
+    "hits": StepCode(1, ("invar_ray.retrieval.retriever", "invar_ray.evaluating.hits")),
+    "generator": StepCode(
+        1, (*_TRAINING, "invar_ray.training.sequences", "invar_ray.losses.answer", "invar_ray.text.prompts")
+    ),
+    "report": StepCode(
+        1,
+        (
+            "invar_ray.evaluating.evaluate",
+            "invar_ray.evaluation.metrics",
+            "invar_ray.evaluation.variance",
+            "invar_ray.retrieval.rag",
+            "invar_ray.models.generator",
+        ),
+    ),
+}

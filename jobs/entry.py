@@ -1,0 +1,40 @@
+"""What the jobs share: arguments, one clear error, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+
+from invar_ray.config import load_config
+from invar_ray.errors import InvarError
+from invar_ray.pipeline import Pipeline
+
+
+def run_job(doc: str, body: Callable[[Pipeline], None]) -> None:
+    """Parse ``--config RECIPE key=value ..``, run ``body``; a user's mistake prints one error and exits 1.
+
+    Args:
+        doc: the job's docstring, shown by ``--help``.
+        body: gets the pipeline of the config.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", required=True, help="name of a recipe, or path of a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change, e.g. scale.num_workers=4")
+    arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        with Pipeline(load_config(arguments.config, arguments.overrides)) as pipeline:
+            body(pipeline)
+    except InvarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("interrupted; what was finished stands, run again to go on", file=sys.stderr)
+        sys.exit(130)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt

@@ -1,0 +1,26 @@
+"""The whole way: corpus -> index -> stage 1 -> reindex -> stage 2 -> report.
+
+Command::
+
+    python -m jobs.run_pipeline --config tiny
+    ray job submit --working-dir . -- python -m jobs.run_pipeline --config tiny storage.root_uri=/shared/runs/demo
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from invar_ray.pipeline import Pipeline, finish_report
+from jobs.entry import run_job
+
+
+def main(pipeline: Pipeline) -> None:
+    """Run it; print the table; write ``report.json`` at the top of a local storage root."""
+    report = pipeline.run()
+    print(pipeline.report.path("table.txt").read_text(encoding="utf-8"))
+    if pipeline.store.is_local:
+        print(f"report: {finish_report(report, Path(pipeline.store.root))}")
+
+
+if __name__ == "__main__":
+    run_job(__doc__, main)
