@@ -295,6 +295,7 @@ RUNNING: dict[str, Any] = {
     "generator_replicas": (2, 2),
     "ingress_replicas": (1, 1),
     "health_check_period_s": 1,
+    "graceful_shutdown_timeout_s": 2,
 }
 
 
@@ -351,25 +352,64 @@ def _replica_pid(local_ray: Any, deployment: str) -> int:
 
     replicas = serve.status().applications["invar-ray"].deployments[deployment]
     assert replicas.status == "HEALTHY"
-    actors = local_ray.util.list_named_actors(all_namespaces=True)
-    name = next(actor["name"] for actor in actors if deployment in actor["name"])
-    handle = local_ray.get_actor(name, namespace="serve")
+    handle = local_ray.get_actor(min(_replicas(local_ray, deployment)), namespace="serve")
     return int(local_ray.get(handle.__ray_call__.remote(lambda replica: os.getpid())))
 
 
 @pytest.mark.timeout(300)
-def test_the_index_changes_in_place(running: str, artifacts: Artifacts) -> None:
-    """A failed change keeps the old index; a good one serves without new replicas."""
-    from ray import serve
+def test_the_index_changes_in_place(running: str, artifacts: Artifacts, local_ray: Any) -> None:
+    """As `serve deploy` with another user_config: the same replicas, a wrong index is noted, a good one is served."""
+    _deploy(artifacts, artifacts.index_uri)
+    assert _state(running, artifacts.index_uri) == (artifacts.index_uri, None)
+    before = _replicas(local_ray, "RetrieverDeployment")
+    _deploy(artifacts, artifacts.generator_uri)
+    active, error = _state(running, artifacts.generator_uri)
+    assert active == artifacts.index_uri
+    assert error is not None
+    assert "kind 'index'" in error
+    assert ask(running, "What grows in the orchard?")["passages"][0]["title"] == "Orchard"
+    _deploy(artifacts, artifacts.other_index_uri)
+    assert _state(running, artifacts.other_index_uri) == (artifacts.other_index_uri, None)
+    assert {p["title"] for p in ask(running, "What grows in the orchard?", top_k=4)["passages"]} == set(list(TEXTS)[:3])
+    assert _replicas(local_ray, "RetrieverDeployment") == before
 
-    assert serve.status().applications["invar-ray"].status == "RUNNING"
-    for uri, active, has_error in (
-        (artifacts.generator_uri, artifacts.index_uri, True),
-        (artifacts.other_index_uri, artifacts.other_index_uri, False),
-    ):
-        args = app_args(artifacts, **RUNNING)
-        application = build_app(args.model_copy(update={"index_uri": uri}))
-        serve.run(application, name="invar-ray")
-        body = httpx.get(f"{running}/v1/index", timeout=60).json()["index"]
-        assert (body["requested_uri"], body["active_uri"], body["error"] is not None) == (uri, active, has_error)
-    assert ask(running, "What grows in the orchard?", top_k=4)["passages"][0]["title"] != "Orchard"
+
+def _deploy(artifacts: Artifacts, index_uri: str) -> None:
+    from ray import serve
+    from ray.serve.context import _get_global_client  # what `serve deploy` reaches through the dashboard
+    from ray.serve.schema import ServeDeploySchema
+
+    application = {
+        "name": "invar-ray",
+        "route_prefix": "/",
+        "import_path": "serve.app:build_app",
+        "args": app_args(artifacts, **RUNNING).model_dump(mode="json"),
+        "deployments": [{"name": "RetrieverDeployment", "user_config": {"index_uri": index_uri}}],
+    }
+    _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+    deadline = time.monotonic() + 120
+    while True:
+        state = serve.status().applications["invar-ray"]
+        if state.status == "RUNNING":
+            return
+        assert state.status != "DEPLOY_FAILED", state.message
+        assert time.monotonic() < deadline, state
+        time.sleep(0.2)
+
+
+def _state(url: str, requested_uri: str) -> tuple[str, str | None]:
+    """(active, error) once several answers in a row, so both replicas, name the requested index."""
+    deadline, same = time.monotonic() + 60, 0
+    body: dict[str, Any] = {}
+    while same < 8:
+        assert time.monotonic() < deadline, body
+        response = httpx.get(f"{url}/v1/index", timeout=60)
+        body = response.json().get("index", {}) if response.status_code == 200 else {}
+        same = same + 1 if body.get("requested_uri") == requested_uri else 0
+        time.sleep(0.1)
+    return body["active_uri"], body["error"]
+
+
+def _replicas(local_ray: Any, deployment: str) -> set[str]:
+    actors = local_ray.util.list_named_actors(all_namespaces=True)
+    return {actor["name"] for actor in actors if deployment in actor["name"]}
