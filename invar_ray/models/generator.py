@@ -94,7 +94,7 @@ class Generator:
         self.max_context: int = int(context)
         pad = tokenizer.pad_token_id
         self._pad_id: int = pad if pad is not None else self._eos_ids[0]
-        model.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        model.generation_config = GenerationConfig(
             do_sample=False, num_beams=1, eos_token_id=self._eos_ids, pad_token_id=self._pad_id
         )
 
