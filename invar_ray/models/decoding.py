@@ -40,7 +40,8 @@ class TokenPicker(LogitsProcessor):
 
     argmax(logits / t + Gumbel noise) is an exact sample of softmax(logits / t).  With a random generator per row,
     seeded by seed and prompt, a row's draw does not depend on its batch or on other threads, as ``torch.multinomial``
-    with the global generator would.  Log-probabilities are noted here, B numbers a step, since keeping the logits takes B x V.
+    with the global generator would.  Log-probabilities are noted here, B numbers a step, since keeping the logits
+    takes B x V.
     """
 
     def __init__(self, temperature: float, seed: int, encoded: list[list[int]]) -> None:
