@@ -19,8 +19,16 @@ _WORKER_ENV = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
-    "DS_LOG_LEVEL": "error",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
 }
+
+
+def quieten_worker() -> None:
+    """Runs first in each worker of a local Ray: drops a warning a second that its dashboard, which is off, would
+    prevent.
+    """
+    name = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 
 class RaySession:
@@ -46,6 +54,8 @@ class RaySession:
         if address:
             ray.init(address=address, ignore_reinit_error=True, log_to_driver=True)
         else:
+            # Ray Data's actors make the core print an [E] line each that says nothing about this run.
+            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             self._folder = tempfile.mkdtemp(prefix="invar-ray-")
             ray.init(
                 num_cpus=self._scale.local_num_cpus,
@@ -53,10 +63,13 @@ class RaySession:
                 log_to_driver=True,
                 logging_level="warning",
                 _temp_dir=self._folder,
-                runtime_env={"env_vars": _WORKER_ENV},
+                runtime_env={
+                    "env_vars": _WORKER_ENV | ({} if self._scale.use_gpu else {"DS_ACCELERATOR": "cpu"}),
+                    "worker_process_setup_hook": "invar_ray.session.quieten_worker",
+                },
             )
         ray.data.DataContext.get_current().enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.WARNING)
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
         self._started = True
 
     def close(self) -> None:

@@ -90,6 +90,7 @@ STEPS: dict[str, StepCode] = {
             "invar_ray.evaluation.variance",
             "invar_ray.retrieval.rag",
             "invar_ray.models.generator",
+            "invar_ray.models.decoding",
         ),
     ),
 }

@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerBase
 from invar_ray.artifacts import Artifact
 from invar_ray.config import GeneratorConfig
 from invar_ray.losses.answer import IGNORED
+from invar_ray.models.generator import encode_prompt
 from invar_ray.text.answers import contains_answer
 from invar_ray.text.prompts import REFUSAL, fit_prompt, format_target
 
@@ -66,7 +67,9 @@ class HitSet:
         if config.shuffle_passages:
             rng.shuffle(passages)
         budget = config.max_tokens - config.max_new_tokens
-        fitted = fit_prompt(row["wordings"][wording], passages, lambda text: len(tokenizer(text)["input_ids"]), budget)
+        fitted = fit_prompt(
+            row["wordings"][wording], passages, lambda text: len(encode_prompt(tokenizer, text)), budget
+        )
         place = next((index for index, passage in enumerate(fitted.passages, 1) if _holds(passage, answers)), None)
         target = REFUSAL if place is None else format_target(answers[0], place)
         return PromptAndTarget(fitted.prompt, target)
@@ -95,7 +98,7 @@ def tokenize_sequences(
     eos = int(tokenizer.eos_token_id)
     rows: list[tuple[list[int], int]] = []
     for sequence in sequences:
-        prompt = tokenizer(sequence.prompt)["input_ids"]
+        prompt = encode_prompt(tokenizer, sequence.prompt)
         target = [*tokenizer(f" {sequence.target}", add_special_tokens=False)["input_ids"], eos][:max_tokens]
         prompt = prompt[max(0, len(prompt) + len(target) - max_tokens) :]
         rows.append(([*prompt, *target], len(prompt)))

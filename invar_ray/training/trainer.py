@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +108,7 @@ def _train(building: Building, config: Config, stage: str, inputs: dict[str, Any
         ),
     )
     try:
-        result = trainer.fit()
+        result = _fit(trainer)
     except Exception as error:
         raise _explain(error, stage) from error
     if result.checkpoint is None:
@@ -119,6 +120,26 @@ def _train(building: Building, config: Config, stage: str, inputs: dict[str, Any
     log = [json.loads(line) for line in (building.path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     plot_losses(log, building.path / "losses.png")
     building.info |= {"steps": len(log), "final": log[-1]}
+
+
+def _fit(trainer: TorchTrainer) -> ray.train.Result:
+    # On the main thread fit() would keep SIGINT for itself, also after it has ended: any Ctrl-C would then exit 0.
+    outcome: dict[str, Any] = {}
+
+    def run() -> None:
+        try:
+            outcome["result"] = trainer.fit()
+        except Exception as error:
+            outcome["error"] = error
+
+    thread = threading.Thread(target=run, daemon=True, name="ray-train-fit")
+    thread.start()
+    while thread.is_alive():
+        thread.join(timeout=0.5)
+    if "error" in outcome:
+        raise outcome["error"]
+    result: ray.train.Result = outcome["result"]
+    return result
 
 
 def _work(payload: dict[str, Any]) -> int:
