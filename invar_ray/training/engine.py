@@ -92,9 +92,12 @@ class Engine:
         """One AdamW step. Returns the gradient norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
+        gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
+        # Without ZeRO DeepSpeed clips but keeps no norm; the averaged gradients lie in .grad there.
+        norm = torch.nn.utils.get_total_norm(gradients) if self.zero_stage == 0 and gradients else None
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if norm is not None else float("nan")
+        kept = self._engine.get_global_grad_norm()
+        return float(kept) if kept is not None else float("nan") if norm is None else float(norm)
 
     def gradients(self) -> dict[str, Tensor]:
         """Averaged full gradients by name, between :meth:`backward` and :meth:`step`; for parity tests."""
