@@ -144,7 +144,8 @@ class RetrieverStage:
         metrics |= {
             "loss": total.item(),
             "candidates": float(sum(plan.present)),
-            "masked_share": 1.0 - no_answers.float().mean().item(),
+            # Of real rows and slots: padding depends on the number of ranks, what is logged must not.
+            "masked_share": float((~no_answers[:, plan.present]).float().mean(dim=1) @ weights) / normaliser,
             "missing_windows": missing,
             "tokens": float(tokens + more_tokens),
         }
