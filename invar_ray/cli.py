@@ -35,7 +35,10 @@ def _clear_errors(command: Callable[P, None]) -> Callable[P, None]:
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        from invar_ray.session import quieten_libraries
+
         signal.signal(signal.SIGTERM, _interrupt)
+        quieten_libraries()
         try:
             command(*args, **kwargs)
         except InvarError as error:

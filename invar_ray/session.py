@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import tempfile
+import warnings
 from types import TracebackType
 
 import ray
@@ -31,6 +32,16 @@ def quieten_worker() -> None:
     logging.getLogger(name).setLevel(logging.ERROR)
 
 
+def quieten_libraries() -> None:
+    """For entry points: no progress bars and deprecation notices of other libraries between a run's own lines."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
 class RaySession:
     """Connects to Ray when first needed, and stops what it started.
 
@@ -54,8 +65,6 @@ class RaySession:
         if address:
             ray.init(address=address, ignore_reinit_error=True, log_to_driver=True)
         else:
-            # Ray Data's actors make the core print an [E] line each that says nothing about this run.
-            os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
             self._folder = tempfile.mkdtemp(prefix="invar-ray-")
             ray.init(
                 num_cpus=self._scale.local_num_cpus,

@@ -11,6 +11,7 @@ from types import FrameType
 from invar_ray.config import load_config
 from invar_ray.errors import InvarError
 from invar_ray.pipeline import Pipeline
+from invar_ray.session import quieten_libraries
 
 
 def run_job(doc: str, body: Callable[[Pipeline], None]) -> None:
@@ -25,6 +26,7 @@ def run_job(doc: str, body: Callable[[Pipeline], None]) -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields to change, e.g. scale.num_workers=4")
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, _interrupt)
+    quieten_libraries()
     try:
         with Pipeline(load_config(arguments.config, arguments.overrides)) as pipeline:
             body(pipeline)

@@ -84,7 +84,8 @@ def save_adapter(model: PeftModel, state: dict[str, Tensor], folder: Path, base_
     """
     model.peft_config[_NAME].base_model_name_or_path = base_name
     folder.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(str(folder), selected_adapters=[_NAME], state_dict=state)
+    # False: "auto" would look the base up on a hub, to see whether its vocabulary was resized.
+    model.save_pretrained(str(folder), selected_adapters=[_NAME], state_dict=state, save_embedding_layers=False)
     nested = folder / _NAME
     if nested.is_dir():
         for path in nested.iterdir():

@@ -55,7 +55,7 @@ class RetrieverStage:
         self.spec = EncoderSpec.from_json(inputs["encoder"])
         self.trainset = Trainset(store.open(inputs["trainset"], "trainset"))
         base, self.tokenizer = open_base(self.spec.base, store)
-        self._base_name = self.spec.base.location
+        self._base_name = config.model.base
         _recompute(base, config)
         self._adapted = new_adapter(base, config.retriever.lora, config.seed)
         with torch.random.fork_rng(devices=[]):
@@ -212,7 +212,7 @@ class GeneratorStage:
         self.steps = config.generator.steps
         reference = BaseRef(**inputs["base"])
         base, self.tokenizer = open_base(reference, store)
-        self._base_name = reference.location
+        self._base_name = config.model.base
         _recompute(base, config)
         self._adapted = new_adapter(base, config.generator.lora, config.seed)
         self.module: nn.Module = _CausalLm(self._adapted.get_base_model())

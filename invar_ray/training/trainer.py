@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import ray.train
-from ray.train import CheckpointConfig, FailureConfig, RunConfig
+from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchTrainer
 
 from invar_ray.artifacts import Artifact, Building, Plan
@@ -105,6 +105,7 @@ def _train(building: Building, config: Config, stage: str, inputs: dict[str, Any
             storage_path=f"{root_uri.rstrip('/')}/.train",
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=scale.max_failures),
+            logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
     try:
