@@ -1,0 +1,254 @@
+"""Small real things that unit tests share: a one-layer base, a corpus in files, and the artifacts of every step.
+
+Everything is made by the package's own code, without a cluster, once a session and only when a test asks for it.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+
+from invar_ray.artifacts import Artifact, Building, Plan, Store
+from invar_ray.config import Config, LoraConfig, TinyConfig, load_config
+from invar_ray.indexing.embed import EmbedShard, vectors_plan
+from invar_ray.indexing.passages import build_passages, passages_plan
+from invar_ray.indexing.questions import build_questions, questions_plan
+from invar_ray.indexing.trainset import build_trainset, trainset_plan
+from invar_ray.models.adapters import new_adapter, save_adapter
+from invar_ray.models.encoder import Encoder, EncoderSpec, coarse_spec, llm_spec, open_encoder
+from invar_ray.models.locate import BaseRef, base_plan, build_base, load_tokenizer, open_base, resolve_base
+from invar_ray.models.tiny import build_tiny
+from invar_ray.retrieval.index import build_index, write_probes
+from invar_ray.retrieval.retriever import Passages
+
+TINY = TinyConfig(num_layers=1, intermediate_size=64)
+ISLANDS = "Arvon Belisk Corrie Dunmore Elvay Fenholm Garsa Hestray Ivore Jorsay Kelda Lunna".split()
+_BUILDERS = "Ada Morvane|Bram Tolliver|Cora Fisk|Dag Oram|Edda Pell|Finn Arkle".split("|")
+_CROPS = "barley rye turnips flax oats kale".split()
+_ANIMALS = "seals otters foxes geese hares deer".split()
+
+
+@cache
+def tiny_base() -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
+    """The shared one-layer base and its tokenizer; do not change them."""
+    return build_tiny(TINY, seed=0)
+
+
+def documents() -> list[dict[str, str]]:
+    """A corpus of invented islands, some 90 words each."""
+    rows = []
+    for number, name in enumerate(ISLANDS):
+        builder, crop, animal = _BUILDERS[number % 6], _CROPS[number // 2 % 6], _ANIMALS[number % 5]
+        text = (
+            f"{name} is a small island in the northern sound, some {number + 3} miles from the mainland. "
+            f"Its lighthouse was built by {builder} after the great storm, and the lamp was lit with oil for a century. "
+            f"Farmers there grow {crop} on the terraces above the bay, and they carry it down to the harbour by cart. "
+            f"The ferry leaves at {number + 5} in the morning. When the harbour freezes in winter, {animal} come down to "
+            f"the pier, and the children of {name} feed them with bread until the ice breaks and the boats return."
+        )
+        rows.append({"id": f"doc-{name.lower()}", "title": name, "text": text})
+    return rows
+
+
+def questions(split: str) -> list[dict[str, Any]]:
+    """Train: who built the lighthouse; dev: what farmers grow."""
+    rows = []
+    for number, name in enumerate(ISLANDS):
+        if split == "train":
+            question, answer = f"Who built the lighthouse of {name}?", _BUILDERS[number % 6]
+            rewrites = [f"Which person put up the lighthouse on {name}?", f"The lighthouse on {name} is whose work?"]
+        else:
+            question, answer = f"What do farmers grow on {name}?", _CROPS[number // 2 % 6]
+            rewrites = [f"Which crop comes from {name}?", f"What grows on the terraces of {name}?"]
+        rows.append(
+            {
+                "id": f"{split}-{number}",
+                "question": question,
+                "answers": [answer],
+                "positive_ids": [f"doc-{name.lower()}"],
+                "rewrites": rewrites,
+            }
+        )
+    return rows
+
+
+def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
+    """JSON lines, gzipped where the name says so."""
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def write_inputs(folder: Path) -> list[str]:
+    """Corpus and question files in ``folder``; returns the overrides that make a config of them."""
+    return [
+        f"corpus.uri={write_lines(folder / 'corpus.jsonl', documents())}",
+        f"questions.train_uri={write_lines(folder / 'train.jsonl', questions('train'))}",
+        f"questions.dev_uri={write_lines(folder / 'dev.jsonl', questions('dev'))}",
+    ]
+
+
+def small_config(folder: Path, *overrides: str) -> Config:
+    """The tiny recipe over the islands: one layer, passages of some two sentences, a store in ``folder``."""
+    return load_config(
+        "tiny",
+        [
+            *write_inputs(folder),
+            f"storage.root_uri={folder / 'runs'}",
+            "corpus.chunk_tokens=48",
+            "corpus.chunk_stride=48",
+            f"model.tiny.num_layers={TINY.num_layers}",
+            f"model.tiny.intermediate_size={TINY.intermediate_size}",
+            "index.num_probes=4",
+            "retriever.num_hard_negatives=2",
+            "retriever.mining_depth=8",
+            *overrides,
+        ],
+    )
+
+
+class World:
+    """The artifacts of a small run, each built when it is first asked for."""
+
+    def __init__(self, folder: Path, *overrides: str) -> None:
+        self.folder = folder
+        self.config = small_config(folder, *overrides)
+        self.store = Store(self.config.storage.root_uri)
+
+    @cached_property
+    def base_artifact(self) -> Artifact:
+        return self._get(base_plan(self.config), lambda building: build_base(building, self.config))
+
+    @cached_property
+    def base(self) -> BaseRef:
+        return resolve_base(self.config.model, self.base_artifact)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        return load_tokenizer(self.base.folder_or_name(self.store))
+
+    @cached_property
+    def questions(self) -> Artifact:
+        return self._get(questions_plan(self.config), lambda building: build_questions(building, self.config))
+
+    @cached_property
+    def passages(self) -> Artifact:
+        return self._get(
+            passages_plan(self.config, self.base, None),
+            lambda building: build_passages(building, self.config, self.tokenizer, None),
+        )
+
+    @cached_property
+    def base_spec(self) -> EncoderSpec:
+        return llm_spec(self.config.model, self.base)
+
+    @cached_property
+    def coarse_spec(self) -> EncoderSpec:
+        return coarse_spec(self.config.coarse)
+
+    @cached_property
+    def base_encoder(self) -> Encoder:
+        encoder = open_encoder(self.base_spec, self.store)
+        assert isinstance(encoder, Encoder)
+        return encoder
+
+    @cached_property
+    def adapter(self) -> Artifact:
+        """A ``retriever`` artifact with random weights, large enough to be another encoder than the base."""
+        return self.make_adapter("adapter", seed=1)
+
+    @cached_property
+    def other_adapter(self) -> Artifact:
+        return self.make_adapter("other", seed=2)
+
+    def make_adapter(self, name: str, *, seed: int, projection_dim: int | None = None) -> Artifact:
+        plan = Plan("retriever", name, {"seed": seed, "projection_dim": projection_dim}, {"base": self.base_artifact})
+
+        def body(building: Building) -> None:
+            write_adapter(building.path / "adapter", self.base, self.store, seed)
+            spec = llm_spec(self.config.model, self.base, (plan.ref, plan.fingerprint))
+            building.info["encoder"] = spec.to_json()
+
+        return self._get(plan, body)
+
+    @cached_property
+    def base_index(self) -> Artifact:
+        return self.index("base", self.base_spec, None)
+
+    @cached_property
+    def coarse_index(self) -> Artifact:
+        return self.index("minilm", self.coarse_spec, None)
+
+    @cached_property
+    def adapter_index(self) -> Artifact:
+        return self.index("retriever", EncoderSpec.from_json(self.adapter.info["encoder"]), self.adapter)
+
+    @cached_property
+    def trainset(self) -> Artifact:
+        parents = self.passages, self.questions, self.base_index, self.coarse_index.parent("vectors")
+        return self._get(
+            trainset_plan(self.config, *parents), lambda building: build_trainset(building, self.config, *parents)
+        )
+
+    def vectors(self, name: str, spec: EncoderSpec, adapter: Artifact | None) -> Artifact:
+        """All passages embedded, in this process, by the code that an embedding actor runs."""
+
+        def body(building: Building) -> None:
+            rows = len(Passages(self.passages))
+            prefix = f"{building.prefix}/shards"
+            Path(prefix).mkdir()
+            actor = EmbedShard(
+                self.store.root_uri,
+                self.passages.ref,
+                spec.to_json(),
+                self.store.root_uri,
+                prefix,
+                self.config.scale,
+                "fp32",
+            )
+            middle = rows // 2
+            actor({"start": [0, middle], "stop": [middle, rows]})
+            probes = Passages(self.passages).rows([0, rows // 3, rows - 1])
+            texts = [(passage.title, passage.text) for passage in probes]
+            write_probes(building.path / "probes.parquet", actor._encoder, texts)
+            building.info |= {"encoder": spec.to_json(), "rows": rows}
+
+        return self._get(vectors_plan(self.config, self.passages, spec, name, adapter), body)
+
+    def index(self, name: str, spec: EncoderSpec, adapter: Artifact | None, factory: str = "Flat") -> Artifact:
+        vectors = self.vectors(name, spec, adapter)
+        plan = Plan("index", name, {"factory": factory}, {"vectors": vectors, "passages": self.passages})
+        return self._get(plan, lambda building: build_index(building, vectors, self.passages, factory))
+
+    def _get(self, plan: Plan, body: Any) -> Artifact:
+        return self.store.get_or_build(plan, body)[0]
+
+
+def write_adapter(folder: Path, base: BaseRef, store: Store, seed: int) -> None:
+    """A PEFT folder for ``base`` with random weights (a fresh LoRA adapter alone would change nothing)."""
+    model = new_adapter(open_base(base, store)[0], LoraConfig(), seed)
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        name: torch.randn(value.shape, generator=generator) * 0.2
+        for name, value in model.named_parameters()
+        if value.requires_grad
+    }
+    save_adapter(model, state, folder, base.location)
+
+
+_WORLDS: list[World] = []
+
+
+def world(factory: pytest.TempPathFactory) -> World:
+    """The session's one shared world."""
+    if not _WORLDS:
+        _WORLDS.append(World(factory.mktemp("world")))
+    return _WORLDS[0]

@@ -1,0 +1,223 @@
+"""LoRA adapters as plain PEFT folders, and two trees over one base."""
+
+from __future__ import annotations
+
+import json
+import threading
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+from invar_ray.artifacts import Building, Plan
+from invar_ray.config import LoraConfig
+from invar_ray.errors import ModelError
+from invar_ray.models.adapters import load_adapter, new_adapter, save_adapter, share_base
+from invar_ray.models.locate import open_base, open_generator
+from invar_ray.models.tiny import build_tiny
+from tests.support import TINY, World, world, write_adapter
+
+IDS = torch.tensor([[2000, 2001, 2002, 2003, 2004]])
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return world(tmp_path_factory)
+
+
+@pytest.fixture
+def base(small: World) -> PreTrainedModel:
+    return open_base(small.base, small.store)[0]
+
+
+def logits(model: torch.nn.Module, ids: Tensor = IDS) -> Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def random_llama(layers: int = 1, width: int = 32) -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50,
+        hidden_size=width,
+        intermediate_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    return LlamaForCausalLM(config).eval()
+
+
+def save_random(model: LlamaForCausalLM, folder: Path, config: LoraConfig) -> PreTrainedModel:
+    """Put a random adapter on ``model``, save it, and return the adapted model."""
+    adapted = new_adapter(model, config, seed=0).eval()
+    generator = torch.Generator().manual_seed(0)
+    state: dict[str, Tensor] = {}
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.3)
+                state[name] = parameter.detach().clone()
+    save_adapter(adapted, state, folder, "some/base")
+    return adapted
+
+
+def test_fresh_adapter_changes_nothing_and_freezes_the_base(base: PreTrainedModel) -> None:
+    before = logits(base)
+    adapted = new_adapter(base, LoraConfig(), seed=0).eval()
+    assert torch.equal(logits(adapted), before)
+    trainable = [name for name, parameter in adapted.named_parameters() if parameter.requires_grad]
+    assert len(trainable) == 2 * len(LoraConfig().target_modules)
+    assert all("lora_" in name for name in trainable)
+
+
+def test_fresh_adapter_is_seeded() -> None:
+    def weights(seed: int) -> list[Tensor]:
+        model = new_adapter(random_llama(), LoraConfig(), seed)
+        return [parameter for name, parameter in model.named_parameters() if "lora_A" in name]
+
+    assert all(torch.equal(a, b) for a, b in zip(weights(1), weights(1), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(weights(1), weights(2), strict=True))
+
+
+def test_target_modules_that_are_not_there() -> None:
+    with pytest.raises(ModelError, match=r"no LoRA adapter fits LlamaForCausalLM.*set lora\.target_modules"):
+        new_adapter(random_llama(), LoraConfig(target_modules=("c_attn",)), seed=0)
+
+
+def test_saved_folder_is_plain_peft(tmp_path: Path) -> None:
+    model = random_llama()
+    config = LoraConfig(rank=4, alpha=12, dropout=0.1, target_modules=("q_proj", "down_proj"))
+    adapted = save_random(model, tmp_path / "adapter", config)
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ]
+    stored = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert (stored["r"], stored["lora_alpha"], stored["lora_dropout"]) == (4, 12, 0.1)
+    assert set(stored["target_modules"]) == {"q_proj", "down_proj"}
+    assert stored["base_model_name_or_path"] == "some/base"
+    assert len(load_file(tmp_path / "adapter" / "adapter_model.safetensors")) == 4
+
+    ids = torch.tensor([[3, 4, 5, 6]])
+    read = PeftModel.from_pretrained(random_llama(), str(tmp_path / "adapter")).eval()
+    assert torch.equal(logits(read, ids), logits(adapted, ids))
+    assert not torch.allclose(logits(read, ids), logits(random_llama(), ids), atol=1e-3)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+def test_saved_adapter_loads_to_the_same_outputs(tmp_path: Path, merge: bool) -> None:
+    ids = torch.tensor([[3, 4, 5, 6]])
+    adapted = save_random(random_llama(), tmp_path, LoraConfig())
+    loaded = load_adapter(random_llama(), tmp_path, merge=merge)
+    assert torch.allclose(logits(loaded, ids), logits(adapted, ids), atol=1e-5)
+    assert isinstance(loaded, LlamaForCausalLM)
+    assert not loaded.training
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+    assert any("lora" in name for name, _ in loaded.named_modules()) != merge
+
+
+def test_folder_that_is_no_adapter(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no adapter_config\.json\. Expected: a PEFT folder"):
+        load_adapter(random_llama(), tmp_path)
+
+
+def test_adapter_of_another_width_is_refused(tmp_path: Path) -> None:
+    save_random(random_llama(width=32), tmp_path, LoraConfig())
+    with pytest.raises(ModelError, match=r"does not fit the base .*use the base that its adapter_config\.json names"):
+        load_adapter(random_llama(width=48), tmp_path)
+
+
+@pytest.mark.parametrize("trained, used", [(2, 1), (1, 2)], ids=["too many layers", "too few layers"])
+def test_adapter_of_another_depth_is_refused(tmp_path: Path, trained: int, used: int) -> None:
+    save_random(random_llama(layers=trained), tmp_path, LoraConfig())
+    with pytest.raises(ModelError, match="does not fit the base"):
+        load_adapter(random_llama(layers=used), tmp_path)
+
+
+# Two trees over one base
+
+
+def test_shared_base_is_the_same_memory(base: PreTrainedModel) -> None:
+    twin = share_base(base)
+    assert twin is not base
+    first, second = dict(base.named_parameters()), dict(twin.named_parameters())
+    assert first.keys() == second.keys()
+    assert all(first[name].data_ptr() == second[name].data_ptr() for name in first)
+    assert all(
+        a.data_ptr() == b.data_ptr() for (_, a), (_, b) in zip(base.named_buffers(), twin.named_buffers(), strict=True)
+    )
+    assert twin.lm_head.weight is twin.model.embed_tokens.weight
+    assert {id(module) for module in base.modules()}.isdisjoint(id(module) for module in twin.modules())
+    assert torch.equal(logits(twin), logits(base))
+
+
+def test_adapter_on_one_tree_leaves_the_other_alone(small: World, base: PreTrainedModel) -> None:
+    before = logits(base)
+    adapted = load_adapter(share_base(base), small.adapter.path("adapter"))
+    assert not torch.allclose(logits(adapted), before, atol=1e-3)
+    assert torch.equal(logits(base), before)
+    shared = {parameter.data_ptr() for parameter in base.parameters()}
+    own = [name for name, parameter in adapted.named_parameters() if parameter.data_ptr() not in shared]
+    assert own
+    assert all("lora_" in name for name in own)
+
+
+def test_two_adapters_on_one_base_answer_at_the_same_time(small: World, base: PreTrainedModel) -> None:
+    trees = {
+        name: load_adapter(share_base(base), artifact.path("adapter"))
+        for name, artifact in {"one": small.adapter, "two": small.other_adapter}.items()
+    }
+    inputs = [torch.randint(1000, 20000, (1, 8), generator=torch.Generator().manual_seed(n)) for n in range(10)]
+    serial = {name: [logits(tree, ids) for ids in inputs] for name, tree in trees.items()}
+    assert not torch.allclose(serial["one"][0], serial["two"][0], atol=1e-3)
+    barrier = threading.Barrier(2, timeout=30)
+    found: dict[str, list[Tensor]] = {}
+
+    def work(name: str) -> None:
+        barrier.wait()
+        found[name] = [logits(trees[name], ids) for ids in inputs]
+
+    threads = [threading.Thread(target=work, args=(name,)) for name in trees]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for name, expected in serial.items():
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[name], expected, strict=True))
+
+
+# The generator's base
+
+
+def test_generator_is_refused_when_its_base_changed(small: World, tmp_path: Path) -> None:
+    folder = tmp_path / "base"
+    model, tokenizer = build_tiny(replace(TINY, intermediate_size=16), seed=0)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    from invar_ray.models.locate import resolve_base
+
+    reference = resolve_base(replace(small.config.model, base=str(folder)), None)
+
+    def body(building: Building) -> None:
+        write_adapter(building.path / "adapter", reference, small.store, seed=1)
+        building.info |= {
+            "base": {"location": reference.location, "revision": None, "fingerprint": reference.fingerprint},
+            "max_context": 64,
+            "max_new_tokens": 8,
+        }
+
+    artifact, _ = small.store.get_or_build(Plan("generator", "on-folder", {"base": reference.fingerprint}), body)
+    generator = open_generator(artifact.uri)
+    assert generator.version == artifact.fingerprint
+    build_tiny(replace(TINY, intermediate_size=16), seed=1)[0].save_pretrained(folder)
+    with pytest.raises(ModelError):
+        open_generator(artifact.uri)

@@ -1,0 +1,146 @@
+"""The store on an object store: a local S3 server, reached over HTTP through pyarrow as a real one would be."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pyarrow import fs
+
+from invar_ray.artifacts import MANIFEST, Artifact, Building, Plan, Store, open_artifact
+from invar_ray.errors import ArtifactError, CorruptArtifactError, IncompleteArtifactError, MissingArtifactError
+
+pytestmark = pytest.mark.skipif(not hasattr(fs, "S3FileSystem"), reason="this pyarrow has no S3FileSystem")
+
+PLAN = Plan("vectors", "demo", {"encoder": "abc"})
+BUCKET = "invar"
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    boto3 = pytest.importorskip("boto3")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }.items():
+            patch.setenv(name, value)
+        server.start()
+        try:
+            boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}").create_bucket(Bucket=BUCKET)
+            yield f"127.0.0.1:{port}"
+        finally:
+            server.stop()
+
+
+@pytest.fixture
+def store(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any) -> Store:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    place = request.node.name
+    return Store(f"s3://{BUCKET}/{place}/runs?endpoint_override={endpoint}&scheme=http&region=us-east-1")
+
+
+def fill(building: Building) -> None:
+    (building.path / "deep").mkdir()
+    (building.path / "deep" / "notes.txt").write_text("hello", encoding="utf-8")
+    # Workers of other nodes write through the file system; both ways end in the same artifact.
+    building.filesystem.create_dir(f"{building.prefix}/shards", recursive=True)
+    with building.filesystem.open_output_stream(f"{building.prefix}/shards/part-0.bin") as stream:
+        stream.write(b"\x00\x01" * 500)
+    building.info["rows"] = 1000
+
+
+def make(store: Store) -> Artifact:
+    return store.get_or_build(PLAN, fill)[0]
+
+
+def write(store: Store, artifact: Artifact, name: str, content: bytes) -> None:
+    with store.filesystem.open_output_stream(f"{store.location(artifact.ref)}/{name}") as stream:
+        stream.write(content)
+
+
+def test_publish_find_open_verify_and_download(store: Store, tmp_path: Path) -> None:
+    assert not store.is_local
+    assert store.find(PLAN) is None
+    with pytest.raises(MissingArtifactError, match="no artifact at s3://"):
+        store.open(PLAN.ref)
+
+    artifact = make(store)
+    assert set(artifact.manifest.files) == {"deep/notes.txt", "shards/part-0.bin"}
+    artifact.verify()
+    found = store.find(PLAN)
+    assert found is not None
+    assert found.manifest == artifact.manifest
+    assert store.get_or_build(PLAN, fill)[1]
+    assert [item.ref for item in store.list("vectors")] == [artifact.ref]
+
+    opened = open_artifact(artifact.uri, "vectors")
+    assert "?endpoint_override=" in opened.uri
+    folder = opened.path()
+    assert folder.is_relative_to(tmp_path / "cache")
+    assert (folder / "deep" / "notes.txt").read_text(encoding="utf-8") == "hello"
+    assert (folder / "shards" / "part-0.bin").read_bytes() == b"\x00\x01" * 500
+    assert opened.path("deep/notes.txt") == folder / "deep" / "notes.txt"
+    assert [path.name for path in (tmp_path / "cache" / "invar_ray").iterdir()] == [folder.name], "no rests of downloads"
+
+
+def test_parent_is_found_below_the_same_root(store: Store) -> None:
+    parent = make(store)
+    child = store.get_or_build(Plan("index", "demo", {}, {"vectors": parent}), fill)[0]
+    assert open_artifact(child.uri).parent("vectors").fingerprint == parent.fingerprint
+
+
+def test_body_that_raises_publishes_nothing(store: Store) -> None:
+    def body(building: Building) -> None:
+        fill(building)
+        raise RuntimeError("cut off")
+
+    with pytest.raises(RuntimeError, match="cut off"):
+        store.get_or_build(PLAN, body)
+    assert store.find(PLAN) is None
+    with pytest.raises(IncompleteArtifactError, match=r"has no manifest\.json"):
+        store.open(PLAN.ref)
+    make(store).verify()
+
+
+def test_rest_of_a_run_that_was_cut_off_is_not_published(store: Store) -> None:
+    with store.filesystem.open_output_stream(f"{store.location(PLAN.ref)}/stale.bin") as stream:
+        stream.write(b"of an earlier try")
+    assert set(make(store).manifest.files) == {"deep/notes.txt", "shards/part-0.bin"}
+
+
+def test_damage_is_found_before_it_is_used(store: Store) -> None:
+    artifact = make(store)
+    write(store, artifact, "shards/part-0.bin", b"\x00\x02" * 500)
+    with pytest.raises(CorruptArtifactError, match=r"shards/part-0\.bin differs"):
+        artifact.verify()
+    with pytest.raises(CorruptArtifactError, match=r"shards/part-0\.bin differs"):
+        artifact.path()
+    write(store, artifact, "shards/part-0.bin", b"short")
+    with pytest.raises(CorruptArtifactError, match="has 5 bytes instead of 1000"):
+        store.open(artifact.ref)
+
+
+def test_deleted_manifest_makes_it_incomplete(store: Store) -> None:
+    artifact = make(store)
+    store.filesystem.delete_file(f"{store.location(artifact.ref)}/{MANIFEST}")
+    with pytest.raises(IncompleteArtifactError):
+        open_artifact(artifact.uri)
+
+
+def test_bucket_that_is_not_there(endpoint: str) -> None:
+    store = Store(f"s3://nowhere/runs?endpoint_override={endpoint}&scheme=http&region=us-east-1")
+    with pytest.raises(ArtifactError, match="nowhere"):
+        store.get_or_build(PLAN, lambda building: None)

@@ -1,0 +1,294 @@
+"""Which setting changes which artifact: what is computed does, what it is computed on does not.
+
+The pipeline itself puts the plans together; its steps publish folders without content, as fingerprints do not depend on
+content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import pytest
+
+from invar_ray.artifacts import Artifact, Building, Plan, Store
+from invar_ray.config import Config, ScaleConfig, ServeConfig, StorageConfig
+from invar_ray.models.encoder import coarse_spec, llm_spec
+from invar_ray.pipeline import Pipeline
+from tests.support import small_config, tiny_base, write_lines
+
+Fingerprints = dict[str, str]
+
+
+class Planner(Pipeline):
+    """Plans a whole run and notes every fingerprint, by kind and name."""
+
+    def __init__(self, config: Config, store: Store) -> None:
+        super().__init__(config, quiet=True)
+        self.store = store
+        self.fingerprints: Fingerprints = {}
+
+    def _step(
+        self,
+        label: str,
+        plan: Plan,
+        body: Callable[[Building], None],
+        *,
+        on_ray: bool = False,
+        resumable: bool = False,
+    ) -> Artifact:
+        key = plan.kind
+        if plan.kind in {"vectors", "index", "hits"}:
+            key = f"{plan.kind} {plan.name}"
+        assert self.fingerprints.setdefault(key, plan.fingerprint) == plan.fingerprint
+        return self.store.get_or_build(plan, self._empty)[0]
+
+    def _empty(self, building: Building) -> None:
+        if building.plan.kind == "model":
+            tiny_base()[1].save_pretrained(building.path)
+        if building.plan.kind == "retriever":
+            plan = building.plan
+            building.info["encoder"] = llm_spec(
+                self.config.model, self.base, (plan.ref, plan.fingerprint)
+            ).to_json()
+
+
+class Plans:
+    """Fingerprints of all artifacts of a config, over one store."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = small_config(folder)
+        self.store = Store(str(folder / "store"))
+        self.first = self(self.config)
+
+    def __call__(self, config: Config) -> Fingerprints:
+        planner = Planner(config, self.store)
+        _ = planner.report
+        return planner.fingerprints
+
+    def changed_by(self, **values: Any) -> set[str]:
+        """What differs from the first config's; keys are dotted, with ``__`` for the dot."""
+        config = self.config
+        for key, value in values.items():
+            config = changed(config, key.split("__"), value)
+        after = self(config)
+        assert after.keys() == self.first.keys()
+        return {key for key in after if after[key] != self.first[key]}
+
+
+def changed(section: Any, path: list[str], value: Any) -> Any:
+    name, *rest = path
+    return replace(section, **{name: changed(getattr(section, name), rest, value) if rest else value})
+
+
+@pytest.fixture(scope="module")
+def plans(tmp_path_factory: pytest.TempPathFactory) -> Plans:
+    return Plans(tmp_path_factory.mktemp("plans"))
+
+
+ALL = {
+    "model",
+    "questions",
+    "passages",
+    "vectors base",
+    "vectors minilm",
+    "vectors retriever",
+    "index base",
+    "index minilm",
+    "index retriever",
+    "trainset",
+    "retriever",
+    "hits retriever-train",
+    "hits retriever-dev",
+    "hits base-dev",
+    "hits minilm-dev",
+    "generator",
+    "report",
+}
+AFTER_RETRIEVER = {
+    "retriever",
+    "vectors retriever",
+    "index retriever",
+    "hits retriever-train",
+    "hits retriever-dev",
+    "generator",
+    "report",
+}
+AFTER_TRAINSET = AFTER_RETRIEVER | {"trainset"}
+AFTER_QUESTIONS = AFTER_TRAINSET | {"questions", "hits base-dev", "hits minilm-dev"}
+AFTER_PASSAGES = ALL - {"model", "questions"}
+BASE_ENCODER = AFTER_TRAINSET | {"vectors base", "index base", "hits base-dev"}
+COARSE_ENCODER = AFTER_TRAINSET | {"vectors minilm", "index minilm", "hits minilm-dev"}
+
+
+def test_a_run_makes_these_artifacts(plans: Plans) -> None:
+    assert set(plans.first) == ALL
+    assert len(set(plans.first.values())) == len(ALL)
+
+
+CHANGES: list[tuple[str, Any, set[str]]] = [
+    ("name", "other", set()),
+    ("seed", 1, ALL),
+    ("model.tiny.residual_scale", 0.01, ALL - {"questions"}),
+    ("corpus.chunk_tokens", 64, AFTER_PASSAGES),
+    ("corpus.limit", 5, AFTER_PASSAGES),
+    ("questions.train_limit", 4, AFTER_QUESTIONS),
+    ("questions.dev_limit", 4, AFTER_QUESTIONS),
+    ("variants.num_rewrites", 1, AFTER_QUESTIONS),
+    ("variants.provider", "rules", AFTER_QUESTIONS),
+    ("variants.num_windows", 2, AFTER_TRAINSET),
+    ("variants.endpoint_key_env", "OTHER_KEY", set()),
+    ("evaluation.num_rewrites", 1, AFTER_QUESTIONS),
+    ("evaluation.provider", "rules", AFTER_QUESTIONS),
+    ("model.pooling", "last", BASE_ENCODER),
+    ("model.query_prefix", "query: ", BASE_ENCODER),
+    ("model.passage_max_tokens", 64, BASE_ENCODER),
+    ("model.projection_dim", 32, AFTER_RETRIEVER),
+    ("model.precision", "bf16", AFTER_RETRIEVER),
+    ("coarse.max_tokens", 128, COARSE_ENCODER),
+    ("coarse.document_weight", 0.5, AFTER_TRAINSET),
+    ("retriever.num_hard_negatives", 3, AFTER_TRAINSET),
+    ("retriever.mining_depth", 9, AFTER_TRAINSET),
+    ("retriever.steps", 61, AFTER_RETRIEVER),
+    ("retriever.lora.rank", 4, AFTER_RETRIEVER),
+    ("retriever.optimizer.learning_rate", 0.1, AFTER_RETRIEVER),
+    ("retriever.invariance_weight", 0.0, AFTER_RETRIEVER),
+    ("generator.steps", 31, {"generator", "report"}),
+    ("generator.lora.rank", 4, {"generator", "report"}),
+    ("generator.optimizer.learning_rate", 0.1, {"generator", "report"}),
+    ("generator.distractor_share", 0.2, {"generator", "report"}),
+    ("generator.max_new_tokens", 8, {"generator", "report"}),
+    ("generator.top_k", 2, {"hits retriever-train", "generator", "report"}),
+    ("index.num_probes", 5, AFTER_PASSAGES - {"passages"}),
+    ("evaluation.top_k", 10, {"hits retriever-dev", "hits base-dev", "hits minilm-dev", "report"}),
+    ("evaluation.overlap_k", 4, {"report"}),
+    ("evaluation.num_answers", 31, {"report"}),
+    ("evaluation.answer_wordings", 2, {"report"}),
+    ("evaluation.answer_batch_size", 3, set()),
+]
+
+
+@pytest.mark.parametrize("key, value, expected", CHANGES, ids=[key for key, _, _ in CHANGES])
+def test_setting_changes_exactly_what_follows_from_it(plans: Plans, key: str, value: Any, expected: set[str]) -> None:
+    assert plans.changed_by(**{key.replace(".", "__"): value}) == expected
+
+
+def test_index_factory_changes_the_indexes_and_what_is_searched_in_them(plans: Plans) -> None:
+    found = plans.changed_by(index__factory="IVF4,Flat")
+    assert {"index base", "index minilm", "index retriever", "hits base-dev", "report"} <= found
+    assert not found & {"model", "questions", "passages", "vectors base", "vectors minilm"}
+
+
+def test_edited_input_file_changes_what_was_made_from_it(plans: Plans, tmp_path: Path) -> None:
+    copy = write_lines(tmp_path / "corpus.jsonl", [{"id": "a", "title": "A", "text": "Another corpus."}])
+    assert plans.changed_by(corpus__uri=str(copy)) == AFTER_PASSAGES
+    rows = [{"id": "q", "question": "Why?", "answers": ["so"], "positive_ids": ["a"]}]
+    train = write_lines(tmp_path / "train.jsonl", rows)
+    assert plans.changed_by(questions__train_uri=str(train)) == AFTER_QUESTIONS
+
+
+def test_moved_input_file_changes_nothing(plans: Plans, tmp_path: Path) -> None:
+    for key in ("corpus.uri", "questions.train_uri", "questions.dev_uri"):
+        section, name = key.split(".")
+        source = Path(getattr(getattr(plans.config, section), name))
+        copy = tmp_path / f"moved-{source.name}"
+        copy.write_bytes(source.read_bytes())
+        assert plans.changed_by(**{f"{section}__{name}": str(copy)}) == set()
+
+
+def other(value: Any, kind: Any) -> Any:
+    """Another value of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, str):
+        options = getattr(kind, "__args__", ())
+        return next((option for option in options if option != value), f"{value}-other")
+    if isinstance(value, tuple):
+        return (*value[:-1], other(value[-1], None))
+    return "other"
+
+
+def leaves(section: Any, prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted key and another value, for every field below a section."""
+    hints = get_type_hints(type(section))
+    found: list[tuple[str, Any]] = []
+    for entry in fields(section):
+        value = getattr(section, entry.name)
+        if is_dataclass(value):
+            found += leaves(value, f"{prefix}{entry.name}.")
+        else:
+            found.append((f"{prefix}{entry.name}", other(value, hints[entry.name])))
+    return found
+
+
+def test_where_and_on_what_it_runs_is_in_no_fingerprint(plans: Plans) -> None:
+    changes = [
+        *leaves(ScaleConfig(), "scale."),
+        *leaves(ServeConfig(), "serve."),
+        *leaves(StorageConfig(str(plans.folder)), "storage."),
+    ]
+    assert len(changes) >= 20
+    for key, value in changes:
+        assert plans.changed_by(**{key.replace(".", "__"): value}) == set(), key
+
+
+# Fields that need another field to count, or that another test covers.
+CONDITIONAL = {
+    "name": "for people",
+    "corpus.uri": "content counts, above",
+    "questions.train_uri": "content counts, above",
+    "questions.dev_uri": "content counts, above",
+    "variants.file_uri": "for provider file",
+    "variants.endpoint_url": "for provider endpoint",
+    "variants.endpoint_model": "for provider endpoint",
+    "variants.endpoint_key_env": "never stored",
+    "evaluation.file_uri": "for provider file",
+    "evaluation.answer_batch_size": "speed",
+    "evaluation.coarse_baseline": "adds rows, below",
+    "model.base": "a name or a folder, below",
+    "model.revision": "for hub names",
+    "corpus.distractors": "needs the questions, below",
+    "index.factory": "above",
+}
+
+
+def test_every_science_field_is_in_some_fingerprint(plans: Plans) -> None:
+    forgotten = [
+        key
+        for key, value in leaves(plans.config)
+        if key.split(".")[0] not in {"scale", "serve", "storage"}
+        and key not in CONDITIONAL
+        and not plans.changed_by(**{key.replace(".", "__"): value})
+    ]
+    assert not forgotten, f"no fingerprint depends on {', '.join(forgotten)}"
+
+
+def test_distractors_tie_the_passages_to_the_questions(plans: Plans) -> None:
+    assert plans.changed_by(corpus__distractors=3) == AFTER_PASSAGES
+    both = changed(changed(plans.config, ["corpus", "distractors"], 3), ["questions", "dev_limit"], 4)
+    one = changed(plans.config, ["corpus", "distractors"], 3)
+    assert plans(both)["passages"] != plans(one)["passages"]
+
+
+def test_without_the_coarse_baseline_the_report_is_another(plans: Plans) -> None:
+    config = changed(plans.config, ["evaluation", "coarse_baseline"], False)
+    after = plans(config)
+    assert "hits minilm-dev" not in after
+    assert after["report"] != plans.first["report"]
+    assert after["generator"] == plans.first["generator"]
+
+
+def test_without_answers_no_generator_is_trained(plans: Plans) -> None:
+    after = plans(changed(plans.config, ["evaluation", "num_answers"], 0))
+    assert not {"generator", "hits retriever-train"} & after.keys()
+    assert after["retriever"] == plans.first["retriever"]
+
+
+def test_coarse_encoder_is_independent_of_the_base(plans: Plans) -> None:
+    specs = {coarse_spec(replace(plans.config.coarse, max_tokens=tokens)).fingerprint for tokens in (64, 128)}
+    assert len(specs) == 2
