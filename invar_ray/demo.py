@@ -40,7 +40,7 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
         pipeline.session.ensure()
         try:
             served = time.monotonic()
-            url = start_service(pipeline.index, pipeline.generator, config.serve)
+            url = start_service(pipeline.index, pipeline.generator, config.serve, log_level="WARNING")
             answer = ask_service(url, asked, None, None)
             seconds = {**report.seconds, "serve and answer": round(time.monotonic() - served, 2)}
             print_answer(answer)

@@ -230,7 +230,9 @@ class Pipeline:
             print(text, file=sys.stderr, flush=True)
 
 
-def start_service(index: Artifact, generator: Artifact, serve: ServeConfig, *, blocking: bool = False) -> str:
+def start_service(
+    index: Artifact, generator: Artifact, serve: ServeConfig, *, blocking: bool = False, log_level: str = "INFO"
+) -> str:
     """Serve an index and a generator on the connected Ray; returns the address (after Ctrl-C, if ``blocking``).
 
     Raises:
@@ -247,7 +249,7 @@ def start_service(index: Artifact, generator: Artifact, serve: ServeConfig, *, b
         top_k=serve.top_k,
         max_new_tokens=generator.info["max_new_tokens"],
     )
-    address: str = app.start(args, host=serve.host, port=serve.port, blocking=blocking)
+    address: str = app.start(args, host=serve.host, port=serve.port, blocking=blocking, log_level=log_level)
     return address
 
 

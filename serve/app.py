@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, ProxyLocation
+from ray.serve.schema import LoggingConfig
 
 from invar_ray.errors import ResourceError
 from serve.deployments import API_KEY_ENV, GeneratorDeployment, IngressDeployment, RetrieverDeployment
@@ -158,6 +159,7 @@ def start(
     name: str = SERVICE,
     blocking: bool = False,
     ready_timeout_s: float = 300.0,
+    log_level: str = "INFO",
 ) -> str:
     """Start the service on the Ray that this process is connected to (``ray.init`` first), and wait until it is ready.
 
@@ -168,6 +170,7 @@ def start(
         name: name of the Serve application.
         blocking: stay here until Ctrl-C or SIGTERM, then stop the service.
         ready_timeout_s: how long it may take to become ready, in seconds.
+        log_level: of Serve's own processes; ``INFO`` has a line for each request.
 
     Returns:
         The service's address, e.g. ``http://127.0.0.1:8000``.
@@ -180,9 +183,11 @@ def start(
     if not serve.status().proxies:
         port = _free_port(host, port)
     location = ProxyLocation.HeadOnly if host in {"127.0.0.1", "localhost", "::1"} else ProxyLocation.EveryNode
-    serve.start(http_options={"host": host, "port": port}, proxy_location=location)
+    logs = LoggingConfig(log_level=log_level)
+    serve.start(http_options={"host": host, "port": port}, proxy_location=location, logging_config=logs)
+    logging.getLogger("ray.serve").setLevel(log_level)
     try:
-        serve.run(build_app(args), name=name)
+        serve.run(build_app(args), name=name, logging_config=logs)
     except RuntimeError as error:
         raise ResourceError(
             f"the service did not start: {str(error).splitlines()[0]}",
