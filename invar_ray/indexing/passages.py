@@ -11,10 +11,9 @@ from invar_ray.artifacts import Artifact, Building, Plan
 from invar_ray.config import Config
 from invar_ray.errors import DataError
 from invar_ray.indexing.questions import load_examples
-from invar_ray.indexing.sources import BUILTIN_FACTS, source_digest
+from invar_ray.indexing.sources import source_digest
 from invar_ray.models.locate import BaseRef
 from invar_ray.schema import DOCUMENT_SCHEMA, PASSAGE_SCHEMA, Document, Passage, from_table, to_table
-from invar_ray.text import facts
 from invar_ray.text.chunking import chunk_document
 from invar_ray.text.readers import read_documents
 from invar_ray.versions import STEPS
@@ -80,10 +79,7 @@ def load_passages(artifact: Artifact) -> list[Passage]:
 
 
 def _kept(config: Config, questions: Artifact | None) -> Iterator[Document]:
-    if config.corpus.uri == BUILTIN_FACTS:
-        source: Iterator[Document] = iter(facts.documents())
-    else:
-        source = read_documents(config.corpus.uri, config.corpus.format, config.corpus.limit)
+    source = read_documents(config.corpus.uri, config.corpus.format, config.corpus.limit)
     if config.corpus.distractors is None:
         yield from source
         return
