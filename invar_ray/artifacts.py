@@ -11,14 +11,13 @@ atomic rename, write in place and count as published when the manifest is there.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,112 +25,26 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pyarrow import fs
 
-from invar_ray.errors import ArtifactError, CorruptArtifactError, IncompleteArtifactError, MissingArtifactError
+from invar_ray.errors import ArtifactError, IncompleteArtifactError, MissingArtifactError
+from invar_ray.files import flush, inventory, join_uri, resolve_uri, write_atomic
+from invar_ray.manifest import MANIFEST, SCHEMA_VERSION, UPGRADES, Manifest, Plan, canonical_json, check_files, digest
 
-SCHEMA_VERSION = 1
-"""Version of the manifest's own layout."""
-
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-"""``UPGRADES[n]`` turns a manifest of schema version n into one of n + 1."""
-
-MANIFEST = "manifest.json"
-_CHUNK = 1 << 20
-
-
-def canonical_json(value: Any) -> str:
-    """JSON with sorted keys and no spaces: equal values give equal text."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
-
-
-def digest(value: Any) -> str:
-    """16 hex digits of the SHA-256 of ``value``'s canonical JSON."""
-    return hashlib.sha256(canonical_json(value).encode()).hexdigest()[:16]
-
-
-@dataclass(frozen=True)
-class Plan:
-    """An artifact to be: everything that decides its content.
-
-    Attributes:
-        kind: what it is (``passages``, ``vectors``, ``index``, ``adapter``, ...).
-        name: for people; not part of the fingerprint.
-        config: the science settings of this step, JSON-able.
-        parents: the artifacts it is made from, by role.
-        version: the step's code version (``invar_ray/versions.py``).
-    """
-
-    kind: str
-    name: str
-    config: Mapping[str, Any]
-    parents: Mapping[str, Artifact] = field(default_factory=dict)
-    version: int = 1
-
-    @property
-    def fingerprint(self) -> str:
-        """16 hex digits that change with anything that could change the content."""
-        return digest(
-            {
-                "kind": self.kind,
-                "config": self.config,
-                "parents": {role: parent.fingerprint for role, parent in self.parents.items()},
-                "version": self.version,
-            }
-        )
-
-    @property
-    def ref(self) -> str:
-        """Place below the store's root."""
-        return f"{self.kind}/{self.name}-{self.fingerprint}"
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What ``manifest.json`` holds.
-
-    Attributes:
-        parents: ref of each parent below the same root, by role.
-        files: size in bytes and SHA-256 of each file, by path inside the folder.
-        info: what the step wants to tell (row counts, dimension, metrics, the encoder's description, ...).
-        created: UTC, ISO 8601; not part of any fingerprint.
-    """
-
-    kind: str
-    name: str
-    fingerprint: str
-    version: int
-    config: dict[str, Any]
-    parents: dict[str, str]
-    files: dict[str, dict[str, Any]]
-    info: dict[str, Any]
-    created: str
-    schema_version: int = SCHEMA_VERSION
-
-    @staticmethod
-    def from_json(text: str, where: str) -> Manifest:
-        """Parse, upgrading older layouts.
-
-        Raises:
-            CorruptArtifactError: if the text is no manifest.
-            ArtifactError: if a newer release wrote it.
-        """
-        try:
-            values = json.loads(text)
-            version = int(values["schema_version"])
-            while version < SCHEMA_VERSION:
-                values = UPGRADES[version](values)
-                version = int(values["schema_version"])
-            if version > SCHEMA_VERSION:
-                raise ArtifactError(
-                    f"{where}: manifest has schema version {version}",
-                    expected=f"{SCHEMA_VERSION} or older",
-                    action="use the invar_ray release that wrote it, or a newer one",
-                )
-            return Manifest(**values)
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptArtifactError(
-                f"{where}: manifest.json is not a manifest ({type(error).__name__}: {error})",
-                action="delete that folder and run the step again",
-            ) from error
+__all__ = [
+    "MANIFEST",
+    "SCHEMA_VERSION",
+    "UPGRADES",
+    "Artifact",
+    "Building",
+    "Manifest",
+    "Plan",
+    "Store",
+    "canonical_json",
+    "digest",
+    "join_uri",
+    "open_artifact",
+    "resolve_uri",
+    "write_atomic",
+]
 
 
 @dataclass(frozen=True)
@@ -192,6 +105,8 @@ class Building:
     filesystem: fs.FileSystem
     prefix: str
     info: dict[str, Any] = field(default_factory=dict)
+    left_by_others: dict[str, int] = field(default_factory=dict)
+    """Files of an earlier try that an object store holds at this place: not part of this one unless written anew."""
 
 
 class Store:
@@ -281,9 +196,21 @@ class Store:
         else:
             staging = Path(tempfile.mkdtemp(prefix="invar-"))
             building = Building(plan, staging, self.filesystem, self.location(plan.ref))
+            if not resumable:
+                building.left_by_others = self._files_at(building.prefix)
         try:
             yield building
             self._publish(building)
+        except Exception as error:
+            # Writers of a resumable step share a staging folder: the winner's rename takes it from under the others.
+            if resumable and self._read(f"{self.location(plan.ref)}/{MANIFEST}") is not None:
+                return
+            if not self.is_local and type(error) is OSError:
+                raise ArtifactError(
+                    f"cannot write to {join_uri(self.root_uri, plan.ref)} ({error})",
+                    action="check the bucket, the credentials and the network",
+                ) from error
+            raise
         finally:
             if not (resumable and self.is_local):
                 shutil.rmtree(staging, ignore_errors=True)
@@ -315,7 +242,7 @@ class Store:
             source_filesystem=self.filesystem,
             destination_filesystem=fs.LocalFileSystem(),
         )
-        _check(staging.as_posix(), fs.LocalFileSystem(), artifact.manifest, contents=True, shown=artifact.uri)
+        check_files(staging.as_posix(), fs.LocalFileSystem(), artifact.manifest, contents=True, shown=artifact.uri)
         try:
             staging.rename(target)
         except OSError:  # another process was faster; its copy is as good
@@ -324,7 +251,7 @@ class Store:
 
     def check_files(self, ref: str, manifest: Manifest, *, contents: bool) -> None:
         """Compare files with the manifest; see :meth:`Artifact.verify`."""
-        _check(self.location(ref), self.filesystem, manifest, contents, join_uri(self.root_uri, ref))
+        check_files(self.location(ref), self.filesystem, manifest, contents, join_uri(self.root_uri, ref))
 
     def _publish(self, building: Building) -> None:
         plan, final = building.plan, self.location(building.plan.ref)
@@ -334,6 +261,12 @@ class Store:
                 fs.copy_files(
                     str(path), target, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.filesystem
                 )
+        left = building.left_by_others
+        files = {
+            name: entry
+            for name, entry in inventory(self.filesystem, building.prefix, MANIFEST).items()
+            if name not in left or self.filesystem.get_file_info(f"{building.prefix}/{name}").mtime_ns != left[name]
+        }
         manifest = Manifest(
             kind=plan.kind,
             name=plan.name,
@@ -341,7 +274,7 @@ class Store:
             version=plan.version,
             config=json.loads(canonical_json(plan.config)),
             parents={role: parent.ref for role, parent in plan.parents.items()},
-            files=_inventory(self.filesystem, building.prefix),
+            files=files,
             info=json.loads(canonical_json(building.info)),
             created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         )
@@ -349,8 +282,12 @@ class Store:
         with self.filesystem.open_output_stream(f"{building.prefix}/{MANIFEST}") as stream:
             stream.write(text)
         if self.is_local:
-            _flush(building.path)
+            flush(building.path)
             self._rename(building.path, Path(final))
+
+    def _files_at(self, prefix: str) -> dict[str, int]:
+        entries = self.filesystem.get_file_info(fs.FileSelector(prefix, recursive=True, allow_not_found=True))
+        return {entry.path[len(prefix) :].lstrip("/"): entry.mtime_ns for entry in entries}
 
     def _rename(self, staging: Path, final: Path) -> None:
         final.parent.mkdir(parents=True, exist_ok=True)
@@ -383,85 +320,3 @@ def open_artifact(uri: str, kind: str | None = None) -> Artifact:
         raise MissingArtifactError(f"no artifact at {uri}", expected="<root>/<kind>/<name>-<fingerprint>")
     root_uri = urlunsplit((parts.scheme, parts.netloc, root, parts.query, "")) if "://" in uri else root
     return Store(root_uri).open(f"{folder}/{leaf}", kind)
-
-
-def join_uri(root_uri: str, ref: str) -> str:
-    """``root_uri`` with ``ref`` added to its path (a query part, e.g. an S3 endpoint, stays at the end)."""
-    if "://" not in root_uri:
-        return f"{root_uri.rstrip('/')}/{ref}"
-    parts = urlsplit(root_uri)
-    return urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/{ref}", parts.query, ""))
-
-
-def resolve_uri(uri: str) -> tuple[fs.FileSystem, str]:
-    """File system and path for a URI or a local path.
-
-    Raises:
-        ArtifactError: if pyarrow does not know the scheme.
-    """
-    if "://" not in uri:
-        return fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri))
-    try:
-        filesystem, path = fs.FileSystem.from_uri(uri)
-    except (ValueError, OSError, TypeError) as error:
-        raise ArtifactError(
-            f"cannot open {uri!r} ({error})", expected="a local path, or a file://, s3:// or gs:// URI"
-        ) from error
-    return filesystem, path
-
-
-def write_atomic(path: Path, content: bytes) -> None:
-    """Write a file so that a reader sees the old content or the new, never a part."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    with open(temporary, "wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(temporary, path)
-
-
-def _inventory(filesystem: fs.FileSystem, prefix: str) -> dict[str, dict[str, Any]]:
-    files = {}
-    for entry in filesystem.get_file_info(fs.FileSelector(prefix, recursive=True)):
-        name = entry.path[len(prefix) :].lstrip("/")
-        if entry.type == fs.FileType.File and name != MANIFEST:
-            files[name] = {"bytes": entry.size, "sha256": _sha256(filesystem, entry.path)}
-    return files
-
-
-def _check(prefix: str, filesystem: fs.FileSystem, manifest: Manifest, contents: bool, shown: str) -> None:
-    faults = []
-    for name, entry in sorted(manifest.files.items()):
-        path = f"{prefix}/{name}"
-        found = filesystem.get_file_info(path)
-        if found.type != fs.FileType.File:
-            faults.append(f"{name} is missing")
-        elif found.size != entry["bytes"]:
-            faults.append(f"{name} has {found.size} bytes instead of {entry['bytes']}")
-        elif contents and _sha256(filesystem, path) != entry["sha256"]:
-            faults.append(f"the content of {name} differs from its recorded sha256")
-    if faults:
-        raise CorruptArtifactError(
-            f"{shown} is damaged: {'; '.join(faults[:5])}" + (f"; and {len(faults) - 5} more" if faults[5:] else ""),
-            action=f"delete that folder and run the step that makes it (kind {manifest.kind!r}) again",
-        )
-
-
-def _sha256(filesystem: fs.FileSystem, path: str) -> str:
-    hasher = hashlib.sha256()
-    with filesystem.open_input_stream(path) as stream:
-        while chunk := stream.read(_CHUNK):
-            hasher.update(chunk)
-    return hasher.hexdigest()
-
-
-def _flush(folder: Path) -> None:
-    # A rename may reach the disk before the files do: after a power cut the manifest must not outlive its files.
-    for path in folder.rglob("*"):
-        if path.is_file():
-            descriptor = os.open(path, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)

@@ -31,8 +31,8 @@ from invar_ray.evaluation.tables import (
     finite,
     print_name,
     render_table,
-    write_atomic,
 )
+from invar_ray.files import write_atomic
 
 __all__ = [
     "ANSWER_METRICS",
@@ -134,7 +134,8 @@ class Report:
 
 def write_report(report: Report, path: str | os.PathLike[str]) -> Path:
     """Write ``report`` as JSON, all or nothing: a reader sees the old file or the new one, never a part."""
-    return write_atomic(Path(path), report.to_json().encode("utf-8"))
+    write_atomic(Path(path), report.to_json().encode("utf-8"))
+    return Path(path)
 
 
 def read_report(path: str | os.PathLike[str]) -> Report:

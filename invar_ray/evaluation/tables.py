@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import math
-import os
 import re
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from invar_ray.files import write_atomic
 
 RETRIEVAL_METRICS = ("recall_at_1", "recall_at_5", "mrr_at_10", "ndcg_at_10", "answer_recall_at_5")
 VARIANCE_METRICS = ("overlap_at_5", "worst_recall_at_5", "overlap_between_questions_at_5")
@@ -79,7 +79,8 @@ def write_csv(path: Path, header: Sequence[str], lines: Sequence[Sequence[Any]])
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
     writer.writerows([["" if cell is None else cell for cell in line] for line in lines])
-    return write_atomic(path, buffer.getvalue().encode("utf-8"))
+    write_atomic(path, buffer.getvalue().encode("utf-8"))
+    return path
 
 
 def finite(value: float | None) -> float | None:
@@ -93,15 +94,3 @@ def _cell(row: Row, name: str) -> str:
         return "-"
     bounds = row.intervals.get(name)
     return f"{value:.3f}" + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")
-
-
-def write_atomic(path: Path, data: bytes) -> Path:
-    """Write a file through a temporary neighbour and a rename, making its folder if needed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-    try:
-        staged.write_bytes(data)
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
-    return path

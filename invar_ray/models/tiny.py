@@ -81,8 +81,8 @@ def build_tiny(config: TinyConfig, seed: int) -> tuple[LlamaForCausalLM, PreTrai
             for layer in model.model.layers:
                 layer.self_attn.o_proj.weight.normal_(0.0, config.residual_scale)
                 layer.mlp.down_proj.weight.normal_(0.0, config.residual_scale)
-            # The last gain scales the tied head's logits and leaves directions, hence retrieval, as they are: without it a
-            # token's own logit is in the hundreds and stage 2 starts at a loss of 175 nats.
+            # The last gain scales the tied head's logits and leaves directions, hence retrieval, as they are: without
+            # it a token's own logit is in the hundreds and stage 2 starts at a loss of 175 nats.
             own_logit = embeddings.shape[1] ** 0.5 * embeddings.norm(dim=1).mean()
             model.model.norm.weight.fill_(_OWN_LOGIT / own_logit)
     return model.eval(), tokenizer
