@@ -8,6 +8,7 @@ tensors.
 from __future__ import annotations
 
 import copy
+import json
 import shutil
 from pathlib import Path
 
@@ -91,6 +92,12 @@ def save_adapter(model: PeftModel, state: dict[str, Tensor], folder: Path, base_
         for path in nested.iterdir():
             shutil.move(str(path), folder / path.name)
         nested.rmdir()
+    # PEFT holds the target modules as a set, whose order differs from process to process: equal runs, equal files.
+    description = folder / "adapter_config.json"
+    values = json.loads(description.read_text(encoding="utf-8"))
+    if isinstance(values.get("target_modules"), list):
+        values["target_modules"].sort()
+    description.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card template is empty of content
 
 
