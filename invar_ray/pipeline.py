@@ -27,7 +27,7 @@ from invar_ray.indexing.trainset import build_trainset, trainset_plan
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec
 from invar_ray.models.locate import BUILTIN, BaseRef, base_plan, build_base, load_tokenizer, resolve_base
 from invar_ray.retrieval.index import build_index
-from invar_ray.session import RaySession
+from invar_ray.session import RaySession, clear_failures
 from invar_ray.training.trainer import encoder_of, generator_plan, retriever_plan, train_generator, train_retriever
 from invar_ray.versions import STEPS
 
@@ -134,6 +134,7 @@ class Pipeline:
     @cached_property
     def report(self) -> Artifact:
         """Base, stage 1 and both stages on the dev questions."""
+        _ = self.questions, self.passages  # a fault in the inputs shows before hours of embedding
         systems = []
         if self.config.evaluation.coarse_baseline:
             systems.append(System("MiniLM", self.hits(self.coarse_index, "dev"), None))
@@ -211,9 +212,12 @@ class Pipeline:
 
         def timed(building: Building) -> None:
             self._say(f"{label} ...")
-            if on_ray:
-                self.session.ensure()
-            body(building)
+            if not on_ray:
+                body(building)
+                return
+            self.session.ensure()
+            with clear_failures(label):
+                body(building)
 
         artifact, reused = self.store.get_or_build(plan, timed, resumable=resumable)
         if reused:

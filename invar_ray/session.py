@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
 import shutil
 import tempfile
 import warnings
+from collections.abc import Iterator
 from types import TracebackType
 
 import ray
+from ray.exceptions import RayError
 
+from invar_ray import errors
 from invar_ray.config import ScaleConfig
+from invar_ray.errors import InvarError, ResourceError
 
 _WORKER_ENV = {
     "OMP_NUM_THREADS": "1",
@@ -40,6 +46,37 @@ def quieten_libraries() -> None:
     transformers_logging.set_verbosity_error()
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+@contextlib.contextmanager
+def clear_failures(label: str) -> Iterator[None]:
+    """Turn an exception that Ray wrapped on its way from an actor into one error.
+
+    Raises:
+        InvarError: the actor's own, where it raised one.  ResourceError: for anything else; it names the last line.
+    """
+    try:
+        yield
+    except RayError as error:
+        raise _unwrapped(error, label) from error
+
+
+def _unwrapped(error: RayError, label: str) -> InvarError:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, InvarError) and not isinstance(cause, RayError):
+            return cause
+        cause = getattr(cause, "cause", None) or cause.__cause__
+    # Of what an actor's constructor raised Ray keeps the text alone.
+    named = re.findall(r"^invar_ray\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
+    if named:
+        kind: type[InvarError] = getattr(errors, named[-1][0])
+        return kind(named[-1][1])
+    lines = str(error).strip().splitlines() or [repr(error)]
+    return ResourceError(
+        f"{label} failed on Ray: {lines[-1].strip()}",
+        action="see the workers' log above; a re-run keeps what is finished",
+    )
 
 
 class RaySession:
