@@ -1,0 +1,157 @@
+"""Embedding on Ray Data: what a killed run had finished is kept, what was cut off is made again, bit for bit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from invar_ray.artifacts import Artifact
+from invar_ray.errors import InvarError
+from invar_ray.indexing import embed
+from invar_ray.indexing.embed import EmbedShard
+from invar_ray.indexing.passages import load_passages
+from invar_ray.models.encoder import open_encoder
+from invar_ray.pipeline import Pipeline
+from tests.distributed.small_store import small_config
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+SHARD_ROWS = 8
+
+
+def pipeline_in(root: Path, *overrides: str) -> Pipeline:
+    # One actor, so that shards are made in order.
+    return Pipeline(small_config(root, ["scale.embed_workers=1", *overrides]), quiet=True)
+
+
+def vectors_of(index: Artifact) -> Artifact:
+    return index.parent("vectors")
+
+
+def shards(folder: Path) -> dict[int, Path]:
+    """First row -> file."""
+    return {int(path.stem.removeprefix("part-")): path for path in sorted(folder.glob("part-*.parquet"))}
+
+
+def matrix(vectors: Artifact) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """All vectors in row order, through pyarrow only."""
+    tables = [pq.read_table(path) for path in shards(vectors.path("shards")).values()]
+    flat = [table.column("vector").combine_chunks() for table in tables]
+    return np.concatenate([np.asarray(array.flatten()).reshape(len(array), -1) for array in flat])
+
+
+@pytest.fixture(scope="module")
+def whole(local_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """A run that nothing disturbed."""
+    pipeline = pipeline_in(tmp_path_factory.mktemp("e") / "whole")
+    assert pipeline.base_index.manifest.name == "base"
+    return pipeline
+
+
+def test_vectors_are_fixed_size_lists_for_plain_pyarrow(whole: Pipeline) -> None:
+    vectors, rows = vectors_of(whole.base_index), load_passages(whole.passages)
+    found = shards(vectors.path("shards"))
+    assert list(found) == list(range(0, len(rows), SHARD_ROWS))
+    ids: list[str] = []
+    for path in found.values():
+        schema = pq.read_schema(path)
+        assert schema.field("vector").type == pa.list_(pa.float32(), 384)
+        assert pa.types.is_fixed_size_list(schema.field("vector").type)
+        ids += pq.read_table(path).column("id").to_pylist()
+    assert ids == [passage.id for passage in rows]
+    np.testing.assert_allclose(np.linalg.norm(matrix(vectors), axis=1), 1.0, atol=1e-5)
+
+
+def test_vectors_do_not_depend_on_shards_or_workers(whole: Pipeline) -> None:
+    """All passages in one batch of this process, up to rounding: padding differs."""
+    spec = embed.EncoderSpec.from_json(vectors_of(whole.base_index).info["encoder"])
+    passages = [(passage.title, passage.text) for passage in load_passages(whole.passages)]
+    plain = open_encoder(spec, whole.store).encode_passages(passages)
+    np.testing.assert_allclose(matrix(vectors_of(whole.base_index)), plain, atol=1e-5)
+
+
+def test_a_run_that_failed_goes_on_where_it_was(
+    whole: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    class FailsAtThirdShard(EmbedShard):
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            if int(batch["start"][0]) >= 2 * SHARD_ROWS:
+                raise RuntimeError("the test ends this run here")
+            return super().__call__(batch)
+
+    root = tmp_path / "s"
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "EmbedShard", FailsAtThirdShard)
+        with pytest.raises(Exception, match="the test ends this run here"):
+            _ = pipeline_in(root).base_index
+    assert not list(root.glob("vectors/*")), "an unfinished run published something"
+
+    [staging] = (root / ".staging").glob("vectors-*/shards")
+    standing = shards(staging)
+    assert list(standing) == [0, SHARD_ROWS]
+    kept, cut = standing[0], standing[SHARD_ROWS]
+    before = kept.stat().st_mtime_ns
+    cut.write_bytes(cut.read_bytes()[:-100])  # as if the disk had been full
+    (staging / ".part-0000000016.parquet.123").write_bytes(b"half a file")
+    (staging / "part-0000000003.parquet").write_bytes(b"of another shard size")
+
+    embedded = tmp_path / "embedded"
+
+    class Noting(EmbedShard):
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            with open(embedded, "a") as stream:
+                stream.write(f"{int(batch['start'][0])} ")
+            return super().__call__(batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(embed, "EmbedShard", Noting)
+        vectors = vectors_of(pipeline_in(root).base_index)
+
+    published = shards(vectors.path("shards"))
+    rows = len(load_passages(whole.passages))
+    assert list(published) == list(range(0, rows, SHARD_ROWS))
+    assert {path.suffix for path in vectors.path("shards").iterdir()} == {".parquet", ".json"}
+    assert sorted(map(int, embedded.read_text().split())) == list(range(SHARD_ROWS, rows, SHARD_ROWS))
+    assert published[0].stat().st_mtime_ns == before, "a finished shard was made again"
+    assert np.array_equal(matrix(vectors), matrix(vectors_of(whole.base_index)))
+    vectors.verify()
+
+
+def test_a_killed_actor_is_replaced_and_changes_nothing(
+    whole: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    mark = tmp_path / "killed"
+
+    class KilledOnce(EmbedShard):
+        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+            if int(batch["start"][0]) == SHARD_ROWS and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return super().__call__(batch)
+
+    monkeypatch.setattr(embed, "EmbedShard", KilledOnce)
+    vectors = vectors_of(pipeline_in(tmp_path / "s").base_index)
+    assert mark.exists(), "nothing was killed: the test proves nothing"
+    assert np.array_equal(matrix(vectors), matrix(vectors_of(whole.base_index)))
+
+
+def test_a_users_mistake_on_an_actor_comes_out_as_such(monkeypatch: pytest.MonkeyPatch, whole: Pipeline) -> None:
+    """E.g. a base that one node cannot read: the command line prints InvarErrors without a traceback."""
+
+    class CannotLoad(EmbedShard):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            from invar_ray.errors import ModelError
+
+            raise ModelError("no folder 'base' on this node", action="copy it there")
+
+    monkeypatch.setattr(embed, "EmbedShard", CannotLoad)
+    changed = pipeline_in(Path(whole.store.root), "model.passage_max_tokens=100")
+    with pytest.raises(InvarError, match="no folder 'base' on this node"):
+        _ = changed.base_index

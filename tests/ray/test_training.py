@@ -1,0 +1,165 @@
+"""Training on Ray Train: a worker that dies costs no bit of the result.  Two workers, ZeRO-2, the real stages."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from invar_ray.artifacts import Artifact
+from invar_ray.errors import ResourceError
+from invar_ray.pipeline import Pipeline
+from invar_ray.training import trainer
+from tests.distributed.small_store import small_config, small_store
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+
+STEPS, CHECKPOINT_EVERY, DIES_AT = 5, 2, 3  # the worker dies before its fourth step: a checkpoint after two stands
+OVERRIDES = (
+    f"retriever.steps={STEPS}",
+    f"generator.steps={STEPS}",
+    # Dropout draws from a random state: a resumed run must repeat it.
+    "retriever.lora.dropout=0.1",
+    "generator.lora.dropout=0.1",
+    f"scale.checkpoint_every={CHECKPOINT_EVERY}",
+)
+
+
+def work_that_dies(folder: Path, *, deaths: int) -> Callable[[dict[str, Any]], int]:
+    """The training function with a stage that notes its steps, and on rank 1 ends the process before step DIES_AT, at
+    most ``deaths`` times.
+
+    A nested function: Ray sends its code, so that the workers need not import this file.
+    """
+    place, dies_at = str(folder), DIES_AT
+
+    def work(payload: dict[str, Any]) -> int:
+        import os
+        import time
+        from pathlib import Path
+
+        from invar_ray.training.stages import STAGES
+        from invar_ray.training.worker import train_worker
+
+        real = STAGES[payload["stage"]]
+
+        def make(config: Any, store: Any, inputs: Any, rank: int, world_size: int) -> Any:
+            stage = real(config, store, inputs, rank, world_size)
+            plain_loss = stage.loss
+
+            def loss(forward: Any, step: int) -> Any:
+                marks = sorted(Path(place).glob("died-*"))
+                if rank == 1 and step == dies_at and len(marks) < deaths:
+                    # A checkpoint whose report is in flight when its worker dies may be lost; this is about the others.
+                    deadline = time.monotonic() + 60
+                    while not list(Path(store.root).glob(".train/*/checkpoint_manager_snapshot.json")):
+                        assert time.monotonic() < deadline, "Ray never took note of the checkpoint"
+                        time.sleep(0.2)
+                    (Path(place) / f"died-{len(marks)}").touch()
+                    os._exit(1)
+                with open(Path(place) / f"steps-{rank}", "a") as stream:
+                    stream.write(f"{step} ")
+                return plain_loss(forward, step)
+
+            stage.loss = loss
+            return stage
+
+        STAGES[payload["stage"]] = make
+        return train_worker(payload)
+
+    return work
+
+
+def log_of(adapter: Artifact) -> list[dict[str, Any]]:
+    """The log without its clock."""
+    lines = adapter.path("log.jsonl").read_text(encoding="utf-8").splitlines()
+    return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_s"} for line in lines]
+
+
+def adapter_files(adapter: Artifact) -> dict[str, str]:
+    files = adapter.manifest.files.items()
+    found = {name: str(entry["sha256"]) for name, entry in files if name.startswith("adapter/")}
+    assert "adapter/adapter_model.safetensors" in found
+    return found
+
+
+def train(root: Path, stage: str, *overrides: str) -> Artifact:
+    config = small_config(root, [*OVERRIDES, *overrides])
+    with Pipeline(config, quiet=True) as pipeline:
+        if stage == "retriever":
+            return pipeline.retriever
+        hits, base = small_store(root, OVERRIDES).hits, pipeline.base
+        plan = trainer.generator_plan(config, base, hits)
+        return pipeline.store.get_or_build(
+            plan, lambda building: trainer.train_generator(building, config, base, hits)
+        )[0]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with everything that comes before training."""
+    root = tmp_path_factory.mktemp("t") / "s"
+    small_store(root, OVERRIDES)
+    return root
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(local_ray: Any, prepared: Path) -> Callable[[str], Artifact]:
+    made: dict[str, Artifact] = {}
+
+    def get(stage: str) -> Artifact:
+        if stage not in made:
+            made[stage] = train(copied(prepared, f"whole-{stage}"), stage)
+        return made[stage]
+
+    return get
+
+
+def copied(prepared: Path, name: str) -> Path:
+    return Path(shutil.copytree(prepared, prepared.with_name(name)))
+
+
+def check_equal(found: Artifact, whole: Artifact) -> None:
+    log = log_of(found)
+    assert [record["step"] for record in log] == list(range(1, STEPS + 1))
+    assert log == log_of(whole)  # json keeps every bit of a float
+    assert adapter_files(found) == adapter_files(whole)
+
+
+@pytest.mark.parametrize("stage", ["retriever", pytest.param("generator", marks=pytest.mark.slow)])
+def test_a_run_whose_worker_died_equals_an_uninterrupted_one(
+    stage: str,
+    prepared: Path,
+    uninterrupted: Callable[[str], Artifact],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    whole = uninterrupted(stage)
+    monkeypatch.setattr(trainer, "_work", work_that_dies(tmp_path, deaths=1))
+    found = train(copied(prepared, f"died-{stage}"), stage)
+
+    assert (tmp_path / "died-0").exists(), "nothing died: the test proves nothing"
+    assert (tmp_path / "steps-1").read_text().split() == ["0", "1", "2", "2", "3", "4"], "did not go on from step 2"
+    check_equal(found, whole)
+
+
+@pytest.mark.slow
+def test_a_failed_run_is_one_error_and_the_next_goes_on(
+    prepared: Path, uninterrupted: Callable[[str], Artifact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    whole = uninterrupted("retriever")
+    root = copied(prepared, "failed")
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "_work", work_that_dies(tmp_path, deaths=1))
+        with pytest.raises(ResourceError, match="training of the retriever failed"):
+            train(root, "retriever", "scale.max_failures=0")
+    assert not list(root.glob("retriever/*")), "a failed training published something"
+    # A second try, as a user would: the same command, in what may be another process.
+    monkeypatch.setattr(trainer, "_work", work_that_dies(tmp_path, deaths=1))
+    found = train(root, "retriever", "scale.max_failures=0")
+    assert (tmp_path / "steps-1").read_text().split() == ["0", "1", "2", "2", "3", "4"]
+    check_equal(found, whole)
