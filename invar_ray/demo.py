@@ -95,7 +95,7 @@ def ask_here(
 
 def print_answer(answer: Mapping[str, Any]) -> None:
     """An answer with its citations and the passages they point to."""
-    print(f"answer: {answer['answer']}")
+    print(f"answer: {answer['answer'] or '(the model wrote nothing)'}")
     passages = {passage["passage_id"]: passage for passage in answer["passages"]}
     for citation in answer["citations"]:
         passage = passages.get(citation["passage_id"], {})

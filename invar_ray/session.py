@@ -7,7 +7,9 @@ import logging
 import os
 import re
 import shutil
+import signal
 import tempfile
+import threading
 import warnings
 from collections.abc import Iterator
 from types import TracebackType
@@ -79,6 +81,22 @@ def _unwrapped(error: RayError, label: str) -> InvarError:
     )
 
 
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the entry point's SIGTERM handler: Ray puts its own there, which exits with 15 and says nothing."""
+    handler = signal.getsignal(signal.SIGTERM)
+    mine = callable(handler) and threading.current_thread() is threading.main_thread()
+    try:
+        yield
+    except SystemExit as error:
+        if mine and error.code == signal.SIGTERM:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, handler)
+
+
 class RaySession:
     """Connects to Ray when first needed, and stops what it started.
 
@@ -99,24 +117,28 @@ class RaySession:
         # 60 s, Ray's default, is exceeded on loaded machines; the controller reads it from this environment.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(self._scale.worker_timeout_s))
         address = self._scale.ray_address or os.environ.get("RAY_ADDRESS")
-        if address:
-            ray.init(address=address, ignore_reinit_error=True, log_to_driver=True)
-        else:
-            self._folder = tempfile.mkdtemp(prefix="invar-ray-")
-            ray.init(
-                num_cpus=self._scale.local_num_cpus,
-                include_dashboard=False,
-                log_to_driver=True,
-                logging_level="warning",
-                _temp_dir=self._folder,
-                runtime_env={
-                    "env_vars": _WORKER_ENV | ({} if self._scale.use_gpu else {"DS_ACCELERATOR": "cpu"}),
-                    "worker_process_setup_hook": "invar_ray.session.quieten_worker",
-                },
-            )
+        with _own_sigterm():
+            if address:
+                ray.init(address=address, ignore_reinit_error=True, log_to_driver=True)
+            else:
+                self._start_local()
         ray.data.DataContext.get_current().enable_progress_bars = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         self._started = True
+
+    def _start_local(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="invar-ray-")
+        ray.init(
+            num_cpus=self._scale.local_num_cpus,
+            include_dashboard=False,
+            log_to_driver=True,
+            logging_level="warning",
+            _temp_dir=self._folder,
+            runtime_env={
+                "env_vars": _WORKER_ENV | ({} if self._scale.use_gpu else {"DS_ACCELERATOR": "cpu"}),
+                "worker_process_setup_hook": "invar_ray.session.quieten_worker",
+            },
+        )
 
     def close(self) -> None:
         """Disconnect, and stop a Ray that :meth:`ensure` started."""

@@ -14,7 +14,8 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import safe_open
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -59,8 +60,9 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, merge: bool = False) ->
     Raises:
         ModelError: if the folder is no PEFT folder or does not fit the base.
     """
-    if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} has no adapter_config.json", expected="a PEFT folder")
+    for name in ("adapter_config.json", "adapter_model.safetensors"):  # never adapter_model.bin: it is a pickle
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} has no {name}", expected="a PEFT folder with safetensors weights")
     try:
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
     except (ValueError, RuntimeError) as error:
@@ -68,6 +70,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, merge: bool = False) ->
             f"the adapter in {folder} does not fit the base ({str(error).splitlines()[0]})",
             action="use the base that its adapter_config.json names",
         ) from error
+    _same_names(model, folder)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     plain = model.merge_and_unload() if merge else model.get_base_model()
@@ -99,6 +102,24 @@ def save_adapter(model: PeftModel, state: dict[str, Tensor], folder: Path, base_
         values["target_modules"].sort()
     description.write_text(json.dumps(values, indent=2, sort_keys=True), encoding="utf-8")
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card template is empty of content
+
+
+def _same_names(model: PeftModel, folder: Path) -> None:
+    # PEFT loads what fits and passes over the rest in silence.
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as stored:
+        given = set(stored.keys())
+    wanted = set(get_peft_model_state_dict(model, adapter_name=_NAME))
+    if given != wanted:
+        missing, extra = sorted(wanted - given), sorted(given - wanted)
+        raise ModelError(
+            f"the adapter in {folder} does not fit the base: it lacks {len(missing)} of its weights"
+            f"{_first(missing)} and brings {len(extra)} others{_first(extra)}",
+            action="use the base that its adapter_config.json names",
+        )
+
+
+def _first(names: list[str]) -> str:
+    return f" (first: {names[0]})" if names else ""
 
 
 def share_base(base: PreTrainedModel) -> PreTrainedModel:

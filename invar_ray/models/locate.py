@@ -40,9 +40,21 @@ class BaseRef:
     fingerprint: str
 
     def folder_or_name(self, store: Store) -> str:
-        """What ``from_pretrained`` takes, on this node."""
+        """What ``from_pretrained`` takes, on this node.
+
+        Raises:
+            ModelError: if the folder's weights are not those that were resolved.  ArtifactError: see
+                :meth:`Store.open`.
+        """
         if self.location.startswith(_ARTIFACT):
             return str(store.open(self.location.removeprefix(_ARTIFACT), "model").path())
+        folder = Path(self.location)
+        if folder.is_dir() and _folder_fingerprint(folder) != self.fingerprint:
+            raise ModelError(
+                f"the base in {folder} has changed since it was used (fingerprint {_folder_fingerprint(folder)})",
+                expected=f"fingerprint {self.fingerprint}",
+                action="put the old weights back, or train and index again with the new ones",
+            )
         return self.location
 
 

