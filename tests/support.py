@@ -48,9 +48,9 @@ def documents() -> list[dict[str, str]]:
         builder, crop, animal = _BUILDERS[number % 6], _CROPS[number // 2 % 6], _ANIMALS[number % 5]
         text = (
             f"{name} is a small island in the northern sound, some {number + 3} miles from the mainland. "
-            f"Its lighthouse was built by {builder} after the great storm, and the lamp was lit with oil for a century. "
+            f"Its lighthouse was built by {builder} after the great storm, and its lamp burned oil for a century. "
             f"Farmers there grow {crop} on the terraces above the bay, and they carry it down to the harbour by cart. "
-            f"The ferry leaves at {number + 5} in the morning. When the harbour freezes in winter, {animal} come down to "
+            f"The ferry leaves at {number + 5} in the morning. When the harbour freezes in winter, {animal} come to "
             f"the pier, and the children of {name} feed them with bread until the ice breaks and the boats return."
         )
         rows.append({"id": f"doc-{name.lower()}", "title": name, "text": text})

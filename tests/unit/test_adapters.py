@@ -56,7 +56,7 @@ def random_llama(layers: int = 1, width: int = 32) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def save_random(model: LlamaForCausalLM, folder: Path, config: LoraConfig) -> PreTrainedModel:
+def save_random(model: LlamaForCausalLM, folder: Path, config: LoraConfig) -> PeftModel:
     """Put a random adapter on ``model``, save it, and return the adapted model."""
     adapted = new_adapter(model, config, seed=0).eval()
     generator = torch.Generator().manual_seed(0)

@@ -186,19 +186,21 @@ def test_reader_never_sees_a_folder_without_its_manifest(store: Store) -> None:
     assert seen
 
 
-def write_together(store: Store, *, resumable: bool) -> list[Any]:
-    """Two writers that are both in their bodies at the same time; what each ended with."""
+def write_together(store: Store, plan: Plan, *, resumable: bool) -> list[Any]:
+    """Two writers that leave their bodies at the same time; what each ended with."""
     barrier = threading.Barrier(2, timeout=20)
     results: list[Any] = []
 
     def body(building: Building) -> None:
         barrier.wait()
-        fill(building)
+        # A resumable body shares its folder: whole files only, as the contract of ``build`` asks.
+        write_atomic(building.path / "shards" / "part-0.bin", b"\x00\x01" * 500)
+        write_atomic(building.path / "notes.txt", b"hello")
         barrier.wait()
 
     def write() -> None:
         try:
-            results.append(store.get_or_build(PLAN, body, resumable=resumable)[0])
+            results.append(store.get_or_build(plan, body, resumable=resumable)[0])
         except Exception as error:
             results.append(error)
 
@@ -212,12 +214,28 @@ def write_together(store: Store, *, resumable: bool) -> list[Any]:
 
 @pytest.mark.parametrize("resumable", [False, True])
 def test_two_writers_of_one_plan_end_well_with_one_result(store: Store, resumable: bool) -> None:
-    results = write_together(store, resumable=resumable)
-    assert [type(result) for result in results] == [Artifact, Artifact], results
-    assert results[0].manifest == results[1].manifest
-    results[0].verify()
-    assert entries(Path(store.root) / "vectors") == [Path(PLAN.ref).name]
+    for number in range(8):
+        plan = replace(PLAN, config={"number": number})
+        results = write_together(store, plan, resumable=resumable)
+        assert [type(result) for result in results] == [Artifact, Artifact], results
+        assert set(results[0].manifest.files) == {"notes.txt", "shards/part-0.bin"}
+        assert results[0].manifest.files == results[1].manifest.files
+        store.open(plan.ref).verify()
+    assert entries(Path(store.root) / "vectors") == sorted(
+        Path(replace(PLAN, config={"number": number}).ref).name for number in range(8)
+    )
     assert entries(Path(store.root) / ".staging") == []
+
+
+def test_file_that_another_writer_has_not_finished_is_not_published(store: Store) -> None:
+    """In a shared staging folder ``write_atomic`` of the slower writer has its temporary file beside the whole ones."""
+
+    def body(building: Building) -> None:
+        write_atomic(building.path / "shards" / "part-0.bin", b"whole")
+        (building.path / "shards" / ".part-1.bin.1a2b3c4d").write_bytes(b"ha")
+
+    artifact = store.get_or_build(PLAN, body, resumable=True)[0]
+    assert set(artifact.manifest.files) == {"shards/part-0.bin"}
 
 
 # Damage

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from invar_ray.artifacts import Building, Plan, open_artifact
+from invar_ray.artifacts import Plan, open_artifact
 from invar_ray.errors import (
     ArtifactError,
     CorruptArtifactError,
@@ -233,23 +233,21 @@ def test_vectors_shards_are_readable_by_plain_pyarrow(small: World) -> None:
     assert np.abs(matrix - expected).max() < 1e-5
 
 
-def test_vectors_of_other_passages_are_refused(small: World) -> None:
+@pytest.mark.parametrize("name", ["reordered", "shorter"])
+def test_vectors_of_other_passages_are_refused(small: World, name: str) -> None:
     table = pq.read_table(small.passages.path("passages.parquet"))
-    reordered = table.take(list(range(len(table)))[::-1])
-    shorter = table.slice(0, 3)
-    for name, other in {"reordered": reordered, "shorter": shorter}.items():
-
-        def body(building: Building, content: pa.Table = other) -> None:
-            pq.write_table(content, building.path / "passages.parquet")
-
-        passages, _ = small.store.get_or_build(Plan("passages", name, {"name": name}), body)
-        vectors = small.base_index.parent("vectors")
-        with pytest.raises(MixedArtifactsError, match=r"vectors, which are not those of the .* passages in") as caught:
-            small.store.get_or_build(
-                Plan("index", name, {}, {"vectors": vectors, "passages": passages}),
-                lambda building, passages=passages, vectors=vectors: build_index(building, vectors, passages, "Flat"),
-            )
-        assert "embed these passages (python -m jobs.reindex)" in str(caught.value)
+    other = table.slice(0, 3) if name == "shorter" else table.take(list(range(len(table)))[::-1])
+    passages, _ = small.store.get_or_build(
+        Plan("passages", name, {"name": name}),
+        lambda building: pq.write_table(other, building.path / "passages.parquet"),
+    )
+    vectors = small.base_index.parent("vectors")
+    with pytest.raises(MixedArtifactsError, match=r"vectors, which are not those of the .* passages in") as caught:
+        small.store.get_or_build(
+            Plan("index", name, {}, {"vectors": vectors, "passages": passages}),
+            lambda building: build_index(building, vectors, passages, "Flat"),
+        )
+    assert "embed these passages (python -m jobs.reindex)" in str(caught.value)
 
 
 def test_vectors_artifact_without_shards_is_refused(small: World) -> None:
@@ -331,7 +329,9 @@ def test_index_made_by_another_adapter_is_refused(small: World) -> None:
     with pytest.raises(MixedArtifactsError) as caught:
         open_retriever(small.adapter_index.uri, adapter_uri=small.other_adapter.uri)
     message = str(caught.value)
-    assert f"was made by adapter {small.adapter.fingerprint}, not by adapter {small.other_adapter.fingerprint}" in message
+    assert (
+        f"was made by adapter {small.adapter.fingerprint}, not by adapter {small.other_adapter.fingerprint}" in message
+    )
     assert small.adapter_index.uri in message
     assert "reindex with this adapter (python -m jobs.reindex)" in message
 

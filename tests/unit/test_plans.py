@@ -1,7 +1,6 @@
 """Which setting changes which artifact: what is computed does, what it is computed on does not.
 
-The pipeline itself puts the plans together; its steps publish folders without content, as fingerprints do not depend on
-content.
+The pipeline itself puts the plans together; its steps make nothing, as fingerprints do not depend on content.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from invar_ray.artifacts import Artifact, Building, Plan, Store
+from invar_ray.artifacts import Artifact, Building, Manifest, Plan, Store
 from invar_ray.config import Config, ScaleConfig, ServeConfig, StorageConfig
 from invar_ray.models.encoder import coarse_spec, llm_spec
 from invar_ray.pipeline import Pipeline
@@ -22,12 +21,30 @@ from tests.support import small_config, tiny_base, write_lines
 Fingerprints = dict[str, str]
 
 
+class NotedStore(Store):
+    """A store that also knows artifacts which were planned only."""
+
+    def __init__(self, root_uri: str) -> None:
+        super().__init__(root_uri)
+        self.noted: dict[str, Artifact] = {}
+
+    def note(self, plan: Plan, info: dict[str, Any]) -> Artifact:
+        parents = {role: parent.ref for role, parent in plan.parents.items()}
+        manifest = Manifest(
+            plan.kind, plan.name, plan.fingerprint, plan.version, dict(plan.config), parents, {}, info, created=""
+        )
+        return self.noted.setdefault(plan.ref, Artifact(self, plan.ref, manifest))
+
+    def open(self, ref: str, kind: str | None = None) -> Artifact:
+        return self.noted.get(ref) or super().open(ref, kind)
+
+
 class Planner(Pipeline):
     """Plans a whole run and notes every fingerprint, by kind and name."""
 
-    def __init__(self, config: Config, store: Store) -> None:
+    def __init__(self, config: Config, store: NotedStore) -> None:
         super().__init__(config, quiet=True)
-        self.store = store
+        self.store: NotedStore = store
         self.fingerprints: Fingerprints = {}
 
     def _step(
@@ -43,16 +60,16 @@ class Planner(Pipeline):
         if plan.kind in {"vectors", "index", "hits"}:
             key = f"{plan.kind} {plan.name}"
         assert self.fingerprints.setdefault(key, plan.fingerprint) == plan.fingerprint
-        return self.store.get_or_build(plan, self._empty)[0]
+        if plan.kind == "model":  # the passages' step opens its tokenizer
+            return self.store.get_or_build(plan, lambda building: save_tokenizer(building.path))[0]
+        info: dict[str, Any] = {}
+        if plan.kind == "retriever":
+            info["encoder"] = llm_spec(self.config.model, self.base, (plan.ref, plan.fingerprint)).to_json()
+        return self.store.note(plan, info)
 
-    def _empty(self, building: Building) -> None:
-        if building.plan.kind == "model":
-            tiny_base()[1].save_pretrained(building.path)
-        if building.plan.kind == "retriever":
-            plan = building.plan
-            building.info["encoder"] = llm_spec(
-                self.config.model, self.base, (plan.ref, plan.fingerprint)
-            ).to_json()
+
+def save_tokenizer(folder: Path) -> None:
+    tiny_base()[1].save_pretrained(folder)
 
 
 class Plans:
@@ -61,7 +78,7 @@ class Plans:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.config = small_config(folder)
-        self.store = Store(str(folder / "store"))
+        self.store = NotedStore(str(folder / "store"))
         self.first = self(self.config)
 
     def __call__(self, config: Config) -> Fingerprints:

@@ -1,0 +1,184 @@
+"""What stage 1 trains on: positives that hold the answer, the teacher's document view, and a whole artifact."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from invar_ray.errors import DataError
+from invar_ray.indexing.passages import load_documents, load_passages
+from invar_ray.indexing.questions import load_examples, load_variants
+from invar_ray.indexing.trainset import find_positives, mean_by_document
+from invar_ray.losses.masks import contrastive_allowed
+from invar_ray.models.coarse import CoarseEncoder
+from invar_ray.schema import Example, Passage
+from invar_ray.text.answers import contains_answer
+from invar_ray.training.batches import Trainset
+from tests.support import World, world
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return world(tmp_path_factory)
+
+
+PASSAGES = [
+    Passage("a:0", "a", "A", "Nothing of use.", 0, 15),
+    Passage("a:1", "a", "A", "The keeper was Mara Voss.", 16, 40),
+    Passage("a:2", "a", "A", "Mara Voss left in spring.", 41, 66),
+    Passage("b:0", "b", "B", "Barley and salt.", 0, 16),
+    Passage("b:1", "b", "B", "Also Mara Voss.", 17, 32),
+]
+
+
+def example(answers: tuple[str, ...], positive_ids: tuple[str, ...], id: str = "q") -> Example:
+    return Example(id, "Who?", answers, positive_ids)
+
+
+@pytest.mark.parametrize(
+    "answers, documents, row",
+    [
+        (("Mara Voss",), ("a",), 1),  # the first passage that holds it
+        (("nobody",), ("a",), 0),  # none does: the first of the document
+        (("nobody", "spring"), ("a",), 2),  # any answer will do
+        (("salt",), ("a", "b"), 3),  # any of the documents
+        (("Mara Voss",), ("b", "a"), 4),  # in the order in which they are named
+        (("Mara Voss",), ("gone", "a"), 1),  # one of them is enough
+        (("Mara",), ("b",), 4),
+        (("bar",), ("b",), 3),  # "Barley" is not "bar"
+    ],
+)
+def test_positive_is_chosen_by_the_answer(answers: tuple[str, ...], documents: tuple[str, ...], row: int) -> None:
+    assert find_positives([example(answers, documents)], PASSAGES) == [row]
+
+
+def test_missing_positives_are_counted_and_the_first_is_named() -> None:
+    examples = [
+        example(("x",), ("a",), "good"),
+        example(("x",), ("c", "d", "e", "f"), "bad"),
+        example(("x",), (), "empty"),
+    ]
+    with pytest.raises(DataError) as caught:
+        find_positives(examples, PASSAGES)
+    assert str(caught.value) == (
+        "2 of 3 questions have no positive document in the corpus (first: bad, positive_ids ['c', 'd', 'e']). "
+        "Expected: positive_ids that are ids of corpus rows. "
+        "To do: use the corpus that the questions were made for, or raise corpus.limit."
+    )
+
+
+def test_document_vector_is_the_normalised_mean_by_hand() -> None:
+    vectors = np.asarray([[1, 0], [0, 1], [0.6, 0.8], [-1, 0]], dtype=np.float32)
+    found = mean_by_document(vectors, ["a", "b", "a", "b"])
+    # a: (1.6, 0.8) / sqrt(3.2); b: (-1, 1) / sqrt(2)
+    a, b = [1.6 / 3.2**0.5, 0.8 / 3.2**0.5], [-(0.5**0.5), 0.5**0.5]
+    assert np.allclose(found, [a, b, a, b], atol=1e-6)
+    assert found.dtype == np.float32
+
+
+def test_document_of_one_passage_is_that_passage() -> None:
+    vectors = np.asarray([[0.6, 0.8], [1, 0]], dtype=np.float32)
+    assert np.allclose(mean_by_document(vectors, ["a", "b"]), vectors)
+
+
+def test_document_whose_vectors_cancel_gives_no_nan() -> None:
+    vectors = np.asarray([[1, 0], [-1, 0]], dtype=np.float32)
+    assert mean_by_document(vectors, ["a", "a"]).tolist() == [[0, 0], [0, 0]]
+
+
+# A whole artifact
+
+
+def test_positives_and_negatives_of_the_artifact(small: World) -> None:
+    rows = load_passages(small.passages)
+    examples = load_examples(small.questions, "train")
+    questions = pq.read_table(small.trainset.path("questions.parquet")).to_pylist()
+    slots = pq.read_table(small.trainset.path("slots.parquet")).to_pylist()
+    by_id = {passage.id: passage for passage in rows}
+    assert [row["question_id"] for row in questions] == [item.id for item in examples]
+    wanted = {row["positive"] for row in questions} | {slot for row in questions for slot in row["negatives"]}
+    assert wanted == set(range(len(slots))), "every slot is used, and every slot used is there"
+    for item, row, gold in zip(examples, questions, find_positives(examples, rows), strict=True):
+        assert slots[row["positive"]]["passage_id"] == rows[gold].id
+        assert contains_answer(rows[gold].text, item.answers)
+        assert len(row["negatives"]) == len(set(row["negatives"])) <= small.config.retriever.num_hard_negatives
+        for slot in row["negatives"]:
+            negative = by_id[slots[slot]["passage_id"]]
+            assert not contains_answer(f"{negative.title} {negative.text}", item.answers)
+            assert negative.id != rows[gold].id
+    assert sum(len(row["negatives"]) for row in questions) > len(questions)
+
+
+def test_windows_are_cuts_of_the_document_that_keep_the_answer(small: World) -> None:
+    documents = load_documents(small.passages)
+    questions = pq.read_table(small.trainset.path("questions.parquet")).to_pylist()
+    slots = pq.read_table(small.trainset.path("slots.parquet")).to_pylist()
+    cuts = 0
+    for row in questions:
+        slot = slots[row["positive"]]
+        document = documents[slot["document_id"]]
+        assert row["positive_texts"][0] == document.text[slot["start"] : slot["end"]]
+        assert len(row["positive_texts"]) <= 1 + small.config.variants.num_windows
+        for text in row["positive_texts"]:
+            assert text in document.text
+            assert contains_answer(text, row["answers"])
+        cuts += len(row["positive_texts"]) - 1
+    assert cuts == len(questions)
+    for slot in slots:
+        assert slot["texts"][0] == documents[slot["document_id"]].text[slot["start"] : slot["end"]]
+
+
+def test_wordings_are_the_question_s_variants(small: World) -> None:
+    variants = load_variants(small.questions, "train")
+    for row in pq.read_table(small.trainset.path("questions.parquet")).to_pylist():
+        assert row["wordings"] == [variant.text for variant in variants[row["question_id"]]]
+        assert len(row["wordings"]) == 1 + small.config.variants.num_rewrites
+
+
+def test_teacher_vectors_are_minilm_s(small: World) -> None:
+    teacher = load_file(str(small.trainset.path("teacher.safetensors")))
+    coarse = CoarseEncoder("builtin:minilm", small.config.coarse.max_tokens, "f")
+    examples = load_examples(small.questions, "train")
+    assert np.abs(teacher["questions"] - coarse.encode_queries([item.question for item in examples])).max() < 1e-5
+    slots = pq.read_table(small.trainset.path("slots.parquet")).to_pylist()
+    rows = load_passages(small.passages)
+    vectors = coarse.encode_passages([(passage.title, passage.text) for passage in rows])
+    place = {passage.id: row for row, passage in enumerate(rows)}
+    chosen = [place[slot["passage_id"]] for slot in slots]
+    assert np.abs(teacher["slots"] - vectors[chosen]).max() < 1e-5
+    means = mean_by_document(vectors, [passage.document_id for passage in rows])
+    assert np.abs(teacher["documents"] - means[chosen]).max() < 1e-5
+
+
+def test_mined_negatives_pass_the_contrastive_mask(small: World) -> None:
+    """Mining and the loss's mask follow the same rules: what is mined counts, unless another cut holds an answer."""
+    trainset = Trainset(small.trainset)
+    plan = trainset.plan(0, 0, len(trainset), 10, 1)
+    allowed = contrastive_allowed(
+        trainset.slot_metadata(plan),
+        torch.tensor(plan.positive),
+        teacher_scores=trainset.teacher_scores(plan, small.config.coarse.document_weight),
+        holds_answer=trainset.holds_answer(plan),
+        teacher_margin=small.config.retriever.false_negative_margin,
+    )
+    place = {slot: column for column, slot in enumerate(plan.slots)}
+    own = [(i, place[slot]) for i, row in enumerate(plan.rows) for slot in trainset.negatives[row]]
+    assert own
+    for i, column in own:
+        texts = trainset.slot_texts[plan.slots[column]]
+        other_cut = any(contains_answer(text, trainset.answers[plan.rows[i]]) for text in texts[1:])
+        assert bool(allowed[i, column]) != other_cut
+
+
+def test_mining_is_reported(small: World) -> None:
+    mined = json.loads(small.trainset.path("mining.json").read_text(encoding="utf-8"))
+    assert mined == small.trainset.info["mining"]
+    questions = pq.read_table(small.trainset.path("questions.parquet")).to_pylist()
+    assert mined["kept"] == sum(len(row["negatives"]) for row in questions)
+    assert mined["dropped"]["copy of the positive"] >= 1
+    assert small.trainset.info["questions"] == len(questions)
