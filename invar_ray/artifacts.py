@@ -11,9 +11,11 @@ atomic rename, write in place and count as published when the manifest is there.
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -25,7 +27,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pyarrow import fs
 
-from invar_ray.errors import ArtifactError, IncompleteArtifactError, MissingArtifactError
+from invar_ray.errors import ArtifactError, CorruptArtifactError, IncompleteArtifactError, MissingArtifactError
 from invar_ray.files import flush, inventory, join_uri, resolve_uri, write_atomic
 from invar_ray.manifest import MANIFEST, SCHEMA_VERSION, UPGRADES, Manifest, Plan, canonical_json, check_files, digest
 
@@ -98,15 +100,16 @@ class Artifact:
 
 @dataclass
 class Building:
-    """An artifact under construction: write files below ``path`` (or through ``filesystem`` below ``prefix``)."""
+    """An artifact under construction: write files below ``path``.
+
+    The workers of a resumable step may also write through ``filesystem`` below ``prefix``, each file atomically.
+    """
 
     plan: Plan
     path: Path
     filesystem: fs.FileSystem
     prefix: str
     info: dict[str, Any] = field(default_factory=dict)
-    left_by_others: dict[str, int] = field(default_factory=dict)
-    """Files of an earlier try that an object store holds at this place: not part of this one unless written anew."""
 
 
 class Store:
@@ -167,11 +170,11 @@ class Store:
         return Artifact(self, ref, manifest)
 
     def list(self, kind: str) -> list[Artifact]:
-        """All published artifacts of a kind, oldest first."""
+        """All published artifacts of a kind, oldest first; damaged ones are left out."""
         selector = fs.FileSelector(self.location(kind), allow_not_found=True)
         found = []
         for entry in self.filesystem.get_file_info(selector):
-            with contextlib.suppress(MissingArtifactError, IncompleteArtifactError):
+            with contextlib.suppress(MissingArtifactError, IncompleteArtifactError, CorruptArtifactError):
                 found.append(self.open(f"{kind}/{entry.base_name}"))
         return sorted(found, key=lambda artifact: artifact.manifest.created)
 
@@ -196,15 +199,10 @@ class Store:
         else:
             staging = Path(tempfile.mkdtemp(prefix="invar-"))
             building = Building(plan, staging, self.filesystem, self.location(plan.ref))
-            if not resumable:
-                building.left_by_others = self._files_at(building.prefix)
         try:
             yield building
-            self._publish(building)
+            self._publish(building, resumable)
         except Exception as error:
-            # Writers of a resumable step share a staging folder: the winner's rename takes it from under the others.
-            if resumable and self._read(f"{self.location(plan.ref)}/{MANIFEST}") is not None:
-                return
             if not self.is_local and type(error) is OSError:
                 raise ArtifactError(
                     f"cannot write to {join_uri(self.root_uri, plan.ref)} ({error})",
@@ -222,8 +220,12 @@ class Store:
         found = self.find(plan)
         if found is not None:
             return found, True
-        with self.build(plan, resumable=resumable) as building:
-            body(building)
+        with self._alone(plan) if resumable and self.is_local else contextlib.nullcontext():
+            found = self.find(plan)  # another run may have made it while this one waited
+            if found is not None:
+                return found, True
+            with self.build(plan, resumable=resumable) as building:
+                body(building)
         return self.open(plan.ref), False
 
     def local_folder(self, artifact: Artifact) -> Path:
@@ -253,7 +255,7 @@ class Store:
         """Compare files with the manifest; see :meth:`Artifact.verify`."""
         check_files(self.location(ref), self.filesystem, manifest, contents, join_uri(self.root_uri, ref))
 
-    def _publish(self, building: Building) -> None:
+    def _publish(self, building: Building, resumable: bool) -> None:
         plan, final = building.plan, self.location(building.plan.ref)
         if not self.is_local:
             for path in sorted(entry for entry in building.path.rglob("*") if entry.is_file()):
@@ -261,12 +263,10 @@ class Store:
                 fs.copy_files(
                     str(path), target, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.filesystem
                 )
-        left = building.left_by_others
-        files = {
-            name: entry
-            for name, entry in inventory(self.filesystem, building.prefix, MANIFEST).items()
-            if name not in left or self.filesystem.get_file_info(f"{building.prefix}/{name}").mtime_ns != left[name]
-        }
+        if self.is_local or resumable:
+            files = inventory(self.filesystem, building.prefix, MANIFEST)
+        else:  # what an earlier try left at that place is not part of this one
+            files = inventory(fs.LocalFileSystem(), str(building.path), MANIFEST)
         manifest = Manifest(
             kind=plan.kind,
             name=plan.name,
@@ -285,9 +285,18 @@ class Store:
             flush(building.path)
             self._rename(building.path, Path(final))
 
-    def _files_at(self, prefix: str) -> dict[str, int]:
-        entries = self.filesystem.get_file_info(fs.FileSelector(prefix, recursive=True, allow_not_found=True))
-        return {entry.path[len(prefix) :].lstrip("/"): entry.mtime_ns for entry in entries}
+    @contextlib.contextmanager
+    def _alone(self, plan: Plan) -> Iterator[None]:
+        """Let one process at a time make a resumable artifact of a local store: its folder has a fixed name."""
+        place = Path(self.root) / ".locks" / f"{plan.kind}-{plan.fingerprint}"
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with open(place, "w", encoding="utf-8") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"  another run is making {plan.ref}: waiting for it", file=sys.stderr, flush=True)
+                fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def _rename(self, staging: Path, final: Path) -> None:
         final.parent.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ enter the fingerprints of artifacts.  *Scale* fields say on what (workers, GPUs,
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
@@ -436,13 +437,11 @@ def load_config(recipe: str = "tiny", overrides: Sequence[str] = ()) -> Config:
             faults.append(f"{key}: value {text!r} is not YAML ({str(error).splitlines()[0]})")
             continue
         _set_path(values, key.strip(), value, faults)
-    _unknown_keys(values, known, "", faults)
+    values = _known_only(values, known, "", faults)
     try:
         config = _ADAPTER.validate_python(values)
     except ValidationError as error:
         for fault in error.errors(include_url=False):
-            if fault["type"] in {"unexpected_keyword_argument", "extra_forbidden"}:
-                continue  # already listed, with the nearest key
             path = ".".join(str(part) for part in fault["loc"] if not _is_union_tag(part))
             faults.append(f"{path}: {fault['msg']} (got {fault['input']!r})")
         config = None
@@ -519,7 +518,9 @@ def _set_path(values: dict[str, Any], key: str, value: Any, faults: list[str]) -
     values[last] = value
 
 
-def _unknown_keys(values: Mapping[str, Any], known: Sequence[str], prefix: str, faults: list[str]) -> None:
+def _known_only(values: Mapping[str, Any], known: Sequence[str], prefix: str, faults: list[str]) -> dict[str, Any]:
+    """``values`` without unknown keys, so that the rest is checked too; each unknown key is a fault."""
+    kept: dict[str, Any] = {}
     for key, value in values.items():
         path = f"{prefix}{key}"
         if path not in known:
@@ -528,7 +529,10 @@ def _unknown_keys(values: Mapping[str, Any], known: Sequence[str], prefix: str, 
             ]
             faults.append(f"{path}: unknown key" + (f"; did you mean {close[0]}?" if close else ""))
         elif isinstance(value, Mapping):
-            _unknown_keys(value, known, f"{path}.", faults)
+            kept[key] = _known_only(value, known, f"{path}.", faults)
+        else:
+            kept[key] = value
+    return kept
 
 
 def _is_union_tag(part: Any) -> bool:
@@ -559,6 +563,15 @@ def _cross_checks(config: Config) -> list[str]:
         "scale.embed_workers": config.scale.embed_workers,
         "scale.shard_rows": config.scale.shard_rows,
         "scale.checkpoint_every": config.scale.checkpoint_every,
+        "scale.embed_tokens_per_batch": config.scale.embed_tokens_per_batch,
+        "index.num_probes": config.index.num_probes,
+        "retriever.mining_depth": config.retriever.mining_depth,
+        "retriever.pattern_top_m": config.retriever.pattern_top_m,
+        "generator.top_k": config.generator.top_k,
+        "generator.max_new_tokens": config.generator.max_new_tokens,
+        "evaluation.answer_wordings": config.evaluation.answer_wordings,
+        "evaluation.answer_batch_size": config.evaluation.answer_batch_size,
+        "serve.top_k": config.serve.top_k,
     }
     faults += [f"{key}: must be above 0 (got {value})" for key, value in positive.items() if value <= 0]
     if config.corpus.chunk_stride > config.corpus.chunk_tokens:
@@ -570,6 +583,16 @@ def _cross_checks(config: Config) -> list[str]:
     }.items():
         if not 0.0 <= value <= 1.0:
             faults.append(f"{key}: must be in [0, 1] (got {value})")
+    for key, tokens in {
+        "model.query_max_tokens": config.model.query_max_tokens,
+        "model.passage_max_tokens": config.model.passage_max_tokens,
+    }.items():
+        if tokens < 2:
+            faults.append(f"{key}: must be 2 or more, one of them is the end token (got {tokens})")
+    if config.generator.max_new_tokens >= config.generator.max_tokens:
+        faults.append("generator.max_new_tokens: leaves no room for a prompt within generator.max_tokens")
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
+        faults.append(f"name: only letters, digits and . _ - (it names folders; got {config.name!r})")
     if config.evaluation.overlap_k > config.evaluation.top_k:
         faults.append("evaluation.overlap_k: larger than evaluation.top_k")
     return faults

@@ -53,11 +53,13 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 def inventory(filesystem: fs.FileSystem, prefix: str, skip: str) -> dict[str, dict[str, Any]]:
-    """Size and SHA-256 of each file below ``prefix`` by its name there, but for the one named ``skip``."""
+    """Size and SHA-256 of each file below ``prefix`` by its name there, but for the one named
+    ``skip`` and for hidden ones, which are half-written.
+    """
     files = {}
     for entry in filesystem.get_file_info(fs.FileSelector(prefix, recursive=True)):
         name = entry.path[len(prefix) :].lstrip("/")
-        if entry.type == fs.FileType.File and name != skip:
+        if entry.type == fs.FileType.File and name != skip and not name.rpartition("/")[2].startswith("."):
             files[name] = {"bytes": entry.size, "sha256": sha256(filesystem, entry.path)}
     return files
 

@@ -76,11 +76,21 @@ STEPS: dict[str, StepCode] = {
             "invar_ray.losses.invariance",
             "invar_ray.losses.masks",
             "invar_ray.losses.gather",
+            "invar_ray.losses.risk",
+            "invar_ray.losses.reduce",
+            "invar_ray.text.answers",
         ),
     ),
     "hits": StepCode(1, ("invar_ray.retrieval.retriever", "invar_ray.evaluating.hits")),
     "generator": StepCode(
-        1, (*_TRAINING, "invar_ray.training.sequences", "invar_ray.losses.answer", "invar_ray.text.prompts")
+        1,
+        (
+            *_TRAINING,
+            "invar_ray.training.sequences",
+            "invar_ray.losses.answer",
+            "invar_ray.text.prompts",
+            "invar_ray.text.answers",
+        ),
     ),
     "report": StepCode(
         1,
@@ -88,6 +98,7 @@ STEPS: dict[str, StepCode] = {
             "invar_ray.evaluating.evaluate",
             "invar_ray.evaluation.metrics",
             "invar_ray.evaluation.variance",
+            "invar_ray.text.answers",
             "invar_ray.retrieval.rag",
             "invar_ray.models.generator",
             "invar_ray.models.decoding",

@@ -24,6 +24,7 @@ from invar_ray.versions import STEPS
 
 Split = Literal["train", "dev"]
 _DEV_SEED_OFFSET = 1_000_003
+_NOT_OURS = {"endpoint_key_env", "num_windows"}  # a secret's name; a setting of the training set
 
 
 def questions_plan(config: Config) -> Plan:
@@ -39,7 +40,7 @@ def questions_plan(config: Config) -> Plan:
             "sources": sources,
             "train_limit": config.questions.train_limit,
             "dev_limit": config.questions.dev_limit,
-            "variants": {key: value for key, value in asdict(config.variants).items() if key != "endpoint_key_env"},
+            "variants": {key: value for key, value in asdict(config.variants).items() if key not in _NOT_OURS},
             "evaluation": {"provider": config.evaluation.provider, "num_rewrites": config.evaluation.num_rewrites},
             "seed": config.seed,
         },

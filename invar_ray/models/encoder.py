@@ -21,7 +21,7 @@ from invar_ray.config import CoarseConfig, ModelConfig
 from invar_ray.models.adapters import load_adapter
 from invar_ray.models.batching import Vectors, encode_in_batches, pad_right
 from invar_ray.models.coarse import CoarseEncoder
-from invar_ray.models.locate import BaseRef, open_base
+from invar_ray.models.locate import BaseRef, folder_fingerprint, open_base
 from invar_ray.models.pooling import Pooling, pool
 from invar_ray.text.prompts import format_passage, format_query
 
@@ -103,9 +103,11 @@ def llm_spec(config: ModelConfig, base: BaseRef, adapter: tuple[str, str] | None
 
 def coarse_spec(config: CoarseConfig) -> EncoderSpec:
     """Describe the coarse encoder (MiniLM): mean pooling, no prefixes."""
+    folder = Path(config.model).expanduser()
+    content = folder_fingerprint(folder) if folder.is_dir() else digest({"coarse": config.model})
     return EncoderSpec(
         kind="coarse",
-        base=BaseRef(config.model, None, digest({"coarse": config.model})),
+        base=BaseRef(config.model, None, content),
         adapter=None,
         adapter_fingerprint=None,
         pooling="mean",

@@ -49,9 +49,9 @@ class BaseRef:
         if self.location.startswith(_ARTIFACT):
             return str(store.open(self.location.removeprefix(_ARTIFACT), "model").path())
         folder = Path(self.location)
-        if folder.is_dir() and _folder_fingerprint(folder) != self.fingerprint:
+        if folder.is_dir() and folder_fingerprint(folder) != self.fingerprint:
             raise ModelError(
-                f"the base in {folder} has changed since it was used (fingerprint {_folder_fingerprint(folder)})",
+                f"the base in {folder} has changed since it was used (fingerprint {folder_fingerprint(folder)})",
                 expected=f"fingerprint {self.fingerprint}",
                 action="put the old weights back, or train and index again with the new ones",
             )
@@ -92,7 +92,7 @@ def resolve_base(config: ModelConfig, tiny: Artifact | None) -> BaseRef:
         return BaseRef(f"{_ARTIFACT}{tiny.ref}", None, tiny.fingerprint)
     folder = Path(config.base).expanduser()
     if folder.is_dir():
-        return BaseRef(str(folder.resolve()), None, _folder_fingerprint(folder))
+        return BaseRef(str(folder.resolve()), None, folder_fingerprint(folder))
     if config.base.startswith((".", "/", "~")):
         raise ModelError(f"no folder {config.base!r}", expected="a folder with config.json, tokenizer and safetensors")
     return BaseRef(config.base, config.revision, digest({"name": config.base, "revision": config.revision}))
@@ -169,7 +169,12 @@ def open_generator(generator_uri: str) -> Any:
     return generator
 
 
-def _folder_fingerprint(folder: Path) -> str:
+def folder_fingerprint(folder: Path) -> str:
+    """16 hex digits that change with a model folder's content (weights are sampled at both ends).
+
+    Raises:
+        ModelError: if it has no config.json.
+    """
     names = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".model", ".txt"})
     if not any(path.name == "config.json" for path in names):
         raise ModelError(f"{folder} has no config.json", expected="a folder written by save_pretrained")

@@ -52,7 +52,8 @@ class Index:
             top_k: how many; where the index holds fewer, fewer come back.
 
         Returns:
-            cosines [N, k] falling, and row numbers [N, k]; -1 marks a place that an approximate index left empty.
+            cosines [N, k] falling (ties by row), and row numbers [N, k]; -1 marks a place that an approximate index
+            left empty.
 
         Raises:
             MixedArtifactsError: if D differs.
@@ -63,7 +64,9 @@ class Index:
                 expected="the encoder that made the index",
             )
         scores, rows = self._index.search(np.ascontiguousarray(queries, dtype=np.float32), min(top_k, self.size))
-        return scores, rows
+        # FAISS returns ties in no useful order; empty places (-1) have the lowest score and stay last.
+        order = np.lexsort((rows, -scores), axis=1)
+        return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
 
 def build_faiss(vectors: Vectors, factory: str) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from invar_ray.artifacts import Artifact, Store, open_artifact
@@ -25,7 +26,7 @@ class Passages:
 
     def rows(self, rows: Sequence[int]) -> list[Passage]:
         """The passages in these rows, in this order."""
-        passages: list[Passage] = from_table(self._table.take(list(rows)), Passage)
+        passages: list[Passage] = from_table(self._table.take(pa.array(list(rows), pa.int64())), Passage)
         return passages
 
     def ids(self) -> list[str]:

@@ -45,6 +45,15 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
     return find_answer(text, answers) is not None
 
 
+def searchable(text: str) -> str:
+    """The normalised words of ``text`` between single spaces, one at either end.
+
+    ``searchable(answer) in searchable(text)`` is :func:`contains_answer`, for texts that are searched many times; an
+    answer without words gives ``"  "``, which is in no text.
+    """
+    return f" {' '.join(word.text for word in _words(text))} "
+
+
 def find_answer(text: str, answers: Sequence[str]) -> tuple[int, int] | None:
     """Where the first answer stands in the raw text.
 

@@ -21,7 +21,7 @@ from torch import Tensor
 from invar_ray.artifacts import Artifact
 from invar_ray.losses.alignment import blend_teacher_scores
 from invar_ray.losses.masks import Slots
-from invar_ray.text.answers import normalise_answer
+from invar_ray.text.answers import searchable
 
 
 @dataclass(frozen=True)
@@ -81,12 +81,19 @@ class Trainset:
         return max(len(texts) for texts in [*self.positive_texts, *self.slot_texts])
 
     @cached_property
-    def _normalised(self) -> list[str]:
-        return [f" {normalise_answer(' '.join(texts))} " for texts in self.slot_texts]
+    def _searchable(self) -> list[list[str]]:
+        """Per slot its windows as the encoder sees them, title first; a positive's own windows count too."""
+        windows = [set(texts) for texts in self.slot_texts]
+        for slot, texts in zip(self.positives, self.positive_texts, strict=True):
+            windows[slot] |= set(texts)
+        return [
+            [searchable(f"{title} {text}") for text in sorted(texts)]
+            for title, texts in zip(self.titles, windows, strict=True)
+        ]
 
     @cached_property
-    def _normalised_answers(self) -> list[list[str]]:
-        return [[f" {normalise_answer(answer)} " for answer in answers] for answers in self.answers]
+    def _searchable_answers(self) -> list[list[str]]:
+        return [[searchable(answer) for answer in answers] for answers in self.answers]
 
     def render(self, plan: StepPlan, column: int, window: int) -> tuple[str, str, bool]:
         """(title, text, missing) of a slot in a window; a missing rendering falls back to the anchor's."""
@@ -108,7 +115,10 @@ class Trainset:
     def holds_answer(self, plan: StepPlan) -> Tensor:
         """[B, C] bool: the slot holds a gold answer of the row, word-bounded, in any of its windows."""
         found = [
-            [any(answer in self._normalised[slot] for answer in self._normalised_answers[row]) for slot in plan.slots]
+            [
+                any(answer in text for answer in self._searchable_answers[row] for text in self._searchable[slot])
+                for slot in plan.slots
+            ]
             for row in plan.rows
         ]
         return torch.tensor(found)

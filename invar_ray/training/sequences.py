@@ -56,8 +56,9 @@ class HitSet:
         wording = rng.randrange(len(row["wordings"])) if config.use_rewrites else 0
         passages = [(hit["title"], hit["text"]) for hit in row["hits"][wording][: config.top_k]]
         answers: list[str] = row["answers"]
-        if rng.random() < config.distractor_share:
-            passages = [passage for passage in passages if not _holds(passage, answers)]
+        distractors = [passage for passage in passages if not _holds(passage, answers)]
+        if rng.random() < config.distractor_share and distractors:
+            passages = distractors
         elif config.vary_top_k and len(passages) > 1:
             keep = rng.randint(1, len(passages))
             gold = next((passage for passage in passages if _holds(passage, answers)), None)
@@ -99,7 +100,8 @@ def tokenize_sequences(
     rows: list[tuple[list[int], int]] = []
     for sequence in sequences:
         prompt = encode_prompt(tokenizer, sequence.prompt)
-        target = [*tokenizer(f" {sequence.target}", add_special_tokens=False)["input_ids"], eos][:max_tokens]
+        words = tokenizer(f" {sequence.target}", add_special_tokens=False)["input_ids"]
+        target = [*words[: max_tokens - 1], eos]
         prompt = prompt[max(0, len(prompt) + len(target) - max_tokens) :]
         rows.append(([*prompt, *target], len(prompt)))
     width = max(len(ids) for ids, _ in rows)

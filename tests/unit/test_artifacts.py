@@ -6,6 +6,7 @@ import json
 import pickle
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -186,21 +187,20 @@ def test_reader_never_sees_a_folder_without_its_manifest(store: Store) -> None:
     assert seen
 
 
-def write_together(store: Store, plan: Plan, *, resumable: bool) -> list[Any]:
+def write_together(store: Store, plan: Plan) -> list[Any]:
     """Two writers that leave their bodies at the same time; what each ended with."""
     barrier = threading.Barrier(2, timeout=20)
     results: list[Any] = []
 
     def body(building: Building) -> None:
         barrier.wait()
-        # A resumable body shares its folder: whole files only, as the contract of ``build`` asks.
         write_atomic(building.path / "shards" / "part-0.bin", b"\x00\x01" * 500)
         write_atomic(building.path / "notes.txt", b"hello")
         barrier.wait()
 
     def write() -> None:
         try:
-            results.append(store.get_or_build(plan, body, resumable=resumable)[0])
+            results.append(store.get_or_build(plan, body)[0])
         except Exception as error:
             results.append(error)
 
@@ -212,11 +212,10 @@ def write_together(store: Store, plan: Plan, *, resumable: bool) -> list[Any]:
     return results
 
 
-@pytest.mark.parametrize("resumable", [False, True])
-def test_two_writers_of_one_plan_end_well_with_one_result(store: Store, resumable: bool) -> None:
+def test_two_writers_of_one_plan_end_well_with_one_result(store: Store) -> None:
     for number in range(8):
         plan = replace(PLAN, config={"number": number})
-        results = write_together(store, plan, resumable=resumable)
+        results = write_together(store, plan)
         assert [type(result) for result in results] == [Artifact, Artifact], results
         assert set(results[0].manifest.files) == {"notes.txt", "shards/part-0.bin"}
         assert results[0].manifest.files == results[1].manifest.files
@@ -225,6 +224,30 @@ def test_two_writers_of_one_plan_end_well_with_one_result(store: Store, resumabl
         Path(replace(PLAN, config={"number": number}).ref).name for number in range(8)
     )
     assert entries(Path(store.root) / ".staging") == []
+
+
+def test_second_writer_of_a_resumable_plan_waits_and_takes_the_result(
+    store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    inside, made = threading.Event(), []
+    results: list[tuple[Artifact, bool]] = []
+
+    def body(building: Building) -> None:
+        made.append(building)
+        inside.set()
+        time.sleep(0.5)
+        write_atomic(building.path / "notes.txt", b"hello")
+
+    first = threading.Thread(target=lambda: results.append(store.get_or_build(PLAN, body, resumable=True)))
+    first.start()
+    assert inside.wait(10)
+    artifact, reused = store.get_or_build(PLAN, body, resumable=True)
+    first.join()
+    assert len(made) == 1
+    assert reused
+    assert [item.ref for item, _ in results] == [artifact.ref]
+    assert f"another run is making {PLAN.ref}: waiting" in capsys.readouterr().err
+    artifact.verify()
 
 
 def test_file_that_another_writer_has_not_finished_is_not_published(store: Store) -> None:

@@ -55,10 +55,8 @@ def store(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reques
 def fill(building: Building) -> None:
     (building.path / "deep").mkdir()
     (building.path / "deep" / "notes.txt").write_text("hello", encoding="utf-8")
-    # Workers of other nodes write through the file system; both ways end in the same artifact.
-    building.filesystem.create_dir(f"{building.prefix}/shards", recursive=True)
-    with building.filesystem.open_output_stream(f"{building.prefix}/shards/part-0.bin") as stream:
-        stream.write(b"\x00\x01" * 500)
+    (building.path / "shards").mkdir()
+    (building.path / "shards" / "part-0.bin").write_bytes(b"\x00\x01" * 500)
     building.info["rows"] = 1000
 
 
@@ -112,9 +110,8 @@ def test_body_that_raises_publishes_nothing(store: Store) -> None:
     with pytest.raises(RuntimeError, match="cut off"):
         store.get_or_build(PLAN, body)
     assert store.find(PLAN) is None
-    with pytest.raises(IncompleteArtifactError, match=r"has no manifest\.json"):
+    with pytest.raises(MissingArtifactError):
         store.open(PLAN.ref)
-    # At once, so that no time stamp of whole seconds tells the new files from the old ones.
     artifact = make(store)
     assert set(artifact.manifest.files) == {"deep/notes.txt", "shards/part-0.bin"}
     artifact.verify()

@@ -75,7 +75,7 @@ def test_unknown_recipe_names_the_nearest() -> None:
     "override, read, value",
     [
         ("seed=3", lambda c: c.seed, 3),
-        ("name=x y", lambda c: c.name, "x y"),
+        ("corpus.uri=x y", lambda c: c.corpus.uri, "x y"),
         ("corpus.limit=null", lambda c: c.corpus.limit, None),
         ("corpus.limit=12", lambda c: c.corpus.limit, 12),
         ("corpus.uri=a=b", lambda c: c.corpus.uri, "a=b"),
