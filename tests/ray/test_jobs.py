@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -111,11 +113,13 @@ def _name(process: psutil.Process) -> str:
 def head() -> Iterator[dict[str, str]]:
     """A head node with a dashboard of its own, ended by its process ids; yields the environment to reach it."""
     folder = tempfile.mkdtemp(prefix="ih", dir="/tmp")
-    gcs, dashboard, client = (_free_port() for _ in range(3))
+    gcs, dashboard, client, agent = (_free_port() for _ in range(4))
     log = Path(folder) / "head.log"
     with open(log, "w") as stream:
         command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4"]
         command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+        # Its default is one number for all Rays of a machine; without the agent no job is taken.
+        command += [f"--dashboard-agent-listen-port={agent}"]
         command += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}/r"]
         command += ["--object-store-memory=268435456", "--disable-usage-stats"]
         process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True)
@@ -124,11 +128,13 @@ def head() -> Iterator[dict[str, str]]:
         _wait_for(lambda: _listens(dashboard), 120, log)
         yield {"RAY_ADDRESS": address, "RAY_API_SERVER_ADDRESS": address}
     finally:
-        family = [process, *_children(process.pid)]
-        process.terminate()
-        _, alive = psutil.wait_procs([psutil.Process(p.pid) for p in family if psutil.pid_exists(p.pid)], timeout=30)
-        for left in alive:
+        family = [*_children(process.pid), psutil.Process(process.pid)]
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.terminate()
+        for left in psutil.wait_procs(family, timeout=20)[1]:
             left.kill()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _children(pid: int) -> list[psutil.Process]:
@@ -160,31 +166,27 @@ def _wait_for(condition: Any, timeout_s: float, log: Path) -> None:
         time.sleep(0.5)
 
 
+def submit(head: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", ".", "--"]
+    command += [sys.executable, "-m", "jobs.mine_negatives", "--config", "tiny", *arguments]
+    deadline = time.monotonic() + 120
+    while True:
+        result = subprocess.run(command, cwd=ROOT, env=os.environ | head, capture_output=True, text=True, timeout=270)
+        # The dashboard listens some seconds before the node's agent does.
+        if "No available agent" not in result.stdout + result.stderr or time.monotonic() > deadline:
+            return result
+        time.sleep(3)
+
+
 @pytest.mark.slow
-@pytest.mark.timeout(700)
+@pytest.mark.timeout(900)
 def test_ray_job_submit_runs_a_job_on_a_cluster(head: dict[str, str], tmp_path: Path) -> None:
-    submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", ".", "--"]
-    command = [*submit, sys.executable, "-m", "jobs.mine_negatives", "--config", "tiny"]
-    result = subprocess.run(
-        [*command, f"storage.root_uri={tmp_path / 's'}", *SMALL],
-        cwd=ROOT,
-        env=os.environ | head,
-        capture_output=True,
-        text=True,
-        timeout=270,
-    )
+    result = submit(head, f"storage.root_uri={tmp_path / 's'}", *SMALL)
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
-    found = re.search(r"training set: (\S+)", result.stdout)
+    found = re.search(r"^training set: (/\S+)", result.stdout, re.MULTILINE)
     assert found is not None, result.stdout[-3000:]
     assert (Path(found[1]) / "manifest.json").is_file()
 
-    wrong = subprocess.run(
-        [*command, f"storage.root_uri={tmp_path / 's'}", "retriever.step=3"],
-        cwd=ROOT,
-        env=os.environ | head,
-        capture_output=True,
-        text=True,
-        timeout=200,
-    )
+    wrong = submit(head, f"storage.root_uri={tmp_path / 's'}", "retriever.step=3")
     assert wrong.returncode == 1
     assert "did you mean retriever.steps" in wrong.stdout + wrong.stderr
