@@ -75,8 +75,10 @@ def _unwrapped(error: RayError, label: str) -> InvarError:
         kind: type[InvarError] = getattr(errors, named[-1][0])
         return kind(named[-1][1])
     lines = str(error).strip().splitlines() or [repr(error)]
+    # What was raised first stands first; Ray's own words follow.
+    raised = [line for line in lines if re.match(r"(?!ray\.)[A-Za-z_][\w.]*(Error|Exception|Exit): ", line)]
     return ResourceError(
-        f"{label} failed on Ray: {lines[-1].strip()}",
+        f"{label} failed on Ray: {(raised or lines[-1:])[0].strip()}",
         action="see the workers' log above; a re-run keeps what is finished",
     )
 
