@@ -32,26 +32,18 @@ SMALL = [
 ]
 
 
-def start_job(verb: str, *arguments: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
+def start_job(verb: str, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", f"jobs.{verb}", *arguments],
         cwd=ROOT,
-        env=os.environ | (environment or {}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--config", "tiny", "scale.shard_row=3"], "scale.shard_row: unknown key; did you mean scale.shard_rows?"),
-        (["--config", "tinny"], "no recipe 'tinny'; did you mean 'tiny'"),
-    ],
-)
-def test_a_users_mistake_is_one_error(arguments: list[str], message: str) -> None:
-    job = start_job("index_base", *arguments)
+def test_a_users_mistake_is_one_error() -> None:
+    job = start_job("index_base", "--config", "tiny", "scale.shard_row=3")
     try:
         output, errors = job.communicate(timeout=120)
     finally:
@@ -60,7 +52,7 @@ def test_a_users_mistake_is_one_error(arguments: list[str], message: str) -> Non
     assert output == ""
     lines = [line for line in errors.splitlines() if "accelerator" not in line]
     assert lines[0].startswith("error: ")
-    assert message in errors
+    assert "scale.shard_row: unknown key; did you mean scale.shard_rows?" in errors
     assert "Traceback" not in errors
     assert errors.count("error: ") == 1
 
