@@ -108,7 +108,7 @@ def _same_names(model: PeftModel, folder: Path) -> None:
     # PEFT loads what fits and passes over the rest in silence.
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as stored:
         given = set(stored.keys())
-    wanted = set(get_peft_model_state_dict(model, adapter_name=_NAME))
+    wanted = set(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
     if given != wanted:
         missing, extra = sorted(wanted - given), sorted(given - wanted)
         raise ModelError(
