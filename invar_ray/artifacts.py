@@ -128,6 +128,8 @@ class Store:
         self.root_uri = root_uri
         self.filesystem, self.root = resolve_uri(root_uri)
         self.is_local = isinstance(self.filesystem, fs.LocalFileSystem)
+        if self.is_local:
+            _usable(Path(self.root))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Store, (self.root_uri,)
@@ -214,13 +216,21 @@ class Store:
                 shutil.rmtree(staging, ignore_errors=True)
 
     def get_or_build(
-        self, plan: Plan, body: Callable[[Building], None], *, resumable: bool = False
+        self, plan: Plan, body: Callable[[Building], None], *, resumable: bool = False, alone: bool = False
     ) -> tuple[Artifact, bool]:
-        """The artifact of ``plan``, made by ``body`` unless it stands. Returns it, and whether it was re-used."""
+        """The artifact of ``plan``, made by ``body`` unless it stands. Returns it, and whether it was re-used.
+
+        Args:
+            plan: what is wanted.
+            body: makes it.
+            resumable: see :meth:`build`.
+            alone: in a local store, wait for another process that is making it, and take its result.  Resumable
+                steps always do.
+        """
         found = self.find(plan)
         if found is not None:
             return found, True
-        with self._alone(plan) if resumable and self.is_local else contextlib.nullcontext():
+        with self._alone(plan) if (resumable or alone) and self.is_local else contextlib.nullcontext():
             found = self.find(plan)  # another run may have made it while this one waited
             if found is not None:
                 return found, True
@@ -258,6 +268,8 @@ class Store:
     def _publish(self, building: Building, resumable: bool) -> None:
         plan, final = building.plan, self.location(building.plan.ref)
         if not self.is_local:
+            if self._read(f"{final}/{MANIFEST}") is not None:
+                return  # another writer was first; what readers may have open stays as it is
             for path in sorted(entry for entry in building.path.rglob("*") if entry.is_file()):
                 target = f"{final}/{path.relative_to(building.path).as_posix()}"
                 fs.copy_files(
@@ -287,7 +299,7 @@ class Store:
 
     @contextlib.contextmanager
     def _alone(self, plan: Plan) -> Iterator[None]:
-        """Let one process at a time make a resumable artifact of a local store: its folder has a fixed name."""
+        """Let one process at a time make an artifact of a local store whose working folder has a fixed name."""
         place = Path(self.root) / ".locks" / f"{plan.kind}-{plan.fingerprint}"
         place.parent.mkdir(parents=True, exist_ok=True)
         with open(place, "w", encoding="utf-8") as lock:
@@ -317,6 +329,20 @@ class Store:
                 return str(stream.read().decode())
         except (FileNotFoundError, NotADirectoryError):
             return None
+        except OSError as error:
+            raise ArtifactError(
+                f"cannot read {path} ({error})", action="check the bucket, the credentials and the network"
+            ) from error
+
+
+def _usable(root: Path) -> None:
+    place = next((parent for parent in [root, *root.parents] if parent.exists()), root)
+    if not place.is_dir() or not os.access(place, os.R_OK | os.X_OK):
+        what = "is not a folder" if not place.is_dir() else "cannot be read"
+        raise ArtifactError(
+            f"the storage root {root} cannot be used: {place} {what}",
+            action="set storage.root_uri to a folder that you may write to",
+        )
 
 
 def open_artifact(uri: str, kind: str | None = None) -> Artifact:

@@ -8,7 +8,6 @@ import signal
 import sys
 from collections.abc import Callable
 from functools import wraps
-from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, ParamSpec
 
@@ -180,7 +179,6 @@ def doctor(overrides: Overrides = None, config: Recipe = "tiny") -> None:
 
 def main() -> None:
     """Entry point of the ``invar-ray`` script."""
-    sys.path.insert(0, str(Path.cwd()))  # serve/ and jobs/ of a checkout
     app()
 
 

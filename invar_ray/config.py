@@ -278,6 +278,8 @@ class IndexConfig:
 
     factory: str = "Flat"
     """FAISS factory string, inner product on unit vectors: ``Flat`` is exact; e.g. ``IVF1024,SQ8``."""
+    num_lists_searched: int = 16
+    """Lists that a search visits, for IVF factories only (FAISS's nprobe)."""
     num_probes: int = 64
     """Probe texts stored with the index; an encoder that does not reproduce their vectors is refused."""
 
@@ -565,6 +567,9 @@ def _cross_checks(config: Config) -> list[str]:
         "scale.checkpoint_every": config.scale.checkpoint_every,
         "scale.embed_tokens_per_batch": config.scale.embed_tokens_per_batch,
         "index.num_probes": config.index.num_probes,
+        "index.num_lists_searched": config.index.num_lists_searched,
+        "retriever.optimizer.learning_rate": config.retriever.optimizer.learning_rate,
+        "generator.optimizer.learning_rate": config.generator.optimizer.learning_rate,
         "retriever.mining_depth": config.retriever.mining_depth,
         "retriever.pattern_top_m": config.retriever.pattern_top_m,
         "generator.top_k": config.generator.top_k,
@@ -576,6 +581,30 @@ def _cross_checks(config: Config) -> list[str]:
     faults += [f"{key}: must be above 0 (got {value})" for key, value in positive.items() if value <= 0]
     if config.corpus.chunk_stride > config.corpus.chunk_tokens:
         faults.append("corpus.chunk_stride: larger than corpus.chunk_tokens, text between passages would be lost")
+    at_least = {
+        "questions.train_limit": (config.questions.train_limit, 1),
+        "questions.dev_limit": (config.questions.dev_limit, 1),
+        "corpus.limit": (config.corpus.limit, 1),
+        "corpus.distractors": (config.corpus.distractors, 0),
+        "variants.num_rewrites": (config.variants.num_rewrites, 0),
+        "variants.num_windows": (config.variants.num_windows, 0),
+        "evaluation.num_rewrites": (config.evaluation.num_rewrites, 0),
+        "evaluation.num_answers": (config.evaluation.num_answers, 0),
+        "retriever.num_hard_negatives": (config.retriever.num_hard_negatives, 0),
+        "retriever.optimizer.warmup_steps": (config.retriever.optimizer.warmup_steps, 0),
+        "generator.optimizer.warmup_steps": (config.generator.optimizer.warmup_steps, 0),
+    }
+    for key, (given, least) in at_least.items():
+        if given is not None and given < least:
+            faults.append(f"{key}: must be {least} or more (got {given})")
+    for key, (fewest, most) in {
+        "serve.retriever_replicas": config.serve.retriever_replicas,
+        "serve.generator_replicas": config.serve.generator_replicas,
+    }.items():
+        if not 1 <= fewest <= most:
+            faults.append(f"{key}: expected [fewest, most] with 1 <= fewest <= most (got [{fewest}, {most}])")
+    if config.serve.top_k > 20:
+        faults.append(f"serve.top_k: at most 20, the most that a request may ask for (got {config.serve.top_k})")
     for key, value in {
         "coarse.document_weight": config.coarse.document_weight,
         "generator.distractor_share": config.generator.distractor_share,

@@ -34,7 +34,7 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
     started = time.monotonic()
     with Pipeline(config) as pipeline:
         report = pipeline.run()
-        folder = Path(pipeline.store.root)
+        folder = Path(pipeline.store.root) if pipeline.store.is_local else Path("runs") / config.name
         print(f"\n{render_table(report.rows, COLUMNS)}\n")
         asked = question or load_examples(pipeline.questions, "dev")[0].question
         pipeline.session.ensure()

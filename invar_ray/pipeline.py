@@ -17,12 +17,13 @@ from typing import Any
 
 from invar_ray.artifacts import Artifact, Building, Plan, Store
 from invar_ray.config import Config, ServeConfig
+from invar_ray.errors import MixedArtifactsError
 from invar_ray.evaluating.evaluate import System, build_report, report_plan
 from invar_ray.evaluating.hits import build_hits, hits_plan
 from invar_ray.evaluation.report import Report, read_report, write_report
 from invar_ray.indexing.embed import build_vectors, vectors_plan
-from invar_ray.indexing.passages import build_passages, passages_plan
-from invar_ray.indexing.questions import build_questions, questions_plan
+from invar_ray.indexing.passages import build_passages, document_ids, passages_plan
+from invar_ray.indexing.questions import build_questions, load_examples, questions_plan, refuse_unanswerable
 from invar_ray.indexing.trainset import build_trainset, trainset_plan
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec
 from invar_ray.models.locate import BUILTIN, BaseRef, base_plan, build_base, load_tokenizer, resolve_base
@@ -94,9 +95,20 @@ class Pipeline:
         """The index of the base without adapter: what negatives are mined from, and the row that training must beat."""
         return self._index("base", llm_spec(self.config.model, self.base), None)
 
+    def check_questions(self) -> None:
+        """Refuse questions that the corpus cannot answer, before anything is embedded for them.
+
+        Raises:
+            DataError: naming how many, and the first.
+        """
+        documents = document_ids(self.passages)
+        for split in ("train", "dev"):
+            refuse_unanswerable(load_examples(self.questions, split), documents, split)
+
     @cached_property
     def trainset(self) -> Artifact:
         """What stage 1 trains on."""
+        self.check_questions()
         parents = self.passages, self.questions, self.base_index, self.coarse_index.parent("vectors")
         return self._step(
             "training set",
@@ -134,7 +146,7 @@ class Pipeline:
     @cached_property
     def report(self) -> Artifact:
         """Base, stage 1 and both stages on the dev questions."""
-        _ = self.questions, self.passages  # a fault in the inputs shows before hours of embedding
+        self.check_questions()  # a fault in the inputs shows before hours of embedding
         systems = []
         if self.config.evaluation.coarse_baseline:
             systems.append(System("MiniLM", self.hits(self.coarse_index, "dev"), None))
@@ -189,15 +201,17 @@ class Pipeline:
             on_ray=True,
             resumable=True,
         )
-        factory = self.config.index.factory
+        factory, searched = self.config.index.factory, self.config.index.num_lists_searched
         plan = Plan(
             kind="index",
             name=name,
-            config={"factory": factory},
+            config={"factory": factory, "num_lists_searched": searched if "IVF" in factory else None},
             parents={"vectors": vectors, "passages": passages},
             version=STEPS["index"].version,
         )
-        return self._step(f"index ({name})", plan, lambda building: build_index(building, vectors, passages, factory))
+        return self._step(
+            f"index ({name})", plan, lambda building: build_index(building, vectors, passages, factory, searched)
+        )
 
     def _step(
         self,
@@ -219,7 +233,7 @@ class Pipeline:
             with clear_failures(label):
                 body(building)
 
-        artifact, reused = self.store.get_or_build(plan, timed, resumable=resumable)
+        artifact, reused = self.store.get_or_build(plan, timed, resumable=resumable, alone=on_ray)
         if reused:
             if label not in self.reused:
                 self.reused.append(label)
@@ -240,8 +254,16 @@ def start_service(
     """Serve an index and a generator on the connected Ray; returns the address (after Ctrl-C, if ``blocking``).
 
     Raises:
-        MixedArtifactsError: if they were not made for each other.  ResourceError: if it does not start.
+        MixedArtifactsError: if they have different bases.  ResourceError: if it does not start.
     """
+    encoder = EncoderSpec.from_json(index.info["encoder"])
+    if encoder.kind != "llm" or encoder.base.fingerprint != generator.info["base"]["fingerprint"]:
+        raise MixedArtifactsError(
+            f"{index.uri} was made with base {encoder.base.fingerprint}, {generator.uri} with base "
+            f"{generator.info['base']['fingerprint']}",
+            expected="an index and a generator of one base",
+            action="reindex with the generator's base, or train a generator on the index's",
+        )
     app = _service()
     args = app.AppArgs(
         index_uri=index.uri,

@@ -188,16 +188,6 @@ VARIANT_SCHEMA = pa.schema(
         ("provider", pa.string()),
     ]
 )
-HIT_SCHEMA = pa.schema(
-    [
-        ("question_id", pa.string()),
-        ("rewrite", pa.int32()),
-        ("rank", pa.int32()),
-        ("passage_id", pa.string()),
-        ("document_id", pa.string()),
-        ("score", pa.float32()),
-    ]
-)
 
 
 def vector_schema(dimension: int) -> pa.Schema:

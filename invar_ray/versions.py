@@ -20,6 +20,8 @@ class StepCode:
 
 
 _ENCODING = (
+    "invar_ray.models.batching",
+    "invar_ray.models.locate",
     "invar_ray.models.encoder",
     "invar_ray.models.pooling",
     "invar_ray.models.adapters",
@@ -87,6 +89,8 @@ STEPS: dict[str, StepCode] = {
         (
             *_TRAINING,
             "invar_ray.training.sequences",
+            "invar_ray.models.generator",
+            "invar_ray.models.adapters",
             "invar_ray.losses.answer",
             "invar_ray.text.prompts",
             "invar_ray.text.answers",
@@ -99,6 +103,7 @@ STEPS: dict[str, StepCode] = {
             "invar_ray.evaluation.metrics",
             "invar_ray.evaluation.variance",
             "invar_ray.text.answers",
+            "invar_ray.text.prompts",
             "invar_ray.retrieval.rag",
             "invar_ray.models.generator",
             "invar_ray.models.decoding",

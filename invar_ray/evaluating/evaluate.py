@@ -127,11 +127,12 @@ def retrieval_metrics(families: Sequence[FoundFamily], overlap_k: int) -> dict[s
     """
     lists = [[first_ranks(hit.document_id for hit in hits) for hits in family.hits] for family in families]
     golds = [family.positive_ids for family in families]
+    depth = max(len(hits) for family in families for hits in family.hits)
     metrics = summarise_families(
         [Family(ranked, gold) for ranked, gold in zip(lists, golds, strict=True)],
         overlap_k=overlap_k,
-        ks=KS,
-        depth=max(len(hits) for family in families for hits in family.hits),
+        ks=[k for k in KS if k <= depth],
+        depth=depth,
     )
     anchors = [ranked[0] for ranked in lists]
     metrics["mrr_at_10"] = fmean(reciprocal_rank(ranked, gold) for ranked, gold in zip(anchors, golds, strict=True))
@@ -171,6 +172,8 @@ class AnswerBlock:
 
             model, tokenizer = open_base(BaseRef(**base), Store(root_uri))
             self._generator = Generator(model, tokenizer, config.generator.max_tokens)
+        if config.scale.embed_gpus_per_worker > 0:
+            self._generator.model.to("cuda")
         self._config = config
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -267,6 +270,7 @@ def _answer_all(
             "config": config,
         },
         num_cpus=config.scale.cpus_per_worker,
+        num_gpus=config.scale.embed_gpus_per_worker or None,
         compute=ray.data.ActorPoolStrategy(size=min(config.scale.embed_workers, len(blocks))),
     )
     found: dict[int, list[str]] = {}

@@ -84,7 +84,13 @@ def build_hits(building: Building, config: Config, index: Artifact, questions: A
     progress = Progress(f"search {split}", len(examples), "questions")
     stream = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map(
         SearchBlock,
-        fn_constructor_kwargs={"index_uri": index.uri, "top_k": top_k, "precision": config.model.precision},
+        fn_constructor_kwargs={
+            "index_uri": index.uri,
+            "top_k": top_k,
+            "precision": config.model.precision,
+            "device": "cuda" if config.scale.embed_gpus_per_worker > 0 else "cpu",
+        },
+        num_gpus=config.scale.embed_gpus_per_worker or None,
         num_cpus=config.scale.cpus_per_worker,
         compute=ray.data.ActorPoolStrategy(size=min(config.scale.embed_workers, len(blocks))),
     )
@@ -123,8 +129,8 @@ def load_hits(artifact: Artifact) -> list[FoundFamily]:
 class SearchBlock:
     """Ray Data actor: opens an index version once, then searches blocks of question families."""
 
-    def __init__(self, index_uri: str, top_k: int, precision: str) -> None:
-        self._retriever = open_retriever(index_uri, precision=precision)
+    def __init__(self, index_uri: str, top_k: int, precision: str, device: str) -> None:
+        self._retriever = open_retriever(index_uri, precision=precision, device=device)
         self._top_k = top_k
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

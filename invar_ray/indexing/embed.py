@@ -22,6 +22,7 @@ from pyarrow import fs
 
 from invar_ray.artifacts import Artifact, Building, Plan, Store, resolve_uri
 from invar_ray.config import Config, ScaleConfig
+from invar_ray.errors import ResourceError
 from invar_ray.models.encoder import Encoder, EncoderSpec, open_encoder
 from invar_ray.progress import Progress
 from invar_ray.retrieval.index import write_probes
@@ -74,6 +75,15 @@ def build_vectors(building: Building, config: Config, passages: Artifact, spec: 
         )
         for row in stream.iter_rows():
             progress.advance(int(row["rows"]))
+    standing = {entry.base_name for entry in filesystem.get_file_info(fs.FileSelector(prefix))}
+    lacking = [
+        start for start, _ in wanted if not {f"part-{start:010d}.parquet", f"part-{start:010d}.json"} <= standing
+    ]
+    if lacking:
+        raise ResourceError(
+            f"{len(lacking)} of {len(wanted)} shards are missing below {prefix} (first: row {lacking[0]})",
+            action="run the step again; make sure that only one run at a time embeds into this store",
+        )
     _write_probes(building, config, passages, spec)
     building.info |= {
         "encoder": spec.to_json(),

@@ -72,6 +72,12 @@ def load_documents(artifact: Artifact) -> dict[str, Document]:
     return {document.id: document for document in rows}
 
 
+def document_ids(artifact: Artifact) -> set[str]:
+    """Ids of the documents that gave at least one passage."""
+    table = pq.read_table(artifact.path("passages.parquet"), columns=["document_id"])
+    return set(table.column("document_id").to_pylist())
+
+
 def load_passages(artifact: Artifact) -> list[Passage]:
     """All passages, in row order."""
     passages: list[Passage] = from_table(pq.read_table(artifact.path("passages.parquet")), Passage)

@@ -7,9 +7,11 @@ number 0 is the anchor).
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+import sys
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import pyarrow.parquet as pq
 
@@ -19,7 +21,7 @@ from invar_ray.errors import DataError
 from invar_ray.indexing.sources import source_digest
 from invar_ray.schema import EXAMPLE_SCHEMA, VARIANT_SCHEMA, Example, Variant, from_table, to_table
 from invar_ray.text.readers import read_examples
-from invar_ray.text.variants import Rewriter, make_rewriter
+from invar_ray.text.variants import Rewriter, comparison_key, make_rewriter
 from invar_ray.versions import STEPS
 
 Split = Literal["train", "dev"]
@@ -52,23 +54,44 @@ def build_questions(building: Building, config: Config) -> None:
     """Read, sample and reword the questions of both splits.
 
     Raises:
-        DataError: if a file is malformed, or a question stands in train and in dev.
+        DataError: if a file is malformed, or nothing is left to train on: training questions that share a wording with
+            a dev question are dropped, with a line that says how many.
     """
     train = _sample(read_examples_of(config, "train"), config.questions.train_limit, config.seed)
     dev = _sample(read_examples_of(config, "dev"), config.questions.dev_limit, config.seed)
-    _refuse_overlap(train, dev, config)
     variants = config.variants
+    root = Path(config.storage.root_uri).expanduser()
+    # Rewordings cost money: a run that is cut off finds those it already has.
+    cache = str(root / ".cache" / "rewordings.jsonl") if "://" not in config.storage.root_uri else None
     train_rewriter = make_rewriter(
         provider=variants.provider,
         file_uri=variants.file_uri,
         endpoint_url=variants.endpoint_url,
         endpoint_model=variants.endpoint_model,
         endpoint_key_env=variants.endpoint_key_env,
-        cache_path=None,
+        cache_path=cache,
     )
     dev_rewriter = make_rewriter(provider=config.evaluation.provider, file_uri=config.evaluation.file_uri)
-    _write(building, "train", train, train_rewriter, variants.num_rewrites, config.seed)
-    _write(building, "dev", dev, dev_rewriter, config.evaluation.num_rewrites, config.seed + _DEV_SEED_OFFSET)
+    dev_rows = _reword(dev, dev_rewriter, config.evaluation.num_rewrites, config.seed + _DEV_SEED_OFFSET)
+    train_rows = _reword(train, train_rewriter, variants.num_rewrites, config.seed)
+    seen = {comparison_key(variant.text) for variant in dev_rows}
+    leaking = {variant.question_id for variant in train_rows if comparison_key(variant.text) in seen}
+    if len(leaking) == len(train):
+        raise DataError(
+            f"all {len(train)} questions of {config.questions.train_uri} stand in {config.questions.dev_uri} too",
+            expected="other questions to train on than to report on",
+        )
+    if leaking:
+        print(
+            f"  dropped {len(leaking)} of {len(train)} training questions: a wording of theirs is one of a dev "
+            f"question's (first: {min(leaking)})",
+            file=sys.stderr,
+            flush=True,
+        )
+    building.info["dropped_for_leaking"] = len(leaking)
+    kept = [example for example in train if example.id not in leaking]
+    _write(building, "train", kept, [variant for variant in train_rows if variant.question_id not in leaking])
+    _write(building, "dev", dev, dev_rows)
 
 
 def read_examples_of(config: Config, split: Split) -> list[Example]:
@@ -99,24 +122,31 @@ def _sample(examples: list[Example], limit: int | None, seed: int) -> list[Examp
     return [examples[index] for index in chosen]
 
 
-def _refuse_overlap(train: Sequence[Example], dev: Sequence[Example], config: Config) -> None:
-    seen = {example.question.casefold().strip() for example in train}
-    shared = [example for example in dev if example.question.casefold().strip() in seen]
-    if shared:
+def refuse_unanswerable(examples: Sequence[Example], documents: Collection[str], split: str) -> None:
+    """Raise for questions none of whose gold documents is among ``documents``.
+
+    Raises:
+        DataError: naming how many, and the first.
+    """
+    missing = [example for example in examples if not any(name in documents for name in example.positive_ids)]
+    if missing:
         raise DataError(
-            f"{len(shared)} dev questions stand in {config.questions.train_uri} too (first: {shared[0].id})",
-            expected="no question in both",
-            action="remove them from one of the files",
+            f"{len(missing)} of {len(examples)} {split} questions have no positive document in the corpus (first: "
+            f"{missing[0].id}, positive_ids {list(missing[0].positive_ids)[:3]})",
+            expected="positive_ids that are ids of corpus rows",
+            action="use the corpus that the questions were made for, or raise corpus.limit",
         )
 
 
-def _write(
-    building: Building, split: Split, examples: list[Example], rewriter: Rewriter, count: int, seed: int
-) -> None:
-    rows: list[Any] = []
+def _reword(examples: Sequence[Example], rewriter: Rewriter, count: int, seed: int) -> list[Variant]:
+    rows: list[Variant] = []
     for example in examples:
         rows.append(Variant(example.id, 0, example.question, "anchor", "data"))
         rows += rewriter.rewrite(example, count, seed)
+    return rows
+
+
+def _write(building: Building, split: Split, examples: list[Example], rows: list[Variant]) -> None:
     pq.write_table(to_table(examples, EXAMPLE_SCHEMA), building.path / f"{split}.parquet")
     pq.write_table(to_table(rows, VARIANT_SCHEMA), building.path / f"{split}_variants.parquet")
     building.info |= {f"{split}_questions": len(examples), f"{split}_wordings": len(rows)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import astuple
 
 from pyarrow import fs
 
@@ -23,8 +24,8 @@ def source_digest(uri: str) -> str:
         return digest(
             [
                 [[document.id, document.title, document.text] for document in facts.documents()],
-                [[example.id, example.question, example.rewrites] for example in facts.questions("train")],
-                [[example.id, example.question, example.rewrites] for example in facts.questions("dev")],
+                [astuple(example) for example in facts.questions("train")],
+                [astuple(example) for example in facts.questions("dev")],
             ]
         )
     filesystem, path = resolve_uri(uri)

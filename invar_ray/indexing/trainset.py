@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from safetensors.numpy import save_file
 
 from invar_ray.artifacts import Artifact, Building, Plan
@@ -21,6 +22,7 @@ from invar_ray.config import Config
 from invar_ray.errors import DataError
 from invar_ray.indexing.passages import load_documents, load_passages
 from invar_ray.indexing.questions import load_examples, load_variants
+from invar_ray.losses.alignment import mean_document_vectors
 from invar_ray.models.encoder import coarse_spec, open_encoder
 from invar_ray.progress import Progress
 from invar_ray.retrieval.index import read_vectors
@@ -96,6 +98,7 @@ def build_trainset(
                     count=config.retriever.num_hard_negatives,
                     margin=config.retriever.false_negative_margin,
                     report=report,
+                    gold_documents=example.positive_ids,
                 )
             )
         progress.advance(len(block))
@@ -173,10 +176,8 @@ def mean_by_document(vectors: Floats, document_ids: Sequence[str]) -> Floats:
     """[N, D]: for each passage the normalised mean vector of its document's passages (METHOD "Alignment")."""
     numbers: dict[str, int] = {}
     owner = np.asarray([numbers.setdefault(document_id, len(numbers)) for document_id in document_ids])
-    sums = np.zeros((len(numbers), vectors.shape[1]), dtype=np.float32)
-    np.add.at(sums, owner, vectors)
-    means: Floats = sums / np.maximum(np.linalg.norm(sums, axis=1, keepdims=True), 1e-12)
-    return means[owner]
+    means = mean_document_vectors(torch.from_numpy(vectors), torch.from_numpy(owner), len(numbers))
+    return np.asarray(means.numpy()[owner], dtype=np.float32)
 
 
 def _render(

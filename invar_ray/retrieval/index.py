@@ -6,6 +6,7 @@ An index artifact holds ``index.faiss`` (inner product over unit vectors, i.e. c
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -31,8 +32,10 @@ Vectors = npt.NDArray[np.float32]
 class Index:
     """A loaded FAISS index: unit vectors in, (scores, rows) out."""
 
-    def __init__(self, index: Any) -> None:
+    def __init__(self, index: Any, num_lists_searched: int = 1) -> None:
         self._index = index
+        with contextlib.suppress(RuntimeError):  # only IVF indexes have lists
+            faiss.extract_index_ivf(index).nprobe = num_lists_searched
 
     @property
     def size(self) -> int:
@@ -89,7 +92,9 @@ def build_faiss(vectors: Vectors, factory: str) -> Any:
     return index
 
 
-def build_index(building: Building, vectors: Artifact, passages: Artifact, factory: str) -> None:
+def build_index(
+    building: Building, vectors: Artifact, passages: Artifact, factory: str, num_lists_searched: int = 1
+) -> None:
     """Fill an index artifact from a ``vectors`` artifact, in the order of its ``passages``.
 
     Raises:
@@ -105,6 +110,7 @@ def build_index(building: Building, vectors: Artifact, passages: Artifact, facto
         )
     faiss.write_index(build_faiss(matrix, factory), str(building.path / INDEX_FILE))
     building.info |= {"encoder": vectors.info["encoder"], "rows": len(ids), "dimension": int(matrix.shape[1])}
+    building.info["num_lists_searched"] = num_lists_searched
     probes = vectors.path("probes.parquet")
     (building.path / "probes.parquet").write_bytes(probes.read_bytes())
 
@@ -138,7 +144,7 @@ def column_to_matrix(column: Any) -> Vectors:
 def load_index(artifact: Artifact) -> Index:
     """Load and verify an ``index`` artifact; errors as :meth:`Artifact.verify`."""
     artifact.verify()
-    return Index(faiss.read_index(str(artifact.path(INDEX_FILE))))
+    return Index(faiss.read_index(str(artifact.path(INDEX_FILE))), int(artifact.info.get("num_lists_searched", 1)))
 
 
 def write_probes(path: Path, encoder: TextEncoder, texts: list[tuple[str, str]]) -> None:

@@ -7,7 +7,7 @@ variant pattern) lives there.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -44,6 +44,7 @@ def select_negatives(
     count: int,
     margin: float,
     report: MiningReport,
+    gold_documents: Collection[str] = (),
 ) -> list[int]:
     """The first ``count`` candidates that are no answer.
 
@@ -56,6 +57,8 @@ def select_negatives(
         positive: row of the positive.
         teacher_scores: s_T of each candidate, then of the positive as the last entry.
         report: counts are added to it.
+        gold_documents: documents that are annotated as answering.  Other passages of the positive's own document stay:
+            they are the hardest negatives.
     """
     gold = passages[positive]
     limit = float(teacher_scores[-1] - margin * abs(teacher_scores[-1]))
@@ -68,6 +71,8 @@ def select_negatives(
             report.dropped["copy of the positive"] += 1
         elif passage.document_id == gold.document_id and passage.start < gold.end and passage.end > gold.start:
             report.dropped["overlaps the positive"] += 1
+        elif passage.document_id in gold_documents and passage.document_id != gold.document_id:
+            report.dropped["another gold document"] += 1
         elif contains_answer(f"{passage.title} {passage.text}", answers):
             report.dropped["holds a gold answer"] += 1
         elif score >= limit:

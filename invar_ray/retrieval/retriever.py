@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from invar_ray.artifacts import Artifact, Store, open_artifact
+from invar_ray.artifacts import Artifact, open_artifact
 from invar_ray.errors import MixedArtifactsError, RequestError
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder
 from invar_ray.retrieval.index import Index, check_probes, load_index
@@ -123,11 +123,6 @@ def open_retriever(
     encoder = open_encoder(spec, artifact.store, precision=precision, device=device)
     check_probes(artifact, encoder)
     return Retriever(encoder, index, rows, artifact.fingerprint)
-
-
-def open_encoder_of(index: Artifact, store: Store) -> TextEncoder:
-    """The encoder that an index's manifest names."""
-    return open_encoder(EncoderSpec.from_json(index.info["encoder"]), store)
 
 
 def _same_adapter(index: Artifact, spec: EncoderSpec, adapter: Artifact) -> None:

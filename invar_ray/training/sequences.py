@@ -20,7 +20,7 @@ from invar_ray.config import GeneratorConfig
 from invar_ray.losses.answer import IGNORED
 from invar_ray.models.generator import encode_prompt
 from invar_ray.text.answers import contains_answer
-from invar_ray.text.prompts import REFUSAL, fit_prompt, format_target
+from invar_ray.text.prompts import REFUSAL, fit_prompt, format_answer_prompt, format_target
 
 _SEED_STRIDE = 1_000_003
 
@@ -65,15 +65,13 @@ class HitSet:
             passages = passages[:keep]
             if gold is not None and gold not in passages:
                 passages[-1] = gold
+        question = row["wordings"][wording]
+        passages = _fitting(question, passages, answers, tokenizer, config.max_tokens - config.max_new_tokens)
         if config.shuffle_passages:
             rng.shuffle(passages)
-        budget = config.max_tokens - config.max_new_tokens
-        fitted = fit_prompt(
-            row["wordings"][wording], passages, lambda text: len(encode_prompt(tokenizer, text)), budget
-        )
-        place = next((index for index, passage in enumerate(fitted.passages, 1) if _holds(passage, answers)), None)
+        place = next((index for index, passage in enumerate(passages, 1) if _holds(passage, answers)), None)
         target = REFUSAL if place is None else format_target(answers[0], place)
-        return PromptAndTarget(fitted.prompt, target)
+        return PromptAndTarget(format_answer_prompt(question, passages), target)
 
     def step_rows(self, seed: int, step: int, size: int) -> list[int]:
         """Numbers of the questions of a step: epochs of shuffled passes, without gaps."""
@@ -113,6 +111,28 @@ def tokenize_sequences(
         mask[index, : len(ids)] = 1
         labels[index, prompt_length : len(ids)] = torch.tensor(ids[prompt_length:])
     return ids_tensor, mask, labels
+
+
+def _fitting(
+    question: str,
+    passages: list[tuple[str, str]],
+    answers: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    budget: int,
+) -> list[tuple[str, str]]:
+    """What fits, dropped by rank; the first that holds the answer goes before all others, or its question would be
+    taught to be refused.
+    """
+    gold = next((passage for passage in passages if _holds(passage, answers)), None)
+    order = passages if gold is None else [gold, *(passage for passage in passages if passage is not gold)]
+    fitted = fit_prompt(question, order, lambda text: len(encode_prompt(tokenizer, text)), budget)
+    kept = list(fitted.passages)
+    return kept if gold is None else sorted(kept, key=lambda passage: _rank(passage, passages))
+
+
+def _rank(passage: tuple[str, str], passages: list[tuple[str, str]]) -> int:
+    # A first passage that alone is too long comes back cut: it is its own, and first.
+    return passages.index(passage) if passage in passages else 0
 
 
 def _holds(passage: tuple[str, str], answers: Sequence[str]) -> bool:

@@ -54,7 +54,7 @@ class RetrieverStage:
         self.steps = config.retriever.steps
         self.spec = EncoderSpec.from_json(inputs["encoder"])
         self.trainset = Trainset(store.open(inputs["trainset"], "trainset"))
-        base, self.tokenizer = open_base(self.spec.base, store)
+        base, self.tokenizer = open_base(self.spec.base, store, _dtype(config))
         self._base_name = config.model.base
         _recompute(base, config)
         self._adapted = new_adapter(base, config.retriever.lora, config.seed)
@@ -211,7 +211,7 @@ class GeneratorStage:
         self.config, self.rank, self.world_size = config, rank, world_size
         self.steps = config.generator.steps
         reference = BaseRef(**inputs["base"])
-        base, self.tokenizer = open_base(reference, store)
+        base, self.tokenizer = open_base(reference, store, _dtype(config))
         self._base_name = config.model.base
         _recompute(base, config)
         self._adapted = new_adapter(base, config.generator.lora, config.seed)
@@ -253,6 +253,10 @@ STAGES: dict[str, Callable[[Config, Store, dict[str, Any], int, int], Stage]] = 
     "retriever": RetrieverStage,
     "generator": GeneratorStage,
 }
+
+
+def _dtype(config: Config) -> torch.dtype:
+    return torch.bfloat16 if config.model.precision == "bf16" else torch.float32
 
 
 def _recompute(base: Any, config: Config) -> None:

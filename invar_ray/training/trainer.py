@@ -12,7 +12,7 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchTrainer
 
-from invar_ray.artifacts import Artifact, Building, Plan
+from invar_ray.artifacts import Artifact, Building, Plan, join_uri
 from invar_ray.config import Config, to_dict
 from invar_ray.errors import InvarError, ResourceError
 from invar_ray.evaluation.plots import plot_losses
@@ -102,7 +102,7 @@ def _train(building: Building, config: Config, stage: str, inputs: dict[str, Any
         ),
         run_config=RunConfig(
             name=f"{plan.kind}-{plan.fingerprint}",
-            storage_path=f"{root_uri.rstrip('/')}/.train",
+            storage_path=join_uri(root_uri, ".train"),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
             failure_config=FailureConfig(max_failures=scale.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),

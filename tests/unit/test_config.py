@@ -83,7 +83,7 @@ def test_unknown_recipe_names_the_nearest() -> None:
         ("retriever.optimizer.learning_rate=0.25", lambda c: c.retriever.optimizer.learning_rate, 0.25),
         ("scale.use_gpu=true", lambda c: c.scale.use_gpu, True),
         ("generator.lora.target_modules=[q_proj, v_proj]", lambda c: c.generator.lora.target_modules, None),
-        ("serve.retriever_replicas=[0, 3]", lambda c: c.serve.retriever_replicas, (0, 3)),
+        ("serve.retriever_replicas=[2, 3]", lambda c: c.serve.retriever_replicas, (2, 3)),
         ("model.query_prefix='ask: '", lambda c: c.model.query_prefix, "ask: "),
         (" model.pooling =last", lambda c: c.model.pooling, "last"),
         ("index={factory: 'IVF4,Flat', num_probes: 3}", lambda c: c.index.factory, "IVF4,Flat"),

@@ -31,7 +31,7 @@ from invar_ray.retrieval.index import (
     load_index,
     read_vectors,
 )
-from invar_ray.retrieval.retriever import Passages, Retriever, open_encoder_of, open_retriever
+from invar_ray.retrieval.retriever import Passages, Retriever, open_retriever
 from invar_ray.schema import PASSAGE_SCHEMA, Passage, to_table
 from tests.support import ISLANDS, World, world
 
@@ -106,10 +106,11 @@ def test_search_deeper_than_the_index_gives_all_of_it() -> None:
 
 def test_trained_factory_searches_as_numpy_does_when_it_looks_everywhere() -> None:
     vectors, queries = unit(400, 16), unit(5, 16, seed=1)
-    built = build_faiss(vectors, "IVF8,Flat")
-    built.nprobe = 8
-    _, rows = Index(built).search(queries, 10)
-    assert np.array_equal(rows, np.argsort(-(queries @ vectors.T), axis=1)[:, :10])
+    exact = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
+    _, rows = Index(build_faiss(vectors, "IVF8,Flat"), num_lists_searched=8).search(queries, 10)
+    assert np.array_equal(rows, exact)
+    _, rows = Index(build_faiss(vectors, "IVF8,Flat"), num_lists_searched=1).search(queries, 10)
+    assert not np.array_equal(rows, exact)
 
 
 @pytest.mark.parametrize("factory", ["Nonsense", "IVF512,Flat"], ids=["unknown", "too few vectors"])
@@ -290,7 +291,7 @@ def test_damaged_index_is_not_served(small: World, tmp_path: Path) -> None:
 
 def test_own_encoder_reproduces_the_probes(small: World) -> None:
     for index in (small.base_index, small.adapter_index, small.coarse_index):
-        assert check_probes(index, open_encoder_of(index, small.store)) > 1 - 1e-5
+        assert check_probes(index, open_encoder(EncoderSpec.from_json(index.info["encoder"]), small.store)) > 1 - 1e-5
 
 
 def test_bf16_encoder_reproduces_the_probes_of_fp32(small: World) -> None:

@@ -47,6 +47,9 @@ class Planner(Pipeline):
         self.store: NotedStore = store
         self.fingerprints: Fingerprints = {}
 
+    def check_questions(self) -> None:
+        """Planned passages hold no documents to look questions up in."""
+
     def _step(
         self,
         label: str,
@@ -180,6 +183,7 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("generator.max_new_tokens", 8, {"generator", "report"}),
     ("generator.top_k", 2, {"hits retriever-train", "generator", "report"}),
     ("index.num_probes", 5, AFTER_PASSAGES - {"passages"}),
+    ("index.num_lists_searched", 5, set()),  # Flat has no lists
     ("evaluation.top_k", 10, {"hits retriever-dev", "hits base-dev", "hits minilm-dev", "report"}),
     ("evaluation.overlap_k", 4, {"report"}),
     ("evaluation.num_answers", 31, {"report"}),
@@ -271,6 +275,7 @@ CONDITIONAL = {
     "model.revision": "for hub names",
     "corpus.distractors": "needs the questions, below",
     "index.factory": "above",
+    "index.num_lists_searched": "for IVF factories, below",
 }
 
 
@@ -309,3 +314,9 @@ def test_without_answers_no_generator_is_trained(plans: Plans) -> None:
 def test_coarse_encoder_is_independent_of_the_base(plans: Plans) -> None:
     specs = {coarse_spec(replace(plans.config.coarse, max_tokens=tokens)).fingerprint for tokens in (64, 128)}
     assert len(specs) == 2
+
+
+def test_lists_searched_count_for_ivf_only(plans: Plans) -> None:
+    searched = plans.changed_by(index__factory="IVF4,Flat", index__num_lists_searched=2)
+    assert "index base" in searched
+    assert plans.changed_by(index__num_lists_searched=2) == set()

@@ -194,12 +194,24 @@ def test_top_k_is_the_most_passages(hits: HitSet, tokenizer: Any) -> None:
     assert len(passages_in(sequence(hits, tokenizer, replace(PLAIN, top_k=9)).prompt)) == 5
 
 
-def test_passages_that_do_not_fit_are_dropped_before_the_target_is_made(make: Any, tokenizer: Any) -> None:
-    rows = [[hit(0, "Salt " * 30), hit(1, "Mara Voss " * 40)]] * 3
-    config = replace(PLAIN, max_tokens=120, max_new_tokens=20)
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_passage_that_holds_the_answer_is_the_last_to_be_dropped(make: Any, tokenizer: Any, shuffled: bool) -> None:
+    # Dropping it would teach to refuse a question whose answer was retrieved.
+    rows = [[hit(0, "Salt " * 30), hit(1, "Mara Voss kept it. " * 4), hit(2, "Rope " * 30)]] * 3
+    config = replace(PLAIN, max_tokens=120, max_new_tokens=20, shuffle_passages=shuffled)
+    for seed in range(8):
+        found = sequence(make([question(0, hits=rows)]), tokenizer, config, seed=seed)
+        assert len(tokenizer(found.prompt)["input_ids"]) <= 100
+        assert "Mara Voss" in found.prompt
+        assert found.target.startswith("Mara Voss [")
+
+
+def test_passages_that_do_not_fit_are_dropped_by_rank(make: Any, tokenizer: Any) -> None:
+    rows = [[hit(0, "Salt " * 20), hit(1, "Rope " * 20), hit(2, "Tar " * 60)]] * 3
+    config = replace(PLAIN, max_tokens=130, max_new_tokens=20)
     found = sequence(make([question(0, hits=rows)]), tokenizer, config)
-    assert len(tokenizer(found.prompt)["input_ids"]) <= 100
-    assert "Voss" not in found.prompt
+    assert "Salt" in found.prompt
+    assert "Tar" not in found.prompt
     assert found.target == REFUSAL
 
 

@@ -129,8 +129,6 @@ EXEMPT = {
     "invar_ray.evaluation.significance": "intervals over finished reports",
     "invar_ray.evaluation.tables": "print",
     "invar_ray.indexing.sources": "part of fingerprints itself",
-    "invar_ray.models.batching": "order and padding, which the encoder's tests hold fixed",
-    "invar_ray.models.locate": "finds models, which have fingerprints of their own",
     "invar_ray.text.facts": "the digest of the built-in corpus is in the plans",
     "invar_ray.training.checkpoint": "bit for bit, with a schema version of its own",
     "invar_ray.training.trainer": "starts workers",
