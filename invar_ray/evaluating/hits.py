@@ -129,7 +129,7 @@ def load_hits(artifact: Artifact) -> list[FoundFamily]:
 class SearchBlock:
     """Ray Data actor: opens an index version once, then searches blocks of question families."""
 
-    def __init__(self, index_uri: str, top_k: int, precision: str, device: str) -> None:
+    def __init__(self, index_uri: str, top_k: int, precision: str, device: str = "cpu") -> None:
         self._retriever = open_retriever(index_uri, precision=precision, device=device)
         self._top_k = top_k
 

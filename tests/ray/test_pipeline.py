@@ -235,10 +235,10 @@ def test_an_empty_corpus_is_one_error(tmp_path: Path) -> None:
         ('{"id": "q3", "question"', r"train\.jsonl, line 2: malformed JSON"),
         ({"id": "q3", "question": "Who?", "positive_ids": ["d1"]}, r"train\.jsonl, line 2: the field 'answers'"),
         (GOOD | {"id": "q3", "answers": "the pier"}, r"train\.jsonl, line 2: 'answers' is a string"),
-        (DEV | {"id": "q3"}, r"1 dev questions stand in .*train\.jsonl too"),
+        (GOOD | {"id": "q3", "positive_ids": ["gone"]}, r"1 of 2 train questions have no positive document"),
     ],
 )
-def test_a_malformed_question_is_one_error_that_names_its_line(tmp_path: Path, row: Any, message: str) -> None:
+def test_a_faulty_question_is_one_error_before_any_work(tmp_path: Path, row: Any, message: str) -> None:
     with pytest.raises(DataError, match=message):
         run_on(tmp_path, [DOCUMENT], [GOOD, row])
 
