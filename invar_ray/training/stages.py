@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from invar_ray.artifacts import Store
 from invar_ray.config import Config
 from invar_ray.losses.alignment import alignment_loss
-from invar_ray.losses.answer import IGNORED, answer_loss
+from invar_ray.losses.answer import IGNORED, AnswerOutput, answer_loss
 from invar_ray.losses.contrastive import contrastive_loss
 from invar_ray.losses.gather import gather_rows
 from invar_ray.losses.invariance import invariance_loss
@@ -196,12 +196,42 @@ class _CausalLm(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.causal_lm = model
+        self.causal_lm: Any = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """[B, T] -> logits [B, T, V]."""
-        logits: Tensor = self.causal_lm(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, predicts: Tensor) -> Tensor:
+        """[B, T] ids, mask and choice of positions -> logits [N, V] of the N chosen positions.
+
+        The head is most of a small model's work, and logits most of its memory: only those are made that the loss
+        reads.
+        """
+        hidden = self.causal_lm.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state  # [B, T, H]
+        logits: Tensor = self.causal_lm.lm_head(hidden[predicts])
         return logits
+
+
+def answer_loss_at(
+    forward: Forward, ids: Tensor, mask: Tensor, labels: Tensor, *, normaliser: float | Tensor
+) -> AnswerOutput:
+    """:func:`invar_ray.losses.answer.answer_loss` of [B, T] sequences, through logits of the answers' positions only.
+
+    Args:
+        forward: (ids, mask, choice of positions) -> logits [N, V].
+        ids, mask: [B, T].
+        labels: [B, T], ``IGNORED`` outside the answers.
+        normaliser: see there.
+    """
+    targets = labels[:, 1:]  # position t predicts the token at t + 1
+    predicts = torch.zeros_like(mask, dtype=torch.bool)
+    predicts[:, :-1] = targets != IGNORED
+    logits = forward(ids, mask, predicts)  # [N, V]
+    # answer_loss shifts by one: a row after the last, a label before the first.
+    return answer_loss(
+        torch.cat([logits, logits.new_zeros(1, logits.shape[1])])[None],
+        torch.cat([targets.new_full((1,), IGNORED), targets[targets != IGNORED]])[None],
+        normaliser=normaliser,
+    )
 
 
 class GeneratorStage:
@@ -234,8 +264,7 @@ class GeneratorStage:
         _, _, all_labels = tokenize_sequences(sequences, self.tokenizer, settings.max_tokens)
         normaliser = int((all_labels[:, 1:] != IGNORED).sum()) / self.world_size
         device = next(self.module.parameters()).device
-        logits = forward(ids.to(device), mask.to(device))
-        output = answer_loss(logits, labels.to(device), normaliser=normaliser)
+        output = answer_loss_at(forward, ids.to(device), mask.to(device), labels.to(device), normaliser=normaliser)
         metrics = {
             "loss": output.loss.item(),
             "token_accuracy": output.accuracy.item(),
