@@ -24,6 +24,9 @@ from invar_ray.errors import InvarError, ResourceError
 _WORKER_ENV = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # Batches of ever other shapes leave glibc's heap full of holes: large blocks go back to the system when freed.
+    "MALLOC_MMAP_THRESHOLD_": "1048576",
+    "MALLOC_ARENA_MAX": "2",
     # Libraries' own progress bars and notices would drown a run's.
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
