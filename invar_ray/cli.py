@@ -115,12 +115,77 @@ def train(
 @app.command()
 @_clear_errors
 def evaluate(overrides: Overrides = None, config: Recipe = "tiny") -> None:
-    """Evaluate base, stage 1 and both stages; print the table and the report's URI."""
+    """Evaluate the systems that evaluation.systems names; print the tables and where the report is."""
     from invar_ray.pipeline import Pipeline
 
     with Pipeline(load_config(config, overrides or [])) as pipeline:
         print(pipeline.report.path("table.txt").read_text(encoding="utf-8"))
-        print(pipeline.report.uri)
+        print(f"{pipeline.report.uri}\n{pipeline.report.path('report.html')}")
+
+
+@app.command()
+@_clear_errors
+def gate(
+    baseline: Annotated[str, typer.Option(help="report.json, or the folder that holds it.")],
+    candidate: Annotated[str, typer.Option(help="report.json, or the folder that holds it.")],
+    max_variance: Annotated[float | None, typer.Option(help="Most 1 - overlap@k of the candidate.")] = None,
+    min_recall: Annotated[float | None, typer.Option(help="Least recall@k of the candidate.")] = None,
+    min_exact_match: Annotated[float | None, typer.Option(help="Least exact match of the candidate.")] = None,
+    max_variance_rise: Annotated[
+        float | None, typer.Option(help="Against the baseline; default: not significant.")
+    ] = None,
+    max_recall_drop: Annotated[
+        float | None, typer.Option(help="Against the baseline; default: not significant.")
+    ] = None,
+    max_exact_match_drop: Annotated[
+        float | None, typer.Option(help="Against the baseline; default: not significant.")
+    ] = None,
+    k: Annotated[int, typer.Option(help="k of recall@k and overlap@k.")] = 5,
+    system: Annotated[str, typer.Option(help="The candidate's row.")] = "stage 1",
+    baseline_system: Annotated[str | None, typer.Option(help="The baseline's row, if another.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Where the reports have several.")] = None,
+) -> None:
+    """Hold a candidate's report against limits and a baseline: exit 0 if it may be promoted, 1 with reasons if not."""
+    from invar_ray.evaluation.gate import Limits, run_gate
+    from invar_ray.evaluation.questions import open_report
+
+    limits = Limits(
+        k, max_variance, min_recall, min_exact_match, max_variance_rise, max_recall_drop, max_exact_match_drop
+    )
+    checks = run_gate(
+        open_report(baseline),
+        open_report(candidate),
+        limits,
+        system=system,
+        baseline_system=baseline_system,
+        dataset=dataset,
+    )
+    for check in checks:
+        print(f"{'pass' if check.passed else 'FAIL'}  {check.text}")
+    failed = sum(not check.passed for check in checks)
+    if failed:
+        print(f"the gate stays shut: {failed} of {len(checks)} checks failed")
+        raise typer.Exit(1)
+    print(f"the gate is open: all {len(checks)} checks passed")
+
+
+@app.command()
+@_clear_errors
+def compare(
+    first: Annotated[str, typer.Argument(help="report.json, or the folder that holds it.")],
+    second: Annotated[str, typer.Argument(help="Another, or the same for two systems of one report.")],
+    system: Annotated[str | None, typer.Option(help="One row; without it all that both reports have.")] = None,
+    second_system: Annotated[str | None, typer.Option(help="The second report's row, if another.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Where the reports have several.")] = None,
+) -> None:
+    """Compare two reports question by question: paired differences with 95 % intervals."""
+    from invar_ray.evaluation.page import render_comparisons
+    from invar_ray.evaluation.questions import compare_reports, open_report
+
+    found = compare_reports(
+        open_report(first)[1], open_report(second)[1], system=system, second_system=second_system, dataset=dataset
+    )
+    print(render_comparisons(found))
 
 
 @app.command()

@@ -284,6 +284,21 @@ class IndexConfig:
     """Probe texts stored with the index; an encoder that does not reproduce their vectors is refused."""
 
 
+SystemName = Literal[
+    "bm25",
+    "minilm",
+    "minilm_bm25",
+    "minilm_rewrites",
+    "base",
+    "base_rewrites",
+    "stage1",
+    "stage1_bm25",
+    "stage1_rewrites",
+    "both",
+]
+"""Systems that a report can have rows for."""
+
+
 @dataclass(frozen=True)
 class EvaluationConfig:
     """What is measured."""
@@ -306,8 +321,34 @@ class EvaluationConfig:
     """Answer this many wordings of each of them; above 1 the report has a flip rate."""
     answer_batch_size: int = 16
     """Prompts generated together."""
-    coarse_baseline: bool = True
-    """Add a row for the coarse encoder (MiniLM) alone."""
+    num_reworded_answers: int | None = None
+    """Answer the other wordings of at most this many questions; ``null`` of all that are answered."""
+    answer_rule: Literal["squad", "triviaqa", "hotpotqa", "regex"] = "squad"
+    """How answers are compared with the gold ones (``invar_ray/evaluation/scoring.py``)."""
+    systems: tuple[SystemName, ...] = (
+        "bm25",
+        "minilm",
+        "minilm_bm25",
+        "base",
+        "stage1",
+        "stage1_bm25",
+        "stage1_rewrites",
+        "both",
+    )
+    """Rows of the report, in their order.  ``*_bm25`` fuses with BM25 (reciprocal ranks); ``*_rewrites`` fuses with
+    ``query_rewrites`` rewordings made at query time, the rival that needs no training; ``both`` adds stage 2."""
+    query_rewrites: int = 2
+    """For ``*_rewrites``: rewordings by rule of each wording, made from that wording alone."""
+    bm25_k1: float = 0.9
+    """How soon repeats of a word stop counting (Anserini's for passages)."""
+    bm25_b: float = 0.4
+    """How much BM25 holds long texts back, in [0, 1] (Anserini's for passages)."""
+    causes: tuple[Literal["window", "index", "precision"], ...] = ("index",)
+    """Causes of variance to measure beside the wording, for ``base`` and ``stage1``: other windows (embeds the corpus
+    again, cut to ``window_tokens``), the approximate index (nothing to do for an exact one), and questions encoded in
+    the other precision (bf16, or fp32 for a bf16 model)."""
+    window_tokens: int = 64
+    """For the cause ``window``: passage length of the other cut, in tokens."""
 
 
 @dataclass(frozen=True)
@@ -576,6 +617,9 @@ def _cross_checks(config: Config) -> list[str]:
         "generator.max_new_tokens": config.generator.max_new_tokens,
         "evaluation.answer_wordings": config.evaluation.answer_wordings,
         "evaluation.answer_batch_size": config.evaluation.answer_batch_size,
+        "evaluation.query_rewrites": config.evaluation.query_rewrites,
+        "evaluation.bm25_k1": config.evaluation.bm25_k1,
+        "evaluation.window_tokens": config.evaluation.window_tokens,
         "serve.top_k": config.serve.top_k,
     }
     faults += [f"{key}: must be above 0 (got {value})" for key, value in positive.items() if value <= 0]
@@ -590,6 +634,7 @@ def _cross_checks(config: Config) -> list[str]:
         "variants.num_windows": (config.variants.num_windows, 0),
         "evaluation.num_rewrites": (config.evaluation.num_rewrites, 0),
         "evaluation.num_answers": (config.evaluation.num_answers, 0),
+        "evaluation.num_reworded_answers": (config.evaluation.num_reworded_answers, 0),
         "retriever.num_hard_negatives": (config.retriever.num_hard_negatives, 0),
         "retriever.optimizer.warmup_steps": (config.retriever.optimizer.warmup_steps, 0),
         "generator.optimizer.warmup_steps": (config.generator.optimizer.warmup_steps, 0),
@@ -607,6 +652,7 @@ def _cross_checks(config: Config) -> list[str]:
         faults.append(f"serve.top_k: at most 20, the most that a request may ask for (got {config.serve.top_k})")
     for key, value in {
         "coarse.document_weight": config.coarse.document_weight,
+        "evaluation.bm25_b": config.evaluation.bm25_b,
         "generator.distractor_share": config.generator.distractor_share,
         "retriever.pattern_share": config.retriever.pattern_share,
     }.items():
@@ -622,6 +668,11 @@ def _cross_checks(config: Config) -> list[str]:
         faults.append("generator.max_new_tokens: leaves no room for a prompt within generator.max_tokens")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
         faults.append(f"name: only letters, digits and . _ - (it names folders; got {config.name!r})")
+    for key, names in {"systems": config.evaluation.systems, "causes": config.evaluation.causes}.items():
+        if len(set(names)) != len(names):
+            faults.append(f"evaluation.{key}: a name stands twice (got {list(names)})")
+    if not config.evaluation.systems:
+        faults.append("evaluation.systems: names no system")
     if config.evaluation.overlap_k > config.evaluation.top_k:
         faults.append("evaluation.overlap_k: larger than evaluation.top_k")
     return faults

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
+import shlex
+import sys
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, replace
@@ -12,15 +15,13 @@ from typing import Any
 from invar_ray.artifacts import Artifact, Store, open_artifact
 from invar_ray.config import Config
 from invar_ray.errors import MissingArtifactError
-from invar_ray.evaluation.tables import render_table
+from invar_ray.evaluation.page import findings
+from invar_ray.evaluation.tables import render_tables
 from invar_ray.indexing.questions import load_examples
 from invar_ray.models.locate import open_generator
 from invar_ray.pipeline import Pipeline, finish_report, start_service, stop_service
 from invar_ray.retrieval.rag import answer_question
 from invar_ray.retrieval.retriever import open_retriever
-
-COLUMNS = ("recall_at_1", "recall_at_5", "mrr_at_10", "overlap_at_5", "worst_recall_at_5", "exact_match", "f1")
-"""What the demo's table shows; ``report.json`` has more."""
 
 
 def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
@@ -35,7 +36,8 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
     with Pipeline(config) as pipeline:
         report = pipeline.run()
         folder = Path(pipeline.store.root) if pipeline.store.is_local else Path("runs") / config.name
-        print(f"\n{render_table(report.rows, COLUMNS)}\n")
+        print(f"\n{render_tables(report.rows, config.evaluation.overlap_k)}\n")
+        print("".join(f"{text}\n" for text in findings(report, config.evaluation.overlap_k)))
         asked = question or load_examples(pipeline.questions, "dev")[0].question
         pipeline.session.ensure()
         try:
@@ -45,7 +47,8 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
             seconds = {**report.seconds, "serve and answer": round(time.monotonic() - served, 2)}
             print_answer(answer)
             written = finish_report(replace(report, seconds=seconds, answer=_for_report(asked, answer)), folder)
-            print(f"\nreport: {written}\nplots:  {pipeline.report.path('recall.png').parent}")
+            report_uri = os.path.relpath(pipeline.report.uri) if pipeline.store.is_local else pipeline.report.uri
+            print(f"\nreport: {pipeline.report.path('report.html')}\nnumbers: {written}")
             if pipeline.reused:
                 print(f"re-used {len(pipeline.reused)} artifacts of an earlier run: {', '.join(pipeline.reused)}")
             print(f"took {time.monotonic() - started:.0f} s")
@@ -55,7 +58,22 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
                     time.sleep(1)
         finally:
             stop_service()
-    print("everything is shut down")
+    print(f"everything is shut down\n\n{what_next(config, report_uri)}")
+
+
+def what_next(config: Config, report_uri: str) -> str:
+    """What to try after the demo, with exact commands."""
+    program = os.path.relpath(sys.argv[0]) if Path(sys.argv[0]).name == "invar-ray" else "invar-ray"
+    root = config.storage.root_uri
+    where = "" if root == Config().storage.root_uri else f" storage.root_uri={shlex.quote(root)}"
+    lines = {
+        "ask it more (page at /, API at /docs)": f"serve{where}",
+        "train without the invariance loss": f"demo{where} retriever.invariance_weight=0",
+        "then: may that one be served?": f"gate --baseline {shlex.quote(report_uri)} --candidate {shlex.quote(root)}",
+        "index your own documents": f"index ./docs{where}",
+    }
+    width = max(map(len, lines))
+    return "what to try next:\n" + "\n".join(f"  {text:{width}}  {program} {args}" for text, args in lines.items())
 
 
 def ask_service(url: str, question: str, top_k: int | None, api_key: str | None) -> dict[str, Any]:

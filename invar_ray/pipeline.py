@@ -10,16 +10,18 @@ import importlib
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, Literal
 
 from invar_ray.artifacts import Artifact, Building, Plan, Store
 from invar_ray.config import Config, ServeConfig
 from invar_ray.errors import MixedArtifactsError
-from invar_ray.evaluating.evaluate import System, build_report, report_plan
-from invar_ray.evaluating.hits import build_hits, hits_plan
+from invar_ray.evaluating.baselines import bm25_plan, build_bm25_hits, build_fused_hits, fused_plan
+from invar_ray.evaluating.evaluate import SYSTEM_NAMES, Change, System, build_report, report_plan
+from invar_ray.evaluating.hits import PLAIN, SearchMode, build_hits, hits_plan
 from invar_ray.evaluation.report import Report, read_report, write_report
 from invar_ray.indexing.embed import build_vectors, vectors_plan
 from invar_ray.indexing.passages import build_passages, document_ids, passages_plan
@@ -86,6 +88,20 @@ class Pipeline:
         )
 
     @cached_property
+    def _recut(self) -> Artifact:
+        """The corpus in other windows: passages of another length."""
+        length = self.config.evaluation.window_tokens
+        corpus = replace(self.config.corpus, chunk_tokens=length, chunk_stride=length)
+        config = replace(self.config, corpus=corpus)
+        questions = self.questions if corpus.distractors is not None else None
+        tokenizer = load_tokenizer(self.base.folder_or_name(self.store), self.base.revision)
+        return self._step(
+            f"passages, windows of {length} tokens",
+            passages_plan(config, self.base, questions),
+            lambda building: build_passages(building, config, tokenizer, questions),
+        )
+
+    @cached_property
     def coarse_index(self) -> Artifact:
         """MiniLM's index: the teacher's view, and a baseline."""
         return self._index("minilm", coarse_spec(self.config.coarse), None)
@@ -147,32 +163,81 @@ class Pipeline:
     def report(self) -> Artifact:
         """Base, stage 1 and both stages on the dev questions."""
         self.check_questions()  # a fault in the inputs shows before hours of embedding
-        systems = []
-        if self.config.evaluation.coarse_baseline:
-            systems.append(System("MiniLM", self.hits(self.coarse_index, "dev"), None))
-        answers = self.config.evaluation.num_answers > 0
-        systems.append(System("base", self.hits(self.base_index, "dev"), "" if answers else None, True))
-        trained = self.hits(self.index, "dev")
-        systems.append(System("stage 1", trained, "" if answers else None))
-        if answers:
-            systems.append(System("both stages", trained, self.generator, True))
+        evaluation = self.config.evaluation
+        systems = [
+            System(SYSTEM_NAMES[name], self._hits_of(name), self._generator_of(name), name in {"base", "both"})
+            for name in evaluation.systems
+            if name != "both" or evaluation.num_answers > 0
+        ]
+        changes = [
+            Change(SYSTEM_NAMES[name], cause, changed)
+            for name in evaluation.systems
+            for cause in evaluation.causes
+            if name in {"base", "stage1"} and (changed := self._changed_hits(name, cause)) is not None
+        ]
         dataset = self.config.questions.dev_uri.rpartition("/")[2].removesuffix(".gz").removesuffix(".jsonl")
         return self._step(
             "report",
-            report_plan(self.config, systems),
-            lambda building: build_report(building, self.config, self.base, systems, dataset),
+            report_plan(self.config, systems, changes),
+            lambda building: build_report(building, self.config, self.base, systems, dataset, self.passages, changes),
             on_ray=True,
         )
 
-    def hits(self, index: Artifact, split: str) -> Artifact:
+    def hits(self, index: Artifact, split: str, mode: SearchMode = PLAIN) -> Artifact:
         """What a split's questions retrieve from an index version."""
         top_k = self.config.evaluation.top_k if split == "dev" else self.config.generator.top_k
+        how = (
+            ", rewrites fused" * bool(mode.num_rewrites)
+            + ", exact" * mode.exact
+            + f", {mode.precision}" * bool(mode.precision)
+        )
         return self._step(
-            f"hits of {split} questions in the {index.manifest.name} index",
-            hits_plan(self.config, index, self.questions, split, top_k),
-            lambda building: build_hits(building, self.config, index, self.questions),
+            f"hits of {split} questions in the {index.manifest.name} index{how}",
+            hits_plan(self.config, index, self.questions, split, top_k, mode),
+            lambda building: build_hits(building, self.config, index, self.questions, mode),
             on_ray=True,
         )
+
+    def _hits_of(self, system: str) -> Artifact:
+        """What a row of the report retrieves for the dev questions."""
+        encoder, _, fused = system.partition("_")
+        if encoder == "bm25":
+            plan = bm25_plan(self.config, self.passages, self.questions, "dev", self.config.evaluation.top_k)
+            return self._step(
+                "hits of dev questions by BM25",
+                plan,
+                lambda building: build_bm25_hits(building, self.passages, self.questions),
+            )
+        if fused == "bm25":
+            parts = self._hits_of(encoder), self._hits_of("bm25")
+            return self._step(
+                f"hits of {SYSTEM_NAMES[system]} fused",
+                fused_plan(system, parts, "dev", self.config.evaluation.top_k),
+                lambda building: build_fused_hits(building, parts),
+            )
+        mode = SearchMode(num_rewrites=self.config.evaluation.query_rewrites) if fused == "rewrites" else PLAIN
+        return self.hits(self._index_of(encoder), "dev", mode)
+
+    def _changed_hits(self, system: str, cause: str) -> Artifact | None:
+        """What a row's anchors retrieve in another setting; ``None`` where the cause cannot act."""
+        if cause == "index":
+            exact = self.config.index.factory == "Flat"
+            return None if exact else self.hits(self._index_of(system), "dev", SearchMode(exact=True))
+        if cause == "precision":
+            other: Literal["fp32", "bf16"] = "bf16" if self.config.model.precision == "fp32" else "fp32"
+            return self.hits(self._index_of(system), "dev", SearchMode(precision=other))
+        recut = self._recut
+        if system == "stage1":
+            return self.hits(self._index("recut-retriever", encoder_of(self.retriever), self.retriever, recut), "dev")
+        return self.hits(self._index("recut-base", llm_spec(self.config.model, self.base), None, recut), "dev")
+
+    def _index_of(self, encoder: str) -> Artifact:
+        return {"minilm": lambda: self.coarse_index, "base": lambda: self.base_index}.get(encoder, lambda: self.index)()
+
+    def _generator_of(self, system: str) -> Artifact | str | None:
+        if self.config.evaluation.num_answers == 0:
+            return None
+        return self.generator if system == "both" else "" if system in {"base", "stage1"} else None
 
     def index_with(self, adapter: Artifact) -> Artifact:
         """An index of this run's passages under a given stage-1 adapter."""
@@ -188,12 +253,14 @@ class Pipeline:
             "seed": self.config.seed,
             "reused": self.reused,
         }
-        if self.config.evaluation.num_answers > 0:
+        if self.config.evaluation.num_answers > 0 and "both" in self.config.evaluation.systems:
             meta["generator"] = self.generator.uri
-        return Report(rows=measured.rows, seconds=dict(self.seconds), answer=None, meta=meta)
+        return replace(measured, seconds=dict(self.seconds), meta=meta)
 
-    def _index(self, name: str, spec: EncoderSpec, adapter: Artifact | None) -> Artifact:
-        passages = self.passages
+    def _index(
+        self, name: str, spec: EncoderSpec, adapter: Artifact | None, passages: Artifact | None = None
+    ) -> Artifact:
+        passages = passages or self.passages
         vectors = self._step(
             f"embed passages ({name})",
             vectors_plan(self.config, passages, spec, name, adapter),

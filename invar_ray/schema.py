@@ -106,7 +106,7 @@ class Hit:
     Attributes:
         passage_id, document_id, title, text, uri: of the passage.
         rank: 1 is the best.
-        score: cosine similarity with the query, in [-1, 1].
+        score: cosine similarity with the query, in [-1, 1]; BM25's or the fused score where those ranked it.
     """
 
     passage_id: str

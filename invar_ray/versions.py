@@ -83,7 +83,19 @@ STEPS: dict[str, StepCode] = {
             "invar_ray.text.answers",
         ),
     ),
-    "hits": StepCode(1, ("invar_ray.retrieval.retriever", "invar_ray.evaluating.hits")),
+    "hits": StepCode(
+        1,
+        (
+            "invar_ray.retrieval.retriever",
+            "invar_ray.retrieval.fusion",
+            "invar_ray.text.rules",
+            "invar_ray.text.wording",
+            "invar_ray.evaluating.hits",
+        ),
+    ),
+    "baselines": StepCode(
+        1, ("invar_ray.retrieval.bm25", "invar_ray.retrieval.fusion", "invar_ray.evaluating.baselines")
+    ),
     "generator": StepCode(
         1,
         (
@@ -97,10 +109,21 @@ STEPS: dict[str, StepCode] = {
         ),
     ),
     "report": StepCode(
-        1,
+        2,
         (
             "invar_ray.evaluating.evaluate",
+            "invar_ray.evaluating.answering",
+            "invar_ray.evaluating.measure",
+            "invar_ray.evaluation.calibration",
+            "invar_ray.evaluation.details",
             "invar_ray.evaluation.metrics",
+            "invar_ray.evaluation.outcome",
+            "invar_ray.evaluation.page",
+            "invar_ray.evaluation.svg",
+            "invar_ray.evaluation.questions",
+            "invar_ray.evaluation.scoring",
+            "invar_ray.evaluation.significance",
+            "invar_ray.evaluation.trec",
             "invar_ray.evaluation.variance",
             "invar_ray.text.answers",
             "invar_ray.text.prompts",

@@ -8,71 +8,87 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-import ray
+import numpy as np
 
-from invar_ray.artifacts import Artifact, Building, Plan, Store
+from invar_ray.artifacts import Artifact, Building, Plan
 from invar_ray.config import Config, to_dict
-from invar_ray.evaluating.hits import HIT_TYPE, FoundFamily, load_hits
-from invar_ray.evaluation.metrics import (
-    answer_recall_at_k,
-    exact_match,
-    f1,
-    first_ranks,
-    ndcg_at_k,
-    reciprocal_rank,
+from invar_ray.evaluating.answering import Answered, AnswerTask, System, answer_all, answer_tasks, load_gold
+from invar_ray.evaluating.hits import FoundFamily, load_hits
+from invar_ray.evaluating.measure import (
+    Columns,
+    answer_columns,
+    between_questions,
+    change_column,
+    depth_of,
+    probability,
+    ranked_documents,
+    retrieval_columns,
 )
-from invar_ray.evaluation.plots import plot_recall, plot_variance
-from invar_ray.evaluation.report import Report, Row, write_report
-from invar_ray.evaluation.tables import render_table
-from invar_ray.evaluation.variance import Family, flip_rate, summarise_families
-from invar_ray.models.locate import BaseRef, open_base, open_generator
-from invar_ray.progress import Progress
-from invar_ray.retrieval.rag import answer_batch
-from invar_ray.schema import Document, Hit, from_table
+from invar_ray.evaluation.calibration import calibration_bins, expected_calibration_error
+from invar_ray.evaluation.details import RankedFamily, rank_shifts, recall_curve, worst_questions
+from invar_ray.evaluation.outcome import Outcome, compare_systems, write_outcome
+from invar_ray.evaluation.questions import QuestionTable
+from invar_ray.evaluation.report import Row
+from invar_ray.evaluation.scoring import AnswerRule, answer_rule
+from invar_ray.evaluation.significance import bootstrap_columns, question_clusters
+from invar_ray.evaluation.trec import file_name, write_qrels, write_run
+from invar_ray.evaluation.variance import known
+from invar_ray.models.locate import BaseRef
 from invar_ray.versions import STEPS
 
-KS = (1, 5, 20)
+__all__ = ["SYSTEM_NAMES", "Change", "System", "build_report", "report_plan"]
+
+_NOT_IN_PLAN = {
+    *("file_uri", "provider", "num_rewrites"),  # they are in the questions
+    *("systems", "causes", "bm25_k1", "bm25_b", "query_rewrites", "window_tokens"),  # they are in the hits
+    "answer_batch_size",  # scale
+}
+_WORST_QUESTIONS = 8
+SYSTEM_NAMES = {
+    "bm25": "BM25",
+    "minilm": "MiniLM",
+    "minilm_bm25": "MiniLM + BM25",
+    "minilm_rewrites": "MiniLM, rewrites fused",
+    "base": "base",
+    "base_rewrites": "base, rewrites fused",
+    "stage1": "stage 1",
+    "stage1_bm25": "stage 1 + BM25",
+    "stage1_rewrites": "stage 1, rewrites fused",
+    "both": "both stages",
+}
+"""How ``evaluation.systems`` are shown."""
 
 
 @dataclass(frozen=True)
-class System:
-    """A row of the report.
+class Change:
+    """A second look at a system's anchors in another setting.
 
     Attributes:
-        name: as shown.
-        hits: what it retrieves.
-        generator: URI of the ``generator`` artifact that answers; ``""`` answers with the bare base, ``None`` does not
-            answer.
-        shows_bounds: add rows for this generator with no passage (closed book) and with the gold one (oracle).
+        system: whose name the row has.
+        cause: ``window``, ``index`` or ``precision``.
+        hits: what the same questions find there.
     """
 
-    name: str
+    system: str
+    cause: str
     hits: Artifact
-    generator: Artifact | str | None
-    shows_bounds: bool = False
 
 
-def report_plan(config: Config, systems: Sequence[System]) -> Plan:
+def report_plan(config: Config, systems: Sequence[System], changes: Sequence[Change] = ()) -> Plan:
     """The report over these systems."""
     parents: dict[str, Artifact] = {}
     for system in systems:
         parents[f"hits/{system.name}"] = system.hits
         if isinstance(system.generator, Artifact):
             parents[f"generator/{system.name}"] = system.generator
-    settings = to_dict(config.evaluation)
-    for key in (
-        "file_uri",
-        "provider",
-        "num_rewrites",
-        "answer_batch_size",
-    ):  # these are in the questions, or are scale
-        del settings[key]
+    for change in changes:
+        parents[f"{change.cause}/{change.system}"] = change.hits
+    settings = {key: value for key, value in to_dict(config.evaluation).items() if key not in _NOT_IN_PLAN}
     return Plan(
         kind="report",
         name=config.name,
@@ -87,195 +103,154 @@ def report_plan(config: Config, systems: Sequence[System]) -> Plan:
     )
 
 
-def build_report(building: Building, config: Config, base: BaseRef, systems: Sequence[System], dataset: str) -> None:
-    """Measure every system and write ``report.json``, ``table.txt``, ``answers.jsonl``, ``recall.png``,
-    ``variance.png``.
+def build_report(
+    building: Building,
+    config: Config,
+    base: BaseRef,
+    systems: Sequence[System],
+    dataset: str,
+    passages: Artifact,
+    changes: Sequence[Change] = (),
+) -> None:
+    """Measure every system and write the report's files: see :func:`invar_ray.evaluation.outcome.write_outcome`,
+    ``answers.jsonl`` and the TREC files below ``trec/``.
+
+    Args:
+        building: where to.
+        config: the run.
+        base: answers where a system's generator is ``""``.
+        systems: the rows.
+        dataset: the name of the dev questions.
+        passages: the corpus, for the gold documents of oracle rows.
+        changes: further causes of variance.
     """
-    chosen = {system.name: load_hits(system.hits)[: config.evaluation.num_answers] for system in systems}
-    tasks = [task for system in systems if system.generator is not None for task in _tasks(system, chosen, config)]
-    answers: dict[str, list[list[str]]] = {}
-    for uri in dict.fromkeys(task.generator_uri for task in tasks):
-        same = [task for task in tasks if task.generator_uri == uri]
-        answers |= _answer_all(config, base, systems[0].hits.store, uri, same)
-    rows: list[Row] = []
-    records: list[dict[str, Any]] = []
+    rule = answer_rule(config.evaluation.answer_rule)
+    hits = {system.name: load_hits(system.hits) for system in systems}
+    made = _Rows(config, dataset, rule)
     for system in systems:
-        metrics = retrieval_metrics(load_hits(system.hits), config.evaluation.overlap_k)
-        mine = [task for task in tasks if task.system == system.name]
-        for task in mine:
-            measured = answer_metrics(chosen[system.name], answers[task.label])
-            rows.append(Row(task.label, dataset, (metrics if task.label == system.name else {}) | measured))
-            for family, texts in zip(chosen[system.name], answers[task.label], strict=True):
-                record = {"system": task.label, "question_id": family.question_id, "question": family.wordings[0]}
-                records.append(record | {"answers": list(family.answers), "texts": texts})
-        if not mine:
-            rows.append(Row(system.name, dataset, metrics))
-    report = Report(rows=tuple(rows), seconds={}, answer=None)
-    write_report(report, building.path / "report.json")
-    (building.path / "table.txt").write_text(render_table(rows) + "\n", encoding="utf-8")
-    with open(building.path / "answers.jsonl", "w", encoding="utf-8") as stream:
-        stream.writelines(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
-    measured_rows = [row for row in rows if "recall_at_5" in row.metrics]
-    plot_recall(measured_rows, building.path / "recall.png")
-    plot_variance(measured_rows, building.path / "variance.png", config.evaluation.overlap_k)
-    building.info |= {"rows": [asdict(row) for row in rows]}
+        made.add_retrieval(system.name, hits[system.name], [c for c in changes if c.system == system.name])
+        _write_trec(building.path / "trec", system.name, hits[system.name])
+    count = config.evaluation.num_answers
+    documents = load_gold(passages, hits[systems[0].name][:count])
+    tasks = [task for s in systems for task in answer_tasks(s, hits[s.name][:count], documents, config)]
+    answers = answer_all(config, base, passages.store, tasks)
+    for task in tasks:
+        made.add_answers(task, hits[task.system][:count], answers[task.label])
+    _write_answers(building.path / "answers.jsonl", tasks, {name: hits[name][:count] for name in hits}, answers)
+    outcome = made.outcome(systems, tasks)
+    write_outcome(outcome, building.path, overlap_k=config.evaluation.overlap_k)
+    building.info |= {"rows": [asdict(row) for row in outcome.rows]}
 
 
-def retrieval_metrics(families: Sequence[FoundFamily], overlap_k: int) -> dict[str, float]:
-    """Everything about retrieval over question families; ranks are over *documents*, a document counts at its best
-    passage.
-    """
-    lists = [[first_ranks(hit.document_id for hit in hits) for hits in family.hits] for family in families]
-    golds = [family.positive_ids for family in families]
-    depth = max(len(hits) for family in families for hits in family.hits)
-    metrics = summarise_families(
-        [Family(ranked, gold) for ranked, gold in zip(lists, golds, strict=True)],
-        overlap_k=overlap_k,
-        ks=[k for k in KS if k <= depth],
-        depth=depth,
-    )
-    anchors = [ranked[0] for ranked in lists]
-    metrics["mrr_at_10"] = fmean(reciprocal_rank(ranked, gold) for ranked, gold in zip(anchors, golds, strict=True))
-    metrics["ndcg_at_10"] = fmean(ndcg_at_k(ranked, gold, 10) for ranked, gold in zip(anchors, golds, strict=True))
-    metrics["answer_recall_at_5"] = fmean(
-        answer_recall_at_k([f"{hit.title} {hit.text}" for hit in family.hits[0]], family.answers, 5)
-        for family in families
-    )
-    return metrics
+@dataclass
+class _Rows:
+    """What is known of each row so far."""
 
+    config: Config
+    dataset: str
+    rule: AnswerRule
+    columns: dict[str, Columns] = field(default_factory=dict)
+    families: dict[str, Sequence[FoundFamily]] = field(default_factory=dict)
+    extra: dict[str, dict[str, float]] = field(default_factory=dict)
+    details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-def answer_metrics(families: Sequence[FoundFamily], answers: Sequence[Sequence[str]]) -> dict[str, float]:
-    """EM and F1 of the anchors' answers, and the flip rate where rewordings were answered too."""
-    metrics = {
-        "exact_match": fmean(
-            exact_match(texts[0], family.answers) for family, texts in zip(families, answers, strict=True)
-        ),
-        "f1": fmean(f1(texts[0], family.answers) for family, texts in zip(families, answers, strict=True)),
-        "num_answered": float(len(families)),
-    }
-    right = [
-        [exact_match(text, family.answers) == 1.0 for text in texts]
-        for family, texts in zip(families, answers, strict=True)
-    ]
-    flips = flip_rate(right)
-    return metrics if flips is None else metrics | {"flip_rate": flips}
+    def add_retrieval(self, name: str, families: Sequence[FoundFamily], changes: Sequence[Change]) -> None:
+        k, top_k = self.config.evaluation.overlap_k, self.config.evaluation.top_k
+        columns = retrieval_columns(families, k, top_k, self.rule)
+        for change in changes:
+            columns[f"change_by_{change.cause}_at_{k}"] = change_column(families, load_hits(change.hits), k)
+        self.columns[name], self.families[name] = columns, families
+        self.extra[name] = {"num_families": float(len(families))}
+        between = between_questions(families, k)
+        if between is not None:
+            self.extra[name][f"overlap_between_questions_at_{k}"] = between
+        ranked = [_ranked(family) for family in families]
+        self._note("recall_curve", name, recall_curve(ranked, min(top_k, max(depth_of(families), 1))))
+        self._note("rank_shifts", name, rank_shifts(ranked))
+        self._note("worst_questions", name, worst_questions(ranked, k, _WORST_QUESTIONS))
 
-
-class AnswerBlock:
-    """Ray Data actor: loads a generator once, then answers blocks of (question, hits)."""
-
-    def __init__(self, root_uri: str, base: Mapping[str, Any], generator_uri: str, config: Config) -> None:
-        if generator_uri:
-            self._generator = open_generator(generator_uri)
+    def add_answers(
+        self, task: AnswerTask, families: Sequence[FoundFamily], answers: Sequence[Sequence[Answered]]
+    ) -> None:
+        columns = answer_columns(families, answers, self.rule)
+        anchors = [texts[0] for texts in answers]
+        said = [(p, right) for a, right in zip(anchors, columns["exact_match"], strict=True) if (p := probability(a))]
+        bins = calibration_bins([p for p, _ in said], [right or 0.0 for _, right in said])
+        error = expected_calibration_error(bins)
+        extra = {"num_answered": float(len(families))}
+        if error is not None:
+            extra["calibration_error"] = error
+        self._note("calibration", task.label, [asdict(entry) for entry in bins])
+        seconds = [answer.seconds for texts in answers for answer in texts]
+        shares = zip(("p50", "p95"), np.quantile(seconds, [0.5, 0.95]).tolist(), strict=True)
+        self._note("seconds_per_answer", task.label, {"mean": fmean(seconds)} | dict(shares))
+        if task.label in self.columns:  # a system's own row: its retrieval stands there, over all questions
+            whole = self.families[task.label]
+            rest = [None] * (len(whole) - len(families))
+            self.columns[task.label] |= {name: [*column, *rest] for name, column in columns.items()}
         else:
-            from invar_ray.models.generator import Generator
+            self.columns[task.label], self.families[task.label] = columns, families
+        self.extra[task.label] = self.extra.get(task.label, {}) | extra
 
-            model, tokenizer = open_base(BaseRef(**base), Store(root_uri))
-            self._generator = Generator(model, tokenizer, config.generator.max_tokens)
-        if config.scale.embed_gpus_per_worker > 0:
-            self._generator.model.to("cuda")
-        self._config = config
+    def outcome(self, systems: Sequence[System], tasks: Sequence[AnswerTask]) -> Outcome:
+        names: list[str] = []  # a system's own row, then its closed-book and oracle rows
+        for system in systems:
+            names += dict.fromkeys([system.name, *(task.label for task in tasks if task.system == system.name)])
+        rows, tables = [], []
+        for name in names:
+            families = self.families[name]
+            ids = [family.question_id for family in families]
+            clusters = [str(c) for c in question_clusters([family.positive_ids for family in families], ids)]
+            table = QuestionTable(name, self.dataset, ids, clusters, self.columns[name])
+            tables.append(table)
+            intervals = bootstrap_columns(table.columns, clusters, seed=self.config.seed)
+            metrics = {key: fmean(values) for key, column in table.columns.items() if (values := known(column))}
+            bounds = {key: (interval.low, interval.high) for key, interval in intervals.items()}
+            rows.append(Row(name, self.dataset, metrics | self.extra[name], bounds))
+        comparisons = compare_systems(tables, self.config.evaluation.overlap_k, self.config.seed)
+        return Outcome(rows, tables, comparisons, self.details)
 
-    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """One block; texts in its order."""
-        answers = answer_batch(
-            self._generator,
-            list(row["questions"]),
-            [[Hit(**hit) for hit in hits] for hits in row["hits"]],
-            max_new_tokens=self._config.generator.max_new_tokens,
-            batch_size=self._config.evaluation.answer_batch_size,
-        )
-        return {"block": int(row["block"]), "texts": [answer.text for answer in answers]}
-
-
-Prompts = list[list[tuple[str, list[Hit]]]]
-_BLOCK = pa.schema(
-    [("block", pa.int64()), ("questions", pa.list_(pa.string())), ("hits", pa.list_(pa.list_(HIT_TYPE)))]
-)
-
-
-def _prompts(families: Sequence[FoundFamily], config: Config) -> Prompts:
-    count, top_k = config.evaluation.answer_wordings, config.generator.top_k
-    return [
-        [
-            (wording, list(hits[:top_k]))
-            for wording, hits in list(zip(family.wordings, family.hits, strict=True))[:count]
-        ]
-        for family in families
-    ]
+    def _note(self, kind: str, name: str, value: Any) -> None:
+        if value:
+            self.details.setdefault(kind, {})[name] = value
 
 
-def _oracle_prompts(families: Sequence[FoundFamily], hits: Artifact, config: Config) -> Prompts:
-    passages = hits.parent("index").parent("passages")
-    documents = {
-        document.id: document for document in from_table(pq.read_table(passages.path("documents.parquet")), Document)
-    }
-    prompts: Prompts = []
-    for family in families:
-        gold = [documents[name] for name in family.positive_ids if name in documents][: config.generator.top_k]
-        found = [
-            Hit(document.id, document.id, rank, 1.0, document.title, document.text, document.uri)
-            for rank, document in enumerate(gold, start=1)
-        ]
-        prompts.append([(family.wordings[0], found)])
-    return prompts
-
-
-@dataclass(frozen=True)
-class _Task:
-    """What one generator answers for one row of the report."""
-
-    label: str
-    system: str
-    generator_uri: str
-    prompts: Prompts
-
-
-def _tasks(system: System, chosen: Mapping[str, Sequence[FoundFamily]], config: Config) -> list[_Task]:
-    families = chosen[system.name]
-    if not families:
-        return []
-    uri = system.generator.uri if isinstance(system.generator, Artifact) else ""
-    tasks = [_Task(system.name, system.name, uri, _prompts(families, config))]
-    if system.shows_bounds:
-        closed: Prompts = [[(family.wordings[0], [])] for family in families]
-        tasks.append(_Task(f"{system.name}, closed book", system.name, uri, closed))
-        oracle = _oracle_prompts(families, system.hits, config)
-        tasks.append(_Task(f"{system.name}, oracle passage", system.name, uri, oracle))
-    return tasks
-
-
-def _answer_all(
-    config: Config, base: BaseRef, store: Store, generator_uri: str, tasks: Sequence[_Task]
-) -> dict[str, list[list[str]]]:
-    """Everything that one generator answers, in one Ray Data job: label -> family -> texts."""
-    flat = [prompt for task in tasks for family in task.prompts for prompt in family]
-    size = config.evaluation.answer_batch_size
-    blocks = [
-        {
-            "block": number,
-            "questions": [question for question, _ in flat[start : start + size]],
-            "hits": [[asdict(hit) for hit in hits] for _, hits in flat[start : start + size]],
-        }
-        for number, start in enumerate(range(0, len(flat), size))
-    ]
-    progress = Progress(f"answer ({'stage 2' if generator_uri else 'base'})", len(flat), "questions")
-    table = pa.Table.from_pylist(blocks, schema=_BLOCK)
-    stream = ray.data.from_arrow([table.slice(number, 1) for number in range(len(blocks))]).map(
-        AnswerBlock,
-        fn_constructor_kwargs={
-            "root_uri": store.root_uri,
-            "base": asdict(base),
-            "generator_uri": generator_uri,
-            "config": config,
-        },
-        num_cpus=config.scale.cpus_per_worker,
-        num_gpus=config.scale.embed_gpus_per_worker or None,
-        compute=ray.data.ActorPoolStrategy(size=min(config.scale.embed_workers, len(blocks))),
+def _ranked(family: FoundFamily) -> RankedFamily:
+    return RankedFamily(
+        family.question_id,
+        family.wordings,
+        ranked_documents(family),
+        [hits[0].title or hits[0].document_id if hits else "" for hits in family.hits],
+        family.answers,
+        family.positive_ids,
     )
-    found: dict[int, list[str]] = {}
-    for row in stream.iter_rows():
-        found[int(row["block"])] = list(row["texts"])
-        progress.advance(len(row["texts"]))
-    texts = iter([text for number in sorted(found) for text in found[number]])
-    return {task.label: [[next(texts) for _ in family] for family in task.prompts] for task in tasks}
+
+
+def _write_trec(folder: Path, name: str, families: Sequence[FoundFamily]) -> None:
+    ranked = {family.question_id: ranked_documents(family) for family in families}
+    write_qrels(folder / "qrels.txt", {family.question_id: family.positive_ids for family in families})
+    for wording in range(max(len(lists) for lists in ranked.values())):
+        lists = {question: found[wording] for question, found in ranked.items() if len(found) > wording}
+        write_run(folder / f"{file_name(name)}.wording-{wording}.run", lists, name)
+
+
+def _write_answers(
+    path: Path,
+    tasks: Sequence[AnswerTask],
+    hits: Mapping[str, Sequence[FoundFamily]],
+    answers: Mapping[str, Sequence[Sequence[Answered]]],
+) -> None:
+    with open(path, "w", encoding="utf-8") as stream:
+        for task in tasks:
+            for family, texts in zip(hits[task.system], answers[task.label], strict=True):
+                record = {
+                    "system": task.label,
+                    "question_id": family.question_id,
+                    "question": family.wordings[0],
+                    "answers": list(family.answers),
+                    "texts": [answer.text for answer in texts],
+                    "refused": [answer.refused for answer in texts],
+                    "confidences": [answer.confidence for answer in texts],
+                    "cited": [list(answer.cited) for answer in texts],
+                }
+                stream.write(json.dumps(record, ensure_ascii=False) + "\n")

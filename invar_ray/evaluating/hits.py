@@ -6,8 +6,9 @@ found.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +17,8 @@ import ray
 from invar_ray.artifacts import Artifact, Building, Plan
 from invar_ray.config import Config
 from invar_ray.progress import Progress
-from invar_ray.retrieval.retriever import open_retriever
+from invar_ray.retrieval.fusion import fuse_hits, query_rewrites
+from invar_ray.retrieval.retriever import open_exact_retriever, open_retriever
 from invar_ray.schema import Example, Hit, Variant, from_table
 from invar_ray.versions import STEPS
 
@@ -55,24 +57,48 @@ class FoundFamily:
     hits: tuple[tuple[Hit, ...], ...]
 
 
-def hits_plan(config: Config, index: Artifact, questions: Artifact, split: str, top_k: int) -> Plan:
+@dataclass(frozen=True)
+class SearchMode:
+    """How an index is searched, where that is not as it will be served.
+
+    Attributes:
+        num_rewrites: fuse each wording's list with those of this many rewordings, made from it at query time.
+        exact: compare with every vector, whatever the index's kind.
+        precision: encode the questions in this precision; ``None`` in the model's.
+    """
+
+    num_rewrites: int = 0
+    exact: bool = False
+    precision: Literal["fp32", "bf16"] | None = None
+
+    def settings(self, seed: int) -> dict[str, Any]:
+        """What of it enters the fingerprint: nothing, for the ordinary search."""
+        given = {key: value for key, value in asdict(self).items() if value}
+        return given | ({"seed": seed} if self.num_rewrites else {})
+
+
+PLAIN = SearchMode()
+
+
+def hits_plan(
+    config: Config, index: Artifact, questions: Artifact, split: str, top_k: int, mode: SearchMode = PLAIN
+) -> Plan:
     """The hits of a split's questions in one index version."""
     return Plan(
         kind="hits",
         name=f"{index.manifest.name}-{split}",
-        config={"split": split, "top_k": top_k},
+        config={"split": split, "top_k": top_k} | mode.settings(config.seed),
         parents={"index": index, "questions": questions},
         version=STEPS["hits"].version,
     )
 
 
-def build_hits(building: Building, config: Config, index: Artifact, questions: Artifact) -> None:
+def build_hits(
+    building: Building, config: Config, index: Artifact, questions: Artifact, mode: SearchMode = PLAIN
+) -> None:
     """Search every wording of every question, on ``scale.embed_workers`` actors of the running Ray."""
     split, top_k = building.plan.config["split"], building.plan.config["top_k"]
-    examples: list[Example] = from_table(pq.read_table(questions.path(f"{split}.parquet")), Example)
-    families: dict[str, list[str]] = {example.id: [] for example in examples}
-    for variant in from_table(pq.read_table(questions.path(f"{split}_variants.parquet")), Variant):
-        families[variant.question_id].append(variant.text)
+    examples, families = load_wordings(questions, split)
     starts = list(range(0, len(examples), _QUESTIONS_PER_BATCH))
     blocks = [
         {
@@ -87,8 +113,11 @@ def build_hits(building: Building, config: Config, index: Artifact, questions: A
         fn_constructor_kwargs={
             "index_uri": index.uri,
             "top_k": top_k,
-            "precision": config.model.precision,
+            "precision": mode.precision or config.model.precision,
             "device": "cuda" if config.scale.embed_gpus_per_worker > 0 else "cpu",
+            "num_rewrites": mode.num_rewrites,
+            "seed": config.seed,
+            "exact": mode.exact,
         },
         num_gpus=config.scale.embed_gpus_per_worker or None,
         num_cpus=config.scale.cpus_per_worker,
@@ -98,18 +127,38 @@ def build_hits(building: Building, config: Config, index: Artifact, questions: A
     for row in stream.iter_rows():
         found[int(row["block"])] = row["hits"]
         progress.advance(len(row["hits"]))
+    write_hits(building, examples, families, [hits for number in sorted(found) for hits in found[number]])
+
+
+def load_wordings(questions: Artifact, split: str) -> tuple[list[Example], dict[str, list[str]]]:
+    """The examples of a split, and each one's wordings by its id, the anchor first."""
+    examples: list[Example] = from_table(pq.read_table(questions.path(f"{split}.parquet")), Example)
+    families: dict[str, list[str]] = {example.id: [] for example in examples}
+    for variant in from_table(pq.read_table(questions.path(f"{split}_variants.parquet")), Variant):
+        families[variant.question_id].append(variant.text)
+    return examples, families
+
+
+def write_hits(
+    building: Building,
+    examples: Sequence[Example],
+    families: Mapping[str, Sequence[str]],
+    hits: Sequence[Sequence[Sequence[Mapping[str, Any]]]],
+) -> None:
+    """Write ``hits.parquet``: for each example, for each wording, its hits as plain rows."""
     rows = [
         {
             "question_id": example.id,
-            "wordings": families[example.id],
+            "wordings": list(families[example.id]),
             "answers": list(example.answers),
             "positive_ids": list(example.positive_ids),
-            "hits": hits,
+            "hits": found,
         }
-        for example, hits in zip(examples, (hits for number in sorted(found) for hits in found[number]), strict=True)
+        for example, found in zip(examples, hits, strict=True)
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema=_ROW), building.path / "hits.parquet")
-    building.info |= {"questions": len(rows), "split": split, "top_k": top_k}
+    settings = building.plan.config
+    building.info |= {"questions": len(rows), "split": settings["split"], "top_k": settings["top_k"]}
 
 
 def load_hits(artifact: Artifact) -> list[FoundFamily]:
@@ -129,20 +178,39 @@ def load_hits(artifact: Artifact) -> list[FoundFamily]:
 class SearchBlock:
     """Ray Data actor: opens an index version once, then searches blocks of question families."""
 
-    def __init__(self, index_uri: str, top_k: int, precision: str, device: str = "cpu") -> None:
-        self._retriever = open_retriever(index_uri, precision=precision, device=device)
+    def __init__(
+        self,
+        index_uri: str,
+        top_k: int,
+        precision: str,
+        device: str = "cpu",
+        num_rewrites: int = 0,
+        seed: int = 0,
+        exact: bool = False,
+    ) -> None:
+        opened = open_exact_retriever if exact else open_retriever
+        self._retriever = opened(index_uri, precision=precision, device=device)
         self._top_k = top_k
+        self._num_rewrites = num_rewrites
+        self._seed = seed
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """One block: for each question, for each wording, its hits."""
         families = [list(wordings) for wordings in row["wordings"]]
-        flat = self._retriever.retrieve([text for family in families for text in family], self._top_k)
-        hits = iter(flat)
+        hits = iter(self._search([text for family in families for text in family]))
         return {
             "block": int(row["block"]),
-            "hits": [[[_plain(hit) for hit in next(hits)] for _ in family] for family in families],
+            "hits": [[[plain_hit(hit) for hit in next(hits)] for _ in family] for family in families],
         }
 
+    def _search(self, wordings: list[str]) -> list[list[Hit]]:
+        if not self._num_rewrites:
+            return self._retriever.retrieve(wordings, self._top_k)
+        asked = [[text, *query_rewrites(text, self._num_rewrites, self._seed)] for text in wordings]
+        found = iter(self._retriever.retrieve([text for texts in asked for text in texts], self._top_k))
+        return [fuse_hits([next(found) for _ in texts], self._top_k) for texts in asked]
 
-def _plain(hit: Hit) -> dict[str, Any]:
+
+def plain_hit(hit: Hit) -> dict[str, Any]:
+    """A hit as a row of ``hits.parquet``."""
     return {entry.name: getattr(hit, entry.name) for entry in HIT_TYPE}

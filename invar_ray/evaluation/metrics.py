@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 
 from invar_ray.text.answers import contains_answer, normalise_answer
 
@@ -63,22 +63,53 @@ def ndcg_at_k(ranked: Sequence[str], gold: Collection[str], k: int) -> float:
     return gain / ideal
 
 
+def average_precision(ranked: Sequence[str], gold: Collection[str]) -> float:
+    """Average precision over the whole list; its mean over questions is MAP.
+
+    The sum over ranks that hold a gold id of the precision there, divided by the number of gold ids: those that the
+    list lacks count as 0, so that the value depends on how deep the list is.  A gold id that is listed twice counts
+    once.
+
+    Raises:
+        ValueError: there is no gold id.
+    """
+    _check(gold)
+    golds = set(gold)
+    total, seen = 0.0, set()
+    for rank, name in enumerate(ranked, start=1):
+        if name in golds and name not in seen:
+            seen.add(name)
+            total += len(seen) / rank
+    return total / len(golds)
+
+
 def gold_rank(ranked: Sequence[str], gold: Collection[str]) -> int | None:
     """Rank (1 is the best) of the first gold id, ``None`` if the list has none."""
     return next((rank for rank, name in enumerate(ranked, start=1) if name in gold), None)
 
 
-def answer_recall_at_k(texts: Sequence[str], answers: Sequence[str], k: int) -> float:
-    """1 if any of the top k passages' texts holds a gold answer (:func:`contains_answer`), else 0.
+def answer_recall_at_k(
+    texts: Sequence[str],
+    answers: Sequence[str],
+    k: int,
+    contains: Callable[[str, Sequence[str]], bool] = contains_answer,
+) -> float:
+    """1 if any of the top k passages' texts holds a gold answer, else 0.
 
     Needs no gold ids, so it can be had where a benchmark names answers only; it also counts passages that hold the
     string by chance.
+
+    Args:
+        texts: passages, best first.
+        answers: gold answers.
+        k: how many passages.
+        contains: whether a text holds an answer; see :mod:`invar_ray.evaluation.scoring`.
 
     Raises:
         ValueError: k is below 1 or there is no answer.
     """
     _check(answers, k)
-    return float(any(contains_answer(text, answers) for text in texts[:k]))
+    return float(any(contains(text, answers) for text in texts[:k]))
 
 
 def exact_match(text: str, answers: Sequence[str]) -> float:
@@ -102,10 +133,11 @@ def f1(text: str, answers: Sequence[str]) -> float:
         ValueError: there is no answer.
     """
     _check(answers)
-    return max(_token_f1(normalise_answer(text).split(), normalise_answer(answer).split()) for answer in answers)
+    return max(token_f1(normalise_answer(text).split(), normalise_answer(answer).split()) for answer in answers)
 
 
-def _token_f1(given: Sequence[str], wanted: Sequence[str]) -> float:
+def token_f1(given: Sequence[str], wanted: Sequence[str]) -> float:
+    """Token F1 of two lists of normalised words; where one is empty, both must be."""
     if not given or not wanted:
         return float(not given and not wanted)
     common = sum((Counter(given) & Counter(wanted)).values())

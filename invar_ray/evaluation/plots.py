@@ -115,7 +115,15 @@ def plot_metrics(
                 top = value
                 if bounds := row.intervals.get(name):
                     low, top = bounds
-                    axes.errorbar(x, value, [[value - low], [top - value]], color="black", capsize=2.5, linewidth=1)
+                    # A percentile interval of few clusters need not hold the mean.
+                    axes.errorbar(
+                        x,
+                        value,
+                        [[max(0.0, value - low)], [max(0.0, top - value)]],
+                        color="black",
+                        capsize=2.5,
+                        linewidth=1,
+                    )
                 axes.annotate(f"{value:.2f}", (x, top), (0, 2), textcoords="offset points", ha="center", fontsize=8)
         axes.set_xticks(range(len(shown)), [print_name(name) for name in shown])
         axes.set_ylim(0, 1.08)

@@ -6,6 +6,8 @@
      "rows": [{"system": "untrained", "dataset": "dev", "metrics": {"recall_at_5": 0.64}}],
      "seconds": {"train_retriever": 41.2},
      "answer": {"question": "..", "text": "..", "citations": [..]} | null,
+     "comparisons": [{"first": "base", "second": "stage 1", "metric": "recall_at_5", "difference": 0.2, ..}],
+     "details": {..},
      "meta": {..}}
 
 Metric names are written ``recall_at_5`` in code and JSON, ``recall@5`` in print.  Rows and tables live in
@@ -64,6 +66,9 @@ class Report:
     Attributes:
         seconds: wall-clock seconds of each step.
         answer: ``{"question", "text", "citations"}`` of one question asked at the end, or ``None``.
+        comparisons: paired differences of two systems, as :func:`invar_ray.evaluation.outcome.comparison_rows` makes
+            them.
+        details: what the plots of ``report.html`` draw; see ``docs/design/report.md``.
         meta: anything that makes the numbers reproducible (artifact names, versions, seeds); JSON-able.
     """
 
@@ -72,6 +77,8 @@ class Report:
     answer: Mapping[str, Any] | None = None
     schema_version: int = SCHEMA_VERSION
     meta: Mapping[str, Any] = field(default_factory=dict)
+    comparisons: Sequence[Mapping[str, Any]] = ()
+    details: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
         """Strict JSON (no NaN), two spaces of indent, a newline at the end."""
@@ -90,6 +97,8 @@ class Report:
             "rows": rows,
             "seconds": dict(self.seconds),
             "answer": dict(self.answer) if self.answer is not None else None,
+            "comparisons": [dict(entry) for entry in self.comparisons],
+            "details": dict(self.details),
             "meta": dict(self.meta),
         }
         return json.dumps(values, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
@@ -123,7 +132,15 @@ class Report:
             ]
             seconds = {name: float(value) for name, value in values.get("seconds", {}).items()}
             answer, meta = values.get("answer"), values.get("meta", {})
-            return cls(rows, seconds, None if answer is None else dict(answer), SCHEMA_VERSION, dict(meta))
+            return cls(
+                rows,
+                seconds,
+                None if answer is None else dict(answer),
+                SCHEMA_VERSION,
+                dict(meta),
+                tuple(dict(entry) for entry in values.get("comparisons", [])),
+                dict(values.get("details", {})),
+            )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise CorruptArtifactError(
                 f"the report lacks a field or holds one of a wrong type: {error!r}",

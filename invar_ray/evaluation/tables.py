@@ -15,7 +15,7 @@ from invar_ray.files import write_atomic
 
 RETRIEVAL_METRICS = ("recall_at_1", "recall_at_5", "mrr_at_10", "ndcg_at_10", "answer_recall_at_5")
 VARIANCE_METRICS = ("overlap_at_5", "worst_recall_at_5", "overlap_between_questions_at_5")
-ANSWER_METRICS = ("exact_match", "f1", "flip_rate")
+ANSWER_METRICS = ("exact_match", "f1", "accuracy", "flip_rate", "abstained", "calibration_error")
 
 
 @dataclass(frozen=True)
@@ -38,12 +38,45 @@ def print_name(metric: str) -> str:
     return re.sub(r"_at_(\d+)", r"@\1", metric).replace("_", " ")
 
 
-def render_table(rows: Sequence[Row], columns: Sequence[str] | None = None, *, markdown: bool = False) -> str:
+def render_tables(rows: Sequence[Row], overlap_k: int = 5) -> str:
+    """Retrieval and answers, a table each, for a terminal of 100 columns; without intervals."""
+    retrieval = [row for row in rows if "num_families" in row.metrics]
+    answers = [row for row in rows if "num_answered" in row.metrics]
+    columns = (
+        *("recall_at_1", "recall_at_5", "mrr_at_10", f"overlap_at_{overlap_k}", "worst_recall_at_5"),
+        f"overlap_between_questions_at_{overlap_k}",
+    )
+    headers = {columns[-1]: f"between questions@{overlap_k}"}  # 100 columns do not hold the whole name
+    parts = []
+    if retrieval:
+        count = int(retrieval[0].metrics["num_families"] or 0)
+        shown = [name for name in columns if any(finite(row.metrics.get(name)) is not None for row in retrieval)]
+        parts.append(
+            f"retrieval, {count:,} questions\n{render_table(retrieval, shown, intervals=False, headers=headers)}"
+        )
+    if answers:
+        count = int(answers[0].metrics["num_answered"] or 0)
+        shown = [name for name in ANSWER_METRICS if any(finite(row.metrics.get(name)) is not None for row in answers)]
+        parts.append(f"answers, {count:,} questions\n{render_table(answers, shown, intervals=False)}")
+    return "\n\n".join(parts)
+
+
+def render_table(
+    rows: Sequence[Row],
+    columns: Sequence[str] | None = None,
+    *,
+    markdown: bool = False,
+    intervals: bool = True,
+    headers: Mapping[str, str] | None = None,
+) -> str:
     """The rows as an aligned table.
 
     Args:
+        rows: one a line.
         columns: metrics to show, in order; ``None`` shows every metric that some row has, in order of appearance.
         markdown: pipes and a rule, for pages; otherwise plain text, for a terminal.
+        intervals: show them where a row has them.
+        headers: metric -> what stands above its column instead of :func:`print_name`.
 
     Returns:
         One line a row, without a final newline. A metric that a row lacks is shown as ``-``; one with an interval as
@@ -51,9 +84,14 @@ def render_table(rows: Sequence[Row], columns: Sequence[str] | None = None, *, m
     """
     names = list(columns) if columns is not None else list(dict.fromkeys(name for row in rows for name in row.metrics))
     with_dataset = markdown or len({row.dataset for row in rows}) > 1
-    head = ["system", *(["dataset"] if with_dataset else []), *(print_name(name) for name in names)]
+    head = [
+        "system",
+        *(["dataset"] if with_dataset else []),
+        *((headers or {}).get(name, print_name(name)) for name in names),
+    ]
     body = [
-        [row.system, *([row.dataset] if with_dataset else []), *(_cell(row, name) for name in names)] for row in rows
+        [row.system, *([row.dataset] if with_dataset else []), *(_cell(row, name, intervals) for name in names)]
+        for row in rows
     ]
     num_text = 2 if with_dataset else 1
     widths = [max(len(line[column]) for line in [head, *body]) for column in range(len(head))]
@@ -88,9 +126,9 @@ def finite(value: float | None) -> float | None:
     return None if value is None or not math.isfinite(value) else float(value)
 
 
-def _cell(row: Row, name: str) -> str:
+def _cell(row: Row, name: str, with_interval: bool) -> str:
     value = finite(row.metrics.get(name))
     if value is None:
         return "-"
-    bounds = row.intervals.get(name)
+    bounds = row.intervals.get(name) if with_interval else None
     return f"{value:.3f}" + (f" [{bounds[0]:.3f}, {bounds[1]:.3f}]" if bounds else "")

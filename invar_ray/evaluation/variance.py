@@ -134,11 +134,8 @@ def summarise_families(
     for number, family in enumerate(families):
         if not family.ranked or not family.gold:
             raise ValueError(f"family {number}: expected at least one list and one gold id")
-    deepest = max(len(ranked) for family in families for ranked in family.ranked)
-    missing = (deepest if depth is None else depth) + 1
     found = {"num_families": float(len(families))}
-    for k in ks:
-        found[f"recall_at_{k}"] = fmean(recall_at_k(family.ranked[0], family.gold, k) for family in families)
+    values = family_values(families, overlap_k=overlap_k, ks=ks, rbo_p=rbo_p, depth=depth)
     between = between_question_overlap(
         [family.ranked[0] for family in families],
         overlap_k,
@@ -148,22 +145,55 @@ def summarise_families(
     )
     if between is not None:
         found[f"overlap_between_questions_at_{overlap_k}"] = between
-    varied = [family for family in families if len(family.ranked) > 1]
-    if not varied:
-        return found
-    found[f"overlap_at_{overlap_k}"] = fmean(
-        fmean(overlap_at_k(family.ranked[0], other, overlap_k) for other in family.ranked[1:]) for family in varied
-    )
-    found["rbo"] = fmean(fmean(rbo(family.ranked[0], other, rbo_p) for other in family.ranked[1:]) for family in varied)
+    return found | {name: fmean(kept) for name, column in values.items() if (kept := known(column))}
+
+
+def family_values(
+    families: Sequence[Family],
+    *,
+    overlap_k: int = 5,
+    ks: Sequence[int] = (1, 5, 20),
+    rbo_p: float = 0.9,
+    depth: int | None = None,
+) -> dict[str, list[float | None]]:
+    """What :func:`summarise_families` averages, family by family: metric -> one value per family, in their order.
+
+    ``None`` stands where a family has no such value: agreement and spread need two environments, and recalls and
+    ranks need a gold id (benchmarks that name answers only have none).
+    """
+    deepest = max((len(ranked) for family in families for ranked in family.ranked), default=0)
+    missing = (deepest if depth is None else depth) + 1
+    columns: dict[str, list[float | None]] = {}
+    for family in families:
+        row = _family_row(family, overlap_k, ks, rbo_p, missing)
+        for name, value in row.items():
+            columns.setdefault(name, []).append(value)
+    return columns
+
+
+def known(column: Iterable[float | None]) -> list[float]:
+    """The values of a column that are there."""
+    return [value for value in column if value is not None]
+
+
+def _family_row(
+    family: Family, overlap_k: int, ks: Sequence[int], rbo_p: float, missing: int
+) -> dict[str, float | None]:
+    anchor, *others = family.ranked
+    gold, varied = family.gold, bool(others)
+    row: dict[str, float | None] = {}
     for k in ks:
-        recalls = [[recall_at_k(ranked, family.gold, k) for ranked in family.ranked] for family in varied]
-        found[f"reworded_recall_at_{k}"] = fmean(fmean(values[1:]) for values in recalls)
-        found[f"worst_recall_at_{k}"] = fmean(min(values) for values in recalls)
-        found[f"recall_at_{k}_std"] = fmean(pstdev(values) for values in recalls)
-    found["gold_rank_std"] = fmean(
-        pstdev([gold_rank(ranked, family.gold) or missing for ranked in family.ranked]) for family in varied
-    )
-    return found
+        row[f"recall_at_{k}"] = recall_at_k(anchor, gold, k) if gold else None
+    row[f"overlap_at_{overlap_k}"] = fmean(overlap_at_k(anchor, o, overlap_k) for o in others) if varied else None
+    row["rbo"] = fmean(rbo(anchor, other, rbo_p) for other in others) if varied else None
+    for k in ks:
+        recalls = [recall_at_k(ranked, gold, k) for ranked in family.ranked] if gold and varied else []
+        row[f"reworded_recall_at_{k}"] = fmean(recalls[1:]) if recalls else None
+        row[f"worst_recall_at_{k}"] = min(recalls, default=None)
+        row[f"recall_at_{k}_std"] = pstdev(recalls) if recalls else None
+    ranks = [gold_rank(ranked, gold) or missing for ranked in family.ranked]
+    row["gold_rank_std"] = pstdev(ranks) if gold and varied else None
+    return row
 
 
 def flip_rate(right: Iterable[Sequence[bool]]) -> float | None:

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 from invar_ray.artifacts import Artifact, open_artifact
 from invar_ray.errors import MixedArtifactsError, RequestError
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder
-from invar_ray.retrieval.index import Index, check_probes, load_index
+from invar_ray.retrieval.index import Index, build_faiss, check_probes, load_index, read_vectors
 from invar_ray.schema import Hit, Passage, from_table
 
 
@@ -123,6 +123,13 @@ def open_retriever(
     encoder = open_encoder(spec, artifact.store, precision=precision, device=device)
     check_probes(artifact, encoder)
     return Retriever(encoder, index, rows, artifact.fingerprint)
+
+
+def open_exact_retriever(index_uri: str, *, precision: str = "fp32", device: str = "cpu") -> Retriever:
+    """As :func:`open_retriever`, but every vector is compared: what an approximate index is measured against."""
+    opened = open_retriever(index_uri, precision=precision, device=device)
+    _, matrix = read_vectors(open_artifact(index_uri, "index").parent("vectors"))
+    return Retriever(opened.encoder, Index(build_faiss(matrix, "Flat")), opened.passages, opened.version)
 
 
 def _same_adapter(index: Artifact, spec: EncoderSpec, adapter: Artifact) -> None:

@@ -29,15 +29,25 @@ OVERRIDES = (
     "evaluation.answer_wordings=2",
     "scale.embed_workers=1",
 )
+RETRIEVING = ["BM25", "MiniLM", "MiniLM + BM25", "base", "stage 1", "stage 1 + BM25", "stage 1, rewrites fused"]
 SYSTEMS = [
+    "BM25",
     "MiniLM",
+    "MiniLM + BM25",
     "base",
     "base, closed book",
     "base, oracle passage",
     "stage 1",
+    "stage 1 + BM25",
+    "stage 1, rewrites fused",
     "both stages",
     "both stages, closed book",
     "both stages, oracle passage",
+]
+ANSWERING = [
+    name
+    for name in SYSTEMS
+    if name not in {"BM25", "MiniLM", "MiniLM + BM25", "stage 1 + BM25", "stage 1, rewrites fused"}
 ]
 UNBOUNDED = {"gold_rank_std", "num_families", "num_answered"}
 
@@ -84,11 +94,13 @@ def test_the_report_has_every_row_and_metrics_in_range(first: tuple[Pipeline, Re
             assert value <= 1.0 or name in UNBOUNDED, (row.system, name, value)
     by_name = {row.system: row.metrics for row in report.rows}
     wanted = "recall_at_1 recall_at_5 mrr_at_10 ndcg_at_10 answer_recall_at_5 overlap_at_5 worst_recall_at_5"
-    for system in ("MiniLM", "base", "stage 1", "both stages"):
+    for system in (*RETRIEVING, "both stages"):
         assert set(wanted.split()) <= by_name[system].keys(), system
         assert by_name[system]["num_families"] == 6
-    for system in SYSTEMS[1:]:
-        assert {"exact_match", "f1", "num_answered"} <= by_name[system].keys(), system
+    for system in ANSWERING:
+        assert {"exact_match", "f1", "accuracy", "abstained", "calibration_error", "num_answered"} <= by_name[
+            system
+        ].keys(), system
     assert by_name["both stages"]["recall_at_5"] == by_name["stage 1"]["recall_at_5"], "stage 2 retrieves the same"
     assert by_name["MiniLM"]["recall_at_5"] > 0, "MiniLM finds nothing at all: hits and questions are out of step"
 
@@ -105,7 +117,7 @@ def test_the_reports_files_are_there_and_whole(first: tuple[Pipeline, Report, di
         "variance.png",
     } <= pipeline.report.manifest.files.keys()
     answers = [json.loads(line) for line in pipeline.report.path("answers.jsonl").read_text("utf-8").splitlines()]
-    assert [answer["system"] for answer in answers] == [system for system in SYSTEMS[1:] for _ in range(2)]
+    assert [answer["system"] for answer in answers] == [system for system in ANSWERING for _ in range(2)]
     assert all(len(answer["texts"]) == 2 for answer in answers if answer["system"] == "both stages")
     log = [json.loads(line) for line in pipeline.retriever.path("log.jsonl").read_text("utf-8").splitlines()]
     assert [record["step"] for record in log] == [1, 2]

@@ -62,6 +62,11 @@ class Planner(Pipeline):
         key = plan.kind
         if plan.kind in {"vectors", "index", "hits"}:
             key = f"{plan.kind} {plan.name}"
+        if plan.kind == "hits":
+            how = ("rewrites" if "num_rewrites" in plan.config else "", "exact" if "exact" in plan.config else "")
+            key = " ".join([key, *filter(None, (*how, plan.config.get("precision")))])
+        if plan.kind == "passages" and self.config.corpus.chunk_tokens != plan.config["chunk_tokens"]:
+            key = f"passages {plan.config['chunk_tokens']}"
         assert self.fingerprints.setdefault(key, plan.fingerprint) == plan.fingerprint
         if plan.kind == "model":  # the passages' step opens its tokenizer
             return self.store.get_or_build(plan, lambda building: save_tokenizer(building.path))[0]
@@ -95,8 +100,8 @@ class Plans:
         for key, value in values.items():
             config = changed(config, key.split("__"), value)
         after = self(config)
-        assert after.keys() == self.first.keys()
-        return {key for key in after if after[key] != self.first[key]}
+        assert after.keys() >= self.first.keys()
+        return {key for key in self.first if after[key] != self.first[key]}
 
 
 def changed(section: Any, path: list[str], value: Any) -> Any:
@@ -125,23 +130,31 @@ ALL = {
     "hits retriever-dev",
     "hits base-dev",
     "hits minilm-dev",
+    "hits bm25-dev",
+    "hits minilm_bm25-dev",
+    "hits stage1_bm25-dev",
+    "hits retriever-dev rewrites",
     "generator",
     "report",
 }
+REWRITES = {"hits retriever-dev rewrites"}
+FUSED = {"hits minilm_bm25-dev", "hits stage1_bm25-dev"}
 AFTER_RETRIEVER = {
     "retriever",
     "vectors retriever",
     "index retriever",
     "hits retriever-train",
     "hits retriever-dev",
+    "hits stage1_bm25-dev",
+    "hits retriever-dev rewrites",
     "generator",
     "report",
 }
 AFTER_TRAINSET = AFTER_RETRIEVER | {"trainset"}
-AFTER_QUESTIONS = AFTER_TRAINSET | {"questions", "hits base-dev", "hits minilm-dev"}
+AFTER_QUESTIONS = AFTER_TRAINSET | {"questions", "hits base-dev", "hits minilm-dev", "hits bm25-dev", *FUSED}
 AFTER_PASSAGES = ALL - {"model", "questions"}
 BASE_ENCODER = AFTER_TRAINSET | {"vectors base", "index base", "hits base-dev"}
-COARSE_ENCODER = AFTER_TRAINSET | {"vectors minilm", "index minilm", "hits minilm-dev"}
+COARSE_ENCODER = AFTER_TRAINSET | {"vectors minilm", "index minilm", "hits minilm-dev", "hits minilm_bm25-dev"}
 
 
 def test_a_run_makes_these_artifacts(plans: Plans) -> None:
@@ -182,13 +195,22 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("generator.distractor_share", 0.2, {"generator", "report"}),
     ("generator.max_new_tokens", 8, {"generator", "report"}),
     ("generator.top_k", 2, {"hits retriever-train", "generator", "report"}),
-    ("index.num_probes", 5, AFTER_PASSAGES - {"passages"}),
+    ("index.num_probes", 5, AFTER_PASSAGES - {"passages", "hits bm25-dev"}),
     ("index.num_lists_searched", 5, set()),  # Flat has no lists
-    ("evaluation.top_k", 10, {"hits retriever-dev", "hits base-dev", "hits minilm-dev", "report"}),
+    (
+        "evaluation.top_k",
+        10,
+        {"hits retriever-dev", "hits base-dev", "hits minilm-dev", "hits bm25-dev", *FUSED, *REWRITES, "report"},
+    ),
     ("evaluation.overlap_k", 4, {"report"}),
     ("evaluation.num_answers", 31, {"report"}),
     ("evaluation.answer_wordings", 2, {"report"}),
     ("evaluation.answer_batch_size", 3, set()),
+    ("evaluation.num_reworded_answers", 3, {"report"}),
+    ("evaluation.answer_rule", "triviaqa", {"report"}),
+    ("evaluation.bm25_k1", 1.2, {"hits bm25-dev", *FUSED, "report"}),
+    ("evaluation.bm25_b", 0.75, {"hits bm25-dev", *FUSED, "report"}),
+    ("evaluation.query_rewrites", 3, {"hits retriever-dev rewrites", "report"}),
 ]
 
 
@@ -270,7 +292,9 @@ CONDITIONAL = {
     "variants.endpoint_key_env": "never stored",
     "evaluation.file_uri": "for provider file",
     "evaluation.answer_batch_size": "speed",
-    "evaluation.coarse_baseline": "adds rows, below",
+    "evaluation.systems": "adds rows, below",
+    "evaluation.causes": "adds searches, below",
+    "evaluation.window_tokens": "for the cause window, below",
     "model.base": "a name or a folder, below",
     "model.revision": "for hub names",
     "corpus.distractors": "needs the questions, below",
@@ -297,10 +321,25 @@ def test_distractors_tie_the_passages_to_the_questions(plans: Plans) -> None:
     assert plans(both)["passages"] != plans(one)["passages"]
 
 
-def test_without_the_coarse_baseline_the_report_is_another(plans: Plans) -> None:
-    config = changed(plans.config, ["evaluation", "coarse_baseline"], False)
+def test_causes_of_variance_are_searches_of_their_own(plans: Plans) -> None:
+    config = changed(plans.config, ["evaluation", "causes"], ("window", "index", "precision"))
     after = plans(config)
-    assert "hits minilm-dev" not in after
+    made = {"passages 64", "vectors recut-base", "index recut-base", "vectors recut-retriever"}
+    made |= {"index recut-retriever", "hits recut-base-dev", "hits recut-retriever-dev"}
+    # Nothing for the cause index: a Flat index is exact.
+    assert after.keys() - plans.first.keys() == made | {"hits base-dev bf16", "hits retriever-dev bf16"}
+    other = plans(changed(config, ["evaluation", "window_tokens"], 32))
+    assert {key for key in after if other.get(key) != after[key]} == made | {"report"}
+    approximate = plans(
+        changed(changed(plans.config, ["index", "factory"], "IVF4,Flat"), ["evaluation", "causes"], ("index",))
+    )
+    assert {"hits base-dev exact", "hits retriever-dev exact"} <= approximate.keys()
+
+
+def test_without_a_system_the_report_is_another(plans: Plans) -> None:
+    config = changed(plans.config, ["evaluation", "systems"], ("base", "stage1", "both"))
+    after = plans(config)
+    assert not {"hits minilm-dev", "hits bm25-dev", *FUSED} & after.keys()
     assert after["report"] != plans.first["report"]
     assert after["generator"] == plans.first["generator"]
 

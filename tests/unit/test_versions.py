@@ -126,7 +126,7 @@ EXEMPT = {
     "invar_ray.versions": "this mechanism",
     "invar_ray.evaluation.plots": "pictures",
     "invar_ray.evaluation.report": "layout, with a schema version of its own",
-    "invar_ray.evaluation.significance": "intervals over finished reports",
+    "invar_ray.evaluation.gate": "reads finished reports",
     "invar_ray.evaluation.tables": "print",
     "invar_ray.indexing.sources": "part of fingerprints itself",
     "invar_ray.text.facts": "the digest of the built-in corpus is in the plans",

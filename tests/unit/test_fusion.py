@@ -1,0 +1,52 @@
+"""Reciprocal rank fusion by hand, and rewordings made at query time."""
+
+from __future__ import annotations
+
+import pytest
+
+from invar_ray.retrieval.fusion import fuse_hits, query_rewrites
+from invar_ray.schema import Hit
+from invar_ray.text.rules import comparison_key
+
+
+def hits(names: str) -> list[Hit]:
+    return [Hit(name, name.upper(), rank, 1.0 / rank) for rank, name in enumerate(names, start=1)]
+
+
+def test_fusion_by_hand() -> None:
+    found = fuse_hits([hits("abc"), hits("bd")], 10)
+    assert [hit.passage_id for hit in found] == ["b", "a", "d", "c"]
+    assert [hit.rank for hit in found] == [1, 2, 3, 4]
+    assert found[0].score == pytest.approx(1 / 62 + 1 / 61)
+    assert found[1].score == pytest.approx(1 / 61)
+    assert found[2].score == pytest.approx(1 / 62)
+    assert found[0].document_id == "B"
+    assert [hit.passage_id for hit in fuse_hits([hits("abc"), hits("bd")], 2)] == ["b", "a"]
+
+
+def test_one_list_stays_and_equal_lists_agree() -> None:
+    assert [hit.passage_id for hit in fuse_hits([hits("cab")], 5)] == list("cab")
+    assert [hit.passage_id for hit in fuse_hits([hits("cab")] * 3, 5)] == list("cab")
+    assert fuse_hits([[], []], 5) == []
+
+
+def test_ties_go_by_best_rank_then_by_list() -> None:
+    assert [hit.passage_id for hit in fuse_hits([hits("ab"), hits("ba")], 5)] == ["a", "b"]
+    assert [hit.passage_id for hit in fuse_hits([hits("xy"), hits("zw")], 5)] == ["x", "z", "y", "w"]
+    # The same three terms in any order tie exactly.
+    assert [hit.passage_id for hit in fuse_hits([hits("abc"), hits("bca"), hits("cab")], 5)] == list("abc")
+
+
+def test_a_repeated_passage_counts_once_at_its_best_rank() -> None:
+    assert fuse_hits([hits("aab")], 5)[0].score == pytest.approx(1 / 61)
+
+
+def test_rewrites_depend_on_the_wording_alone_and_add_no_noise() -> None:
+    wording = "Which river flows through the city of Vienna?"
+    made = query_rewrites(wording, 2, 0)
+    assert len(made) == 2
+    assert made == query_rewrites(wording, 2, 0)
+    assert len({comparison_key(text) for text in (wording, *made)}) == 3
+    letters = set("".join(wording.lower().split()))
+    assert all("vienna" in text.lower() for text in made), (made, letters)  # no typo in the name
+    assert len(query_rewrites("why", 5, 0)) <= 5
