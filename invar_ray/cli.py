@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import sys
 from collections.abc import Callable
@@ -83,14 +84,11 @@ def index(
     config: Recipe = "tiny",
     adapter: Annotated[str | None, typer.Option(help="URI of a stage-1 adapter; without it the bare base.")] = None,
 ) -> None:
-    """Index documents and print the index's URI."""
-    from invar_ray.artifacts import open_artifact
-    from invar_ray.pipeline import Pipeline
+    """Index documents, print the index's URI, and say what to try next."""
+    from invar_ray.own import index_documents
 
     settings = load_config(config, [*(overrides or []), f"corpus.uri={json.dumps(corpus)}", "corpus.distractors=null"])
-    with Pipeline(settings) as pipeline:
-        made = pipeline.base_index if adapter is None else pipeline.index_with(open_artifact(adapter, "retriever"))
-        print(made.uri)
+    print(index_documents(settings, adapter, "" if config == "tiny" else f"--config {shlex.quote(config)} ").uri)
 
 
 @app.command()
@@ -218,15 +216,17 @@ def ask(
     index_uri: Annotated[str | None, typer.Option("--index", help="URI of an index.")] = None,
     generator_uri: Annotated[str | None, typer.Option("--generator", help="URI of a stage-2 adapter.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Number of passages.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="Ask the newest index of this file or folder.")] = None,
+    root: Annotated[str | None, typer.Option(help="Storage root, if not the recipe's.")] = None,
 ) -> None:
-    """Ask one question: of a running service (--url), or of the newest artifacts of a recipe, without Ray."""
+    """Ask one question: of a running service (--url), or of what was indexed or trained last, without Ray."""
     from invar_ray.demo import ask_here, ask_service, print_answer
 
     if url is not None:
         print_answer(ask_service(url, question, top_k, os.environ.get("INVAR_API_KEY")))
         return
-    settings = load_config(config)
-    print_answer(ask_here(settings, question, index_uri, generator_uri, top_k))
+    settings = load_config(config, [] if root is None else [f"storage.root_uri={json.dumps(root)}"])
+    print_answer(ask_here(settings, question, index_uri, generator_uri, top_k, corpus))
 
 
 @app.command()

@@ -43,10 +43,14 @@ class CorpusConfig:
 
     uri: str = "builtin:facts"
     """File, folder or URI of documents, or ``builtin:facts``, the corpus that the project wrote for its demo."""
-    format: Literal["auto", "jsonl", "parquet", "text", "builtin"] = "auto"
+    format: Literal["auto", "jsonl", "parquet", "text", "html", "pdf", "docx", "builtin"] = "auto"
     """How to read it; ``auto`` goes by the file's ending."""
     limit: int | None = None
     """Read at most this many documents, in file order; ``null`` reads all."""
+    max_file_mb: float = 32.0
+    """Largest file that is one document (text, HTML, PDF, Word) and largest row of a JSON lines or Parquet file, in
+    MiB; a larger one is left out of a folder, with a line that says so.  It also bounds what a file may unpack to.
+    [ours]"""
     distractors: int | None = None
     """Beyond the documents that the questions need, keep this many others (in file order); ``null`` keeps all.  Makes a
     stated part of a large corpus in which every kept question can still be answered."""
@@ -592,6 +596,7 @@ def _cross_checks(config: Config) -> list[str]:
         faults.append("variants.endpoint_url, variants.endpoint_model: needed because variants.provider is 'endpoint'")
     positive = {
         "corpus.chunk_tokens": config.corpus.chunk_tokens,
+        "corpus.max_file_mb": config.corpus.max_file_mb,
         "corpus.chunk_stride": config.corpus.chunk_stride,
         "retriever.steps": config.retriever.steps,
         "generator.steps": config.generator.steps,

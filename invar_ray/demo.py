@@ -14,14 +14,17 @@ from typing import Any
 
 from invar_ray.artifacts import Artifact, Store, open_artifact
 from invar_ray.config import Config
-from invar_ray.errors import MissingArtifactError
 from invar_ray.evaluation.page import findings
 from invar_ray.evaluation.tables import render_tables
 from invar_ray.indexing.questions import load_examples
-from invar_ray.models.locate import open_generator
+from invar_ray.models.encoder import EncoderSpec
+from invar_ray.models.locate import BaseRef, open_base_generator, open_generator
+from invar_ray.own import describe_index, latest_index, remember_index
 from invar_ray.pipeline import Pipeline, finish_report, start_service, stop_service
 from invar_ray.retrieval.rag import answer_question
 from invar_ray.retrieval.retriever import open_retriever
+
+_SHOWN_CHARS = 160
 
 
 def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
@@ -35,6 +38,7 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
     started = time.monotonic()
     with Pipeline(config) as pipeline:
         report = pipeline.run()
+        remember_index(pipeline.store, pipeline.index)
         folder = Path(pipeline.store.root) if pipeline.store.is_local else Path("runs") / config.name
         print(f"\n{render_tables(report.rows, config.evaluation.overlap_k)}\n")
         print("".join(f"{text}\n" for text in findings(report, config.evaluation.overlap_k)))
@@ -84,23 +88,36 @@ def ask_service(url: str, question: str, top_k: int | None, api_key: str | None)
 
 
 def ask_here(
-    config: Config, question: str, index_uri: str | None, generator_uri: str | None, top_k: int | None
+    config: Config,
+    question: str,
+    index_uri: str | None,
+    generator_uri: str | None,
+    top_k: int | None,
+    corpus: str | None = None,
 ) -> dict[str, Any]:
     """Answer in this process, without Ray, in the same form as the service.
 
+    Without URIs, from the index that was made or asked for last (of ``corpus``, if given), by the newest generator of
+    the same base, else by the base itself; one line on standard error says which.
+
     Raises:
-        MissingArtifactError: if nothing has been trained or indexed below the recipe's storage root.
+        MissingArtifactError: if nothing has been indexed below the recipe's storage root.
     """
     store = Store(config.storage.root_uri)
-    index = open_artifact(index_uri, "index") if index_uri else _newest(store, "index")
-    generator = open_artifact(generator_uri, "generator") if generator_uri else _newest(store, "generator")
-    retriever = open_retriever(index.uri)
+    index = open_artifact(index_uri, "index") if index_uri else latest_index(store, corpus)
+    base = EncoderSpec.from_json(index.info["encoder"]).base
+    trained = open_artifact(generator_uri, "generator") if generator_uri else _newest_generator(store, base)
+    print(f"asking {describe_index(index)}; {_describe_generator(trained)}", file=sys.stderr, flush=True)
+    if trained is None:
+        generator = open_base_generator(base, index.store, config.generator.max_tokens)
+    else:
+        generator = open_generator(trained.uri)
     found = answer_question(
-        retriever,
-        open_generator(generator.uri),
+        open_retriever(index.uri),
+        generator,
         question,
         top_k=top_k or config.serve.top_k,
-        max_new_tokens=generator.info["max_new_tokens"],
+        max_new_tokens=config.generator.max_new_tokens if trained is None else trained.info["max_new_tokens"],
     )
     return {
         "answer": found.text,
@@ -112,31 +129,41 @@ def ask_here(
 
 
 def print_answer(answer: Mapping[str, Any]) -> None:
-    """An answer with its citations and the passages they point to."""
+    """An answer with its citations: file and place where the document has them, title, and the passage's beginning."""
     print(f"answer: {answer['answer'] or '(the model wrote nothing)'}")
     passages = {passage["passage_id"]: passage for passage in answer["passages"]}
     for citation in answer["citations"]:
         passage = passages.get(citation["passage_id"], {})
         how = "" if citation["source"] == "generated" else " (found in the passage; the model cited none)"
-        print(f"  [{citation['number']}] {citation['title']}{how}: {str(passage.get('text', ''))[:160]}")
+        print(f"  [{citation['number']}] {_where(citation)}{how}: {_beginning(passage)}")
     if not answer["citations"]:
-        print("  no citation; the passages were: " + ", ".join(passage["title"] for passage in passages.values()))
+        print("  no citation; the passages were:")
+        for number, passage in enumerate(passages.values(), start=1):
+            print(f"  ({number}) {_where(passage)}: {_beginning(passage)}")
     for note in answer.get("notes", ()):
         print(f"  note: {note}")
 
 
-def _newest(store: Store, kind: str) -> Artifact:
-    found = store.list(kind)
-    if kind == "index":  # MiniLM's index is a baseline; prefer what stage 1 made
-        found = [artifact for artifact in found if artifact.manifest.name == "retriever"] or [
-            artifact for artifact in found if artifact.manifest.name == "base"
-        ]
-    if not found:
-        raise MissingArtifactError(
-            f"no {kind} below {store.root_uri}",
-            action="run invar-ray demo or invar-ray train first, or name one with its option",
-        )
-    return found[-1]
+def _where(cited: Mapping[str, Any]) -> str:
+    return str(cited.get("place") or cited["title"])
+
+
+def _beginning(passage: Mapping[str, Any]) -> str:
+    text = " ".join(str(passage.get("text", "")).split())
+    return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 1].rstrip() + "…"
+
+
+def _newest_generator(store: Store, base: BaseRef) -> Artifact | None:
+    fitting = [
+        artifact
+        for artifact in store.list("generator")
+        if artifact.info.get("base", {}).get("fingerprint") == base.fingerprint
+    ]
+    return fitting[-1] if fitting else None
+
+
+def _describe_generator(generator: Artifact | None) -> str:
+    return "the base writes the answer (not trained to)" if generator is None else f"generator {generator.ref}"
 
 
 def _for_report(question: str, answer: Mapping[str, Any]) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from invar_ray.evaluating.baselines import bm25_plan, build_bm25_hits, build_fus
 from invar_ray.evaluating.evaluate import SYSTEM_NAMES, Change, System, build_report, report_plan
 from invar_ray.evaluating.hits import PLAIN, SearchMode, build_hits, hits_plan
 from invar_ray.evaluation.report import Report, read_report, write_report
-from invar_ray.indexing.embed import build_vectors, vectors_plan
+from invar_ray.indexing.embed import build_vectors, needs_cluster, vectors_plan
 from invar_ray.indexing.passages import build_passages, document_ids, passages_plan
 from invar_ray.indexing.questions import build_questions, load_examples, questions_plan, refuse_unanswerable
 from invar_ray.indexing.trainset import build_trainset, trainset_plan
@@ -261,11 +261,12 @@ class Pipeline:
         self, name: str, spec: EncoderSpec, adapter: Artifact | None, passages: Artifact | None = None
     ) -> Artifact:
         passages = passages or self.passages
+        on_ray = needs_cluster(self.config, passages)
         vectors = self._step(
             f"embed passages ({name})",
             vectors_plan(self.config, passages, spec, name, adapter),
-            lambda building: build_vectors(building, self.config, passages, spec),
-            on_ray=True,
+            lambda building: build_vectors(building, self.config, passages, spec, on_ray=on_ray),
+            on_ray=on_ray,
             resumable=True,
         )
         factory, searched = self.config.index.factory, self.config.index.num_lists_searched

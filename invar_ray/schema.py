@@ -15,6 +15,19 @@ import pyarrow as pa
 
 
 @dataclass(frozen=True, slots=True)
+class Place:
+    """Where a part of a document's text stands in its file.
+
+    Attributes:
+        start: character offset into the text; the place reaches to the next one's start.
+        label: for people: ``page 3``, ``row 12``, a heading in quotes.
+    """
+
+    start: int
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
 class Document:
     """A raw document, as read.
 
@@ -23,12 +36,19 @@ class Document:
         title: may be empty.
         text: the whole text; passages are cut from it by character offsets.
         uri: where it came from (file or URL, with a place in it if known); may be empty.
+        file: its file, relative to the folder that was read; empty for documents that come from no file.
+        places: pages, headings or rows, ascending by ``start``.
+        unit: what is counted in the text beside that: ``line`` (apart by a line break), ``paragraph`` (by an empty
+            line), or empty.
     """
 
     id: str
     title: str
     text: str
     uri: str = ""
+    file: str = ""
+    places: tuple[Place, ...] = ()
+    unit: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +59,7 @@ class Passage:
         id: deterministic: document id, offsets and a content hash.
         document_id: the document it was cut from.
         start, end: character offsets into the document's text, half open.
+        place: file and place in it, for people (``manual.pdf, page 3``); empty where the document has no file.
     """
 
     id: str
@@ -48,6 +69,7 @@ class Passage:
     start: int
     end: int
     uri: str = ""
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,7 +126,7 @@ class Hit:
     """A retrieved passage.
 
     Attributes:
-        passage_id, document_id, title, text, uri: of the passage.
+        passage_id, document_id, title, text, uri, place: of the passage.
         rank: 1 is the best.
         score: cosine similarity with the query, in [-1, 1]; BM25's or the fused score where those ranked it.
     """
@@ -116,6 +138,7 @@ class Hit:
     title: str = ""
     text: str = ""
     uri: str = ""
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,6 +149,7 @@ class Citation:
         number: the [n] of the answer, 1-based position of the passage in the prompt.
         source: ``generated`` when the model wrote the [n]; ``matched`` when it wrote none and the answer's text
             was found in the passage.
+        place: file and place in it; empty where the document has no file.
     """
 
     number: int
@@ -133,6 +157,7 @@ class Citation:
     document_id: str
     title: str
     source: str = "generated"
+    place: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +183,17 @@ class Answer:
     timings: dict[str, float] = field(default_factory=dict)
 
 
-DOCUMENT_SCHEMA = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string()), ("uri", pa.string())])
+DOCUMENT_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("title", pa.string()),
+        ("text", pa.string()),
+        ("uri", pa.string()),
+        ("file", pa.string()),
+        ("places", pa.list_(pa.struct([("start", pa.int64()), ("label", pa.string())]))),
+        ("unit", pa.string()),
+    ]
+)
 PASSAGE_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -168,6 +203,7 @@ PASSAGE_SCHEMA = pa.schema(
         ("start", pa.int64()),
         ("end", pa.int64()),
         ("uri", pa.string()),
+        ("place", pa.string()),
     ]
 )
 EXAMPLE_SCHEMA = pa.schema(
@@ -205,8 +241,14 @@ def to_table(records: Iterable[Any], schema: pa.Schema) -> pa.Table:
 
 
 def from_table(table: pa.Table, record: type[Any]) -> list[Any]:
-    """Rows of ``table`` as instances of ``record``; lists become tuples."""
-    return [
-        record(**{key: tuple(value) if isinstance(value, list) else value for key, value in row.items()})
-        for row in table.to_pylist()
-    ]
+    """Rows of ``table`` as instances of ``record``; lists become tuples, their structs :class:`Place`.
+
+    A column that an older release did not write takes the record's default.
+    """
+    return [record(**{key: _plain(value) for key, value in row.items()}) for row in table.to_pylist()]
+
+
+def _plain(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    return tuple(Place(**item) if isinstance(item, dict) else item for item in value)

@@ -49,6 +49,7 @@ def quieten_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it speaks of every oddity that it mends
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 

@@ -28,11 +28,19 @@ _ENCODING = (
     "invar_ray.text.prompts",
 )
 _READING = ("invar_ray.text.readers", "invar_ray.text.storage", "invar_ray.text.sentences")
+_PARSING = (
+    "invar_ray.text.formats.parsed",
+    "invar_ray.text.formats.plain",
+    "invar_ray.text.formats.pdf",
+    "invar_ray.text.formats.word",
+    "invar_ray.text.formats.html",
+    "invar_ray.text.places",
+)
 _TRAINING = ("invar_ray.training.worker", "invar_ray.training.engine", "invar_ray.training.stages")
 
 STEPS: dict[str, StepCode] = {
     "model": StepCode(1, ("invar_ray.models.tiny",)),
-    "passages": StepCode(1, (*_READING, "invar_ray.text.chunking", "invar_ray.indexing.passages")),
+    "passages": StepCode(2, (*_READING, *_PARSING, "invar_ray.text.chunking", "invar_ray.indexing.passages")),
     "questions": StepCode(
         1,
         (
@@ -84,7 +92,7 @@ STEPS: dict[str, StepCode] = {
         ),
     ),
     "hits": StepCode(
-        1,
+        2,
         (
             "invar_ray.retrieval.retriever",
             "invar_ray.retrieval.fusion",

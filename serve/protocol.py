@@ -114,6 +114,7 @@ class PassageOut(BaseModel):
     title: str
     text: str
     uri: str = Field(description="Where the document came from; may be empty.")
+    place: str = Field("", description="File and place in it, such as `manual.pdf, page 3`; may be empty.")
 
     @classmethod
     def of(cls, number: int, hit: Hit) -> "PassageOut":
@@ -127,6 +128,7 @@ class PassageOut(BaseModel):
             title=hit.title,
             text=hit.text,
             uri=hit.uri,
+            place=hit.place,
         )
 
 
@@ -140,6 +142,7 @@ class CitationOut(BaseModel):
     source: str = Field(
         description="`generated`: the model cited it; `matched`: the model cited nothing and the answer stands in it."
     )
+    place: str = Field("", description="File and place in it, such as `manual.pdf, page 3`; may be empty.")
 
     @classmethod
     def of(cls, citation: Citation) -> "CitationOut":
@@ -150,6 +153,7 @@ class CitationOut(BaseModel):
             document_id=citation.document_id,
             title=citation.title,
             source=citation.source,
+            place=citation.place,
         )
 
 

@@ -32,6 +32,7 @@ HIT_TYPE = pa.struct(
         ("title", pa.string()),
         ("text", pa.string()),
         ("uri", pa.string()),
+        ("place", pa.string()),
     ]
 )
 """Arrow type of a :class:`invar_ray.schema.Hit` inside a row."""

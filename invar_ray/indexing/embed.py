@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ from invar_ray.retrieval.retriever import Passages
 from invar_ray.schema import vector_schema
 from invar_ray.versions import STEPS
 
+_SHARDS_AT_HOME = 2
+
 
 def vectors_plan(config: Config, passages: Artifact, spec: EncoderSpec, name: str, adapter: Artifact | None) -> Plan:
     """The artifact of all passages' vectors under one encoder."""
@@ -43,8 +46,21 @@ def vectors_plan(config: Config, passages: Artifact, spec: EncoderSpec, name: st
     )
 
 
-def build_vectors(building: Building, config: Config, passages: Artifact, spec: EncoderSpec) -> None:
-    """Embed every passage, shard by shard, on ``scale.embed_workers`` actors of the running Ray."""
+def needs_cluster(config: Config, passages: Artifact) -> bool:
+    """Whether embedding is worth a cluster: a shard or two are done before its actors have started."""
+    scale = config.scale
+    shards = -(-int(passages.info["passages"]) // scale.shard_rows)
+    joins = scale.ray_address is not None or bool(os.environ.get("RAY_ADDRESS"))
+    return joins or scale.embed_gpus_per_worker > 0 or shards > _SHARDS_AT_HOME
+
+
+def build_vectors(
+    building: Building, config: Config, passages: Artifact, spec: EncoderSpec, *, on_ray: bool = True
+) -> None:
+    """Embed every passage, shard by shard: on ``scale.embed_workers`` actors of the running Ray, or in this process.
+
+    The vectors are the same: batches are formed inside a shard.
+    """
     scale = config.scale
     rows = len(Passages(passages))
     filesystem, prefix = building.filesystem, f"{building.prefix}/shards"
@@ -56,18 +72,24 @@ def build_vectors(building: Building, config: Config, passages: Artifact, spec: 
         print(f"  {len(done)} of {len(wanted)} shards stand from an earlier run", flush=True)
     progress = Progress("embed", rows, "passages", done=sum(stop - start for start, stop in done))
     started = time.monotonic()
-    if todo:
+    arguments = {
+        "root_uri": passages.store.root_uri,
+        "passages_ref": passages.ref,
+        "spec": spec.to_json(),
+        "target_uri": passages.store.root_uri,
+        "prefix": prefix,
+        "scale": scale,
+        "precision": config.model.precision,
+    }
+    if todo and not on_ray:
+        actor = EmbedShard(**arguments)
+        for shard in todo:
+            done_rows = actor({"start": [shard["start"]], "stop": [shard["stop"]]})["rows"]
+            progress.advance(int(done_rows.sum()))
+    elif todo:
         stream = ray.data.from_items(todo, override_num_blocks=len(todo)).map_batches(
             EmbedShard,
-            fn_constructor_kwargs={
-                "root_uri": passages.store.root_uri,
-                "passages_ref": passages.ref,
-                "spec": spec.to_json(),
-                "target_uri": passages.store.root_uri,
-                "prefix": prefix,
-                "scale": scale,
-                "precision": config.model.precision,
-            },
+            fn_constructor_kwargs=arguments,
             batch_size=1,
             num_cpus=scale.cpus_per_worker if scale.embed_gpus_per_worker == 0 else 1,
             num_gpus=scale.embed_gpus_per_worker or None,

@@ -1,7 +1,11 @@
-"""Documents cut into passages: the ``passages`` artifact (``documents.parquet``, ``passages.parquet``)."""
+"""Documents cut into passages: the ``passages`` artifact.
+
+Files: ``documents.parquet``, ``passages.parquet``, and ``skipped.txt`` where something of the corpus was left out.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pyarrow.parquet as pq
@@ -16,7 +20,10 @@ from invar_ray.models.locate import BaseRef
 from invar_ray.schema import DOCUMENT_SCHEMA, PASSAGE_SCHEMA, Document, Passage, from_table, to_table
 from invar_ray.text.chunking import chunk_document
 from invar_ray.text.readers import read_documents
+from invar_ray.text.readlog import ReadLog
 from invar_ray.versions import STEPS
+
+SKIPPED = "skipped.txt"
 
 
 def passages_plan(config: Config, base: BaseRef, questions: Artifact | None) -> Plan:
@@ -26,9 +33,12 @@ def passages_plan(config: Config, base: BaseRef, questions: Artifact | None) -> 
         kind="passages",
         name=config.name,
         config={
-            "source": source_digest(corpus.uri),
+            "source": source_digest(
+                corpus.uri, max_bytes=round(corpus.max_file_mb * 2**20), exclude=_own_results(config)
+            ),
             "format": corpus.format,
             "limit": corpus.limit,
+            "max_file_mb": corpus.max_file_mb,
             "distractors": corpus.distractors,
             "chunk_tokens": corpus.chunk_tokens,
             "chunk_stride": corpus.chunk_stride,
@@ -44,10 +54,13 @@ def build_passages(
 ) -> None:
     """Read and cut the corpus.
 
+    What a folder holds that cannot be read is left out, with a line each, on standard error and in ``skipped.txt``.
+
     Raises:
         DataError: if it is malformed or empty.
     """
-    documents = list(_kept(config, questions))
+    log = ReadLog(echo=True)
+    documents = list(_kept(config, questions, log))
     passages = [
         passage
         for document in documents
@@ -63,7 +76,22 @@ def build_passages(
         )
     pq.write_table(to_table(documents, DOCUMENT_SCHEMA), building.path / "documents.parquet")
     pq.write_table(to_table(passages, PASSAGE_SCHEMA), building.path / "passages.parquet")
-    building.info |= {"documents": len(documents), "passages": len(passages)}
+    if log.lines:
+        (building.path / SKIPPED).write_text("".join(f"{line}\n" for line in log.lines), encoding="utf-8")
+    building.info |= {
+        "source": os.path.abspath(config.corpus.uri) if os.path.exists(config.corpus.uri) else config.corpus.uri,
+        "files": len({document.file for document in documents if document.file}),
+        "documents": len(documents),
+        "passages": len(passages),
+        "skipped": len(log.lines),
+    }
+
+
+def load_skipped(artifact: Artifact) -> list[str]:
+    """What was left out of the corpus, a line each."""
+    if SKIPPED not in artifact.manifest.files:
+        return []
+    return artifact.path(SKIPPED).read_text(encoding="utf-8").splitlines()
 
 
 def load_documents(artifact: Artifact) -> dict[str, Document]:
@@ -84,8 +112,26 @@ def load_passages(artifact: Artifact) -> list[Passage]:
     return passages
 
 
-def _kept(config: Config, questions: Artifact | None) -> Iterator[Document]:
-    source = read_documents(config.corpus.uri, config.corpus.format, config.corpus.limit)
+def read_corpus(config: Config, log: ReadLog) -> Iterator[Document]:
+    """The documents that a run's ``corpus`` section names, without those of ``storage.root_uri`` below it."""
+    corpus = config.corpus
+    return read_documents(
+        corpus.uri,
+        corpus.format,
+        corpus.limit,
+        max_file_mb=corpus.max_file_mb,
+        log=log,
+        exclude=_own_results(config),
+    )
+
+
+def _own_results(config: Config) -> str:
+    root = config.storage.root_uri
+    return "" if "://" in root else os.path.expanduser(root)
+
+
+def _kept(config: Config, questions: Artifact | None, log: ReadLog) -> Iterator[Document]:
+    source = read_corpus(config, log)
     if config.corpus.distractors is None:
         yield from source
         return

@@ -10,12 +10,20 @@ from pyarrow import fs
 from invar_ray.artifacts import digest, resolve_uri
 from invar_ray.errors import DataError
 from invar_ray.text import facts
+from invar_ray.text.storage import ROW_FORMATS, InputFile, find_files
 
 BUILTIN_FACTS = "builtin:facts"
 
 
-def source_digest(uri: str) -> str:
+def source_digest(uri: str, *, max_bytes: int | None = None, exclude: str = "") -> str:
     """16 hex digits that change with the content of a file or folder (or of the built-in corpus).
+
+    Of a folder, the files that a reader would take count (see :func:`invar_ray.text.storage.find_files`), by name.
+
+    Args:
+        uri: of the corpus or of questions.
+        max_bytes: of a larger file that is one document only the size counts; it is not read.
+        exclude: local folder below ``uri`` that does not count.
 
     Raises:
         DataError: if nothing is there.
@@ -36,9 +44,17 @@ def source_digest(uri: str) -> str:
         )
     if info.type == fs.FileType.File:
         return _file_digest(filesystem, path)
-    entries = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-    names = sorted(entry.path for entry in entries if entry.type == fs.FileType.File)
-    return digest([[name[len(path) :], _file_digest(filesystem, name)] for name in names])
+    files = find_files(uri, exclude=exclude)
+    return digest([[file.name, _content(file, max_bytes)] for file in files])
+
+
+def _content(file: InputFile, max_bytes: int | None) -> str:
+    if max_bytes is not None and file.size > max_bytes and file.format not in ROW_FORMATS:
+        return f"{file.size} bytes"  # it will be left out
+    try:
+        return _file_digest(file.filesystem, file.path)
+    except OSError:
+        return "unreadable"
 
 
 def _file_digest(filesystem: fs.FileSystem, path: str) -> str:

@@ -169,6 +169,19 @@ def open_generator(generator_uri: str) -> Any:
     return generator
 
 
+def open_base_generator(base: BaseRef, store: Store, max_context: int) -> Any:
+    """A :class:`invar_ray.models.generator.Generator` of the bare base; errors as :func:`load_causal_lm`.
+
+    Args:
+        base: resolved; below ``store``'s root if it is one of its artifacts.
+        store: of the artifacts.
+        max_context: most tokens of prompt and answer together.
+    """
+    from invar_ray.models.generator import Generator
+
+    return Generator(*open_base(base, store), max_context)
+
+
 def folder_fingerprint(folder: Path) -> str:
     """16 hex digits that change with a model folder's content (weights are sampled at both ends).
 

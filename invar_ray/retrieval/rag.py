@@ -196,4 +196,4 @@ def read_answer(question: str, prompt: AnswerPrompt, generation: Generation) -> 
 
 
 def _citation(number: int, hit: Hit, source: str) -> Citation:
-    return Citation(number, hit.passage_id, hit.document_id, hit.title, source)
+    return Citation(number, hit.passage_id, hit.document_id, hit.title, source, hit.place)

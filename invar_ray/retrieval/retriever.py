@@ -87,6 +87,7 @@ class Retriever:
                         title=passage.title,
                         text=passage.text,
                         uri=passage.uri,
+                        place=passage.place,
                     )
                     for rank, ((score, _), passage) in enumerate(zip(kept, found, strict=True), start=1)
                 ]

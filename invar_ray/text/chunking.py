@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+from collections.abc import Iterator
 from typing import Any
 
 from invar_ray.schema import Document, Passage
+from invar_ray.text.places import PlaceFinder
 from invar_ray.text.sentences import sentence_starts, skip_space
 
 # A sentence end in the last third of the window is taken; an earlier one would waste too much of it. [ours]
 _SENTENCE_PART = 1 / 3
+# A page or heading that starts beyond this part of the window ends it, so that a passage is of one place. [ours]
+_PLACE_PART = 1 / 4
+_SLICE_CHARS = 1_000_000
 
 
 def chunk_document(document: Document, tokenizer: Any, *, tokens: int, stride: int) -> list[Passage]:
     """Cut a document into passages of at most ``tokens`` tokens.
 
-    A passage ends at a sentence end if one lies in the last third of its window, else between words, else (no white
-    space at all) between tokens.  Every character but white space around passages is in some passage, and
+    A passage ends where a page or section of the document starts, if its window is a quarter full by then; else at a
+    sentence end if one lies in the last third of the window, else between words, else (no white space at all) between
+    tokens.  Every character but white space around passages is in some passage, and
     ``document.text[p.start:p.end] == p.text``.  With ``stride < tokens`` neighbours share about ``tokens - stride``
     tokens, from a word border on.
 
@@ -40,7 +47,7 @@ def chunk_document(document: Document, tokenizer: Any, *, tokens: int, stride: i
     text = document.text
     if not text.strip():
         return []
-    spans = _token_windows(_borders(text, tokenizer), text, tokens, stride)
+    spans = _token_windows(_borders(text, tokenizer), text, tokens, stride, [place.start for place in document.places])
     kept: list[tuple[int, int]] = []
     for span in spans:
         start, end = _trimmed(text, *span)
@@ -49,7 +56,8 @@ def chunk_document(document: Document, tokenizer: Any, *, tokens: int, stride: i
         if kept and start == kept[-1][0]:
             kept.pop()
         kept.append((start, end))
-    return [_passage(document, start, end) for start, end in kept]
+    places = PlaceFinder(document)
+    return [_passage(document, start, end, places.of(start, end)) for start, end in kept]
 
 
 def passage_id(document_id: str, title: str, text: str, start: int, end: int) -> str:
@@ -60,19 +68,36 @@ def passage_id(document_id: str, title: str, text: str, start: int, end: int) ->
 
 def _borders(text: str, tokenizer: Any) -> list[int]:
     """Character offset at which each token starts, then ``len(text)``; never falling.  The first is 0."""
-    # verbose=False: no warning that a whole document is longer than the model's context, it is cut right after.
-    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     borders = [0]
-    for start, _ in encoded["offset_mapping"][1:]:
-        # Characters that the tokenizer drops lie between two offsets; starting each piece where the one before
-        # ended keeps them in a passage.  Byte-level tokens of one character share its offset.
-        borders.append(max(borders[-1], min(start, len(text))))
+    for begin, stop in _slices(text):
+        # verbose=False: no warning that a whole document is longer than the model's context, it is cut right after.
+        encoded = tokenizer(text[begin:stop], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        for start, _ in encoded["offset_mapping"][1 if begin == 0 else 0 :]:
+            # Characters that the tokenizer drops lie between two offsets; starting each piece where the one before
+            # ended keeps them in a passage.  Byte-level tokens of one character share its offset.
+            borders.append(max(borders[-1], min(begin + start, stop)))
     borders.append(len(text))
     return borders
 
 
-def _token_windows(borders: list[int], text: str, tokens: int, stride: int) -> list[tuple[int, int]]:
+def _slices(text: str) -> Iterator[tuple[int, int]]:
+    """The text in parts of some million characters, cut at white space: a tokenizer needs about 200 bytes of memory a
+    character.
+    """
+    begin = 0
+    while len(text) - begin > _SLICE_CHARS:
+        space = max(text.rfind(mark, begin + 1, begin + _SLICE_CHARS) for mark in (" ", "\n"))
+        stop = space if space > 0 else begin + _SLICE_CHARS
+        yield begin, stop
+        begin = stop
+    yield begin, len(text)
+
+
+def _token_windows(
+    borders: list[int], text: str, tokens: int, stride: int, place_starts: list[int]
+) -> list[tuple[int, int]]:
     last = len(borders) - 1
+    places = sorted({bisect.bisect_left(borders, start) for start in place_starts} - {0, last, last + 1})
     starts = set(sentence_starts(text))
 
     def between_words(index: int) -> bool:
@@ -84,6 +109,9 @@ def _token_windows(borders: list[int], text: str, tokens: int, stride: int) -> l
 
     def window_end(begin: int) -> int:
         limit = begin + tokens
+        at = bisect.bisect_left(places, begin + max(1, round(tokens * _PLACE_PART)))
+        if at < len(places) and places[at] <= limit:
+            return places[at]
         if limit >= last:
             return last
         earliest = begin + max(1, round(tokens * (1 - _SENTENCE_PART)))
@@ -123,7 +151,7 @@ def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
     return start, start + len(piece.strip())
 
 
-def _passage(document: Document, start: int, end: int) -> Passage:
+def _passage(document: Document, start: int, end: int, place: str) -> Passage:
     text = document.text[start:end]
     return Passage(
         id=passage_id(document.id, document.title, text, start, end),
@@ -133,4 +161,5 @@ def _passage(document: Document, start: int, end: int) -> Passage:
         start=start,
         end=end,
         uri=document.uri,
+        place=place,
     )

@@ -1,8 +1,8 @@
 """Corpora and question files into records; every fault of the input names its file and line.
 
 =========  ===========================================================================================================
-documents  ``.jsonl(.gz)`` and ``.parquet`` with ``id, title, text`` and perhaps ``uri``; ``.txt`` and ``.md`` files,
-           one document each; folders of all these; ``builtin:facts``
+documents  ``.jsonl(.gz)`` and ``.parquet``, a document a row with ``text`` and perhaps ``id, title, uri``; ``.txt``,
+           ``.md``, ``.html``, ``.pdf`` and ``.docx`` files, one document each; folders of all these; ``builtin:facts``
 questions  ``.jsonl(.gz)`` with ``id, question, answers[], positive_ids[]`` and maybe ``rewrites[]``; ``builtin:facts``
 =========  ===========================================================================================================
 
@@ -15,7 +15,6 @@ import itertools
 import json
 import logging
 import posixpath
-import re
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -23,32 +22,44 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from invar_ray.errors import DataError
-from invar_ray.schema import Document, Example
-from invar_ray.text.storage import InputFile, find_files, read_lines, read_text
+from invar_ray.schema import Document, Example, Place
+from invar_ray.text.formats.parsed import Parsed, clean_text
+from invar_ray.text.formats.plain import parse_markdown, parse_text
+from invar_ray.text.readlog import ReadLog
+from invar_ray.text.storage import InputFile, find_files, read_bytes, read_lines
 
 _LOG = logging.getLogger(__name__)
 
 BUILTIN = "builtin:facts"
-_HEADING = re.compile(r"^ {0,3}#{1,6}[ \t]+(.+?)[ \t]*#*[ \t]*$|^(?=\S)([^\n]+)\n {0,3}(?:=+|-+)[ \t]*$", re.MULTILINE)
-_FENCED = re.compile(r"^ {0,3}(```|~~~).*?(?:^ {0,3}\1[^\n]*$|\Z)", re.MULTILINE | re.DOTALL)
 
 
-def read_documents(uri: str, format: str = "auto", limit: int | None = None) -> Iterator[Document]:
+def read_documents(
+    uri: str,
+    format: str = "auto",
+    limit: int | None = None,
+    *,
+    max_file_mb: float = 32.0,
+    log: ReadLog | None = None,
+    exclude: str = "",
+) -> Iterator[Document]:
     """Documents of a corpus, in file order; files of a folder by name.
 
-    Ids must be unique over the whole corpus (they are kept in memory for the check).  A text file's id is its path
-    relative to the folder (its name, if it was given itself), its title the first Markdown heading of an ``.md`` file,
-    else the name without its ending.  A record's ``uri``, where its row has none, is the file's with ``#L<line>`` or
-    ``#row<n>``.
+    Ids must be unique over the whole corpus (they are kept in memory for the check).  A file that is one document has
+    its path relative to the folder as id (its name, if it was given itself), and the title that it gives itself, else
+    its name without the ending.  A row without an id is ``<file>#L<line>`` (``#row<n>`` in Parquet), and its ``uri``,
+    where it has none, is the file's with the same mark.
 
     Args:
         uri: file, folder or URI (see :mod:`invar_ray.text.storage`), or ``builtin:facts``.
-        format: ``auto``, ``jsonl``, ``parquet``, ``text`` or ``builtin``.
+        format: ``auto``, ``builtin`` or a value of :data:`invar_ray.text.storage.ENDINGS`.
         limit: stop after this many documents.
+        max_file_mb: largest file that is one document, and largest row, in MiB.
+        log: of a folder, leave out what cannot be read and say so there; ``None`` raises at the first fault.
+        exclude: see :func:`invar_ray.text.storage.find_files`.
 
     Raises:
-        DataError: at the call, if there is nothing to read; while iterating, at the first faulty row, and at the end of
-            a corpus without any document.
+        DataError: at the call, if there is nothing to read; while iterating, at the first fault (but see ``log``), and
+            at the end of a corpus without any document.
     """
     _check_limit(limit)
     if format == "builtin" or uri.startswith("builtin:"):
@@ -56,7 +67,10 @@ def read_documents(uri: str, format: str = "auto", limit: int | None = None) -> 
         from invar_ray.text import facts  # here, so that reading one's own files does not load the demo corpus
 
         return itertools.islice(iter(facts.documents()), limit)
-    return itertools.islice(_documents(uri, find_files(uri, format)), limit)
+    files = find_files(uri, format, log=log, exclude=exclude)
+    if files[0].uri == uri:
+        log = None  # a file that was named itself
+    return itertools.islice(_documents(uri, files, round(max_file_mb * 2**20), log), limit)
 
 
 def read_examples(
@@ -135,73 +149,172 @@ class _SeenIds:
             raise DataError(f"{place}: the id {id!r} is taken by {first}", expected="every id once")
 
 
-def _documents(uri: str, files: list[InputFile]) -> Iterator[Document]:
+def _documents(uri: str, files: list[InputFile], max_bytes: int, log: ReadLog | None) -> Iterator[Document]:
     seen = _SeenIds()
-    readers = {"jsonl": _jsonl_documents, "parquet": _parquet_documents, "text": _text_documents}
     empty = True
+    if log is not None:
+        log.start(len(files))
     for file in files:
-        for place, document in readers[file.format](file):
-            seen.add(document.id, place)
-            empty = False
-            yield document
+        rows = bad = 0
+        first: DataError | None = None
+        try:
+            for place, document in _of_file(file, max_bytes, log):
+                rows += 1
+                try:
+                    if isinstance(document, DataError):
+                        raise document
+                    seen.add(document.id, place)
+                except DataError as error:
+                    if log is None:
+                        raise
+                    first, bad = first or error, bad + 1
+                    continue
+                empty = False
+                yield document
+        except DataError as error:
+            if log is None:
+                raise
+            log.skip(_brief(error, file))
+        if log is not None:
+            if first is not None:
+                log.skip(f"{bad} of {rows} rows of {file.name} (first: {_brief(first, file)})")
+            log.read()
     if empty:
-        raise DataError(f"the corpus {uri} is empty", expected="at least one document")
+        raise DataError(
+            f"the corpus {uri} is empty"
+            + (f": of its {len(files)} files none could be read (first: {log.lines[0]})" if log and log.lines else ""),
+            expected="at least one document",
+        )
 
 
-def _jsonl_documents(file: InputFile) -> Iterator[tuple[str, Document]]:
-    for _, number, row in _json_rows(file):
+def _brief(error: DataError, file: InputFile) -> str:
+    """An error's sentence with the file's name in the folder instead of its whole address."""
+    return str(error).replace(file.uri, file.name)
+
+
+def _of_file(file: InputFile, max_bytes: int, log: ReadLog | None) -> Iterator[tuple[str, Document | DataError]]:
+    """Documents with their places for messages; a faulty row is its error."""
+    if file.format == "jsonl":
+        yield from _jsonl_documents(file, max_bytes)
+    elif file.format == "parquet":
+        yield from _parquet_documents(file, max_bytes)
+    else:
+        yield file.uri, _whole_document(file, max_bytes, log)
+
+
+def _jsonl_documents(file: InputFile, max_bytes: int) -> Iterator[tuple[str, Document | DataError]]:
+    for number, line in read_lines(file, max_bytes):
         place = f"{file.uri}, line {number}"
-        yield place, _document(row, place, f"{file.uri}#L{number}")
+        try:
+            if len(line) > max_bytes:
+                raise _too_large(place, len(line), max_bytes)
+            row = _json_row(line, place)
+            yield place, _document(row, place, file, "L", number)
+        except DataError as error:
+            yield place, error
 
 
-def _parquet_documents(file: InputFile) -> Iterator[tuple[str, Document]]:
+def _parquet_documents(file: InputFile, max_bytes: int) -> Iterator[tuple[str, Document | DataError]]:
     try:
         with file.filesystem.open_input_file(file.path) as stream:
             table = pq.ParquetFile(stream)
             names = table.schema_arrow.names
             number = 0
-            for batch in table.iter_batches(1024, columns=[n for n in ("id", "title", "text", "uri") if n in names]):
+            for batch in table.iter_batches(256, columns=[n for n in ("id", "title", "text", "uri") if n in names]):
                 for row in batch.to_pylist():
                     number += 1
                     place = f"{file.uri}, row {number}"
-                    yield place, _document(row, place, f"{file.uri}#row{number}")
+                    try:
+                        document = _document(row, place, file, "row", number)
+                        if len(document.text) > max_bytes:
+                            raise _too_large(place, len(document.text), max_bytes)
+                        yield place, document
+                    except DataError as error:
+                        yield place, error
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
         raise DataError(f"{file.uri} cannot be read as Parquet ({reason})", action="write it again") from error
 
 
-def _text_documents(file: InputFile) -> Iterator[tuple[str, Document]]:
-    text = read_text(file)
+def _whole_document(file: InputFile, max_bytes: int, log: ReadLog | None) -> Document:
+    if file.size > max_bytes:
+        raise _too_large(file.uri, file.size, max_bytes)
+    data = read_bytes(file)
+    if not data:
+        raise DataError(f"{file.uri} is empty", action="remove it")
+    parsed = _parse(file, data, max_bytes)
+    if not parsed.text.strip():
+        raise DataError(f"{file.uri} holds no text", action="remove it")
+    if parsed.note and log is not None:
+        log.skip(parsed.note.replace(file.uri, file.name))
     stem = posixpath.basename(file.name).rsplit(".", 1)[0]
-    heading = None
+    return Document(
+        id=file.name,
+        title=parsed.title or stem,
+        text=parsed.text,
+        uri=file.uri,
+        file=file.name,
+        places=parsed.places,
+        unit=parsed.unit,
+    )
+
+
+def _parse(file: InputFile, data: bytes, max_bytes: int) -> Parsed:
+    """The file by its parser; each is loaded when its first file comes."""
+    if file.format == "pdf":
+        from invar_ray.text.formats.pdf import parse_pdf
+
+        return parse_pdf(data, file.uri, max_bytes)
+    if file.format == "docx":
+        from invar_ray.text.formats.word import parse_docx
+
+        return parse_docx(data, file.uri, max_bytes)
+    if file.format == "html":
+        from invar_ray.text.formats.html import parse_html
+
+        return parse_html(data, file.uri)
     if file.name.lower().endswith((".md", ".markdown")):
-        visible = _FENCED.sub("", text)  # "# ..." in a code block is a comment, not a heading
-        heading = next((next(filter(None, match.groups())) for match in _HEADING.finditer(visible)), None)
-    yield file.uri, Document(id=file.name, title=heading.strip() if heading else stem, text=text, uri=file.uri)
+        return parse_markdown(data, file.uri)
+    return parse_text(data, file.uri)
+
+
+def _too_large(place: str, size: int, max_bytes: int) -> DataError:
+    return DataError(
+        f"{place} has {size / 2**20:.1f} MB or more, above the limit of {max_bytes / 2**20:g} MB",
+        action="split it, or raise corpus.max_file_mb",
+    )
+
+
+def _json_row(line: bytes, place: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not UTF-8 text", action="convert the file to UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{place}: malformed JSON ({error.msg} at character {error.pos + 1})", expected="one JSON object a line"
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{place}: JSON nested too deep", expected="one JSON object a line") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: holds {_kind(row)}", expected="one JSON object a line")
+    return row
 
 
 def _json_rows(file: InputFile) -> Iterator[tuple[InputFile, int, dict[str, Any]]]:
     for number, line in read_lines(file):
-        place = f"{file.uri}, line {number}"
-        try:
-            row = json.loads(line)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{place}: not UTF-8 text", action="convert the file to UTF-8") from error
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{place}: malformed JSON ({error.msg} at character {error.pos + 1})", expected="one JSON object a line"
-            ) from error
-        if not isinstance(row, dict):
-            raise DataError(f"{place}: holds {_kind(row)}", expected="one JSON object a line")
-        yield file, number, row
+        yield file, number, _json_row(line, f"{file.uri}, line {number}")
 
 
-def _document(row: dict[str, Any], place: str, uri: str) -> Document:
+def _document(row: dict[str, Any], place: str, file: InputFile, mark: str, number: int) -> Document:
+    own = f"#{mark}{number}"
     return Document(
-        id=_string(row, "id", place, filled=True),
-        title=_string(row, "title", place),
-        text=_string(row, "text", place),
-        uri=_string(row, "uri", place) if row.get("uri") is not None else uri,
+        id=clean_text(_string(row, "id", place, filled=True)) if "id" in row else f"{file.name}{own}",
+        title=clean_text(_string(row, "title", place)) if "title" in row else "",
+        text=clean_text(_string(row, "text", place)),
+        uri=clean_text(_string(row, "uri", place)) if row.get("uri") is not None else f"{file.uri}{own}",
+        file=file.name,
+        places=(Place(0, f"row {number}"),),
     )
 
 

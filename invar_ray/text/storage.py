@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import posixpath
+import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 from pyarrow import fs as pafs
 
 from invar_ray.errors import DataError
+from invar_ray.text.readlog import ReadLog
 
 # Endings that say how a file is read; the longest that fits wins.
 ENDINGS = {
@@ -23,7 +25,14 @@ ENDINGS = {
     ".txt": "text",
     ".md": "text",
     ".markdown": "text",
+    ".html": "html",
+    ".htm": "html",
+    ".xhtml": "html",
+    ".pdf": "pdf",
+    ".docx": "docx",
 }
+ROW_FORMATS = frozenset({"jsonl", "parquet"})
+"""Formats whose files hold a document a row; any other file is one document."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +43,8 @@ class InputFile:
         uri: how messages and records name it: the caller's own URI or path, with the place inside a folder added.
         name: path relative to the folder that was given, or the file's own name.
         path: its path for ``filesystem``.
-        format: ``jsonl``, ``parquet`` or ``text``.
+        format: how it is read: a value of :data:`ENDINGS`.
+        size: in bytes.
     """
 
     uri: str
@@ -42,25 +52,30 @@ class InputFile:
     path: str
     format: str
     filesystem: pafs.FileSystem
+    size: int = 0
 
     def stream(self) -> io.BufferedReader:
         """Open for reading from front to back; ``.gz`` is unpacked on the way."""
         return io.BufferedReader(self.filesystem.open_input_stream(self.path, compression="detect"))
 
 
-def find_files(uri: str, format: str = "auto") -> list[InputFile]:
+def find_files(uri: str, format: str = "auto", *, log: ReadLog | None = None, exclude: str = "") -> list[InputFile]:
     """Files to read at ``uri``: the file itself, or those in the folder (and below) whose ending says how, by name.
+
+    Hidden files and folders (``.x``, ``_x``) are left out.  Links are followed, each folder is read once.
 
     Args:
         uri: local path, ``file://``, ``s3://`` or ``gs://``.
-        format: ``auto`` goes by the ending; ``jsonl``, ``parquet`` or ``text`` reads a named file so whatever it is
-            called, and takes only such files from a folder.  Hidden files (``.x``, ``_x``) are left out.
+        format: ``auto`` goes by the ending; any other reads a named file so whatever it is called, and takes only such
+            files from a folder.
+        log: hears what else lies in a folder and is left out.
+        exclude: local folder that is left out if it lies below ``uri``, such as the store of the run's own results.
 
     Raises:
         DataError: there is nothing at ``uri``, nothing that can be read, or its store cannot be reached.
     """
     if format not in {"auto", *ENDINGS.values()}:
-        raise ValueError(f"format {format!r}: expected auto, jsonl, parquet or text")
+        raise ValueError(f"format {format!r}: expected auto or one of {sorted(set(ENDINGS.values()))}")
     filesystem, path = _open_filesystem(uri)
     try:
         info = filesystem.get_file_info(path)
@@ -74,30 +89,99 @@ def find_files(uri: str, format: str = "auto") -> list[InputFile]:
                     expected=", ".join(ENDINGS),
                     action="rename it or name its format",
                 )
-            return [InputFile(uri, posixpath.basename(path), path, kind, filesystem)]
-        entries = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+            return [InputFile(uri, posixpath.basename(path), path, kind, filesystem, info.size)]
+        if isinstance(filesystem, pafs.LocalFileSystem):
+            entries = list(_walk(path, log, os.path.realpath(exclude) if exclude else ""))
+        else:
+            found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
+            entries = [(entry.path, entry.size) for entry in found if entry.type == pafs.FileType.File]
     except OSError as error:
         raise DataError(f"{uri} cannot be read ({_first_line(error)})", action="check address and rights") from error
-    return _in_folder(uri, format, path, filesystem, entries)
+    return _in_folder(uri, format, path, filesystem, entries, log)
+
+
+def _walk(folder: str, log: ReadLog | None, exclude: str) -> Iterator[tuple[str, int]]:
+    """Path and size of each file below a local folder.  Links to folders are followed last, so that a folder that can
+    be reached both ways keeps its own name.
+    """
+    seen: set[tuple[int, int]] = set()
+    linked: list[str] = []
+    waiting = [folder]
+    while waiting or linked:
+        place = waiting.pop() if waiting else linked.pop(0)
+        status = os.stat(place)
+        if (status.st_dev, status.st_ino) in seen:
+            _left_out(
+                log,
+                f"{posixpath.relpath(place, folder)} leads to a folder that is read already (a link). To do: nothing.",
+            )
+            continue
+        seen.add((status.st_dev, status.st_ino))
+        if exclude and os.path.realpath(place) == exclude:
+            continue
+        try:
+            entries = sorted(os.scandir(place), key=lambda entry: entry.name)
+        except OSError as error:
+            if place == folder:
+                raise
+            _left_out(
+                log,
+                f"{posixpath.relpath(place, folder)}/ cannot be listed ({error.strerror}). To do: check its rights.",
+            )
+            continue
+        for entry in entries:
+            path = f"{place}/{entry.name}"
+            name = posixpath.relpath(path, folder)
+            if entry.name.startswith((".", "_")):
+                continue
+            try:
+                mode = entry.stat().st_mode
+            except OSError as error:
+                _left_out(log, f"{name} is a link that leads nowhere ({error.strerror}). To do: mend it.")
+                continue
+            if stat.S_ISDIR(mode):
+                (linked if entry.is_symlink() else waiting).append(path)
+            elif stat.S_ISREG(mode):
+                yield path, entry.stat().st_size
+            else:
+                _left_out(log, f"{name} is no regular file (a pipe, a socket or a device). To do: remove it.")
 
 
 def _in_folder(
-    uri: str, format: str, folder: str, filesystem: pafs.FileSystem, entries: list[pafs.FileInfo]
+    uri: str,
+    format: str,
+    folder: str,
+    filesystem: pafs.FileSystem,
+    entries: list[tuple[str, int]],
+    log: ReadLog | None,
 ) -> list[InputFile]:
     found = []
-    for entry in entries:
-        name = posixpath.relpath(entry.path, folder)
+    foreign: dict[str, list[str]] = {}
+    for path, size in entries:
+        name = posixpath.relpath(path, folder)
         kind = _format_of(name)
-        hidden = any(part.startswith((".", "_")) for part in name.split("/"))
-        if entry.type == pafs.FileType.File and kind is not None and not hidden and format in {"auto", kind}:
-            found.append(InputFile(f"{uri.rstrip('/')}/{name}", name, entry.path, kind, filesystem))
+        if any(part.startswith((".", "_")) for part in name.split("/")):
+            continue
+        if kind is None:
+            foreign.setdefault(posixpath.splitext(name)[1].lower(), []).append(name)
+        elif format in {"auto", kind}:
+            found.append(InputFile(f"{uri.rstrip('/')}/{name}", name, path, kind, filesystem, size))
+    wanted = [ending for ending, kind in ENDINGS.items() if format in {"auto", kind}]
+    for ending, names in sorted(foreign.items()):
+        which = f"{min(names)}" if len(names) == 1 else f"{len(names)} files (first: {min(names)})"
+        what = f"ending {ending}" if ending else "a name without ending"
+        _left_out(log, f"{which}: nothing here reads {what}. To do: convert to one of {', '.join(wanted)}.")
     if not found:
-        wanted = [ending for ending, kind in ENDINGS.items() if format in {"auto", kind}]
         raise DataError(
             f"the folder {uri} holds no file to read ({len(entries)} entries seen)",
             expected=f"files ending in {', '.join(wanted)}",
         )
     return sorted(found, key=lambda file: file.name)
+
+
+def _left_out(log: ReadLog | None, line: str) -> None:
+    if log is not None:
+        log.skip(line)
 
 
 def _open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -124,8 +208,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def read_lines(file: InputFile) -> Iterator[tuple[int, bytes]]:
+def read_lines(file: InputFile, max_bytes: int | None = None) -> Iterator[tuple[int, bytes]]:
     """Lines that hold something, with their 1-based numbers.
+
+    Args:
+        file: to read.
+        max_bytes: of a longer line only its first ``max_bytes + 1`` are kept.
 
     Raises:
         DataError: the file is cut off or not the gzip file that its name says.
@@ -133,7 +221,7 @@ def read_lines(file: InputFile) -> Iterator[tuple[int, bytes]]:
     number = 0
     try:
         with file.stream() as stream:
-            for number, line in enumerate(stream, start=1):
+            for number, line in enumerate(_bounded(stream, max_bytes), start=1):
                 if number == 1:
                     line = line.removeprefix(b"\xef\xbb\xbf")
                 if line.strip():
@@ -144,21 +232,30 @@ def read_lines(file: InputFile) -> Iterator[tuple[int, bytes]]:
         ) from error
 
 
-def read_text(file: InputFile) -> str:
-    """A whole file as UTF-8 (a byte order mark is dropped).
+def _bounded(stream: io.BufferedReader, max_bytes: int | None) -> Iterator[bytes]:
+    if max_bytes is None:
+        yield from stream
+        return
+    while line := stream.readline(max_bytes + 1):
+        rest = line
+        while len(rest) > max_bytes and not rest.endswith(b"\n"):  # passed over, not kept
+            rest = stream.readline(max_bytes + 1)
+        yield line
+
+
+def read_bytes(file: InputFile) -> bytes:
+    """A whole file.
 
     Raises:
-        DataError: the file cannot be read or is not UTF-8.
+        DataError: it cannot be read.
     """
     try:
         with file.stream() as stream:
-            return stream.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file.uri} is not UTF-8 text (byte {error.object[error.start]:#04x} at offset {error.start})",
-            action="convert it to UTF-8",
-        ) from error
+            return stream.read()
     except OSError as error:
-        raise DataError(
-            f"{file.uri} cannot be read ({_first_line(error)})", action="check address and rights"
-        ) from error
+        raise DataError(f"{file.uri} cannot be read ({_reason(error)})", action="check address and rights") from error
+
+
+def _reason(error: OSError) -> str:
+    """``Permission denied`` rather than pyarrow's whole sentence with the path in it."""
+    return os.strerror(error.errno) if error.errno else _first_line(error)

@@ -85,4 +85,4 @@ def test_empty_answer_is_said_and_its_passages_named(capsys: pytest.CaptureFixtu
     print_answer({"answer": "", "citations": [], "passages": [passage]})
     shown = capsys.readouterr().out
     assert "(the model wrote nothing)" in shown
-    assert "no citation; the passages were: Francium" in shown
+    assert "no citation; the passages were:\n  (1) Francium: Francium is a metal." in shown

@@ -44,7 +44,14 @@ def test_passages_are_exact_cuts_in_document_order(tmp_path: Path) -> None:
     order = [(list(found).index(passage.document_id), passage.start) for passage in passages]
     assert order == sorted(order)
     assert len({passage.id for passage in passages}) == len(passages)
-    assert artifact.info == {"documents": len(found), "passages": len(passages)}
+    assert artifact.info == {
+        "source": config.corpus.uri,
+        "files": 1,
+        "documents": len(found),
+        "passages": len(passages),
+        "skipped": 0,
+    }
+    assert passages[-1].place == f"{Path(config.corpus.uri).name}, row {len(found)}"
 
 
 def test_same_corpus_same_files(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from invar_ray.errors import DataError
-from invar_ray.schema import Document, Example
+from invar_ray.schema import Document, Example, Place
 from invar_ray.text.readers import read_documents, read_examples
 
 ROWS = [
@@ -33,8 +33,8 @@ def _write(path: Path, rows: list[Any]) -> str:
 def test_json_lines(tmp_path: Path, name: str) -> None:
     uri = _write(tmp_path / name, [ROWS[0], "", ROWS[1]])
     assert list(read_documents(uri)) == [
-        Document("a", "Harbour", "Dug in 1841.", f"{uri}#L1"),
-        Document("b", "", "", "https://example.org/b"),
+        Document("a", "Harbour", "Dug in 1841.", f"{uri}#L1", name, (Place(0, "row 1"),)),
+        Document("b", "", "", "https://example.org/b", name, (Place(0, "row 3"),)),
     ]
     assert [document.id for document in read_documents(uri, limit=1)] == ["a"]
 
