@@ -88,7 +88,36 @@ def index(
     from invar_ray.own import index_documents
 
     settings = load_config(config, [*(overrides or []), f"corpus.uri={json.dumps(corpus)}", "corpus.distractors=null"])
-    print(index_documents(settings, adapter, "" if config == "tiny" else f"--config {shlex.quote(config)} ").uri)
+    options = "" if config == "tiny" else f"--config {shlex.quote(config)} "
+    if settings.storage.root_uri != load_config(config).storage.root_uri:
+        options += f"--root {shlex.quote(settings.storage.root_uri)} "
+    print(index_documents(settings, adapter, options).uri)
+
+
+@app.command()
+@_clear_errors
+def questions(
+    corpus: Annotated[str, typer.Argument(help="File, folder or URI of documents.")],
+    overrides: Overrides = None,
+    config: Recipe = "tiny",
+    out: Annotated[str, typer.Option(help="Writes NAME.train.jsonl and NAME.dev.jsonl.")] = "questions.jsonl",
+    per_document: Annotated[int, typer.Option(min=1, help="Most questions a document.")] = 8,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Let a model ask: base URL of an OpenAI-compatible server.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model to ask for, with --endpoint.")] = None,
+    key_env: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
+) -> None:
+    """Make training questions for documents that have none, for training and dev apart."""
+    from invar_ray.own import write_questions
+    from invar_ray.text.chat import ChatEndpoint
+
+    if (endpoint is None) != (model is None):
+        raise typer.BadParameter("--endpoint and --model go together")
+    settings = load_config(config, [*(overrides or []), f"corpus.uri={json.dumps(corpus)}", "corpus.distractors=null"])
+    asker = None if endpoint is None else ChatEndpoint(endpoint, str(model), key_env, f"{out}.replies")
+    for file in write_questions(settings, out, per_document=per_document, endpoint=asker):
+        print(file)
 
 
 @app.command()

@@ -1,20 +1,26 @@
-"""One's own documents: index a folder and say what came of it, and find what was indexed last."""
+"""One's own documents: index a folder, make questions from it, say what to do next, find what was indexed last."""
 
 from __future__ import annotations
 
+import itertools
 import json
 import shlex
 import sys
 import time
+from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from invar_ray.artifacts import Artifact, Store, open_artifact
 from invar_ray.config import Config
-from invar_ray.errors import InvarError, MissingArtifactError
-from invar_ray.indexing.passages import load_skipped
+from invar_ray.errors import DataError, InvarError, MissingArtifactError
+from invar_ray.indexing.passages import load_documents, load_skipped, read_corpus
 from invar_ray.pipeline import Pipeline
-from invar_ray.text.readlog import echo_lines
+from invar_ray.text.asked import ask_for_questions
+from invar_ray.text.chat import ChatEndpoint
+from invar_ray.text.making import MadeQuestion, make_questions, split_by_document, without_clashes
+from invar_ray.text.readlog import ReadLog, echo_lines
 
 _LATEST = "latest_index.json"
 _NO_BASELINE = {"base", "retriever"}  # MiniLM's index is a baseline
@@ -46,10 +52,67 @@ def index_documents(config: Config, adapter_uri: str | None, options: str = "") 
     )
     if adapter_uri is None:
         _say("the base finds passages without having been trained on these documents")
-    _say("\nask:    " + f'invar-ray ask {options}"..."')
+    _say(f"\nask:    invar-ray ask {options}{shlex.quote(_some_question(passages))}")
     corpus = shlex.quote(config.corpus.uri)
     _say(f"train:  invar-ray questions {corpus}   (makes questions from the documents and says how to go on)\n")
     return index
+
+
+def write_questions(
+    config: Config, out: str, *, per_document: int, endpoint: ChatEndpoint | None = None, samples: int = 3
+) -> tuple[Path, Path]:
+    """Make training questions from ``config.corpus`` and write two files, for training and for dev.
+
+    Args:
+        config: the run; its ``corpus`` and ``seed`` count.
+        out: ``questions.jsonl`` writes ``questions.train.jsonl`` and ``questions.dev.jsonl``.
+        per_document: most questions a document.
+        endpoint: a language model that asks; ``None`` makes them by rule.
+        samples: how many to print.
+
+    Returns:
+        The two files; docs/design/questions.md has their format.
+
+    Raises:
+        DataError: the corpus cannot be read or gives too few questions to split.  Errors of the endpoint.
+    """
+    log = ReadLog(echo=True)
+    texts: dict[str, str] = {}
+    found: list[MadeQuestion] = []
+    for document in read_corpus(config, log):
+        if endpoint is None:
+            made = make_questions(document, most=per_document, seed=config.seed)
+        else:
+            made = ask_for_questions(document, endpoint, most=per_document, seed=config.seed)
+        if made:
+            texts[document.id] = document.text
+        found += made
+    kept = without_clashes(found)
+    if len(kept) < 2:
+        raise DataError(
+            f"{config.corpus.uri} gave {len(kept)} questions",
+            expected="at least 2, to train on one and check with another",
+            action="add documents with whole English sentences, or let a language model ask (--endpoint, --model)",
+        )
+    stem = Path(out[: -len(".jsonl")] if out.endswith(".jsonl") else out)
+    files = stem.with_name(f"{stem.name}.train.jsonl"), stem.with_name(f"{stem.name}.dev.jsonl")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for file, part in zip(files, split_by_document(kept, texts, config.seed), strict=True):
+        rows = [{**asdict(question.example), "answer_type": question.answer_type} for question in part]
+        file.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
+        kinds = Counter(question.answer_type for question in part).most_common()
+        _say(f"{file}: {len(part):,} questions ({', '.join(f'{count} {kind}' for kind, count in kinds)})")
+    if len(texts) == 1:
+        _say("only one document gave questions: dev is its last part, so the dev figures will flatter")
+    for question in kept[:: -(-len(kept) // samples)]:
+        _say(f"  {question.example.question}  ->  {question.example.answers[0]}")
+    _say("\nlook through them, then train on them (and ask again afterwards):")
+    corpus, root = shlex.quote(config.corpus.uri), shlex.quote(config.storage.root_uri)
+    _say(
+        f"  invar-ray train both corpus.uri={corpus} questions.train_uri={shlex.quote(str(files[0]))} "
+        f"questions.dev_uri={shlex.quote(str(files[1]))} storage.root_uri={root}\n"
+    )
+    return files
 
 
 def remember_index(store: Store, index: Artifact) -> None:
@@ -92,6 +155,16 @@ def describe_index(index: Artifact) -> str:
     encoder = index.info["encoder"]
     retriever = f"retriever {encoder['adapter']}" if encoder["adapter"] else "the base as retriever (not trained)"
     return f"{info.get('source', index.uri)}: {info['passages']:,} passages, {retriever}"
+
+
+def _some_question(passages: Artifact) -> str:
+    """A question that the documents answer, to try; the first title where none can be made."""
+    documents = load_documents(passages)
+    for document in itertools.islice(documents.values(), 50):
+        made = make_questions(document, most=1, seed=0)
+        if made:
+            return made[0].example.question
+    return f"What is {next(iter(documents.values())).title or 'this'} about?"
 
 
 def _source(index: Artifact) -> Any:

@@ -56,6 +56,7 @@ STEPS: dict[str, StepCode] = {
                     "numbers",
                     "lexicon",
                     "stable",
+                    "chat",
                     "endpoint",
                 )
             ),

@@ -72,7 +72,7 @@ def build_vectors(
         print(f"  {len(done)} of {len(wanted)} shards stand from an earlier run", flush=True)
     progress = Progress("embed", rows, "passages", done=sum(stop - start for start, stop in done))
     started = time.monotonic()
-    arguments = {
+    arguments: dict[str, Any] = {
         "root_uri": passages.store.root_uri,
         "passages_ref": passages.ref,
         "spec": spec.to_json(),

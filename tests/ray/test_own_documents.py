@@ -1,0 +1,74 @@
+"""A folder of one's own from files to cited answers: indexed on a local Ray, asked without it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from invar_ray.artifacts import Store
+from invar_ray.cli import app
+from invar_ray.own import latest_index
+from invar_ray.retrieval.retriever import open_retriever
+from tests.own_documents import QUESTIONS, SOUND_DOCUMENTS, SOUND_FILES, write_faulty, write_sound
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+
+
+def test_indexed_asked_cited(local_ray: Any, tmp_path: Path) -> None:
+    folder, root = tmp_path / "my docs", tmp_path / "runs"
+    folder.mkdir()
+    write_sound(folder)
+    faults = write_faulty(folder)
+    # Shards so small that they are embedded on the cluster.
+    options = [f"storage.root_uri={root}", "scale.shard_rows=8", "scale.embed_workers=1"]
+    first = CliRunner().invoke(app, ["index", str(folder), *options])
+    assert first.exit_code == 0, first.stderr
+    assert f"indexed {SOUND_DOCUMENTS + 1} documents from {SOUND_FILES + 1} files" in first.stderr
+    assert f"left out {len(faults)};" in first.stderr
+    assert first.stderr.count("left out: ") == len(faults)
+    assert f"ask:    invar-ray ask --root {root} " in first.stderr
+
+    # The same documents in this process: the same vectors, hence the same hits.
+    at_home = CliRunner().invoke(app, ["index", str(folder), f"storage.root_uri={tmp_path / 'home'}"])
+    assert at_home.exit_code == 0, at_home.stderr
+    retriever, home = (open_retriever(result.stdout.strip().splitlines()[-1]) for result in (first, at_home))
+    for question, (file, place) in QUESTIONS.items():
+        [[best]] = retriever.retrieve([question], 1)
+        assert best.place.startswith(f"{file}, "), (question, best.place)
+        assert place in best.place, (question, best.place)
+        [[again]] = home.retrieve([question], 1)
+        assert (again.passage_id, again.place) == (best.passage_id, best.place)
+        assert again.score == pytest.approx(best.score, abs=1e-5)
+
+    # A second folder in the same store, then the first again, which is re-used: it is the one that is asked.
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "one.txt").write_text("Dunmore is an island of otters.\n")
+    assert CliRunner().invoke(app, ["index", str(other), *options]).exit_code == 0
+    store = Store(str(root))
+    assert latest_index(store).parent("passages").info["source"] == str(other)
+    assert latest_index(store, str(folder)).uri == first.stdout.strip().splitlines()[-1]
+    again = CliRunner().invoke(app, ["index", str(folder), *options])
+    assert again.stderr.count("left out: ") == len(faults)
+    assert latest_index(store).parent("passages").info["source"] == str(folder)
+
+    asked = CliRunner().invoke(app, ["ask", "Who built the lighthouse of Arvon?", "--root", str(root)])
+    assert asked.exit_code == 0, asked.stderr
+    assert f"asking {folder}: " in asked.stderr
+    assert "the base as retriever (not trained); the base writes the answer (not trained to)" in asked.stderr
+    assert "arvon.pdf, page 2" in asked.stdout.splitlines()[2 if "no citation" in asked.stdout else 1]
+    elsewhere = CliRunner().invoke(
+        app, ["ask", "Which animals live on Dunmore?", "--root", str(root), "--corpus", str(other), "--top-k", "1"]
+    )
+    assert "one.txt, line 1" in elsewhere.stdout
+
+
+def test_nothing_to_index_is_one_error(tmp_path: Path) -> None:
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    result = CliRunner().invoke(app, ["index", str(tmp_path), f"storage.root_uri={tmp_path / 'runs'}"])
+    assert result.exit_code == 1
+    assert "holds no file to read (1 entries seen)" in result.stderr
+    assert "Traceback" not in result.stderr
