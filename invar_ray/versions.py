@@ -27,7 +27,12 @@ _ENCODING = (
     "invar_ray.models.adapters",
     "invar_ray.text.prompts",
 )
-_READING = ("invar_ray.text.readers", "invar_ray.text.storage", "invar_ray.text.sentences")
+_READING = (
+    "invar_ray.text.readers",
+    "invar_ray.text.rows",
+    "invar_ray.text.storage",
+    "invar_ray.text.sentences",
+)
 _PARSING = (
     "invar_ray.text.formats.parsed",
     "invar_ray.text.formats.plain",

@@ -49,9 +49,10 @@ def vectors_plan(config: Config, passages: Artifact, spec: EncoderSpec, name: st
 def needs_cluster(config: Config, passages: Artifact) -> bool:
     """Whether embedding is worth a cluster: a shard or two are done before its actors have started."""
     scale = config.scale
-    shards = -(-int(passages.info["passages"]) // scale.shard_rows)
     joins = scale.ray_address is not None or bool(os.environ.get("RAY_ADDRESS"))
-    return joins or scale.embed_gpus_per_worker > 0 or shards > _SHARDS_AT_HOME
+    rows = passages.info.get("passages")
+    small = rows is not None and rows <= _SHARDS_AT_HOME * scale.shard_rows
+    return joins or scale.embed_gpus_per_worker > 0 or not small
 
 
 def build_vectors(

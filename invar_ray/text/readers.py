@@ -12,7 +12,6 @@ Other fields are ignored.
 from __future__ import annotations
 
 import itertools
-import json
 import logging
 import posixpath
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from invar_ray.schema import Document, Example, Place
 from invar_ray.text.formats.parsed import Parsed, clean_text
 from invar_ray.text.formats.plain import parse_markdown, parse_text
 from invar_ray.text.readlog import ReadLog
+from invar_ray.text.rows import json_row, string, string_list
 from invar_ray.text.storage import InputFile, find_files, read_bytes, read_lines
 
 _LOG = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ def read_rows(uri: str, fields: dict[str, bool]) -> Iterator[tuple[str, dict[str
         for _, number, row in _json_rows(file):
             place = f"{file.uri}, line {number}"
             values = {
-                name: _string(row, name, place)
+                name: string(row, name, place)
                 for name, required in fields.items()
                 if required or row.get(name) is not None
             }
@@ -208,7 +208,7 @@ def _jsonl_documents(file: InputFile, max_bytes: int) -> Iterator[tuple[str, Doc
         try:
             if len(line) > max_bytes:
                 raise _too_large(place, len(line), max_bytes)
-            row = _json_row(line, place)
+            row = json_row(line, place)
             yield place, _document(row, place, file, "L", number)
         except DataError as error:
             yield place, error
@@ -285,86 +285,40 @@ def _too_large(place: str, size: int, max_bytes: int) -> DataError:
     )
 
 
-def _json_row(line: bytes, place: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line)
-    except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8 text", action="convert the file to UTF-8") from error
-    except json.JSONDecodeError as error:
-        raise DataError(
-            f"{place}: malformed JSON ({error.msg} at character {error.pos + 1})", expected="one JSON object a line"
-        ) from error
-    except RecursionError as error:
-        raise DataError(f"{place}: JSON nested too deep", expected="one JSON object a line") from error
-    if not isinstance(row, dict):
-        raise DataError(f"{place}: holds {_kind(row)}", expected="one JSON object a line")
-    return row
-
-
 def _json_rows(file: InputFile) -> Iterator[tuple[InputFile, int, dict[str, Any]]]:
     for number, line in read_lines(file):
-        yield file, number, _json_row(line, f"{file.uri}, line {number}")
+        yield file, number, json_row(line, f"{file.uri}, line {number}")
 
 
 def _document(row: dict[str, Any], place: str, file: InputFile, mark: str, number: int) -> Document:
     own = f"#{mark}{number}"
     return Document(
-        id=clean_text(_string(row, "id", place, filled=True)) if "id" in row else f"{file.name}{own}",
-        title=clean_text(_string(row, "title", place)) if "title" in row else "",
-        text=clean_text(_string(row, "text", place)),
-        uri=clean_text(_string(row, "uri", place)) if row.get("uri") is not None else f"{file.uri}{own}",
+        id=clean_text(string(row, "id", place, filled=True)) if "id" in row else f"{file.name}{own}",
+        title=clean_text(string(row, "title", place)) if "title" in row else "",
+        text=clean_text(string(row, "text", place)),
+        uri=clean_text(string(row, "uri", place)) if row.get("uri") is not None else f"{file.uri}{own}",
         file=file.name,
         places=(Place(0, f"row {number}"),),
     )
 
 
 def _example(row: dict[str, Any], place: str) -> Example:
-    answers = _strings(row, "answers", place)
+    answers = string_list(row, "answers", place)
     if not answers:
         raise DataError(f"{place}: 'answers' is empty", expected="at least one answer", action="remove the row")
     if not all(answer.strip() for answer in answers):
         raise DataError(f"{place}: 'answers' holds a blank string", expected="answers with text", action="remove it")
     return Example(
-        id=_string(row, "id", place, filled=True),
-        question=_string(row, "question", place, filled=True),
+        id=string(row, "id", place, filled=True),
+        question=string(row, "question", place, filled=True),
         answers=answers,
-        positive_ids=_strings(row, "positive_ids", place),
-        rewrites=_strings(row, "rewrites", place) if row.get("rewrites") is not None else (),
+        positive_ids=string_list(row, "positive_ids", place),
+        rewrites=string_list(row, "rewrites", place) if row.get("rewrites") is not None else (),
     )
-
-
-def _string(row: dict[str, Any], name: str, place: str, *, filled: bool = False) -> str:
-    if name not in row:
-        raise DataError(f"{place}: the field {name!r} is missing", expected=f"a row with {name!r}, got {sorted(row)}")
-    value = row[name]
-    if not isinstance(value, str):
-        raise DataError(f"{place}: {name!r} is {_kind(value)}", expected="a string")
-    if filled and not value.strip():
-        raise DataError(f"{place}: {name!r} is blank", expected="a string with text")
-    return value
-
-
-def _strings(row: dict[str, Any], name: str, place: str) -> tuple[str, ...]:
-    if name not in row:
-        raise DataError(f"{place}: the field {name!r} is missing", expected=f"a row with {name!r}, got {sorted(row)}")
-    value = row[name]
-    if not isinstance(value, list):
-        raise DataError(f"{place}: {name!r} is {_kind(value)}", expected="a list of strings")
-    for item in value:
-        if not isinstance(item, str):
-            raise DataError(f"{place}: {name!r} holds {_kind(item)}", expected="a list of strings")
-    return tuple(dict.fromkeys(value))
 
 
 def _is_unanswered(answers: Any) -> bool:
     return isinstance(answers, list) and all(isinstance(answer, str) and not answer.strip() for answer in answers)
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
-    return names.get(type(value), f"a {type(value).__name__}")
 
 
 def _check_limit(limit: int | None) -> None:

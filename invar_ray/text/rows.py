@@ -1,0 +1,57 @@
+"""Rows of input files: JSON lines into objects, fields into strings; every fault names its file and line."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from invar_ray.errors import DataError
+
+
+def json_row(line: bytes, place: str) -> dict[str, Any]:
+    """A line as a JSON object; raises :class:`DataError`, which names ``place``."""
+    try:
+        row = json.loads(line)
+    except UnicodeDecodeError as error:
+        raise DataError(f"{place}: not UTF-8 text", action="convert the file to UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"{place}: malformed JSON ({error.msg} at character {error.pos + 1})", expected="one JSON object a line"
+        ) from error
+    except RecursionError as error:
+        raise DataError(f"{place}: JSON nested too deep", expected="one JSON object a line") from error
+    if not isinstance(row, dict):
+        raise DataError(f"{place}: holds {_kind(row)}", expected="one JSON object a line")
+    return row
+
+
+def string(row: dict[str, Any], name: str, place: str, *, filled: bool = False) -> str:
+    """The field ``name`` of a row, a string (with text, if ``filled``); raises :class:`DataError`."""
+    if name not in row:
+        raise DataError(f"{place}: the field {name!r} is missing", expected=f"a row with {name!r}, got {sorted(row)}")
+    value = row[name]
+    if not isinstance(value, str):
+        raise DataError(f"{place}: {name!r} is {_kind(value)}", expected="a string")
+    if filled and not value.strip():
+        raise DataError(f"{place}: {name!r} is blank", expected="a string with text")
+    return value
+
+
+def string_list(row: dict[str, Any], name: str, place: str) -> tuple[str, ...]:
+    """The field ``name`` of a row, a list of strings, each once; raises :class:`DataError`."""
+    if name not in row:
+        raise DataError(f"{place}: the field {name!r} is missing", expected=f"a row with {name!r}, got {sorted(row)}")
+    value = row[name]
+    if not isinstance(value, list):
+        raise DataError(f"{place}: {name!r} is {_kind(value)}", expected="a list of strings")
+    for item in value:
+        if not isinstance(item, str):
+            raise DataError(f"{place}: {name!r} holds {_kind(item)}", expected="a list of strings")
+    return tuple(dict.fromkeys(value))
+
+
+def _kind(value: Any) -> str:
+    if value is None:
+        return "null"
+    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return names.get(type(value), f"a {type(value).__name__}")
