@@ -100,7 +100,7 @@ class Bm25Retriever:
             passages = self.passages.rows([row for row, _ in found])
             results.append(
                 [
-                    Hit(p.id, p.document_id, rank, score, p.title, p.text, p.uri)
+                    Hit(p.id, p.document_id, rank, score, p.title, p.text, p.uri, p.place)
                     for rank, ((_, score), p) in enumerate(zip(found, passages, strict=True), start=1)
                 ]
             )
