@@ -34,6 +34,7 @@ _READING = (
     "invar_ray.text.sentences",
 )
 _PARSING = (
+    "invar_ray.text.whole",
     "invar_ray.text.formats.parsed",
     "invar_ray.text.formats.plain",
     "invar_ray.text.formats.pdf",

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import posixpath
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -22,11 +21,11 @@ import pyarrow.parquet as pq
 
 from invar_ray.errors import DataError
 from invar_ray.schema import Document, Example, Place
-from invar_ray.text.formats.parsed import Parsed, clean_text
-from invar_ray.text.formats.plain import parse_markdown, parse_text
+from invar_ray.text.formats.parsed import clean_text
 from invar_ray.text.readlog import ReadLog
 from invar_ray.text.rows import json_row, string, string_list
-from invar_ray.text.storage import InputFile, find_files, read_bytes, read_lines
+from invar_ray.text.storage import InputFile, find_files, read_lines
+from invar_ray.text.whole import read_whole, too_large
 
 _LOG = logging.getLogger(__name__)
 
@@ -180,11 +179,9 @@ def _documents(uri: str, files: list[InputFile], max_bytes: int, log: ReadLog | 
                 log.skip(f"{bad} of {rows} rows of {file.name} (first: {_brief(first, file)})")
             log.read()
     if empty:
-        raise DataError(
-            f"the corpus {uri} is empty"
-            + (f": of its {len(files)} files none could be read (first: {log.lines[0]})" if log and log.lines else ""),
-            expected="at least one document",
-        )
+        lines = log.lines if log is not None else []
+        why = f": of its {len(files)} files none could be read (first: {lines[0].rstrip('.')})" if lines else ""
+        raise DataError(f"the corpus {uri} is empty{why}", expected="at least one document")
 
 
 def _brief(error: DataError, file: InputFile) -> str:
@@ -199,7 +196,7 @@ def _of_file(file: InputFile, max_bytes: int, log: ReadLog | None) -> Iterator[t
     elif file.format == "parquet":
         yield from _parquet_documents(file, max_bytes)
     else:
-        yield file.uri, _whole_document(file, max_bytes, log)
+        yield file.uri, read_whole(file, max_bytes, log)
 
 
 def _jsonl_documents(file: InputFile, max_bytes: int) -> Iterator[tuple[str, Document | DataError]]:
@@ -207,7 +204,7 @@ def _jsonl_documents(file: InputFile, max_bytes: int) -> Iterator[tuple[str, Doc
         place = f"{file.uri}, line {number}"
         try:
             if len(line) > max_bytes:
-                raise _too_large(place, len(line), max_bytes)
+                raise too_large(place, len(line), max_bytes)
             row = json_row(line, place)
             yield place, _document(row, place, file, "L", number)
         except DataError as error:
@@ -227,62 +224,13 @@ def _parquet_documents(file: InputFile, max_bytes: int) -> Iterator[tuple[str, D
                     try:
                         document = _document(row, place, file, "row", number)
                         if len(document.text) > max_bytes:
-                            raise _too_large(place, len(document.text), max_bytes)
+                            raise too_large(place, len(document.text), max_bytes)
                         yield place, document
                     except DataError as error:
                         yield place, error
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
         raise DataError(f"{file.uri} cannot be read as Parquet ({reason})", action="write it again") from error
-
-
-def _whole_document(file: InputFile, max_bytes: int, log: ReadLog | None) -> Document:
-    if file.size > max_bytes:
-        raise _too_large(file.uri, file.size, max_bytes)
-    data = read_bytes(file)
-    if not data:
-        raise DataError(f"{file.uri} is empty", action="remove it")
-    parsed = _parse(file, data, max_bytes)
-    if not parsed.text.strip():
-        raise DataError(f"{file.uri} holds no text", action="remove it")
-    if parsed.note and log is not None:
-        log.skip(parsed.note.replace(file.uri, file.name))
-    stem = posixpath.basename(file.name).rsplit(".", 1)[0]
-    return Document(
-        id=file.name,
-        title=parsed.title or stem,
-        text=parsed.text,
-        uri=file.uri,
-        file=file.name,
-        places=parsed.places,
-        unit=parsed.unit,
-    )
-
-
-def _parse(file: InputFile, data: bytes, max_bytes: int) -> Parsed:
-    """The file by its parser; each is loaded when its first file comes."""
-    if file.format == "pdf":
-        from invar_ray.text.formats.pdf import parse_pdf
-
-        return parse_pdf(data, file.uri, max_bytes)
-    if file.format == "docx":
-        from invar_ray.text.formats.word import parse_docx
-
-        return parse_docx(data, file.uri, max_bytes)
-    if file.format == "html":
-        from invar_ray.text.formats.html import parse_html
-
-        return parse_html(data, file.uri)
-    if file.name.lower().endswith((".md", ".markdown")):
-        return parse_markdown(data, file.uri)
-    return parse_text(data, file.uri)
-
-
-def _too_large(place: str, size: int, max_bytes: int) -> DataError:
-    return DataError(
-        f"{place} has {size / 2**20:.1f} MB or more, above the limit of {max_bytes / 2**20:g} MB",
-        action="split it, or raise corpus.max_file_mb",
-    )
 
 
 def _json_rows(file: InputFile) -> Iterator[tuple[InputFile, int, dict[str, Any]]]:
