@@ -217,6 +217,26 @@ def compare(
 
 @app.command()
 @_clear_errors
+def convert(
+    source: Annotated[str, typer.Argument(help="A benchmark's file, or BEIR's folder.")],
+    folder: Annotated[str, typer.Argument(help="Where to write questions.jsonl and corpus.jsonl.")],
+    format: Annotated[
+        str, typer.Option(help="One of invar_ray/text/benchmarks.py; auto looks into the file.")
+    ] = "auto",
+    split: Annotated[str, typer.Option(help="Which qrels of BEIR: train or dev.")] = "dev",
+) -> None:
+    """Rewrite a public benchmark as the project's own JSON lines: its questions, and the documents that it carries."""
+    from invar_ray.text.benchmarks import convert_benchmark
+
+    if split not in {"train", "dev"}:
+        raise typer.BadParameter(f"{split!r} is no split: train or dev")
+    made = convert_benchmark(source, folder, format, split="train" if split == "train" else "dev")
+    documents = f"{len(made.documents):,} documents" if made.documents else "no documents (the format carries none)"
+    print(f"{made.format}: {len(made.examples):,} questions and {documents} -> {folder}")
+
+
+@app.command()
+@_clear_errors
 def serve(
     overrides: Overrides = None,
     config: Recipe = "tiny",

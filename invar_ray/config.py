@@ -72,6 +72,22 @@ class QuestionsConfig:
     """
     dev_uri: str = "builtin:facts"
     """Questions that every table reports on; nothing is trained on them."""
+    format: Literal[
+        "auto",
+        "jsonl",
+        "nq-open",
+        "dpr-qa",
+        "triviaqa",
+        "popqa",
+        "squad",
+        "hotpotqa",
+        "webquestions",
+        "entityquestions",
+        "dpr",
+        "kilt",
+        "beir",
+    ] = "auto"
+    """How both files are written (``invar_ray/text/benchmarks.py``); ``auto`` looks into them."""
     train_limit: int | None = None
     """Use at most this many training questions (a seeded sample); ``null`` uses all."""
     dev_limit: int | None = None

@@ -27,6 +27,7 @@ _ENCODING = (
     "invar_ray.models.adapters",
     "invar_ray.text.prompts",
 )
+_BENCHMARKS = ("invar_ray.text.benchmarks", "invar_ray.text.benchmark_formats")
 _READING = (
     "invar_ray.text.readers",
     "invar_ray.text.rows",
@@ -51,6 +52,7 @@ STEPS: dict[str, StepCode] = {
         1,
         (
             *_READING,
+            *_BENCHMARKS,
             *(
                 f"invar_ray.text.{name}"
                 for name in (

@@ -17,6 +17,7 @@ import numpy as np
 
 from invar_ray.artifacts import Artifact, Building, Plan
 from invar_ray.config import Config, to_dict
+from invar_ray.errors import DataError
 from invar_ray.evaluating.answering import Answered, AnswerTask, System, answer_all, answer_tasks, load_gold
 from invar_ray.evaluating.hits import FoundFamily, load_hits
 from invar_ray.evaluating.measure import (
@@ -123,6 +124,9 @@ def build_report(
         dataset: the name of the dev questions.
         passages: the corpus, for the gold documents of oracle rows.
         changes: further causes of variance.
+
+    Raises:
+        DataError: a question that is to be answered has no gold answer.
     """
     rule = answer_rule(config.evaluation.answer_rule)
     hits = {system.name: load_hits(system.hits) for system in systems}
@@ -131,6 +135,12 @@ def build_report(
         made.add_retrieval(system.name, hits[system.name], [c for c in changes if c.system == system.name])
         _write_trec(building.path / "trec", system.name, hits[system.name])
     count = config.evaluation.num_answers
+    bare = [family.question_id for family in hits[systems[0].name][:count] if not family.answers]
+    if bare:
+        raise DataError(
+            f"{len(bare)} of the questions to answer have no gold answer (first: {bare[0]})",
+            action="set evaluation.num_answers=0, which measures retrieval alone",
+        )
     documents = load_gold(passages, hits[systems[0].name][:count])
     tasks = [task for s in systems for task in answer_tasks(s, hits[s.name][:count], documents, config)]
     answers = answer_all(config, base, passages.store, tasks)

@@ -54,7 +54,7 @@ def retrieval_columns(families: Sequence[FoundFamily], overlap_k: int, top_k: in
     for k in (5, 20):
         if k <= top_k:
             columns[f"answer_recall_at_{k}"] = [
-                answer_recall_at_k(found, family.answers, k, rule.contains)
+                answer_recall_at_k(found, family.answers, k, rule.contains) if family.answers else None
                 for found, family in zip(texts, families, strict=True)
             ]
     columns[f"change_by_rewrite_at_{overlap_k}"] = [

@@ -107,12 +107,18 @@ def test_same_file_for_both_splits_is_refused(tmp_path: Path) -> None:
         build(config)
 
 
-@pytest.mark.parametrize("gold", [(), ("doc-gone",)], ids=["none", "not in the corpus"])
-def test_question_that_the_corpus_cannot_answer_is_refused(gold: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("gold, split", [((), "train"), (("doc-gone",), "train"), (("doc-gone",), "dev")])
+def test_question_that_the_corpus_cannot_answer_is_refused(gold: tuple[str, ...], split: str) -> None:
     fine = Example("a", "who?", ("x",), ("doc-gone", "doc-here"))
-    refuse_unanswerable([fine], {"doc-here"}, "dev")
-    with pytest.raises(DataError, match=r"1 of 2 dev questions have no positive document in the corpus \(first: b"):
-        refuse_unanswerable([fine, Example("b", "who else?", ("x",), gold)], {"doc-here"}, "dev")
+    refuse_unanswerable([fine], {"doc-here"}, split)
+    with pytest.raises(
+        DataError, match=rf"1 of 2 {split} questions have no positive document in the corpus \(first: b"
+    ):
+        refuse_unanswerable([fine, Example("b", "who else?", ("x",), gold)], {"doc-here"}, split)
+
+
+def test_dev_questions_that_name_no_gold_document_are_measured_by_their_answers() -> None:
+    refuse_unanswerable([Example("b", "who else?", ("x",), ())], {"doc-here"}, "dev")
 
 
 def test_limit_takes_a_seeded_sample_in_file_order(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ def check(folder: Path, run: Run, gold: Run) -> None:
         assert theirs[name] == pytest.approx(value, abs=1e-9), name
 
 
-def test_random_runs(tmp_path: Path) -> None:
+def test_random_runs_equal_the_reference(tmp_path: Path) -> None:
     for seed in range(30):
         draw = random.Random(seed)
         names = [f"d{n}" for n in range(30)]

@@ -1,0 +1,349 @@
+"""The readers behind :mod:`invar_ray.text.benchmarks`: one function a format, a place for each question."""
+
+from __future__ import annotations
+
+import ast
+import json
+import posixpath
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from invar_ray.errors import DataError
+from invar_ray.schema import Document, Example
+from invar_ray.text.storage import InputFile, find_files, read_bytes, read_lines
+
+Item = tuple[str, Example | None, Sequence[Document]]
+"""Where it stands, the question (``None`` where only documents came), the documents that came with it."""
+
+_SPACE = re.compile(r"[\s,]*")
+_DESCRIPTION = re.compile(r'\(description (?:"((?:[^"\\]|\\.)*)"|([^()"]+))\)')
+
+
+# Reading JSON with places.
+
+
+def text_of(file: InputFile) -> str:
+    """The whole file as UTF-8 (a byte order mark is dropped).
+
+    Raises:
+        DataError: it cannot be read or is not UTF-8.
+    """
+    try:
+        return read_bytes(file).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file.uri} is not UTF-8 text (byte {error.object[error.start]:#04x} at offset {error.start})",
+            action="convert it to UTF-8",
+        ) from error
+
+
+def malformed(file: InputFile, error: json.JSONDecodeError) -> DataError:
+    """What to raise for text that is not JSON."""
+    return DataError(f"{file.uri}, line {error.lineno}: malformed JSON ({error.msg})", action="download it again")
+
+
+def json_lines(file: InputFile) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Objects of a JSON lines file with their places."""
+    for number, line in read_lines(file):
+        place = f"{file.uri}, line {number}"
+        try:
+            yield place, _object(json.loads(line), place)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place}: not UTF-8 text", action="convert the file to UTF-8") from error
+        except json.JSONDecodeError as error:
+            raise DataError(f"{place}: malformed JSON ({error.msg})", expected="one JSON object a line") from error
+
+
+def json_entries(file: InputFile) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Objects of one JSON list with their places, read one by one so that a fault has a line."""
+    text = text_of(file)
+    start = _skip(text, 0)
+    if not text.startswith("[", start):
+        raise DataError(f"{file.uri}: is no JSON list", expected="[{..}, ..]")
+    decoder, position, number, line, counted = json.JSONDecoder(), start + 1, 0, 1, 0
+    while True:
+        position = _skip(text, position)
+        line, counted = line + text.count("\n", counted, position), position
+        if text.startswith("]", position):
+            return
+        number += 1
+        place = f"{file.uri}, entry {number} (line {line})"
+        try:
+            value, position = decoder.raw_decode(text, position)
+        except json.JSONDecodeError as error:
+            raise DataError(
+                f"{place}: malformed JSON ({error.msg} in line {error.lineno})", action="download it again"
+            ) from error
+        yield place, _object(value, place)
+
+
+def json_object(file: InputFile) -> dict[str, Any]:
+    """A file that is one JSON object."""
+    try:
+        return _object(json.loads(text_of(file)), file.uri)
+    except json.JSONDecodeError as error:
+        raise malformed(file, error) from error
+
+
+# One function a format.
+
+
+def plain(file: InputFile) -> Iterator[Item]:
+    """The project's own form."""
+    for place, row in json_lines(file):
+        rewrites = _texts(row, "rewrites", place) if row.get("rewrites") is not None else ()
+        answers, positives = _texts(row, "answers", place), _texts(row, "positive_ids", place)
+        yield place, Example(_text(row, "id", place), _text(row, "question", place), answers, positives, rewrites), ()
+
+
+def nq_open(file: InputFile) -> Iterator[Item]:
+    """``{question, answer[]}`` a line."""
+    for number, (place, row) in enumerate(json_lines(file)):
+        id = str(row.get("id", _counted(file, number)))
+        yield place, Example(id, _text(row, "question", place), _texts(row, "answer", place), ()), ()
+
+
+def dpr_qa(file: InputFile) -> Iterator[Item]:
+    """``question<TAB>['answer', ..]`` a line; the list is a Python literal."""
+    for number, (place, cells) in enumerate(_table(file)):
+        if len(cells) != 2:
+            raise DataError(f"{place}: {len(cells)} columns", expected="2: the question and its list of answers")
+        try:
+            answers = ast.literal_eval(cells[1])
+        except (ValueError, SyntaxError) as error:
+            raise DataError(f"{place}: the answers {cells[1][:80]!r} are no list", expected="['..', ..]") from error
+        row = {"question": cells[0], "answers": answers}
+        yield (
+            place,
+            Example(_counted(file, number), _text(row, "question", place), _texts(row, "answers", place), ()),
+            (),
+        )
+
+
+def triviaqa(file: InputFile) -> Iterator[Item]:
+    """TriviaQA's own files; gold answers are the value, its aliases and human answers."""
+    for number, entry in enumerate(_list(json_object(file), "Data", file.uri)):
+        place = f"{file.uri}, Data[{number}]"
+        row = _object(entry, place)
+        answer = _object(row.get("Answer"), f"{place}, Answer")
+        texts = [_text(answer, "Value", place), *_texts(answer, "Aliases", place)]
+        texts += _texts(answer, "HumanAnswers", place) if "HumanAnswers" in answer else []
+        answers = tuple(dict.fromkeys(text for text in texts if text.strip()))
+        yield place, Example(_text(row, "QuestionId", place), _text(row, "Question", place), answers, ()), ()
+
+
+def popqa(file: InputFile) -> Iterator[Item]:
+    """PopQA's table; ``possible_answers`` is a JSON list."""
+    rows = _table(file)
+    _, header = next(rows, ("", []))
+    for name in ("id", "question", "possible_answers"):
+        if name not in header:
+            raise DataError(f"{file.uri}, line 1: the column {name!r} is missing", expected=f"it among {header[:20]}")
+    for place, cells in rows:
+        if len(cells) != len(header):
+            raise DataError(f"{place}: {len(cells)} columns", expected=f"{len(header)}, as in the header")
+        row: dict[str, Any] = dict(zip(header, cells, strict=True))
+        try:
+            row["possible_answers"] = json.loads(row["possible_answers"])
+        except json.JSONDecodeError as error:
+            raise DataError(f"{place}: possible_answers is not JSON ({error.msg})", expected='["..", ..]') from error
+        answers = _texts(row, "possible_answers", place)
+        yield place, Example(_text(row, "id", place), _text(row, "question", place), answers, ()), ()
+
+
+def squad(file: InputFile) -> Iterator[Item]:
+    """SQuAD 1.1 and 2.0; questions of 2.0 that cannot be answered are left out (their answers would be blank)."""
+    for a, article in enumerate(_list(json_object(file), "data", file.uri)):
+        at = f"{file.uri}, data[{a}]"
+        article = _object(article, at)
+        title = _text(article, "title", at)
+        for p, paragraph in enumerate(_list(article, "paragraphs", at)):
+            here = f"{at}.paragraphs[{p}]"
+            paragraph = _object(paragraph, here)
+            document = Document(f"{title}/{p}", title.replace("_", " "), _text(paragraph, "context", here), file.uri)
+            yield here, None, (document,)
+            for q, entry in enumerate(_list(paragraph, "qas", here)):
+                place = f"{here}.qas[{q}]"
+                row = _object(entry, place)
+                if row.get("is_impossible"):
+                    continue
+                given = [_text(_object(answer, place), "text", place) for answer in _list(row, "answers", place)]
+                answers = tuple(dict.fromkeys(given))
+                yield (
+                    place,
+                    Example(_text(row, "id", place), _text(row, "question", place), answers, (document.id,)),
+                    (),
+                )
+
+
+def hotpotqa(file: InputFile) -> Iterator[Item]:
+    """HotpotQA's distractor files; a document is a context paragraph, its id its title."""
+    for place, row in json_entries(file):
+        documents = []
+        for entry in _list(row, "context", place):
+            if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)):
+                raise DataError(f"{place}: a context is no pair", expected="[title, [sentences]]")
+            documents.append(Document(str(entry[0]), str(entry[0]), "".join(map(str, entry[1])).strip(), file.uri))
+        facts = _list(row, "supporting_facts", place)
+        gold = tuple(dict.fromkeys(str(fact[0]) for fact in facts if isinstance(fact, list) and fact))
+        answers = (_text(row, "answer", place),)
+        yield place, Example(_text(row, "_id", place), _text(row, "question", place), answers, gold), documents
+
+
+def webquestions(file: InputFile) -> Iterator[Item]:
+    """The original release, whose answers are ``(list (description ..) ..)``."""
+    for number, (place, row) in enumerate(json_entries(file)):
+        given = _DESCRIPTION.findall(_text(row, "targetValue", place))
+        answers = tuple(dict.fromkeys((quoted.replace('\\"', '"') or bare).strip() for quoted, bare in given))
+        yield place, Example(_counted(file, number), _text(row, "utterance", place), answers, ()), ()
+
+
+def entityquestions(file: InputFile) -> Iterator[Item]:
+    """``[{question, answers[]}]``."""
+    for number, (place, row) in enumerate(json_entries(file)):
+        id = str(row.get("id", _counted(file, number)))
+        yield place, Example(id, _text(row, "question", place), _texts(row, "answers", place), ()), ()
+
+
+def dpr(file: InputFile) -> Iterator[Item]:
+    """DPR's training files; documents are the passages of all its lists."""
+    for number, (place, row) in enumerate(json_entries(file)):
+        carried: dict[str, list[Document]] = {}
+        for kind in ("positive_ctxs", "negative_ctxs", "hard_negative_ctxs"):
+            carried[kind] = []
+            for context in _list(row, kind, place) if kind == "positive_ctxs" or kind in row else []:
+                context = _object(context, f"{place}, {kind}")
+                id = context.get("passage_id", context.get("psg_id"))
+                if id is None:
+                    raise DataError(f"{place}: a passage of {kind} has no id", expected="passage_id or psg_id")
+                text, title = _text(context, "text", place), str(context.get("title", ""))
+                carried[kind].append(Document(str(id), title, text, file.uri))
+        gold = tuple(dict.fromkeys(document.id for document in carried["positive_ctxs"]))
+        example = Example(_counted(file, number), _text(row, "question", place), _texts(row, "answers", place), gold)
+        yield place, example, [document for documents in carried.values() for document in documents]
+
+
+def kilt(file: InputFile) -> Iterator[Item]:
+    """KILT's question answering tasks; positives are Wikipedia page ids of its knowledge source."""
+    for place, row in json_lines(file):
+        answers: list[str] = []
+        gold: list[str] = []
+        for output in _list(row, "output", place):
+            output = _object(output, f"{place}, output")
+            if isinstance(output.get("answer"), str):
+                answers.append(output["answer"])
+            sources = output.get("provenance", [])
+            gold += [str(source["wikipedia_id"]) for source in sources if "wikipedia_id" in source]
+        id = str(row.get("id", ""))
+        if not id:
+            raise DataError(f"{place}: 'id' is missing", expected="a row with an id")
+        question = _text(row, "input", place)
+        yield place, Example(id, question, tuple(dict.fromkeys(answers)), tuple(dict.fromkeys(gold))), ()
+
+
+def is_beir(uri: str) -> bool:
+    """Whether ``uri`` is a folder with a corpus and queries."""
+    return not uri.lower().endswith((".json", ".jsonl", ".gz", ".tsv", ".csv")) and all(
+        _exists(f"{uri.rstrip('/')}/{name}.jsonl") for name in ("corpus", "queries")
+    )
+
+
+def beir(uri: str, split: str) -> Iterator[Item]:
+    """A BEIR folder: every document, and the queries that the split's qrels judge."""
+    root = uri.rstrip("/")
+    for place, row in json_lines(_one(f"{root}/corpus.jsonl")):
+        id = _text(row, "_id", place)
+        yield place, None, (Document(id, str(row.get("title", "")), _text(row, "text", place), f"{root}/corpus.jsonl"),)
+    names = [split, "test"] if split == "dev" else [split]
+    found = next((f"{root}/qrels/{name}.tsv" for name in names if _exists(f"{root}/qrels/{name}.tsv")), None)
+    if found is None:
+        raise DataError(f"{uri} has no qrels for {split}", expected=" or ".join(f"qrels/{name}.tsv" for name in names))
+    gold: dict[str, list[str]] = {}
+    for number, (place, cells) in enumerate(_table(_one(found))):
+        if number == 0 and cells[-1] == "score":
+            continue
+        if len(cells) != 3 or not cells[2].lstrip("-").isdigit():
+            raise DataError(f"{place}: {cells[:4]}", expected="query-id, corpus-id, score, parted by tabs")
+        if int(cells[2]) > 0:
+            gold.setdefault(cells[0], []).append(cells[1])
+    for place, row in json_lines(_one(f"{root}/queries.jsonl")):
+        id = _text(row, "_id", place)
+        if id in gold:
+            yield place, Example(id, _text(row, "text", place), (), tuple(dict.fromkeys(gold[id]))), ()
+
+
+# Fields.
+
+
+def _one(uri: str) -> InputFile:
+    return find_files(uri, "text")[0]
+
+
+def _exists(uri: str) -> bool:
+    try:
+        return bool(find_files(uri, "text"))
+    except DataError:
+        return False
+
+
+def _table(file: InputFile) -> Iterator[tuple[str, list[str]]]:
+    for number, line in read_lines(file):
+        place = f"{file.uri}, line {number}"
+        try:
+            yield place, [_unquoted(cell) for cell in line.decode("utf-8").rstrip("\r\n").split("\t")]
+        except UnicodeDecodeError as error:
+            raise DataError(f"{place}: not UTF-8 text", action="convert the file to UTF-8") from error
+
+
+def _unquoted(cell: str) -> str:
+    """A cell that a CSV writer put in quotes, without them."""
+    if len(cell) >= 2 and cell[0] == cell[-1] == '"':
+        return cell[1:-1].replace('""', '"')
+    return cell
+
+
+def _skip(text: str, position: int) -> int:
+    match = _SPACE.match(text, position)
+    return match.end() if match else position
+
+
+def _counted(file: InputFile, number: int) -> str:
+    """An id for a question that has none: the file's name and its place."""
+    return f"{posixpath.basename(file.name).split('.')[0]}-{number}"
+
+
+def _object(value: Any, place: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise DataError(f"{place}: is a {type(value).__name__}", expected="a JSON object")
+    return value
+
+
+def _text(row: dict[str, Any], name: str, place: str) -> str:
+    value = row.get(name)
+    if isinstance(value, int) and not isinstance(value, bool):
+        value = str(value)  # ids are numbers in some files
+    if not isinstance(value, str) or not value.strip():
+        got = "is missing" if name not in row else f"is {value!r}"[:80]
+        raise DataError(f"{place}: {name!r} {got}", expected="a string with text")
+    return value
+
+
+def _texts(row: dict[str, Any], name: str, place: str) -> tuple[str, ...]:
+    value = row.get(name)
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in _items(value)):
+        got = "is missing" if name not in row else f"is {value!r}"[:80]
+        raise DataError(f"{place}: {name!r} {got}", expected="a list of strings")
+    return tuple(dict.fromkeys(value))
+
+
+def _list(row: dict[str, Any], name: str, place: str) -> list[Any]:
+    value = row.get(name)
+    if not isinstance(value, list):
+        got = "is missing" if name not in row else f"is a {type(value).__name__}"
+        raise DataError(f"{place}: {name!r} {got}", expected="a list")
+    return value
+
+
+def _items(value: Iterable[Any]) -> Iterable[Any]:
+    return value

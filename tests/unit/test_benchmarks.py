@@ -1,0 +1,295 @@
+"""Public benchmarks in the form they are published in: small files of each, and what is wrong with broken ones."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from invar_ray.cli import app
+from invar_ray.config import load_config
+from invar_ray.errors import DataError
+from invar_ray.indexing.questions import read_examples_of, refuse_unanswerable
+from invar_ray.schema import Document, Example
+from invar_ray.text.benchmarks import Benchmark, convert_benchmark, detect_format, read_benchmark
+from invar_ray.text.readers import read_documents, read_examples
+
+SQUAD = {
+    "version": "v2.0",
+    "data": [
+        {
+            "title": "Old_Harbour",
+            "paragraphs": [
+                {
+                    "context": "The harbour was dug in 1702.",
+                    "qas": [
+                        {
+                            "id": "s1",
+                            "question": "When was it dug?",
+                            "answers": [{"text": "1702", "answer_start": 23}] * 2,
+                        },
+                        {"id": "s2", "question": "Who dug it?", "is_impossible": True, "answers": []},
+                    ],
+                },
+                {"context": "No question is about this.", "qas": []},
+            ],
+        }
+    ],
+}
+TRIVIA = {
+    "Data": [
+        {
+            "QuestionId": "tc_1",
+            "Question": "Which sea is it?",
+            "Answer": {"Value": "The Inner Sea", "Aliases": ["Inner Sea", "The Inner Sea"], "NormalizedAliases": ["x"]},
+        }
+    ]
+}
+HOTPOT = [
+    {
+        "_id": "h1",
+        "question": "Is A older than B?",
+        "answer": "yes",
+        "supporting_facts": [["A", 0], ["B", 1], ["A", 1]],
+        "context": [["A", ["A is old. ", "Very."]], ["B", ["B is new."]], ["C", ["C is else."]]],
+    }
+]
+DPR = [
+    {
+        "dataset": "nq_train",
+        "question": "who made it",
+        "answers": ["Ada"],
+        "positive_ctxs": [{"title": "It", "text": "Ada made it.", "passage_id": "7", "score": 1}],
+        "negative_ctxs": [],
+        "hard_negative_ctxs": [{"title": "Other", "text": "Bram made another.", "psg_id": 9}],
+    }
+]
+WEB = [
+    {
+        "url": "http://x",
+        "utterance": "who leads?",
+        "targetValue": '(list (description "Jo \\"J\\" May") (description Ann) (description "Jo \\"J\\" May"))',
+    }
+]
+KILT = [
+    {
+        "id": "k1",
+        "input": "who wrote it",
+        "output": [
+            {"answer": "Cora", "provenance": [{"wikipedia_id": "12", "title": "It"}]},
+            {"answer": "C. Fisk"},
+            {"provenance": [{"wikipedia_id": "12"}, {"wikipedia_id": "13"}]},
+        ],
+    }
+]
+OWN = {"id": "o1", "question": "Why?", "answers": ["so"], "positive_ids": ["d"], "rewrites": ["How come?"]}
+POPQA = (
+    "id\tsubj\tprop\tquestion\tpossible_answers\ts_pop\n"
+    '42\tDag\toccupation\tWhat does Dag do?\t"[""smith"", ""farrier""]"\t7\n'
+)
+
+
+def lines(*rows: Any) -> str:
+    return "".join(json.dumps(row) + "\n" for row in rows)
+
+
+FILES: dict[str, tuple[str, str, Example, int]] = {
+    "squad": ("dev.json", json.dumps(SQUAD), Example("s1", "When was it dug?", ("1702",), ("Old_Harbour/0",)), 2),
+    "triviaqa": (
+        "unfiltered-web-dev.json",
+        json.dumps(TRIVIA),
+        Example("tc_1", "Which sea is it?", ("The Inner Sea", "Inner Sea"), ()),
+        0,
+    ),
+    "hotpotqa": ("hotpot.json", json.dumps(HOTPOT), Example("h1", "Is A older than B?", ("yes",), ("A", "B")), 3),
+    "dpr": (
+        "biencoder-nq-dev.json",
+        json.dumps(DPR),
+        Example("biencoder-nq-dev-0", "who made it", ("Ada",), ("7",)),
+        2,
+    ),
+    "webquestions": ("web.json", json.dumps(WEB), Example("web-0", "who leads?", ('Jo "J" May', "Ann"), ()), 0),
+    "entityquestions": (
+        "P19.test.json",
+        json.dumps([{"question": "Where was Ada born?", "answers": ["Elvay"]}]),
+        Example("P19-0", "Where was Ada born?", ("Elvay",), ()),
+        0,
+    ),
+    "nq-open": (
+        "NQ-open.dev.jsonl",
+        lines({"question": "when is it", "answer": ["in May", "May", "May"]}),
+        Example("NQ-open-0", "when is it", ("in May", "May"), ()),
+        0,
+    ),
+    "kilt": ("nq-dev-kilt.jsonl", lines(*KILT), Example("k1", "who wrote it", ("Cora", "C. Fisk"), ("12", "13")), 0),
+    "dpr-qa": (
+        "trec-test.csv",
+        "how high is it?\t['1,?312 feet', \"it's low\"]\n",
+        Example("trec-test-0", "how high is it?", ("1,?312 feet", "it's low"), ()),
+        0,
+    ),
+    "popqa": ("popQA.tsv", POPQA, Example("42", "What does Dag do?", ("smith", "farrier"), ()), 0),
+    "jsonl": ("own.jsonl", lines(OWN), Example("o1", "Why?", ("so",), ("d",), ("How come?",)), 0),
+}
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", FILES)
+def test_each_format_is_detected_and_read(tmp_path: Path, name: str, packed: bool) -> None:
+    file, text, wanted, documents = FILES[name]
+    path = tmp_path / (file + ".gz" * packed)
+    path.write_bytes(gzip.compress(text.encode()) if packed else text.encode())
+    found = read_benchmark(str(path))
+    assert found.format == name == detect_format(str(path))
+    assert found.examples == [wanted]
+    assert len(found.documents) == documents
+    assert read_benchmark(str(path), name) == found
+    assert {example_id for e in found.examples for example_id in e.positive_ids} <= {d.id for d in found.documents} or (
+        name in {"kilt", "jsonl"}
+    )
+
+
+def test_documents_carry_their_text(tmp_path: Path) -> None:
+    def of(name: str) -> list[Document]:
+        file, text, _, _ = FILES[name]
+        (tmp_path / file).write_text(text)
+        return read_benchmark(str(tmp_path / file)).documents
+
+    assert [(d.id, d.title, d.text) for d in of("squad")] == [
+        ("Old_Harbour/0", "Old Harbour", "The harbour was dug in 1702."),
+        ("Old_Harbour/1", "Old Harbour", "No question is about this."),
+    ]
+    assert [d.text for d in of("hotpotqa")] == ["A is old. Very.", "B is new.", "C is else."]
+    assert [(d.id, d.title) for d in of("dpr")] == [("7", "It"), ("9", "Other")]
+
+
+def beir(folder: Path, qrels: str = "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t0\nq1\td3\t2\n") -> Path:
+    (folder / "qrels").mkdir(parents=True)
+    (folder / "corpus.jsonl").write_text(
+        lines(*({"_id": f"d{n}", "title": "T", "text": f"text {n}"} for n in (1, 2, 3)))
+    )
+    (folder / "queries.jsonl").write_text(lines({"_id": "q1", "text": "which?"}, {"_id": "q2", "text": "unjudged"}))
+    (folder / "qrels" / "test.tsv").write_text(qrels)
+    return folder
+
+
+def test_beir(tmp_path: Path) -> None:
+    found = read_benchmark(str(beir(tmp_path / "scifact")))
+    assert found == Benchmark("beir", [Example("q1", "which?", (), ("d1", "d3"))], found.documents)
+    assert [d.id for d in found.documents] == ["d1", "d2", "d3"]
+    with pytest.raises(DataError, match=r"no qrels for train.*qrels/train\.tsv"):
+        read_benchmark(str(tmp_path / "scifact"), split="train")
+    with pytest.raises(DataError, match=r"test\.tsv, line 2: \['q1', 'd1'\]"):
+        read_benchmark(str(beir(tmp_path / "other", "query-id\tcorpus-id\tscore\nq1\td1\n")))
+
+
+FAULTS = [
+    ("nq-open", "x.jsonl", '{"question": "a", "answer": ["b"]}\n{"question"', r"x\.jsonl, line 2: malformed JSON"),
+    ("nq-open", "x.jsonl", '{"question": "a", "answer": "b"}', r"line 1: 'answer' is 'b'.*a list of strings"),
+    ("nq-open", "x.jsonl", '{"question": "a", "answer": []}', r"line 1: the question has no answer"),
+    ("nq-open", "x.jsonl", '{"question": " ", "answer": ["b"]}', r"line 1: 'question' is ' '"),
+    ("nq-open", "x.jsonl", "[1]", r"line 1: is a list.*JSON object"),
+    ("nq-open", "x.jsonl", "", r"holds no question"),
+    ("kilt", "x.jsonl", lines(KILT[0], KILT[0]), r"line 2: the id 'k1' is taken by .*x\.jsonl, line 1"),
+    (
+        "entityquestions",
+        "x.json",
+        '[\n{"question": "a", "answers": ["b"]},\n{"question": "c"}\n]',
+        r"entry 2 \(line 3\)",
+    ),
+    (
+        "entityquestions",
+        "x.json",
+        '[\n{"question": "a",\n "answers" ["b"]}]',
+        r"entry 1 \(line 2\): malformed JSON .*line 3",
+    ),
+    ("entityquestions", "x.json", '{"question": "a"}', r"is no JSON list"),
+    (
+        "squad",
+        "x.json",
+        '{"data": [{"title": "T", "paragraphs": [{"qas": []}]}]}',
+        r"data\[0\]\.paragraphs\[0\]: 'context'",
+    ),
+    ("squad", "x.json", '{"data"\n: x}', r"x\.json, line 2: malformed JSON"),
+    ("triviaqa", "x.json", '{"Data": [{"QuestionId": "1", "Question": "a"}]}', r"Data\[0\], Answer: is a NoneType"),
+    ("hotpotqa", "x.json", json.dumps([HOTPOT[0] | {"context": [["A"]]}]), r"a context is no pair"),
+    (
+        "hotpotqa",
+        "x.json",
+        json.dumps([HOTPOT[0], HOTPOT[0] | {"_id": "h2", "context": [["A", ["else"]]]}]),
+        r"two texts",
+    ),
+    ("dpr", "x.json", json.dumps([DPR[0] | {"positive_ctxs": [{"text": "a"}]}]), r"has no id"),
+    ("webquestions", "x.json", json.dumps([WEB[0] | {"targetValue": "(list)"}]), r"no answer"),
+    ("dpr-qa", "x.csv", "question\n", r"line 1: 1 columns"),
+    ("dpr-qa", "x.csv", "question\t['a'\n", r"line 1: the answers .* are no list"),
+    ("dpr-qa", "x.csv", "question\t__import__('os')\n", r"are no list"),
+    ("popqa", "x.tsv", "id\tquestion\n1\ta\n", r"the column 'possible_answers' is missing"),
+    ("popqa", "x.tsv", POPQA + "43\ta\n", r"line 3: 2 columns.*6, as in the header"),
+    ("popqa", "x.tsv", POPQA.replace("[", "("), r"line 2: possible_answers is not JSON"),
+]
+
+
+@pytest.mark.parametrize("format, name, text, message", FAULTS, ids=[f"{f}-{n}" for n, (f, *_) in enumerate(FAULTS)])
+def test_faults_name_file_and_place(tmp_path: Path, format: str, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(DataError, match=message) as caught:
+        read_benchmark(str(tmp_path / name), format)
+    assert name in str(caught.value)
+
+
+def test_what_cannot_be_read_is_one_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no file or folder"):
+        read_benchmark(str(tmp_path / "gone.json"))
+    with pytest.raises(DataError, match="no benchmark format 'other'"):
+        read_benchmark(str(tmp_path / "gone.json"), "other")
+    (tmp_path / "odd.json").write_text('[{"name": 1}]')
+    with pytest.raises(DataError, match="tells no known format"):
+        detect_format(str(tmp_path / "odd.json"))
+    (tmp_path / "cut.json.gz").write_bytes(gzip.compress(json.dumps(SQUAD).encode())[:60])
+    with pytest.raises(DataError, match=r"cut\.json\.gz cannot be read"):
+        read_benchmark(str(tmp_path / "cut.json.gz"))
+    (tmp_path / "latin.tsv").write_bytes("id\tquestion\tpossible_answers\n1\tcaf\xe9\t[]\n".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.tsv, line 2: not UTF-8"):
+        read_benchmark(str(tmp_path / "latin.tsv"))
+
+
+def test_unusable_questions_are_left_out_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    rows = [{"id": 1, "question": "a", "answer": ["b"]}, {"id": 1, "question": "c", "answer": ["d"]}]
+    (tmp_path / "x.jsonl").write_text(lines(*rows, {"id": 2, "question": "e", "answer": [" "]}))
+    found = read_benchmark(str(tmp_path / "x.jsonl"), skip_unusable=True)
+    assert [example.id for example in found.examples] == ["1"]
+    assert "2 questions without an answer or with a taken id" in caplog.text
+
+
+def test_converted_files_are_read_by_the_projects_own_readers(tmp_path: Path) -> None:
+    (tmp_path / "dev.json").write_text(json.dumps(SQUAD))
+    result = CliRunner().invoke(app, ["convert", str(tmp_path / "dev.json"), str(tmp_path / "out")])
+    assert result.exit_code == 0, result.output
+    assert "squad: 1 questions and 2 documents" in result.output
+    examples = read_benchmark(str(tmp_path / "dev.json")).examples
+    assert read_examples(str(tmp_path / "out" / "questions.jsonl")) == examples
+    assert [d.id for d in read_documents(str(tmp_path / "out" / "corpus.jsonl"))] == ["Old_Harbour/0", "Old_Harbour/1"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot write"):
+        convert_benchmark(str(tmp_path / "dev.json"), tmp_path / "file")
+
+
+def test_a_recipe_names_a_benchmark_as_it_is(tmp_path: Path) -> None:
+    (tmp_path / "web.json").write_text(json.dumps(WEB))
+    (tmp_path / "own").mkdir()
+    (tmp_path / "own" / "a.jsonl").write_text(lines(OWN))
+    overrides = [f"questions.dev_uri={tmp_path / 'web.json'}", f"questions.train_uri={tmp_path / 'own'}"]
+    config = load_config("tiny", overrides)
+    dev, train = read_examples_of(config, "dev"), read_examples_of(config, "train")
+    assert dev[0].answers == ('Jo "J" May', "Ann")
+    assert train[0].id == "o1"
+    refuse_unanswerable(dev, {"d"}, "dev")  # names no gold document: measured by its answers
+    with pytest.raises(DataError, match="1 of 1 train questions"):
+        refuse_unanswerable(dev, {"d"}, "train")
+    with pytest.raises(DataError, match="1 of 1 dev questions"):
+        refuse_unanswerable(train, {"other"}, "dev")

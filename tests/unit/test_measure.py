@@ -1,0 +1,178 @@
+"""Hits and answers into columns, by hand; the baselines' hits from real artifacts."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+
+from invar_ray.artifacts import Artifact
+from invar_ray.errors import MixedArtifactsError
+from invar_ray.evaluating.answering import Answered, System, answer_tasks, load_gold
+from invar_ray.evaluating.baselines import bm25_plan, build_bm25_hits, build_fused_hits, fused_plan
+from invar_ray.evaluating.hits import FoundFamily, SearchBlock, SearchMode, hits_plan, load_hits, load_wordings
+from invar_ray.evaluating.measure import (
+    answer_columns,
+    between_questions,
+    change_column,
+    probability,
+    retrieval_columns,
+)
+from invar_ray.evaluation.scoring import answer_rule
+from invar_ray.retrieval.fusion import fuse_hits, query_rewrites
+from invar_ray.schema import Hit
+from tests.support import World, world
+
+RULE = answer_rule("squad")
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory) -> World:
+    return world(tmp_path_factory)
+
+
+def hits(names: str) -> tuple[Hit, ...]:
+    """Passages of the documents named; two passages of one document are two letters."""
+    return tuple(Hit(f"{n}{rank}", n, rank, 0.5, n, f"text {n}") for rank, n in enumerate(names, start=1))
+
+
+def family(name: str, *lists: str, gold: str = "g", answers: tuple[str, ...] = ("g",)) -> FoundFamily:
+    return FoundFamily(
+        name, tuple(f"{name}{n}" for n in range(len(lists))), answers, tuple(gold), tuple(map(hits, lists))
+    )
+
+
+def test_retrieval_by_hand() -> None:
+    # Document a fills two passages before g: g's rank is 2.
+    columns = retrieval_columns([family("p", "aagb", "gab"), family("q", "xyz", "xyz", gold="")], 2, 5, RULE)
+    assert columns["recall_at_1"] == [0.0, None]
+    assert columns["recall_at_5"] == [1.0, None]
+    assert "recall_at_20" not in columns
+    assert columns["mrr_at_10"] == [0.5, None]
+    assert columns["ndcg_at_10"] == [pytest.approx(1 / math.log2(3)), None]
+    assert columns["map"] == [0.5, None]
+    assert columns["worst_recall_at_1"] == [0.0, None]
+    assert columns["overlap_at_2"] == [1.0, 1.0]
+    assert columns["change_by_rewrite_at_2"] == [0.0, 0.0]
+    # The answer "g" stands in the third passage of the first, and in none of the second.
+    assert columns["answer_recall_at_5"] == [1.0, 0.0]
+    assert columns["gold_rank_std"] == [0.5, None]
+
+
+def test_questions_without_answers_or_hits() -> None:
+    columns = retrieval_columns([family("p", "", "g", answers=())], 5, 20, RULE)
+    assert columns["answer_recall_at_5"] == [None]
+    assert columns["recall_at_20"] == [0.0]
+    assert columns["overlap_at_5"] == [0.0]
+    assert between_questions([family("p", "a")], 5) is None
+
+
+def test_change_by_hand() -> None:
+    first = [family("p", "abc", "x"), family("q", "abc")]
+    second = [family("p", "abd", "y"), family("q", "abc")]
+    assert change_column(first, second, 3) == [0.5, 0.0]  # of the anchors: 2 shared of 4
+    with pytest.raises(ValueError, match="different questions"):
+        change_column(first, second[::-1], 3)
+
+
+def said(text: str, cited: str = "", shown: str = "ga", refused: bool = False) -> Answered:
+    return Answered(text, refused, -0.5, tuple(cited), tuple(shown), 0.1)
+
+
+def test_answers_by_hand() -> None:
+    families = [family("p", "ga", "ag", "ag"), family("q", "ab", "ab"), family("r", "ab", gold="")]
+    answers = [
+        [said("G", "ga"), said("g"), said("other")],
+        [said("I do not know", shown="ab", refused=True), said("g")],
+        [said("the g is it", "a", shown="ab")],
+    ]
+    columns = answer_columns(families, answers, RULE)
+    assert columns["exact_match"] == [1.0, 0.0, 0.0]
+    assert columns["accuracy"] == [1.0, 0.0, 1.0]
+    assert columns["abstained"] == [0.0, 1.0, 0.0]
+    assert columns["flip_rate"] == [0.5, None, None]  # the second's anchor is wrong, the third has no rewording
+    assert columns["citation_precision"] == [0.5, None, None]
+    assert columns["citation_recall"] == [1.0, None, None]
+    assert probability(said("x")) == pytest.approx(math.exp(-0.5))
+    assert probability(Answered("x", False, None, (), (), 0.1)) is None
+
+
+def made(small: World, name: str) -> Artifact:
+    plan = bm25_plan(small.config, small.passages, small.questions, "dev", 5)
+    bm25 = small._get(plan, lambda building: build_bm25_hits(building, small.passages, small.questions))
+    if name == "bm25":
+        return bm25
+    parts = [bm25, bm25]
+    return small._get(fused_plan(name, parts, "dev", 3), lambda building: build_fused_hits(building, parts))
+
+
+def test_bm25_finds_the_islands(small: World) -> None:
+    families = load_hits(made(small, "bm25"))
+    examples, wordings = load_wordings(small.questions, "dev")
+    assert [f.question_id for f in families] == [example.id for example in examples]
+    assert [list(f.wordings) for f in families] == [wordings[example.id] for example in examples]
+    columns = retrieval_columns(families, 5, 5, RULE)
+    assert sum(columns["recall_at_5"]) == len(examples)  # type: ignore[arg-type]
+    assert all(len(found) == 5 for f in families for found in f.hits)
+
+
+def test_a_list_fused_with_itself_stays(small: World) -> None:
+    alone, fused = load_hits(made(small, "bm25")), load_hits(made(small, "twice"))
+    for one, both in zip(alone, fused, strict=True):
+        assert [[h.passage_id for h in found[:3]] for found in one.hits] == [
+            [h.passage_id for h in found] for found in both.hits
+        ]
+
+
+def test_hits_of_other_questions_are_not_fused(small: World) -> None:
+    dev = made(small, "bm25")
+    train = small._get(
+        bm25_plan(small.config, small.passages, small.questions, "train", 5),
+        lambda building: build_bm25_hits(building, small.passages, small.questions),
+    )
+    with pytest.raises(MixedArtifactsError, match="other questions"):
+        small._get(fused_plan("mixed", [dev, train], "dev", 3), lambda b: build_fused_hits(b, [dev, train]))
+
+
+def test_search_fused_over_rewrites_of_each_wording_alone(small: World) -> None:
+    index, wording = small.base_index, "What do farmers grow on Kelda?"
+    plain = SearchBlock(index.uri, 4, "fp32")
+    fused = SearchBlock(index.uri, 4, "fp32", num_rewrites=2, seed=3)
+    alone = fused({"block": 0, "wordings": [[wording]]})["hits"][0][0]
+    beside = fused({"block": 0, "wordings": [["Which crop comes from Lunna?", wording]]})["hits"][0][1]
+    assert alone == beside, "what another wording of the family says must not matter"
+    texts = [wording, *query_rewrites(wording, 2, 3)]
+    lists = plain({"block": 0, "wordings": [texts]})["hits"][0]
+    wanted = fuse_hits([[Hit(**hit) for hit in found] for found in lists], 4)
+    assert [hit["passage_id"] for hit in alone] == [hit.passage_id for hit in wanted]
+
+
+def test_exact_search_equals_a_flat_index(small: World) -> None:
+    approximate = small.index("ivf", small.base_spec, None, "IVF2,Flat")
+    row = {"block": 0, "wordings": [["What do farmers grow on Kelda?", "Where does the ferry leave?"]]}
+    exact = SearchBlock(approximate.uri, 5, "fp32", exact=True)(row)["hits"]
+    flat = SearchBlock(small.base_index.uri, 5, "fp32")(row)["hits"]
+    ids = [[[hit["passage_id"] for hit in found] for found in block[0]] for block in (exact, flat)]
+    assert ids[0] == ids[1]
+
+
+def test_the_mode_is_in_the_fingerprint_only_where_it_acts(small: World) -> None:
+    def plan(mode: SearchMode) -> str:
+        return hits_plan(small.config, small.base_index, small.questions, "dev", 5, mode).fingerprint
+
+    modes = [SearchMode(), SearchMode(2), SearchMode(3), SearchMode(exact=True), SearchMode(precision="bf16")]
+    assert len({plan(mode) for mode in modes}) == len(modes)
+
+
+def test_gold_documents_make_the_oracle_rows(small: World, tmp_path: Path) -> None:
+    bm25 = made(small, "bm25")
+    families = load_hits(bm25)[:2]
+    documents = load_gold(small.passages, families)
+    assert set(documents) == {name for f in families for name in f.positive_ids}
+    system = System("base", bm25, "", shows_bounds=True)
+    tasks = answer_tasks(system, families, documents, small.config)
+    assert [task.label for task in tasks] == ["base", "base, closed book", "base, oracle passage"]
+    assert [hit.document_id for hit in tasks[2].prompts[0][0][1]] == list(families[0].positive_ids)
+    assert tasks[1].prompts[0][0] == (families[0].wordings[0], [])
+    assert answer_tasks(System("BM25", bm25, None), families, documents, small.config) == []
