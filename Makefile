@@ -64,8 +64,8 @@ fix: $(STAMP) ## format and repair what ruff can repair
 bench: $(STAMP) ## all benchmarks, in sequence (results go to runs/benchmarks)
 	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
-parity: $(STAMP) ## only the tests that hold our numbers against a reference or against another path
-	@$(BIN)/python -m pytest -m "not slow and not gpu and not realdata" -k "parity or reference or equal or same" $(PYTEST_ARGS)
+parity: $(STAMP) ## gradients on 1, 2 and 4 ranks, every ZeRO stage and switch, against one process (writes docs/parity.md)
+	@$(BIN)/python -m tests.distributed.parity --out docs/parity.md
 
 clean: ## remove caches and build output; keeps .venv and runs
 	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -414,6 +414,10 @@ class ScaleConfig:
     """DeepSpeed ZeRO stage."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (non-reentrant)."""
+    train_tokens_per_chunk: int | None = None
+    """Token budget (padding included) of one training pass through the model; a larger share of the global batch is
+    taken in parts: GradCache in stage 1, gradient accumulation in stage 2, both exact.  Memory is then bounded by this
+    and not by the global batch, at the price of one forward more in stage 1.  ``null`` takes everything at once."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     max_failures: int = 2
@@ -658,6 +662,7 @@ def _cross_checks(config: Config) -> list[str]:
         "evaluation.num_reworded_answers": (config.evaluation.num_reworded_answers, 0),
         "retriever.num_hard_negatives": (config.retriever.num_hard_negatives, 0),
         "retriever.optimizer.warmup_steps": (config.retriever.optimizer.warmup_steps, 0),
+        "scale.train_tokens_per_chunk": (config.scale.train_tokens_per_chunk, 1),
         "generator.optimizer.warmup_steps": (config.generator.optimizer.warmup_steps, 0),
     }
     for key, (given, least) in at_least.items():

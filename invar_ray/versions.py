@@ -43,7 +43,7 @@ _PARSING = (
     "invar_ray.text.formats.html",
     "invar_ray.text.places",
 )
-_TRAINING = ("invar_ray.training.worker", "invar_ray.training.engine", "invar_ray.training.stages")
+_TRAINING = ("invar_ray.training.worker", "invar_ray.training.engine", "invar_ray.training.stage")
 
 STEPS: dict[str, StepCode] = {
     "model": StepCode(1, ("invar_ray.models.tiny",)),
@@ -89,12 +89,14 @@ STEPS: dict[str, StepCode] = {
         (
             *_TRAINING,
             *_ENCODING,
+            "invar_ray.training.retriever_stage",
             "invar_ray.training.batches",
             "invar_ray.losses.contrastive",
             "invar_ray.losses.alignment",
             "invar_ray.losses.invariance",
             "invar_ray.losses.masks",
             "invar_ray.losses.gather",
+            "invar_ray.losses.gradcache",
             "invar_ray.losses.risk",
             "invar_ray.losses.reduce",
             "invar_ray.text.answers",
@@ -117,6 +119,7 @@ STEPS: dict[str, StepCode] = {
         1,
         (
             *_TRAINING,
+            "invar_ray.training.generator_stage",
             "invar_ray.training.sequences",
             "invar_ray.models.generator",
             "invar_ray.models.adapters",

@@ -6,6 +6,8 @@ Gradients are averaged over ranks; a loss that is the local rows' share of the g
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +49,14 @@ def init_distributed(use_gpu: bool) -> None:
     deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
 
 
+def largest_over_ranks(count: int) -> int:
+    """The largest of the ranks' numbers, on all of them."""
+    device = torch.device("cuda") if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
+    largest = torch.tensor(count, device=device)
+    torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
+    return int(largest)
+
+
 class Engine:
     """A module under DeepSpeed with AdamW.
 
@@ -86,7 +96,18 @@ class Engine:
 
     def backward(self, loss: Tensor) -> None:
         """Gradients of ``loss``, averaged over ranks when :meth:`step` comes."""
-        self._engine.backward(loss)
+        self._engine.backward(loss, scale_wrt_gas=False)
+
+    @contextlib.contextmanager
+    def accumulation(self) -> Iterator[None]:
+        """Inside, :meth:`backward` calls add up; they are reduced over ranks once, on leaving.  One block a step."""
+        if self.zero_stage > 0:
+            with self._engine.coalesce_grad_reduction():
+                yield
+            return
+        with self._engine.no_sync():
+            yield
+        self._engine.allreduce_gradients()
 
     def step(self, learning_rate: float) -> float:
         """One AdamW step. Returns the gradient norm before clipping."""

@@ -16,8 +16,9 @@ from invar_ray.config import Config, OptimizerConfig
 from invar_ray.errors import DataError
 from invar_ray.progress import Progress
 from invar_ray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from invar_ray.training.engine import Engine, init_distributed
-from invar_ray.training.stages import STAGES, Metrics, Stage
+from invar_ray.training.engine import Engine, init_distributed, largest_over_ranks
+from invar_ray.training.stage import Chunking, Metrics, Stage
+from invar_ray.training.stages import STAGES
 
 _SEED_STRIDE = 1_000_003
 
@@ -60,8 +61,7 @@ def train_worker(payload: dict[str, Any]) -> int:
         # Dropout is a function of (seed, step, rank): a resumed run repeats the masks of the one that was cut off.
         torch.manual_seed(config.seed * _SEED_STRIDE + step * 1009 + rank)
         rate = learning_rate(optimizer, step, stage.steps)
-        loss, metrics = stage.loss(engine, step)
-        engine.backward(loss)
+        metrics = step_gradients(stage, engine, step, config.scale.train_tokens_per_chunk)
         norm = engine.step(rate)
         averaged = _mean_over_ranks(metrics, device)
         _refuse_nan(averaged, step)
@@ -72,6 +72,20 @@ def train_worker(payload: dict[str, Any]) -> int:
         if (step + 1) % config.scale.checkpoint_every == 0 or step + 1 == stage.steps:
             _report(engine, stage, Checkpoint(step + 1, engine.state(), log), payload["run"], rank)
     return first
+
+
+def step_gradients(stage: Stage, engine: Engine, step: int, tokens_per_chunk: int | None) -> Metrics:
+    """Leave the step's averaged gradients in the engine; this rank's numbers.
+
+    Args:
+        tokens_per_chunk: ``None`` takes the whole share of this rank at once.
+    """
+    if tokens_per_chunk is None:
+        loss, metrics = stage.loss(engine, step)
+        engine.backward(loss)
+        return metrics
+    with engine.accumulation():
+        return stage.accumulate(engine, step, Chunking(tokens_per_chunk, largest_over_ranks, engine.backward))
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:

@@ -1,27 +1,37 @@
-"""One rank of the engine tests: ``python engine_worker.py ROOT OUT RANK WORLD``.
+"""One rank of the engine tests: ``python engine_worker.py ROOT OUT RANK WORLD GRID``.
 
 World 1 makes the small store below ROOT and writes metrics and gradients of every case by plain autograd, without
-DeepSpeed: the reference.  More ranks do the same through the engine under each ZeRO stage (OUT/parity-*), then train
-without interruption and through a checkpoint on disk, and write both ends (OUT/state-*).  The process group comes from
-the environment (MASTER_ADDR, ...).
+DeepSpeed: the reference.  Through the engine each ZeRO stage computes every case, GradCache and gradient checkpointing
+on and off (OUT/parity-*): with GRID ``full`` in all combinations on 1 rank too, with ``pairwise`` on more ranks and so
+that any two of (loss, ZeRO stage, GradCache and checkpointing) meet.  On more ranks, ``pairwise`` also trains without
+interruption and through a checkpoint on disk, and writes both ends (OUT/state-*).  The process group comes from the
+environment (MASTER_ADDR, ...).
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from small_store import SmallStore, small_store
 from torch import Tensor
 
 from invar_ray.config import Config
-from invar_ray.training.stages import GeneratorStage, RetrieverStage
+from invar_ray.training import retriever_stage
+from invar_ray.training.generator_stage import GeneratorStage
+from invar_ray.training.retriever_stage import RetrieverStage
+from tests.distributed.small_store import SmallStore, small_store
 
-ZERO_STAGES = (0, 2, 3)
+ZERO_STAGES = (0, 1, 2, 3)
+STATE_ZERO_STAGES = (0, 2, 3)
+# (GradCache, gradient checkpointing)
+MODES = ((False, False), (True, True), (True, False), (False, True))
+# With the first budget queries are one chunk and passages are several, with the second both are several.
+CHUNK_TOKENS = (400, 120)
 STEP = 3  # of the batch; not 0, where the invariance loss has no weight
 ALONE: dict[str, Any] = {"alignment_weight": 0.0, "invariance_weight": 0.0, "risk_variance_weight": 0.0}
 # The contrastive loss is always on: the weights let the other one stand out.
@@ -78,29 +88,114 @@ def plain_gradients(stage: Any, loss: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def parity(small: SmallStore, out: Path, rank: int, world: int) -> None:
-    for zero_stage in ZERO_STAGES if world > 1 else (None,):
+def modes_of(grid: str, case: int, zero_stage: int) -> Sequence[tuple[bool, bool]]:
+    """All modes, or the one of a Latin square, in which each case and each ZeRO stage meets every mode."""
+    return MODES if grid == "full" else (MODES[(case + zero_stage) % len(MODES)],)
+
+
+def cell(case: str, mode: tuple[bool, bool]) -> str:
+    return f"{case}|{'cache' if mode[0] else 'plain'},{'recompute' if mode[1] else 'keep'}"
+
+
+def gradients_of(stage: Any, engine: Any, tokens: int | None) -> tuple[dict[str, Tensor], dict[str, float]]:
+    from invar_ray.training.worker import step_gradients
+
+    if engine is None:
+        loss, metrics = stage.loss(stage.module, STEP)
+        return plain_gradients(stage, loss), metrics
+    metrics = step_gradients(stage, engine, STEP, tokens)
+    found = engine.gradients()
+    engine.step(0.0)  # changes nothing, clears the gradients
+    return found, metrics
+
+
+def counted_chunks() -> list[tuple[int, int]]:
+    """Where pairs of (this rank's chunks, those that all ranks run) are put from now on."""
+    from invar_ray.training import engine, worker
+
+    counts: list[tuple[int, int]] = []
+
+    def counting(count: int) -> int:
+        counts.append((count, engine.largest_over_ranks(count)))
+        return counts[-1][1]
+
+    worker.largest_over_ranks = counting
+    return counts
+
+
+def recomputing(stage: Any, on: bool) -> None:
+    model = stage.module.causal_lm
+    if on:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    else:
+        model.gradient_checkpointing_disable()
+
+
+def parity(small: SmallStore, out: Path, rank: int, world: int, grid: str, engines: bool) -> None:
+    for zero_stage in ZERO_STAGES if engines else (None,):
         found: dict[str, Tensor] = {}
+        counts = counted_chunks() if engines else []
         for name, cases in (("retriever", RETRIEVER_CASES), ("generator", GENERATOR_CASES)):
             stage = make_stage(name, small, small.config, rank, world)
             disturb(stage.module)
             engine = None if zero_stage is None else make_engine(stage, zero_stage, 0.0)
-            for case, settings in cases.items():
+            for number, (case, settings) in enumerate(cases.items()):
                 stage.config = with_settings(small.config, name, settings)
-                loss, metrics = stage.loss(engine or stage.module, STEP)
-                if engine is None:
-                    gradients = plain_gradients(stage, loss)
-                else:
-                    engine.backward(loss)
-                    gradients = engine.gradients()
-                    engine.step(0.0)  # changes nothing, clears the gradients
-                for key, value in sorted(metrics.items()):
-                    mean = torch.tensor(value, dtype=torch.float64)
-                    if world > 1:
-                        torch.distributed.all_reduce(mean)
-                    found[f"{case}/metric/{key}"] = mean / world
-                found |= {f"{case}/grad/{key}": value.float().contiguous() for key, value in gradients.items()}
+                for mode in modes_of(grid, number, zero_stage) if zero_stage is not None else MODES[:1]:
+                    recomputing(stage, mode[1])
+                    tokens = CHUNK_TOKENS[number % len(CHUNK_TOKENS)] if mode[0] else None
+                    gradients, metrics = gradients_of(stage, engine, tokens)
+                    label = case if engine is None else cell(case, mode)
+                    for key, value in sorted(metrics.items()):
+                        mean = torch.tensor(value, dtype=torch.float64)
+                        if world > 1:
+                            torch.distributed.all_reduce(mean)
+                        found[f"{label}/metric/{key}"] = mean / world
+                    found |= {f"{label}/grad/{key}": value.float().contiguous() for key, value in gradients.items()}
+            if name == "retriever" and engine is not None and world > 1:
+                stage.config = with_settings(small.config, name, RETRIEVER_CASES["all"])
+                for case, wrong in PLANTED.items():
+                    right = retriever_stage.gather_rows
+                    retriever_stage.gather_rows = wrong
+                    try:
+                        gradients, _ = gradients_of(stage, engine, None)
+                    finally:
+                        retriever_stage.gather_rows = right
+                    found |= {f"{case}/grad/{key}": value.float().contiguous() for key, value in gradients.items()}
+        found["chunks"] = torch.tensor(counts, dtype=torch.long).view(-1, 2)
         save_file(found, out / f"parity-z{zero_stage}-w{world}-r{rank}.safetensors")
+
+
+def detached_documents(x: Tensor) -> Tensor:
+    """A known wrong gather: other ranks' passages without gradient, one's own spliced in."""
+    parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(parts, x.detach().contiguous())
+    parts[torch.distributed.get_rank()] = x
+    return torch.cat(parts)
+
+
+class _UnscaledSlice(torch.autograd.Function):
+    """A known wrong gather: backward averages over ranks what they should add up, and returns one's own slice."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.rows = len(x)
+        parts = [torch.empty_like(x) for _ in range(torch.distributed.get_world_size())]
+        torch.distributed.all_gather(parts, x.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        mean = gradient.contiguous().clone()
+        torch.distributed.all_reduce(mean)
+        start = torch.distributed.get_rank() * ctx.rows
+        return mean[start : start + ctx.rows] / torch.distributed.get_world_size()
+
+
+PLANTED: dict[str, Callable[[Tensor], Tensor]] = {
+    "planted: detached documents": detached_documents,
+    "planted: unscaled slice": _UnscaledSlice.apply,
+}
 
 
 def state(small: SmallStore, out: Path, rank: int, world: int) -> None:
@@ -121,7 +216,7 @@ def state(small: SmallStore, out: Path, rank: int, world: int) -> None:
             flat |= {f"{key}/{name}": value for name, value in group.items()}
         return flat | {"adam_step": torch.tensor(found.adam_step)}
 
-    for zero_stage in ZERO_STAGES:
+    for zero_stage in STATE_ZERO_STAGES:
         whole_stage = make_stage("retriever", small, small.config, rank, world)
         whole = make_engine(whole_stage, zero_stage, 1.0)
         begin = end(whole)
@@ -159,20 +254,22 @@ def state(small: SmallStore, out: Path, rank: int, world: int) -> None:
         save_file(found, out / f"state-z{zero_stage}-w{world}-r{rank}.safetensors")
 
 
-def main(root: str, out: Path, rank: int, world: int) -> None:
+def main(root: str, out: Path, rank: int, world: int, grid: str) -> None:
     torch.set_num_threads(1)
     small = small_store(root)
     if world == 1:
-        parity(small, out, rank, world)
-        return
+        parity(small, out, rank, world, grid, engines=False)
+        if grid == "pairwise":
+            return
     from invar_ray.training.engine import init_distributed
 
     init_distributed(use_gpu=False)
-    parity(small, out, rank, world)
-    state(small, out, rank, world)
+    parity(small, out, rank, world, grid, engines=True)
+    if grid == "pairwise":
+        state(small, out, rank, world)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])

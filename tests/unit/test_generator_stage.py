@@ -8,8 +8,8 @@ from invar_ray.config import LoraConfig
 from invar_ray.losses.answer import IGNORED, answer_loss
 from invar_ray.models.adapters import new_adapter
 from invar_ray.models.tiny import build_tiny
+from invar_ray.training.generator_stage import _CausalLm, answer_loss_at
 from invar_ray.training.sequences import PromptAndTarget, tokenize_sequences
-from invar_ray.training.stages import _CausalLm, answer_loss_at
 from tests.support import TINY
 
 

@@ -1,0 +1,133 @@
+"""Stage 2 as the training loop sees it.  Shape legend: B sequences, T tokens, V vocabulary, N chosen positions."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from invar_ray.artifacts import Store
+from invar_ray.config import Config
+from invar_ray.losses.answer import IGNORED, AnswerOutput, answer_loss
+from invar_ray.models.adapters import new_adapter
+from invar_ray.models.batching import length_batches
+from invar_ray.models.locate import BaseRef, open_base
+from invar_ray.training.sequences import HitSet, tokenize_sequences
+from invar_ray.training.stage import Chunking, Forward, Metrics, dtype_of, recompute, save_lora
+
+
+class _CausalLm(nn.Module):
+    """A causal LM under one forward, for the engine."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.causal_lm: Any = model
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, predicts: Tensor) -> Tensor:
+        """[B, T] ids, mask and choice of positions -> logits [N, V] of the N chosen positions.
+
+        The head is most of a small model's work, and logits most of its memory: only those are made that the loss
+        reads.
+        """
+        hidden = self.causal_lm.model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state  # [B, T, H]
+        logits: Tensor = self.causal_lm.lm_head(hidden[predicts])
+        return logits
+
+
+def answer_loss_at(
+    forward: Forward, ids: Tensor, mask: Tensor, labels: Tensor, *, normaliser: float | Tensor
+) -> AnswerOutput:
+    """:func:`invar_ray.losses.answer.answer_loss` of [B, T] sequences, through logits of the answers' positions only.
+
+    Args:
+        forward: (ids, mask, choice of positions) -> logits [N, V].
+        ids, mask: [B, T].
+        labels: [B, T], ``IGNORED`` outside the answers.
+        normaliser: see there.
+    """
+    targets = labels[:, 1:]  # position t predicts the token at t + 1
+    predicts = torch.zeros_like(mask, dtype=torch.bool)
+    predicts[:, :-1] = targets != IGNORED
+    logits = forward(ids, mask, predicts)  # [N, V]
+    # answer_loss shifts by one: a row after the last, a label before the first.
+    return answer_loss(
+        torch.cat([logits, logits.new_zeros(1, logits.shape[1])])[None],
+        torch.cat([targets.new_full((1,), IGNORED), targets[targets != IGNORED]])[None],
+        normaliser=normaliser,
+    )
+
+
+class GeneratorStage:
+    """Stage 2: answers from what the frozen stage-1 retriever found; loss on answer tokens only."""
+
+    def __init__(self, config: Config, store: Store, inputs: dict[str, Any], rank: int, world_size: int) -> None:
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.steps = config.generator.steps
+        reference = BaseRef(**inputs["base"])
+        base, self.tokenizer = open_base(reference, store, dtype_of(config))
+        self._base_name = config.model.base
+        recompute(base, config)
+        self._adapted = new_adapter(base, config.generator.lora, config.seed)
+        self.module: nn.Module = _CausalLm(self._adapted.get_base_model())
+        self.hits = HitSet(store.open(inputs["hits"], "hits"))
+
+    def loss(self, forward: Forward, step: int) -> tuple[Tensor, Metrics]:
+        """See :class:`Stage`; METHOD "Stage 2"."""
+        ids, mask, labels, normaliser = self._batch(step)
+        output = answer_loss_at(forward, ids, mask, labels, normaliser=normaliser)
+        return output.loss, _metrics(output.loss, output.accuracy, output.tokens, mask, mask.numel())
+
+    def accumulate(self, forward: Forward, step: int, chunking: Chunking) -> Metrics:
+        """See :class:`Stage`: the loss is a sum over sequences, hence over chunks of them."""
+        ids, mask, labels, normaliser = self._batch(step)
+        lengths: list[int] = mask.sum(dim=1).tolist()
+        chunks = list(length_batches(lengths, chunking.tokens))
+        padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in chunks)
+        missing = chunking.agree(len(chunks)) - len(chunks)
+        loss, accuracy, tokens = (torch.zeros((), device=ids.device) for _ in range(3))
+        for number, rows in enumerate([*chunks, *[[0]] * missing]):
+            width = int(mask[rows].sum(dim=1).max())
+            goal = labels[rows, :width]
+            if number >= len(chunks):  # a dummy: the ranks stay in step, and nothing counts twice
+                goal = torch.full_like(goal, IGNORED)
+            part = answer_loss_at(forward, ids[rows, :width], mask[rows, :width], goal, normaliser=normaliser)
+            chunking.backward(part.loss)
+            loss, accuracy, tokens = loss + part.loss.detach(), accuracy + part.accuracy, tokens + part.tokens
+        return _metrics(loss, accuracy, tokens, mask, padded)
+
+    def save(self, parameters: dict[str, Tensor], folder: Path) -> None:
+        """See :class:`Stage`."""
+        save_lora(self._adapted, parameters, "causal_lm.", folder, self._base_name)
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, float]:
+        """This rank's ids, mask and labels [B, T], and the divisor of its loss."""
+        settings = self.config.generator
+        rows = self.hits.step_rows(self.config.seed, step, settings.global_batch_size)
+        sequences = [
+            self.hits.sequence(row, settings, self.tokenizer, random.Random(f"{self.config.seed}-{step}-{place}"))
+            for place, row in enumerate(rows)
+        ]
+        mine = sequences[self.rank :: self.world_size]
+        # Every rank knows the whole batch, hence the global token count, without asking the others.
+        ids, mask, labels = tokenize_sequences(mine or sequences[:1], self.tokenizer, settings.max_tokens)
+        if not mine:
+            labels.fill_(IGNORED)
+        _, _, all_labels = tokenize_sequences(sequences, self.tokenizer, settings.max_tokens)
+        normaliser = int((all_labels[:, 1:] != IGNORED).sum()) / self.world_size
+        device = next(self.module.parameters()).device
+        return ids.to(device), mask.to(device), labels.to(device), normaliser
+
+
+def _metrics(loss: Tensor, accuracy: Tensor, tokens: Tensor, mask: Tensor, padded: int) -> Metrics:
+    return {
+        "loss": loss.item(),
+        "token_accuracy": accuracy.item(),
+        "answer_tokens": float(tokens),
+        "tokens": float(mask.sum()),
+        "padded_tokens": float(padded),
+    }

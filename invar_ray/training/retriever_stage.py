@@ -1,0 +1,183 @@
+"""Stage 1 as the training loop sees it.
+
+Shape legend: b local rows, C candidate slots, R wordings, N windows, E = R * N environments, D embedding size.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from invar_ray.artifacts import Store
+from invar_ray.config import Config
+from invar_ray.losses.alignment import alignment_loss
+from invar_ray.losses.contrastive import contrastive_loss
+from invar_ray.losses.gather import gather_rows
+from invar_ray.losses.gradcache import RepresentationCache
+from invar_ray.losses.invariance import invariance_loss
+from invar_ray.losses.masks import contrastive_allowed, copies_allowed
+from invar_ray.losses.risk import environment_risks, risk_variance
+from invar_ray.models.adapters import new_adapter
+from invar_ray.models.batching import pad_right
+from invar_ray.models.encoder import PROJECTION_FILE, BiEncoder, EncoderSpec, passage_ids, query_ids
+from invar_ray.models.locate import open_base
+from invar_ray.training.batches import StepPlan, Trainset
+from invar_ray.training.stage import Chunking, Forward, Metrics, dtype_of, recompute, save_lora
+
+
+class RetrieverStage:
+    """Stage 1: contrastive + alignment + invariance over environments, candidates gathered over ranks."""
+
+    def __init__(self, config: Config, store: Store, inputs: dict[str, Any], rank: int, world_size: int) -> None:
+        self.config, self.rank, self.world_size = config, rank, world_size
+        self.steps = config.retriever.steps
+        self.spec = EncoderSpec.from_json(inputs["encoder"])
+        self.trainset = Trainset(store.open(inputs["trainset"], "trainset"))
+        base, self.tokenizer = open_base(self.spec.base, store, dtype_of(config))
+        self._base_name = config.model.base
+        recompute(base, config)
+        self._adapted = new_adapter(base, config.retriever.lora, config.seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.module: nn.Module = BiEncoder(
+                self._adapted.get_base_model(), self.spec.pooling, config.model.projection_dim
+            )
+
+    def loss(self, forward: Forward, step: int) -> tuple[Tensor, Metrics]:
+        """See :class:`Stage`; METHOD "Stage 1" names the terms."""
+        settings, trainset = self.config.retriever, self.trainset
+        plan = trainset.plan(
+            self.config.seed, step, settings.global_batch_size, settings.num_hard_negatives, self.world_size
+        )
+        share = len(plan.rows) // self.world_size
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        queries, seen = self._encode_queries(forward, plan, mine)  # [b, R, D]
+        candidates, missing, also_seen = self._encode_candidates(forward, plan)  # [C, N, D]
+        cosines = torch.einsum("brd,cnd->brnc", queries, candidates).flatten(1, 2)  # [b, E, C], (0, 0) first
+
+        device = cosines.device
+        positive = torch.tensor(plan.positive[mine], device=device)
+        weights = torch.tensor(plan.weights[mine], device=device)
+        normaliser = sum(plan.weights) / self.world_size
+        environments = trainset.environment_mask(plan)[mine].to(device)
+        slots, teacher = trainset.slot_metadata(plan), trainset.teacher_scores(plan, self.config.coarse.document_weight)
+        positives = torch.tensor(plan.positive)
+        no_copies = copies_allowed(slots, positives)[mine].to(device)
+        no_answers = contrastive_allowed(
+            slots,
+            positives,
+            teacher_scores=teacher,
+            holds_answer=trainset.holds_answer(plan),
+            teacher_margin=settings.false_negative_margin,
+        )[mine].to(device)
+
+        nce = contrastive_loss(
+            cosines,
+            positive,
+            no_answers,
+            temperature=settings.contrastive_temperature,
+            weights=weights,
+            normaliser=normaliser,
+            environment_mask=environments,
+        )
+        total = nce.loss
+        metrics = {"loss_contrastive": nce.loss.item(), "accuracy": nce.accuracy.item()}
+        alignment_weight = self.alignment_weight(step)
+        if settings.alignment_weight > 0:
+            aligned = alignment_loss(
+                cosines[:, 0],
+                teacher[mine].to(device),
+                no_copies,
+                temperature=settings.contrastive_temperature,
+                teacher_temperature=settings.alignment_temperature,
+                weights=weights,
+                normaliser=normaliser,
+            )
+            total = total + alignment_weight * aligned.loss
+            metrics |= {"loss_alignment": aligned.loss.item(), "teacher_agreement": aligned.agreement.item()}
+        if settings.invariance_weight > 0:
+            steady = invariance_loss(
+                cosines,
+                positive,
+                no_copies,
+                temperature=settings.invariance_temperature,
+                pattern=settings.invariance_pattern,
+                top_m=settings.pattern_top_m,
+                share=settings.pattern_share,
+                kappa=settings.pattern_kappa,
+                weights=weights,
+                normaliser=normaliser,
+                environment_mask=environments,
+            )
+            total = total + self.invariance_weight(step) * steady.loss
+            metrics |= {
+                "loss_invariance": steady.loss.item(),
+                "pattern_share": steady.pattern_share.item(),
+                "consensus_perplexity": steady.perplexity.item(),
+                "wrong_consensus_share": steady.wrong_consensus_share.item(),
+            }
+        if settings.risk_variance_weight > 0:
+            variance = risk_variance(*environment_risks(nce))
+            total = total + settings.risk_variance_weight * variance
+            metrics["loss_risk_variance"] = variance.item()
+        metrics |= {
+            "loss": total.item(),
+            "candidates": float(sum(plan.present)),
+            # Of real rows and slots: padding depends on the number of ranks, what is logged must not.
+            "masked_share": float((~no_answers[:, plan.present]).float().mean(dim=1) @ weights) / normaliser,
+            "missing_windows": missing,
+            "tokens": float(seen[0] + also_seen[0]),
+            "padded_tokens": float(seen[1] + also_seen[1]),
+        }
+        return total, metrics
+
+    def accumulate(self, forward: Forward, step: int, chunking: Chunking) -> Metrics:
+        """See :class:`Stage`: GradCache over wordings and over passages, which all wordings share."""
+        cache = RepresentationCache(forward, chunking.tokens, agree=chunking.agree)
+        loss, metrics = self.loss(cache, step)
+        cache.backward(loss, chunking.backward)
+        return metrics | {"padded_tokens": float(cache.padded_tokens)}
+
+    def alignment_weight(self, step: int) -> float:
+        """a(t) = a0 max(0, 1 - t / T_a)."""
+        settings = self.config.retriever
+        return settings.alignment_weight * max(0.0, 1.0 - step / max(1, settings.alignment_decay_steps))
+
+    def invariance_weight(self, step: int) -> float:
+        """b(t) = b0 min(1, t / T_b)."""
+        settings = self.config.retriever
+        return settings.invariance_weight * min(1.0, step / max(1, settings.invariance_ramp_steps))
+
+    def save(self, parameters: dict[str, Tensor], folder: Path) -> None:
+        """See :class:`Stage`; an optional projection goes beside the PEFT folder's files."""
+        save_lora(self._adapted, parameters, "causal_lm.", folder, self._base_name)
+        if "projection.weight" in parameters:
+            save_file({"weight": parameters["projection.weight"]}, str(folder / PROJECTION_FILE))
+
+    def _encode_queries(self, forward: Forward, plan: StepPlan, mine: slice) -> tuple[Tensor, tuple[int, int]]:
+        families = [self.trainset.wordings[row] for row in plan.rows[mine]]
+        width = self.trainset.num_wordings
+        # A missing wording is encoded as the anchor and masked out: every rank runs the same shapes.
+        texts = [family[r] if r < len(family) else family[0] for family in families for r in range(width)]
+        vectors, seen = self._forward(forward, query_ids(self.tokenizer, texts, self.spec))
+        return vectors.view(len(families), width, -1), seen
+
+    def _encode_candidates(self, forward: Forward, plan: StepPlan) -> tuple[Tensor, float, tuple[int, int]]:
+        share = len(plan.slots) // self.world_size
+        columns = range(self.rank * share, (self.rank + 1) * share)
+        windows = self.trainset.num_windows
+        rendered = [self.trainset.render(plan, column, window) for column in columns for window in range(windows)]
+        ids = passage_ids(self.tokenizer, [(title, text) for title, text, _ in rendered], self.spec)
+        vectors, seen = self._forward(forward, ids)
+        gathered = gather_rows(vectors.view(share, windows, -1))
+        return gathered, sum(missing for _, _, missing in rendered) / max(1, len(rendered)), seen
+
+    def _forward(self, forward: Forward, ids: list[list[int]]) -> tuple[Tensor, tuple[int, int]]:
+        """Vectors, and the tokens without and with padding."""
+        device = next(self.module.parameters()).device
+        tokens, mask = pad_right(ids, int(self.tokenizer.pad_token_id))
+        return forward(tokens.to(device), mask.to(device)), (int(mask.sum()), mask.numel())
