@@ -414,6 +414,9 @@ class ScaleConfig:
     """DeepSpeed ZeRO stage."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (non-reentrant)."""
+    trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
+    """Where rank 0 writes the training's scalars beside ``log.jsonl``: ``tensorboard`` (files below
+    ``<root>/tensorboard``), ``mlflow`` and ``wandb`` (installed by you, configured by their environment variables)."""
     train_tokens_per_chunk: int | None = None
     """Token budget (padding included) of one training pass through the model; a larger share of the global batch is
     taken in parts: GradCache in stage 1, gradient accumulation in stage 2, both exact.  Memory is then bounded by this

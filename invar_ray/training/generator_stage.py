@@ -15,7 +15,7 @@ from invar_ray.losses.answer import IGNORED, AnswerOutput, answer_loss
 from invar_ray.models.adapters import new_adapter
 from invar_ray.models.batching import length_batches
 from invar_ray.models.locate import BaseRef, open_base
-from invar_ray.training.sequences import HitSet, tokenize_sequences
+from invar_ray.training.sequences import HitSet, PromptAndTarget, tokenize_sequences
 from invar_ray.training.stage import Chunking, Forward, Metrics, dtype_of, recompute, save_lora
 
 
@@ -100,18 +100,26 @@ class GeneratorStage:
             loss, accuracy, tokens = loss + part.loss.detach(), accuracy + part.accuracy, tokens + part.tokens
         return _metrics(loss, accuracy, tokens, mask, padded)
 
+    def describe(self, step: int) -> dict[str, Any]:
+        """See :class:`Stage`."""
+        return {"sequences": [{"prompt": one.prompt, "target": one.target} for one in self._sequences(step)]}
+
     def save(self, parameters: dict[str, Tensor], folder: Path) -> None:
         """See :class:`Stage`."""
         save_lora(self._adapted, parameters, "causal_lm.", folder, self._base_name)
 
-    def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, float]:
-        """This rank's ids, mask and labels [B, T], and the divisor of its loss."""
+    def _sequences(self, step: int) -> list[PromptAndTarget]:
+        """The global batch."""
         settings = self.config.generator
         rows = self.hits.step_rows(self.config.seed, step, settings.global_batch_size)
-        sequences = [
+        return [
             self.hits.sequence(row, settings, self.tokenizer, random.Random(f"{self.config.seed}-{step}-{place}"))
             for place, row in enumerate(rows)
         ]
+
+    def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, float]:
+        """This rank's ids, mask and labels [B, T], and the divisor of its loss."""
+        settings, sequences = self.config.generator, self._sequences(step)
         mine = sequences[self.rank :: self.world_size]
         # Every rank knows the whole batch, hence the global token count, without asking the others.
         ids, mask, labels = tokenize_sequences(mine or sequences[:1], self.tokenizer, settings.max_tokens)

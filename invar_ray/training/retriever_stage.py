@@ -142,6 +142,26 @@ class RetrieverStage:
         cache.backward(loss, chunking.backward)
         return metrics | {"padded_tokens": float(cache.padded_tokens)}
 
+    def describe(self, step: int) -> dict[str, Any]:
+        """See :class:`Stage`."""
+        settings, trainset = self.config.retriever, self.trainset
+        plan = trainset.plan(
+            self.config.seed, step, settings.global_batch_size, settings.num_hard_negatives, self.world_size
+        )
+        return {
+            "questions": [
+                {"id": trainset.question_ids[row], "wordings": trainset.wordings[row], "positive": positive}
+                for row, positive in zip(plan.rows, plan.positive, strict=True)
+            ],
+            "candidates": [
+                {
+                    "title": trainset.render(plan, column, 0)[0],
+                    "texts": [trainset.render(plan, column, window)[1] for window in range(trainset.num_windows)],
+                }
+                for column in range(len(plan.slots))
+            ],
+        }
+
     def alignment_weight(self, step: int) -> float:
         """a(t) = a0 max(0, 1 - t / T_a)."""
         settings = self.config.retriever

@@ -48,6 +48,10 @@ class Stage(Protocol):
         """The gradients of :meth:`loss` in the memory of one part, left in the module's parameters; its numbers."""
         ...
 
+    def describe(self, step: int) -> dict[str, Any]:
+        """The global batch of a step as plain values, for the reader of a failure."""
+        ...
+
     def save(self, parameters: dict[str, Tensor], folder: Path) -> None:
         """Write the adapter from complete parameters (named as in ``module``)."""
         ...

@@ -14,10 +14,11 @@ from ray.train.torch import TorchTrainer
 
 from invar_ray.artifacts import Artifact, Building, Plan, join_uri
 from invar_ray.config import Config, to_dict
-from invar_ray.errors import InvarError, ResourceError
+from invar_ray.errors import DataError, InvarError, ResourceError
 from invar_ray.evaluation.plots import plot_losses
 from invar_ray.models.encoder import EncoderSpec, llm_spec
 from invar_ray.models.locate import BaseRef
+from invar_ray.training.tracking import check_trackers
 from invar_ray.versions import STEPS
 
 
@@ -86,6 +87,7 @@ def encoder_of(adapter: Artifact) -> EncoderSpec:
 
 def _train(building: Building, config: Config, stage: str, inputs: dict[str, Any], root_uri: str) -> None:
     scale, plan = config.scale, building.plan
+    check_trackers(scale.trackers)
     trainer = TorchTrainer(
         _work,
         train_loop_config={
@@ -112,6 +114,12 @@ def _train(building: Building, config: Config, stage: str, inputs: dict[str, Any
         result = _fit(trainer)
     except Exception as error:
         raise _explain(error, stage) from error
+    fault = (result.return_value or {}).get("fault")
+    if fault:
+        raise DataError(
+            f"training of the {stage} stopped at {fault}",
+            action="look at that batch; lower the learning rate or raise the temperatures. The last checkpoint stands",
+        )
     if result.checkpoint is None:
         raise ResourceError(f"training of the {stage} ended without a checkpoint", action="see the workers' logs above")
     with result.checkpoint.as_directory() as name:
@@ -143,11 +151,11 @@ def _fit(trainer: TorchTrainer) -> ray.train.Result:
     return result
 
 
-def _work(payload: dict[str, Any]) -> int:
+def _work(payload: dict[str, Any]) -> dict[str, Any]:
     # Imported on the workers only: DeepSpeed takes seconds to load and speaks up while it does.
     from invar_ray.training.worker import train_worker
 
-    return train_worker(payload)
+    return dict(train_worker(payload))
 
 
 def _explain(error: Exception, stage: str) -> InvarError:

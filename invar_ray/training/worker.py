@@ -2,35 +2,51 @@
 
 from __future__ import annotations
 
+import json
+import math
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import ray.train
 import torch
 from torch import Tensor
 
 from invar_ray.artifacts import Store
-from invar_ray.config import Config, OptimizerConfig
-from invar_ray.errors import DataError
+from invar_ray.config import Config, OptimizerConfig, to_dict
+from invar_ray.files import join_uri, resolve_uri
 from invar_ray.progress import Progress
 from invar_ray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from invar_ray.training.engine import Engine, init_distributed, largest_over_ranks
 from invar_ray.training.stage import Chunking, Metrics, Stage
 from invar_ray.training.stages import STAGES
+from invar_ray.training.tracking import Tracker, open_trackers
 
 _SEED_STRIDE = 1_000_003
 
 
-def train_worker(payload: dict[str, Any]) -> int:
+class Outcome(TypedDict):
+    """How an attempt ended.
+
+    Attributes:
+        first: the step that it started from.
+        fault: why it stopped before the last step, or ``None``.  A fault that would come again is returned and not
+            raised: Ray Train would restart the run in vain.
+    """
+
+    first: int
+    fault: str | None
+
+
+def train_worker(payload: dict[str, Any]) -> Outcome:
     """Train from the last checkpoint to the last step.
 
     Args:
         payload: ``stage``, ``config``, ``root_uri``, ``inputs`` (refs of artifacts) and ``run`` (fingerprint).
 
     Returns:
-        The step that this attempt started from.
+        The same on every rank.
     """
     config: Config = payload["config"]
     context = ray.train.get_context()
@@ -56,22 +72,39 @@ def train_worker(payload: dict[str, Any]) -> int:
     first, log = (resumed.step, resumed.log) if resumed is not None else (0, [])
     stage.module.train()
     progress = Progress(f"train {payload['stage']}", stage.steps, "steps", done=first)
-    for step in range(first, stage.steps):
-        started = time.monotonic()
-        # Dropout is a function of (seed, step, rank): a resumed run repeats the masks of the one that was cut off.
-        torch.manual_seed(config.seed * _SEED_STRIDE + step * 1009 + rank)
-        rate = learning_rate(optimizer, step, stage.steps)
-        metrics = step_gradients(stage, engine, step, config.scale.train_tokens_per_chunk)
-        norm = engine.step(rate)
-        averaged = _mean_over_ranks(metrics, device)
-        _refuse_nan(averaged, step)
-        log.append({"step": step + 1, "learning_rate": rate, "gradient_norm": norm, **averaged})
-        log[-1]["tokens_per_s"] = averaged["tokens"] * world_size / max(1e-9, time.monotonic() - started)
-        if rank == 0:
-            progress.advance(1, f"loss {averaged['loss']:.4f}")
-        if (step + 1) % config.scale.checkpoint_every == 0 or step + 1 == stage.steps:
-            _report(engine, stage, Checkpoint(step + 1, engine.state(), log), payload["run"], rank)
-    return first
+    name = f"{payload['stage']}-{payload['run']}"
+    trackers = (
+        open_trackers(config.scale.trackers, payload["root_uri"], name, to_dict(config), first) if rank == 0 else []
+    )
+    try:
+        for step in range(first, stage.steps):
+            started = time.monotonic()
+            # Dropout is a function of (seed, step, rank): a resumed run repeats the masks of the one that was cut off.
+            torch.manual_seed(config.seed * _SEED_STRIDE + step * 1009 + rank)
+            rate = learning_rate(optimizer, step, stage.steps)
+            metrics = step_gradients(stage, engine, step, config.scale.train_tokens_per_chunk)
+            norm = engine.step(rate)
+            averaged = _mean_over_ranks(metrics, device)
+            record = {"step": step + 1, "learning_rate": rate, "gradient_norm": norm, **averaged}
+            record["padding_share"] = 1.0 - averaged["tokens"] / record.pop("padded_tokens")
+            fault = _fault(record)
+            if fault is not None:
+                if rank == 0:
+                    fault += f"; its batch is in {_keep_batch(stage, record, payload['root_uri'], name)}"
+                return Outcome(first=first, fault=fault)
+            record["tokens_per_s"] = averaged["tokens"] * world_size / max(1e-9, time.monotonic() - started)
+            log.append(record)
+            for tracker in trackers:
+                tracker.log(record)
+            if rank == 0:
+                progress.advance(1, f"loss {averaged['loss']:.4f}")
+            if (step + 1) % config.scale.checkpoint_every == 0 or step + 1 == stage.steps:
+                _flush(trackers)
+                _report(engine, stage, Checkpoint(step + 1, engine.state(), log), payload["run"], rank)
+    finally:
+        for tracker in trackers:
+            tracker.close()
+    return Outcome(first=first, fault=None)
 
 
 def step_gradients(stage: Stage, engine: Engine, step: int, tokens_per_chunk: int | None) -> Metrics:
@@ -132,10 +165,25 @@ def _mean_over_ranks(metrics: Metrics, device: torch.device) -> Metrics:
     return dict(zip(names, values.tolist(), strict=True))
 
 
-def _refuse_nan(metrics: Metrics, step: int) -> None:
-    bad = [name for name, value in metrics.items() if value != value]
-    if bad:
-        raise DataError(
-            f"step {step + 1}: {', '.join(bad)} is not a number",
-            action="lower the learning rate or raise the temperatures; the last checkpoint stands",
-        )
+def _flush(trackers: list[Tracker]) -> None:
+    for tracker in trackers:
+        tracker.flush()
+
+
+def _fault(record: dict[str, Any]) -> str | None:
+    """What is not a finite number in a step's record, the same on every rank."""
+    bad = [name for name, value in record.items() if not math.isfinite(value)]
+    return f"step {record['step']}: {', '.join(bad)} not a finite number" if bad else None
+
+
+def _keep_batch(stage: Stage, record: dict[str, Any], root_uri: str, name: str) -> str:
+    """Write the step's global batch and numbers below the store; return where."""
+    step = int(record["step"])
+    uri = join_uri(root_uri, f"faults/{name}-step-{step}.json")
+    filesystem, path = resolve_uri(uri)
+    filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+    numbers = {key: value if math.isfinite(value) else str(value) for key, value in record.items()}
+    content = json.dumps({"numbers": numbers, **stage.describe(step - 1)}, ensure_ascii=False, indent=1)
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(content.encode("utf-8"))
+    return uri

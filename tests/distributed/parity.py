@@ -86,7 +86,7 @@ def table(errors: dict[int, dict[tuple[str, str, int], float]], seconds: float) 
         "",
         "max |g - g_ref| / max |g_ref| over all adapter weights, the largest over the ranks. The reference is one",
         "process with plain autograd over the whole batch, without DeepSpeed; g comes from `safe_get_full_grad` after",
-        "the engine's backward. float32, gloo on CPU, no dropout, the one-layer base of the tests with adapters that are",
+        "the engine's backward. float32, gloo on CPU, no dropout, the one-layer base of the tests, adapters that are",
         "not zero. Losses other than the contrastive one carry weights at which they stand out from it.",
         "",
         f"{len(plain)} cells, largest {max(plain.values()):.1e}, tolerance {TOLERANCE:.0e}. Written by `{COMMAND}` on "

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from invar_ray.artifacts import Artifact
-from invar_ray.errors import ResourceError
+from invar_ray.errors import DataError, ResourceError
 from invar_ray.pipeline import Pipeline
 from invar_ray.training import trainer
 from tests.distributed.small_store import small_config, small_store
@@ -29,7 +29,7 @@ OVERRIDES = (
 )
 
 
-def work_that_dies(folder: Path, *, deaths: int) -> Callable[[dict[str, Any]], int]:
+def work_that_dies(folder: Path, *, deaths: int) -> Callable[[dict[str, Any]], Any]:
     """The training function with a stage that notes its steps, and on rank 1 ends the process before step DIES_AT, at
     most ``deaths`` times.
 
@@ -37,7 +37,7 @@ def work_that_dies(folder: Path, *, deaths: int) -> Callable[[dict[str, Any]], i
     """
     place, dies_at = str(folder), DIES_AT
 
-    def work(payload: dict[str, Any]) -> int:
+    def work(payload: dict[str, Any]) -> Any:
         import os
         import time
         from pathlib import Path
@@ -69,7 +69,7 @@ def work_that_dies(folder: Path, *, deaths: int) -> Callable[[dict[str, Any]], i
             return stage
 
         STAGES[payload["stage"]] = make
-        return train_worker(payload)
+        return dict(train_worker(payload))
 
     return work
 
@@ -163,3 +163,51 @@ def test_a_failed_run_is_one_error_and_the_next_goes_on(
     found = train(root, "retriever", "scale.max_failures=0")
     assert (tmp_path / "steps-1").read_text().split() == ["0", "1", "2", "2", "3", "4"]
     check_equal(found, whole)
+
+
+def work_that_overflows(at: int) -> Callable[[dict[str, Any]], Any]:
+    """The training function with a stage whose loss is not a number at step ``at`` on rank 1."""
+
+    def work(payload: dict[str, Any]) -> Any:
+        from invar_ray.training.stages import STAGES
+        from invar_ray.training.worker import train_worker
+
+        real = STAGES[payload["stage"]]
+
+        def make(config: Any, store: Any, inputs: Any, rank: int, world_size: int) -> Any:
+            stage = real(config, store, inputs, rank, world_size)
+            plain_loss = stage.loss
+
+            def loss(forward: Any, step: int) -> Any:
+                value, metrics = plain_loss(forward, step)
+                if step == at and rank == 1:
+                    return value * float("nan"), metrics | {"loss": float("nan")}
+                return value, metrics
+
+            stage.loss = loss
+            return stage
+
+        STAGES[payload["stage"]] = make
+        return dict(train_worker(payload))
+
+    return work
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run_with_its_batch(
+    local_ray: Any, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = copied(prepared, "overflow")
+    monkeypatch.setattr(trainer, "_work", work_that_overflows(at=1))
+    with pytest.raises(DataError, match=r"step 2: .*loss.*not a finite number; its batch is in (\S+)") as caught:
+        train(root, "retriever")  # with max_failures 2: it does not come to a second try
+    (kept,) = (root / "faults").iterdir()
+    assert str(kept) in str(caught.value)
+    batch = json.loads(kept.read_text(encoding="utf-8"))
+    assert batch["numbers"]["loss"] == "nan"
+    assert len(batch["questions"]) == 6
+    assert all(
+        question["wordings"] and batch["candidates"][question["positive"]]["texts"] for question in batch["questions"]
+    )
+    assert not list(root.glob("retriever/*")), "a failed training published something"
+    (events,) = (root / "tensorboard").iterdir()
+    assert events.name.startswith("retriever-")
