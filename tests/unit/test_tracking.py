@@ -56,7 +56,7 @@ def test_a_missing_package_is_one_clear_error(name: str) -> None:
 def test_trackers_are_scale_and_checked() -> None:
     assert load_config("tiny").scale.trackers == ("tensorboard",)
     assert load_config("tiny", ["scale.trackers=[]"]).scale.trackers == ()
-    with pytest.raises(ConfigError, match="scale.trackers"):
+    with pytest.raises(ConfigError, match=r"scale\.trackers"):
         load_config("tiny", ["scale.trackers=[tensorbord]"])
 
 
