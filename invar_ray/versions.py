@@ -43,7 +43,12 @@ _PARSING = (
     "invar_ray.text.formats.html",
     "invar_ray.text.places",
 )
-_TRAINING = ("invar_ray.training.worker", "invar_ray.training.engine", "invar_ray.training.stage")
+_TRAINING = (
+    "invar_ray.training.worker",
+    "invar_ray.training.engine",
+    "invar_ray.training.schedule",
+    "invar_ray.training.stage",
+)
 
 STEPS: dict[str, StepCode] = {
     "model": StepCode(1, ("invar_ray.models.tiny",)),

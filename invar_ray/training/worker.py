@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from invar_ray.artifacts import Store
-from invar_ray.config import Config, OptimizerConfig, to_dict
+from invar_ray.config import Config, to_dict
 from invar_ray.files import join_uri, resolve_uri
 from invar_ray.progress import Progress
 from invar_ray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from invar_ray.training.engine import Engine, init_distributed, largest_over_ranks
+from invar_ray.training.schedule import learning_rate
 from invar_ray.training.stage import Chunking, Metrics, Stage
 from invar_ray.training.stages import STAGES
 from invar_ray.training.tracking import Tracker, open_trackers
@@ -119,14 +120,6 @@ def step_gradients(stage: Stage, engine: Engine, step: int, tokens_per_chunk: in
         return metrics
     with engine.accumulation():
         return stage.accumulate(engine, step, Chunking(tokens_per_chunk, largest_over_ranks, engine.backward))
-
-
-def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
-    """Linear warm-up over ``warmup_steps``, then linear decay that reaches 0 after the last step."""
-    warmup = min(optimizer.warmup_steps, steps)
-    if step < warmup:
-        return optimizer.learning_rate * (step + 1) / warmup
-    return optimizer.learning_rate * (steps - step) / max(1, steps - warmup)
 
 
 def _resume(run: str) -> Checkpoint | None:

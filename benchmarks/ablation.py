@@ -1,0 +1,319 @@
+"""What each loss of stage 1 does to recall and variance, on Natural Questions and on SQuAD's human rewordings.
+
+    python benchmarks/ablation.py run [key=value ..] --data DATA --folder runs/ablation
+    python benchmarks/ablation.py run retriever.invariance_weight=2 --data DATA --systems invariance --seeds 100 \
+        --splits heldout                      # choosing weights: on held-out train questions only
+    python benchmarks/ablation.py summary --folder runs/ablation
+
+``run`` trains every system with every seed, each in a process of its own (one thread, no Ray, the same stage and
+losses), and goes on where it was stopped: what stands in ``results/runs.csv`` is not run again.  ``summary`` writes
+``results/summary.md`` and pictures.  DATA is a folder with ``nq/`` and ``squad/`` (corpus, questions, NoiseQA).
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+import torch
+from ablation_data import SPLITS, EvalSet, ablation_config, eval_set, prepare
+
+from invar_ray.artifacts import Artifact, digest
+from invar_ray.config import Config, to_dict
+from invar_ray.evaluation.metrics import first_ranks, recall_at_k
+from invar_ray.evaluation.variance import Family, overlap_at_k, summarise_families
+from invar_ray.models.encoder import Encoder, llm_spec
+from invar_ray.pipeline import Pipeline
+from invar_ray.training.retriever_stage import RetrieverStage
+from invar_ray.training.schedule import learning_rate
+
+DEPTH = 50  # passages; their documents are what is compared
+OVERLAP_K = 10
+RRF_K = 60
+QUESTION_FIELDS = ("recall_at_1", "recall_at_5", "worst_recall_at_5", "reworded_recall_at_5", "overlap_at_10")
+SEEDS = (0, 1, 2)
+
+
+@dataclass(frozen=True)
+class System:
+    """What is trained: which losses, over which environments.
+
+    Attributes:
+        trained: False for the bare base.
+        anchor_only: only each question's own wording and each passage's own cut.
+        alignment, invariance: whether the loss keeps its configured weight (else 0).
+        heavy: the contrastive loss is multiplied by 1 + b(t), as if the invariance loss were a second one.
+        fused: also measured with reciprocal rank fusion over rewordings at query time.
+    """
+
+    trained: bool = True
+    anchor_only: bool = False
+    alignment: bool = False
+    invariance: bool = False
+    heavy: bool = False
+    fused: bool = False
+
+
+SYSTEMS = {
+    "base": System(trained=False, fused=True),
+    "anchor": System(anchor_only=True, fused=True),
+    "environments": System(),
+    "environments_heavy": System(heavy=True),
+    "alignment": System(alignment=True),
+    "invariance": System(invariance=True),
+    "all": System(alignment=True, invariance=True),
+}
+
+
+def main() -> None:
+    """Parse and dispatch."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["run", "one", "summary"])
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config")
+    parser.add_argument("--data", type=Path)
+    parser.add_argument("--folder", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--systems", nargs="+", choices=list(SYSTEMS), default=list(SYSTEMS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--splits", nargs="+", choices=SPLITS, default=list(SPLITS))
+    parser.add_argument("--passages", type=int, default=5000, help="passages that a set is searched in, at least")
+    parser.add_argument("--questions", type=int, help="only so many of each set's questions (for a trial)")
+    arguments = parser.parse_args()
+    if arguments.command == "summary":
+        from ablation_summary import write_summary
+
+        print(write_summary(arguments.folder / "results"))
+        return
+    if arguments.data is None:
+        parser.error("--data: name the folder that holds nq/ and squad/")
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    (run_one if arguments.command == "one" else run_all)(arguments)
+
+
+def run_all(arguments: argparse.Namespace) -> None:
+    """Every system and seed that has no rows yet, each in a process."""
+    config = ablation_config(arguments.data, arguments.folder, arguments.overrides)
+    with prepare(config)[0]:
+        pass  # made once here, so that the processes only open it
+    jobs = [(system, seed) for seed in arguments.seeds for system in arguments.systems]
+    for number, (system, seed) in enumerate(jobs, start=1):
+        if not SYSTEMS[system].trained and seed != arguments.seeds[0]:
+            continue  # nothing is drawn
+        missing = [split for split in arguments.splits if not _done(arguments, config, system, seed, split)]
+        print(f"[{number}/{len(jobs)}] {system}, seed {seed}: {'to do' if missing else 'stands'}", flush=True)
+        if not missing:
+            continue
+        command = [sys.executable, __file__, "one", *arguments.overrides, "--data", str(arguments.data)]
+        command += ["--folder", str(arguments.folder), "--systems", system, "--seeds", str(seed), "--splits", *missing]
+        command += ["--passages", str(arguments.passages)]
+        if arguments.questions:
+            command += ["--questions", str(arguments.questions)]
+        subprocess.run(command, check=True)
+
+
+def run_one(arguments: argparse.Namespace) -> None:
+    """Train one system with one seed and measure it."""
+    torch.set_num_threads(1)
+    (name,), (seed,) = arguments.systems, arguments.seeds
+    system = SYSTEMS[name]
+    config = ablation_config(arguments.data, arguments.folder, arguments.overrides)
+    pipeline, trainset = prepare(config)
+    stage, seconds = train(
+        system, config, pipeline, trainset, seed, _results(arguments) / "logs" / f"{name}-s{seed}.jsonl"
+    )
+    encoder = Encoder(stage.module, stage.tokenizer, stage.spec)  # type: ignore[arg-type]
+    for split in arguments.splits:
+        data = eval_set(
+            split,
+            arguments.data,
+            arguments.folder,
+            stage.tokenizer,
+            config,
+            arguments.passages,
+            limit=arguments.questions,
+            rewrites=system.fused,
+        )
+        for label, ranked in measure(encoder, data, fused=system.fused).items():
+            _keep(arguments, config, f"{name}{label}", seed, data, ranked, seconds, of=name)
+
+
+def train(
+    system: System, config: Config, pipeline: Pipeline, trainset: Artifact, seed: int, log: Path
+) -> tuple[RetrieverStage, float]:
+    """Stage 1 with plain AdamW in this process; the stage and the seconds of its steps."""
+    settings = config.retriever
+    settings = replace(
+        settings,
+        alignment_weight=settings.alignment_weight if system.alignment else 0.0,
+        invariance_weight=settings.invariance_weight if system.invariance else 0.0,
+    )
+    spec = llm_spec(config.model, pipeline.base, ("retriever/ablation", "ablation"))
+    inputs = {"trainset": trainset.ref, "encoder": spec.to_json()}
+    stage = RetrieverStage(replace(config, retriever=settings, seed=seed), pipeline.store, inputs, 0, 1)
+    if not system.trained:
+        return stage, 0.0
+    if system.anchor_only:
+        _keep_anchors(stage)
+    b0 = config.retriever.invariance_weight if system.heavy else 0.0
+    parameters = [parameter for parameter in stage.module.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=settings.optimizer.weight_decay)
+    stage.module.train()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    started = time.monotonic()
+    with open(log, "w", encoding="utf-8") as stream:
+        for step in range(stage.steps):
+            torch.manual_seed(seed * 1_000_003 + step)
+            loss, metrics = stage.loss(stage.module, step)
+            # The schedule of the invariance loss on the contrastive one.
+            (loss * (1.0 + b0 * min(1.0, step / max(1, settings.invariance_ramp_steps)))).backward()
+            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.optimizer.max_grad_norm or float("inf"))
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings.optimizer, step, stage.steps)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            stream.write(json.dumps({"step": step + 1, "gradient_norm": float(norm), **metrics}) + "\n")
+            if (step + 1) % 10 == 0:
+                pace = (time.monotonic() - started) / (step + 1)
+                print(
+                    f"  step {step + 1}/{stage.steps}, loss {metrics['loss']:.3f}, {pace:.2f} s a step, "
+                    f"ETA {pace * (stage.steps - step - 1):.0f} s",
+                    flush=True,
+                )
+    return stage, time.monotonic() - started
+
+
+def measure(encoder: Encoder, data: EvalSet, *, fused: bool) -> dict[str, list[list[list[str]]]]:
+    """Label -> for each question, for each of its wordings, the document ids, best first."""
+    passages = encoder.encode_passages(data.passages)
+    owners = np.asarray(data.documents)
+
+    def search(texts: Sequence[str]) -> list[list[str]]:
+        scores = encoder.encode_queries(texts) @ passages.T
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :DEPTH]
+        return [first_ranks(owners[row].tolist()) for row in best]
+
+    def folded(flat: list[list[str]]) -> list[list[list[str]]]:
+        lists = iter(flat)
+        return [[next(lists) for _ in family] for family in data.families]
+
+    found = {"": folded(search([text for family in data.families for text in family]))}
+    if fused:
+        wordings = [[text, *more] for family, rewrites in zip(data.families, data.rewrites, strict=True)
+                    for text, more in zip(family, rewrites, strict=True)]  # fmt: skip
+        lists = iter(search([text for group in wordings for text in group]))
+        found[" + RRF"] = folded([reciprocal_rank_fusion([next(lists) for _ in group]) for group in wordings])
+    return found
+
+
+def reciprocal_rank_fusion(lists: Sequence[Sequence[str]], k: int = RRF_K) -> list[str]:
+    """Ids by the sum of 1 / (k + rank) over the lists (Cormack et al., SIGIR 2009, k = 60); ties by the first list."""
+    scores: dict[str, float] = {}
+    for ranked in lists:
+        for rank, name in enumerate(ranked, start=1):
+            scores[name] = scores.get(name, 0.0) + 1.0 / (k + rank)
+    return sorted(scores, key=lambda name: -scores[name])
+
+
+def question_values(ranked: Sequence[Sequence[str]], gold: Sequence[str]) -> dict[str, float]:
+    """One question's numbers, named as in ``QUESTION_FIELDS``."""
+    at_5 = [recall_at_k(found, gold, 5) for found in ranked]
+    return {
+        "recall_at_1": recall_at_k(ranked[0], gold, 1),
+        "recall_at_5": at_5[0],
+        "worst_recall_at_5": min(at_5),
+        "reworded_recall_at_5": fmean(at_5[1:] or at_5),
+        "overlap_at_10": fmean([overlap_at_k(ranked[0], other, OVERLAP_K) for other in ranked[1:]] or [1.0]),
+    }
+
+
+def _keep_anchors(stage: RetrieverStage) -> None:
+    trainset = stage.trainset
+    _ = trainset._searchable  # which slots hold an answer stays the same: the losses differ, not the masks
+    trainset.wordings = [family[:1] for family in trainset.wordings]
+    trainset.positive_texts = [texts[:1] for texts in trainset.positive_texts]
+    trainset.slot_texts = [texts[:1] for texts in trainset.slot_texts]
+
+
+def _results(arguments: argparse.Namespace) -> Path:
+    folder: Path = arguments.folder / "results"
+    return folder
+
+
+def _key(arguments: argparse.Namespace, config: Config) -> str:
+    settings = {"retriever": to_dict(config.retriever), "model": to_dict(config.model)}
+    return digest({**settings, "passages": arguments.passages, "questions": arguments.questions or 0})[:10]
+
+
+def _done(arguments: argparse.Namespace, config: Config, system: str, seed: int, split: str) -> bool:
+    path = _results(arguments) / "runs.csv"
+    if not path.exists():
+        return False
+    with open(path, encoding="utf-8", newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    wanted = {"of": system, "seed": str(seed), "split": split, "settings": _key(arguments, config)}
+    found = {row["system"] for row in rows if all(row[name] == value for name, value in wanted.items())}
+    return len(found) == 1 + SYSTEMS[system].fused
+
+
+def _keep(
+    arguments: argparse.Namespace,
+    config: Config,
+    label: str,
+    seed: int,
+    data: EvalSet,
+    ranked: list[list[list[str]]],
+    seconds: float,
+    *,
+    of: str,
+) -> None:
+    """The questions' numbers in a file of their own first, then the run's row, in one write."""
+    folder, key = _results(arguments), _key(arguments, config)
+    name = f"{label.replace(' + ', '-')}-s{seed}-{data.name}-{key}.csv"
+    values = [question_values(lists, gold) for lists, gold in zip(ranked, data.gold, strict=True)]
+    rows = [
+        [data.ids[number], data.clusters[number], int(data.seen[number]), *(one[field] for field in QUESTION_FIELDS)]
+        for number, one in enumerate(values)
+    ]
+    (folder / "questions").mkdir(parents=True, exist_ok=True)
+    temporary = folder / "questions" / f".{name}"
+    temporary.write_text(_csv([["id", "cluster", "seen", *QUESTION_FIELDS], *rows]), encoding="utf-8")
+    temporary.replace(folder / "questions" / name)
+
+    families = [Family(lists, gold) for lists, gold in zip(ranked, data.gold, strict=True)]
+    summary = summarise_families(families, overlap_k=OVERLAP_K, ks=(1, 5, 20), depth=DEPTH)
+    columns = ["system", "of", "seed", "split", "settings", "questions", "passages", "seconds", "file"]
+    metrics = sorted(summary)
+    line = [label, of, seed, data.name, key, len(data.ids), len(data.passages), round(seconds, 1), name]
+    path = folder / "runs.csv"
+    text = _csv([[*line, *(f"{summary[metric]:.6f}" for metric in metrics), " ".join(arguments.overrides)]])
+    if not path.exists():
+        text = _csv([[*columns, *metrics, "overrides"]]) + text
+    with open(path, "ab") as stream:
+        stream.write(text.encode("utf-8"))  # one write: a row is there or it is not
+        stream.flush()
+        os.fsync(stream.fileno())
+    shown = ", ".join(
+        f"{metric} {summary[metric]:.3f}" for metric in metrics if "recall_at_5" in metric or "10" in metric
+    )
+    print(f"  {label} seed {seed} on {data.name}: {shown}", flush=True)
+
+
+def _csv(rows: Sequence[Sequence[Any]]) -> str:
+    stream = io.StringIO()
+    csv.writer(stream, lineterminator="\n").writerows(rows)
+    return stream.getvalue()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,138 @@
+"""Tables and pictures of the ablation's results."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean, pstdev
+
+from invar_ray.evaluation.plots import COLOURS, _figure, _save, _tidy
+from invar_ray.evaluation.significance import Interval, paired_cluster_bootstrap
+
+REFERENCE = "anchor"
+# name in the tables, column of the questions' files, how a reader wants it
+MEASURES: tuple[tuple[str, Callable[[dict[str, str]], float], str], ...] = (
+    ("recall@5", lambda row: float(row["recall_at_5"]), "higher"),
+    ("worst-of-family recall@5", lambda row: float(row["worst_recall_at_5"]), "higher"),
+    ("1 - overlap@10", lambda row: 1.0 - float(row["overlap_at_10"]), "lower"),
+)
+
+Run = dict[str, str]
+Questions = list[dict[str, str]]
+
+
+def write_summary(folder: Path) -> str:
+    """Write ``summary.md`` and ``summary-<split>.png`` into ``folder`` from ``runs.csv``; the text.
+
+    Runs of several settings (a choice of weights) are kept apart.
+
+    Raises:
+        SystemExit: there are no results.
+    """
+    path = folder / "runs.csv"
+    if not path.exists():
+        raise SystemExit(f"{path} is not there: run `ablation.py run` first")
+    with open(path, encoding="utf-8", newline="") as stream:
+        runs = list(csv.DictReader(stream))
+    lines = ["# Ablation of the losses", ""]
+    lines += ["Intervals: 95 %, paired cluster bootstrap by gold document, values averaged over seeds first.", ""]
+    for settings in dict.fromkeys(run["settings"] for run in runs):
+        for split in dict.fromkeys(run["split"] for run in runs):
+            chosen = [run for run in runs if run["settings"] == settings and run["split"] == split]
+            if chosen:
+                lines += _section(folder, settings, split, chosen)
+    text = "\n".join(lines) + "\n"
+    (folder / "summary.md").write_text(text, encoding="utf-8")
+    return text
+
+
+def _section(folder: Path, settings: str, split: str, runs: list[Run]) -> list[str]:
+    first = runs[0]
+    title = f"## {split}, settings {settings}" + (f" ({first['overrides']})" if first["overrides"] else "")
+    lines = [title, "", f"{first['questions']} questions, {first['passages']} passages.", ""]
+    of_system: dict[str, dict[int, Questions]] = {}
+    for run in runs:
+        of_system.setdefault(run["system"], {})[int(run["seed"])] = _questions(folder, run)
+    names = [name for name, _, _ in MEASURES]
+    lines.append(f"| system | seeds | {' | '.join(names)} | overlap@10 between questions |")
+    lines.append("|---|" + "---|" * (len(names) + 2))
+    for system, seeds in of_system.items():
+        cells = []
+        for _, value, _ in MEASURES:
+            means = [fmean(value(row) for row in questions) for questions in seeds.values()]
+            cells.append(f"{fmean(means):.3f}" + (f" ± {pstdev(means):.3f}" if len(means) > 1 else ""))
+        between = [
+            float(run["overlap_between_questions_at_10"])
+            for run in runs
+            if run["system"] == system and run.get("overlap_between_questions_at_10")
+        ]
+        cells.append(f"{fmean(between):.4f}" if between else "")
+        lines.append(f"| {system} | {len(seeds)} | {' | '.join(cells)} |")
+    lines.append("")
+    if REFERENCE not in of_system:
+        return lines
+    parts: list[tuple[str, Callable[[dict[str, str]], bool]]] = [("all questions", lambda row: True)]
+    seen = sum(row["seen"] == "1" for row in next(iter(of_system[REFERENCE].values())))
+    if seen > 0:
+        parts.append((f"without the {seen} whose passage or title occurs in train", lambda row: row["seen"] == "0"))
+    for label, keep in parts:
+        lines += [f"Difference from `{REFERENCE}`, {label}:", "", f"| system | {' | '.join(names)} |"]
+        lines.append("|---|" + "---|" * len(names))
+        drawn: dict[str, list[Interval]] = {}
+        for system, seeds in of_system.items():
+            if system == REFERENCE:
+                continue
+            found = [_difference(seeds, of_system[REFERENCE], value, keep) for _, value, _ in MEASURES]
+            drawn[system] = found
+            cells = [f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" for one in found]
+            lines.append(f"| {system} | {' | '.join(cells)} |")
+        lines.append("")
+        if drawn and label == "all questions":
+            _plot(drawn, folder / f"summary-{split}-{settings}.png", split)
+    return lines
+
+
+def _difference(
+    seeds: dict[int, Questions],
+    reference: dict[int, Questions],
+    value: Callable[[dict[str, str]], float],
+    keep: Callable[[dict[str, str]], bool],
+) -> Interval:
+    def kept(runs: dict[int, Questions]) -> list[list[float]]:
+        return [[value(row) for row in questions if keep(row)] for questions in runs.values()]
+
+    rows = [row for row in next(iter(reference.values())) if keep(row)]
+    for questions in [*seeds.values(), *reference.values()]:
+        if [row["id"] for row in questions if keep(row)] != [row["id"] for row in rows]:
+            raise ValueError("the runs were measured on different questions")
+    return paired_cluster_bootstrap(kept(seeds), kept(reference), [row["cluster"] for row in rows])
+
+
+def _plot(drawn: dict[str, list[Interval]], path: Path, split: str) -> None:
+    figure = _figure(4.2 * len(MEASURES), 1.4 + 0.45 * len(drawn))
+    systems: Sequence[str] = list(drawn)
+    for number, (name, _, better) in enumerate(MEASURES):
+        axes = figure.add_subplot(1, len(MEASURES), number + 1)
+        for place, system in enumerate(systems):
+            one = drawn[system][number]
+            axes.errorbar(
+                one.mean,
+                place,
+                xerr=[[one.mean - one.low], [one.high - one.mean]],
+                fmt="o",
+                color=COLOURS[place % len(COLOURS)],
+                capsize=3,
+            )
+        axes.axvline(0.0, color="#555555", linewidth=0.8)
+        axes.set_yticks(range(len(systems)), systems if number == 0 else [""] * len(systems))
+        axes.invert_yaxis()
+        axes.set_title(f"{name} ({split})")
+        axes.set_xlabel(f"difference from {REFERENCE}; {better} is better")
+        _tidy(axes, grid="x")
+    _save(figure, path)
+
+
+def _questions(folder: Path, run: Run) -> Questions:
+    with open(folder / "questions" / run["file"], encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
