@@ -237,6 +237,27 @@ def convert(
 
 @app.command()
 @_clear_errors
+def export(
+    adapter: Annotated[str, typer.Argument(help="URI of a stage-1 or stage-2 adapter.")],
+    folder: Annotated[str, typer.Argument(help="New folder to write.")],
+    report: Annotated[str | None, typer.Option(help="URI of a report, for the model card's tables.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Write base and adapter as one model, too.")] = False,
+) -> None:
+    """Write an adapter as a plain PEFT folder with a model card."""
+    from pathlib import Path
+
+    from invar_ray.artifacts import open_artifact
+    from invar_ray.training.export import export_adapter, open_adapter
+
+    measured = open_artifact(report, "report") if report else None
+    made = export_adapter(open_adapter(adapter), Path(folder), report=measured, merged=merged)
+    print(made.folder)
+    if made.merged is not None:
+        print(f"{made.merged} (lowest cosine with the unmerged outputs {made.lowest_cosine:.7f})")
+
+
+@app.command()
+@_clear_errors
 def serve(
     overrides: Overrides = None,
     config: Recipe = "tiny",

@@ -136,6 +136,7 @@ EXEMPT = {
     "invar_ray.text.making": "as asked",
     "invar_ray.text.readlog": "messages",
     "invar_ray.training.checkpoint": "bit for bit, with a schema version of its own",
+    "invar_ray.training.export": "copies, for others",
     "invar_ray.training.stages": "a registry",
     "invar_ray.training.tracking": "curves",
     "invar_ray.training.trainer": "starts workers",

@@ -1,0 +1,252 @@
+"""A trained adapter as a folder for others: plain PEFT, a model card, pictures, and merged weights on request."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn.functional import cosine_similarity
+
+from invar_ray import __version__
+from invar_ray.artifacts import Artifact, open_artifact
+from invar_ray.errors import DataError, MixedArtifactsError, ModelError
+from invar_ray.evaluation.report import RETRIEVAL_METRICS, VARIANCE_METRICS, read_report, render_table
+from invar_ray.evaluation.tables import ANSWER_METRICS, print_name
+from invar_ray.models.adapters import load_adapter
+from invar_ray.models.batching import pad_right
+from invar_ray.models.encoder import PROJECTION_FILE, BiEncoder, EncoderSpec, load_projection
+from invar_ray.models.locate import BaseRef, open_base
+
+MERGED = "merged"
+MIN_COSINE = 1.0 - 1e-6  # unit vectors within 1.4e-3; merging in float32 stays within some 1e-5
+_PROBES = (
+    "Who keeps the light on the northern island?",
+    "when was the first bridge over the river built",
+    "The harbour was founded by fishermen. It has a lighthouse, two churches and a market that is held on Saturdays.",
+    "What is the capital?",
+)
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        folder: the PEFT folder.
+        merged: the folder of merged weights, or ``None``.
+        lowest_cosine: between merged and unmerged outputs over a few texts, or ``None``.
+    """
+
+    folder: Path
+    merged: Path | None
+    lowest_cosine: float | None
+
+
+def export_adapter(
+    adapter: Artifact, folder: Path, *, report: Artifact | None = None, merged: bool = False
+) -> Exported:
+    """Write an adapter for use outside of this project.
+
+    Args:
+        adapter: a ``retriever`` or ``generator`` artifact.
+        folder: new or empty.  It gets the PEFT files, ``README.md`` (a model card), ``training/`` (log, losses) and,
+            with a report, ``evaluation/`` (report, table, pictures).
+        report: a ``report`` artifact that the adapter is part of.
+        merged: write ``merged/`` too: the base with the update folded in, for ``from_pretrained`` alone.
+
+    Raises:
+        DataError: ``folder`` is not empty.  MixedArtifactsError: the report is of another adapter.  ModelError: merged
+        weights do not reproduce the unmerged ones.  ArtifactError: an artifact cannot be used.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise DataError(f"{folder} is there and not empty", expected="a new folder", action="name another one")
+    adapter.verify()
+    if report is not None and not _mentions(report, adapter.ref):
+        raise MixedArtifactsError(
+            f"{report.uri} does not measure {adapter.uri}", expected="a report of a run with this adapter"
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copytree(adapter.path("adapter"), folder, dirs_exist_ok=True)
+    _copy(adapter, folder / "training", ("log.jsonl", "losses.png", "losses.csv"))
+    if report is not None:
+        names = ("report.json", "table.txt", "recall.png", "recall.csv", "variance.png", "variance.csv")
+        _copy(report, folder / "evaluation", names)
+    place = lowest = None
+    if merged:
+        place = folder / MERGED
+        lowest = _merge(adapter, place)
+    (folder / "README.md").write_text(_card(adapter, report, folder, lowest), encoding="utf-8")
+    return Exported(folder, place, lowest)
+
+
+def open_adapter(uri: str) -> Artifact:
+    """The adapter artifact at ``uri``.
+
+    Raises:
+        MixedArtifactsError: it is of another kind.  ArtifactError: see :func:`open_artifact`.
+    """
+    artifact = open_artifact(uri)
+    if artifact.manifest.kind not in {"retriever", "generator"}:
+        raise MixedArtifactsError(f"{uri} is of kind {artifact.manifest.kind!r}", expected="a retriever or a generator")
+    return artifact
+
+
+def base_of(adapter: Artifact) -> BaseRef:
+    """The base that an adapter artifact was trained on."""
+    if adapter.manifest.kind == "retriever":
+        return EncoderSpec.from_json(adapter.info["encoder"]).base
+    return BaseRef(**adapter.info["base"])
+
+
+def _merge(adapter: Artifact, place: Path) -> float:
+    """Write merged weights and tokenizer; the lowest cosine between the outputs of both ways."""
+    base = base_of(adapter)
+    source = adapter.path("adapter")
+    plain, tokenizer = open_base(base, adapter.store)
+    unmerged = _outputs(adapter, load_adapter(plain, source), tokenizer)
+    whole = load_adapter(open_base(base, adapter.store)[0], source, merge=True)
+    merged = _outputs(adapter, whole, tokenizer)
+    lowest = float(cosine_similarity(unmerged.double(), merged.double(), dim=-1).min())
+    if not lowest >= MIN_COSINE:
+        raise ModelError(
+            f"merged weights give other outputs than the adapter (lowest cosine {lowest:.6f})",
+            expected=f"{MIN_COSINE:.6f} or more",
+            action="use the adapter unmerged",
+        )
+    whole.save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    if (source / PROJECTION_FILE).is_file():
+        save_file({"weight": load_projection(source)}, str(place / PROJECTION_FILE))
+    return lowest
+
+
+@torch.inference_mode()
+def _outputs(adapter: Artifact, model: Any, tokenizer: Any) -> Tensor:
+    """What the adapter is for: vectors [N, D] of stage 1, the last token's logits [N, V] of stage 2."""
+    rows = [[*tokenizer(text)["input_ids"], int(tokenizer.eos_token_id)] for text in _PROBES]
+    ids, mask = pad_right(rows, int(tokenizer.pad_token_id))
+    if adapter.manifest.kind == "retriever":
+        spec = EncoderSpec.from_json(adapter.info["encoder"])
+        module = BiEncoder(model, spec.pooling, spec.projection_dim)
+        if module.projection is not None:
+            module.projection.weight.data.copy_(load_projection(adapter.path("adapter")))
+        vectors: Tensor = module.eval()(ids, mask)
+        return vectors
+    logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
+    return logits[torch.arange(len(rows)), mask.sum(dim=1) - 1].float()
+
+
+def _mentions(report: Artifact, ref: str) -> bool:
+    """Whether ``ref`` is among the report's parents, theirs, and so on."""
+    open_, seen = [report], set()
+    while open_:
+        artifact = open_.pop()
+        for role, parent in artifact.manifest.parents.items():
+            if parent == ref:
+                return True
+            if parent not in seen:
+                seen.add(parent)
+                open_.append(artifact.parent(role))
+    return False
+
+
+def _copy(artifact: Artifact, folder: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        if name in artifact.manifest.files:
+            folder.mkdir(exist_ok=True)
+            shutil.copy(artifact.path(name), folder / name)
+
+
+def _card(adapter: Artifact, report: Artifact | None, folder: Path, lowest: float | None) -> str:
+    kind = adapter.manifest.kind
+    description = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    base = str(description["base_model_name_or_path"])
+    stage = "stage 1, the retriever" if kind == "retriever" else "stage 2, the generator"
+    lines = ["---", "library_name: peft", *([] if base.startswith("builtin:") else [f"base_model: {base}"])]
+    lines += ["tags:", "- retrieval-augmented-generation", "- lora", "---", ""]
+    lines += [f"# {adapter.manifest.name}: {stage}", ""]
+    lines += [
+        f"A LoRA adapter (rank {description['r']}, alpha {description['lora_alpha']}) for `{base}`, trained with",
+        f"invar_ray {__version__} after Invar-RAG (arXiv 2411.07021). Artifact `{adapter.ref}`, {adapter.manifest.created}.",
+        "",
+    ]
+    if base.startswith("builtin:"):
+        lines += ["The base is embedded in invar_ray: outside of it use merged weights (`export --merged`).", ""]
+    lines += ["## Use", ""]
+    if kind == "retriever":
+        spec = EncoderSpec.from_json(adapter.info["encoder"])
+        lines += [
+            f"Query: `{spec.query_prefix}{{question}}` and the end token, at most {spec.query_max_tokens} tokens.",
+            f"Passage: `{spec.passage_prefix}{{title}} {{text}}` and the end token, at most {spec.passage_max_tokens}. Vector:"
+            f" {'mean of the' if spec.pooling == 'mean' else 'last'} token"
+            f"{' states' if spec.pooling == 'mean' else ' state'} of `.model`"
+            + (f", then `{PROJECTION_FILE}` ({spec.projection_dim} values)" if spec.projection_dim else "")
+            + ", L2 norm 1. Score: cosine.",
+        ]
+    else:
+        lines += [
+            f"At most {adapter.info['max_context']} tokens of context, {adapter.info['max_new_tokens']} new ones."
+        ]
+    if lowest is not None:
+        lines += [
+            "",
+            f"`{MERGED}/` holds base and adapter in one; lowest cosine with the unmerged outputs {lowest:.7f}.",
+        ]
+    lines += ["", "## Data", "", *_data(adapter), "", "## Training", "", *_settings(adapter.manifest.config)]
+    final = adapter.info.get("final")
+    if final:
+        lines += ["", f"After {adapter.info['steps']} steps:", "", "| measure | last step |", "|---|---|"]
+        lines += [f"| {print_name(name)} | {value:.4g} |" for name, value in final.items() if name != "step"]
+    if (folder / "training" / "losses.png").exists():
+        lines += ["", "![losses](training/losses.png)"]
+    lines += ["", "## Evaluation", ""]
+    if report is None:
+        lines.append("Not measured: no report was given to the export.")
+    else:
+        rows = read_report(report.path("report.json")).rows
+        for title, names in (
+            ("Recall", RETRIEVAL_METRICS),
+            ("Variance", VARIANCE_METRICS),
+            ("Answers", ANSWER_METRICS),
+        ):
+            held = [name for name in names if any(row.metrics.get(name) is not None for row in rows)]
+            if held:
+                lines += [f"### {title}", "", render_table(rows, held, markdown=True), ""]
+        lines += [f"![{name}](evaluation/{name}.png)" for name in ("recall", "variance")
+                  if (folder / "evaluation" / f"{name}.png").exists()]  # fmt: skip
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _data(adapter: Artifact) -> list[str]:
+    """A line for each ancestor that says something about data."""
+    lines: list[str] = []
+    open_, seen = [adapter], {adapter.ref}
+    while open_:
+        artifact = open_.pop(0)
+        for role, ref in artifact.manifest.parents.items():
+            if ref in seen:
+                continue
+            seen.add(ref)
+            parent = artifact.parent(role)
+            open_.append(parent)
+            numbers = {key: value for key, value in parent.info.items() if isinstance(value, (int, str))}
+            told = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in numbers.items())
+            lines.append(f"- `{ref}`" + (f": {told}" if told else ""))
+    return lines or ["- no parents recorded"]
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> list[str]:
+    lines: list[str] = []
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            lines += _settings(value, f"{prefix}{key}.")
+        else:
+            lines.append(f"- {prefix}{key}: {value}")
+    return lines

@@ -1,0 +1,106 @@
+"""Export: what PEFT loads outside of this project, merged weights that agree, and a card that says what was done."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+from invar_ray.artifacts import Artifact, Building, Plan
+from invar_ray.cli import app
+from invar_ray.errors import DataError, MixedArtifactsError, ModelError
+from invar_ray.evaluation.report import Report, Row, write_report
+from invar_ray.models.encoder import EncoderSpec, open_encoder
+from invar_ray.training import export
+from invar_ray.training.export import export_adapter, open_adapter
+from tests import support
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> support.World:
+    return support.world(tmp_path_factory)
+
+
+@pytest.fixture(scope="module")
+def report(world: support.World) -> Artifact:
+    rows = [Row("stage 1", "dev", {"recall_at_5": 0.5, "overlap_at_5": 0.25})]
+
+    def body(building: Building) -> None:
+        write_report(Report(rows=rows), building.path / "report.json")
+
+    hits = Plan("hits", "h", {}, {"index": world.adapter_index})
+    made = world.store.get_or_build(hits, lambda building: (building.path / "x").write_text("x"))[0]
+    return world.store.get_or_build(Plan("report", "r", {}, {"hits": made}), body)[0]
+
+
+def test_peft_loads_it_and_gives_the_same_states(world: support.World, tmp_path: Path, report: Artifact) -> None:
+    made = export_adapter(world.adapter, tmp_path / "out", report=report, merged=True)
+    base = world.base.folder_or_name(world.store)
+    texts = ["Who keeps the light?", "in the north sound"]
+    spec = EncoderSpec.from_json(world.adapter.info["encoder"])
+    wanted = open_encoder(spec, world.store).encode_queries(texts)
+
+    def encode(model: Any) -> torch.Tensor:
+        rows = [world.tokenizer(text)["input_ids"] + [world.tokenizer.eos_token_id] for text in texts]
+        with torch.no_grad():
+            states = [model(torch.tensor([row])).last_hidden_state[0].mean(dim=0) for row in _once(rows)]
+        return torch.nn.functional.normalize(torch.stack(states), dim=-1)
+
+    def _once(rows: list[list[int]]) -> list[list[int]]:
+        eos = world.tokenizer.eos_token_id
+        return [row[:-1] if row[-2] == eos else row for row in rows]
+
+    peft_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), made.folder)
+    whole = AutoModelForCausalLM.from_pretrained(made.merged, dtype=torch.float32)
+    bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    for model in (peft_model.get_base_model(), whole):
+        torch.testing.assert_close(encode(model.model), torch.from_numpy(wanted), rtol=0, atol=1e-5)
+    assert (encode(bare.model) - torch.from_numpy(wanted)).abs().max() > 1e-2, "the adapter changes nothing"
+    assert made.lowest_cosine is not None
+    assert made.lowest_cosine > 0.99999
+
+
+def test_the_card_tells_data_settings_and_measures(world: support.World, tmp_path: Path, report: Artifact) -> None:
+    card = (export_adapter(world.adapter, tmp_path / "out", report=report).folder / "README.md").read_text("utf-8")
+    assert card.startswith("---\nlibrary_name: peft\n")
+    for expected in ("arXiv 2411.07021", world.adapter.ref, world.base_artifact.ref, "- seed: 1", "recall@5", "0.250"):
+        assert expected in card, expected
+    plain = (export_adapter(world.adapter, tmp_path / "plain").folder / "README.md").read_text("utf-8")
+    assert "Not measured" in plain
+    assert not (tmp_path / "plain" / "merged").exists()
+
+
+def test_what_does_not_belong_together_is_refused(world: support.World, tmp_path: Path, report: Artifact) -> None:
+    with pytest.raises(MixedArtifactsError, match="does not measure"):
+        export_adapter(world.other_adapter, tmp_path / "other", report=report)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    with pytest.raises(DataError, match="not empty"):
+        export_adapter(world.adapter, tmp_path / "full")
+    with pytest.raises(MixedArtifactsError, match="of kind 'model'"):
+        open_adapter(world.base_artifact.uri)
+
+
+def test_merged_weights_that_differ_are_refused(
+    world: support.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = export.load_adapter
+
+    def forgets_to_merge(base: Any, folder: Path, *, merge: bool = False) -> Any:
+        return base.eval() if merge else plain(base, folder)
+
+    monkeypatch.setattr(export, "load_adapter", forgets_to_merge)
+    with pytest.raises(ModelError, match="merged weights give other outputs"):
+        export_adapter(world.adapter, tmp_path / "out", merged=True)
+
+
+def test_the_command(world: support.World, tmp_path: Path) -> None:
+    found = CliRunner().invoke(app, ["export", world.adapter.uri, str(tmp_path / "out"), "--merged"])
+    assert found.exit_code == 0, found.output
+    assert "lowest cosine with the unmerged outputs 0.99999" in found.output or "1.0000000" in found.output
+    assert (tmp_path / "out" / "merged" / "model.safetensors").is_file()
