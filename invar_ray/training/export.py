@@ -174,7 +174,8 @@ def _card(adapter: Artifact, report: Artifact | None, folder: Path, lowest: floa
     lines += [f"# {adapter.manifest.name}: {stage}", ""]
     lines += [
         f"A LoRA adapter (rank {description['r']}, alpha {description['lora_alpha']}) for `{base}`, trained with",
-        f"invar_ray {__version__} after Invar-RAG (arXiv 2411.07021). Artifact `{adapter.ref}`, {adapter.manifest.created}.",
+        f"invar_ray {__version__} after Invar-RAG (arXiv 2411.07021).",
+        f"Artifact `{adapter.ref}`, {adapter.manifest.created}.",
         "",
     ]
     if base.startswith("builtin:"):
@@ -184,7 +185,8 @@ def _card(adapter: Artifact, report: Artifact | None, folder: Path, lowest: floa
         spec = EncoderSpec.from_json(adapter.info["encoder"])
         lines += [
             f"Query: `{spec.query_prefix}{{question}}` and the end token, at most {spec.query_max_tokens} tokens.",
-            f"Passage: `{spec.passage_prefix}{{title}} {{text}}` and the end token, at most {spec.passage_max_tokens}. Vector:"
+            f"Passage: `{spec.passage_prefix}{{title}} {{text}}` and the end token, at most {spec.passage_max_tokens}.",
+            "Vector:"
             f" {'mean of the' if spec.pooling == 'mean' else 'last'} token"
             f"{' states' if spec.pooling == 'mean' else ' state'} of `.model`"
             + (f", then `{PROJECTION_FILE}` ({spec.projection_dim} values)" if spec.projection_dim else "")
