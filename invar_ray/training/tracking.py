@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -75,28 +76,36 @@ def open_trackers(
 
 
 class _TensorBoard:
-    """Event files through tensorboardX, which needs neither torch's TensorBoard nor TensorFlow."""
+    """Event files through tensorboardX, which needs neither torch's TensorBoard nor TensorFlow.
+
+    Its ``SummaryWriter`` is not used: it writes from a thread, and its ``flush`` does not wait for that.
+    """
 
     def __init__(self, root_uri: str, run: str, first_step: int) -> None:
         self._target = join_uri(root_uri, f"tensorboard/{run}")
         self._temporary = "://" in root_uri
-        self._folder = tempfile.mkdtemp(prefix="invar-tensorboard-") if self._temporary else self._target
-        writer = importlib.import_module("tensorboardX").SummaryWriter
+        self._folder = Path(tempfile.mkdtemp(prefix="invar-tensorboard-") if self._temporary else self._target)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._events = importlib.import_module("tensorboardX.proto.event_pb2")
+        self._summary = importlib.import_module("tensorboardX.proto.summary_pb2")
+        writer = importlib.import_module("tensorboardX.event_file_writer").EventsWriter
         # Names go by the second: the suffix keeps a quick restart from writing over the first attempt's file.
-        self._writer = writer(
-            self._folder, purge_step=first_step + 1 if first_step else None, filename_suffix=f".{first_step}"
-        )
+        self._writer = writer(str(self._folder / "events"), f".{first_step}")
+        if first_step:
+            start = self._events.SessionLog(status=self._events.SessionLog.START)
+            self._writer.write_event(self._events.Event(wall_time=time.time(), step=first_step + 1, session_log=start))
 
     def log(self, record: Mapping[str, Any]) -> None:
-        for key, value in _scalars(record).items():
-            self._writer.add_scalar(key, value, record["step"])
+        values = [self._summary.Summary.Value(tag=key, simple_value=value) for key, value in _scalars(record).items()]
+        summary = self._summary.Summary(value=values)
+        self._writer.write_event(self._events.Event(wall_time=time.time(), step=record["step"], summary=summary))
 
     def flush(self) -> None:
         self._writer.flush()
         if self._temporary:
             filesystem, prefix = resolve_uri(self._target)
             filesystem.create_dir(prefix, recursive=True)
-            for path in Path(self._folder).iterdir():
+            for path in self._folder.iterdir():
                 with filesystem.open_output_stream(f"{prefix}/{path.name}") as stream:
                     stream.write(path.read_bytes())
 
