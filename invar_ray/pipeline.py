@@ -7,6 +7,7 @@ else.  The demo, the jobs and the command line all call it.
 from __future__ import annotations
 
 import importlib
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -175,7 +176,8 @@ class Pipeline:
             for cause in evaluation.causes
             if name in {"base", "stage1"} and (changed := self._changed_hits(name, cause)) is not None
         ]
-        dataset = self.config.questions.dev_uri.rpartition("/")[2].removesuffix(".gz").removesuffix(".jsonl")
+        name = self.config.questions.dev_uri.rstrip("/").rpartition("/")[2].removeprefix("builtin:").removesuffix(".gz")
+        dataset = re.sub(r"\.(jsonl|ndjson|json|tsv|csv)$", "", name)
         return self._step(
             "report",
             report_plan(self.config, systems, changes),

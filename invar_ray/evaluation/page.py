@@ -17,7 +17,7 @@ from invar_ray.evaluation.svg import Bar, bar_chart, column_chart, line_chart
 from invar_ray.evaluation.tables import ANSWER_METRICS, Row, finite, print_name, render_table
 
 CAUSES = {"rewrite": "other wording", "window": "other windows", "index": "approximate index", "precision": "precision"}
-LOWER_IS_BETTER = ("flip_rate", "abstained", "calibration_error", "change_by", "overlap_between", "_std")
+LOWER_IS_BETTER = ("flip_rate", "calibration_error", "change_by", "_std")
 
 
 def retrieval_columns(k: int) -> list[str]:
@@ -193,8 +193,8 @@ def _html_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 def _best(rows: Sequence[Row], name: str) -> float | None:
     values = [value for row in rows if (value := finite(row.metrics.get(name))) is not None]
-    if name == "abstained" or len(set(values)) < 2:
-        return None  # neither more nor less of it is better by itself
+    if name == "abstained" or "between_questions" in name or len(set(values)) < 2:
+        return None  # neither more nor less of these is better by itself
     return min(values) if any(part in name for part in LOWER_IS_BETTER) else max(values)
 
 

@@ -150,11 +150,19 @@ def test_search_fused_over_rewrites_of_each_wording_alone(small: World) -> None:
 
 def test_exact_search_equals_a_flat_index(small: World) -> None:
     approximate = small.index("ivf", small.base_spec, None, "IVF2,Flat")
-    row = {"block": 0, "wordings": [["What do farmers grow on Kelda?", "Where does the ferry leave?"]]}
+    row = {"block": 0, "wordings": [["What do farmers grow on Kelda?", "When does the ferry leave Elvay?"]]}
     exact = SearchBlock(approximate.uri, 5, "fp32", exact=True)(row)["hits"]
     flat = SearchBlock(small.base_index.uri, 5, "fp32")(row)["hits"]
     ids = [[[hit["passage_id"] for hit in found] for found in block[0]] for block in (exact, flat)]
     assert ids[0] == ids[1]
+
+
+def test_questions_in_the_other_precision_find_about_the_same(small: World) -> None:
+    row = {"block": 0, "wordings": [["What do farmers grow on Kelda?", "When does the ferry leave Elvay?"]]}
+    both = [SearchBlock(small.base_index.uri, 5, precision)(row)["hits"][0] for precision in ("fp32", "bf16")]
+    for full, half in zip(*both, strict=True):
+        assert {hit["passage_id"] for hit in full[:2]} & {hit["passage_id"] for hit in half[:2]}
+        assert [hit["score"] for hit in full] == pytest.approx([hit["score"] for hit in half], abs=0.02)
 
 
 def test_the_mode_is_in_the_fingerprint_only_where_it_acts(small: World) -> None:
