@@ -5,17 +5,17 @@ Shape legend: B prompts · T tokens (prompts are padded on the left) · V vocabu
 
 from __future__ import annotations
 
+import queue
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
-from transformers.generation.streamers import BaseStreamer
+from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from invar_ray.errors import ModelError, RequestError
-from invar_ray.models.decoding import Cancelled, QueueStreamer, StopStrings, TokenPicker, first_stop, steady
+from invar_ray.models.decoding import Finish, Row, RowEnds, Sampling, TokenPicker, first_stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,18 +27,38 @@ class Generation:
         token_logprobs: natural-log probability (nats) of each generated token, the end token included, under the
             model's own distribution (before any temperature).
         num_tokens: number of generated tokens, equal to ``len(token_logprobs)``.
-        finish: why it ended: the end token, a stop string, or ``max_new_tokens``.
+        finish: why it ended: the end token, a stop string, ``max_new_tokens``, or that it was cancelled.
+        prompt_tokens: number of the prompt's tokens.
     """
 
     text: str
     token_logprobs: list[float]
     num_tokens: int
-    finish: Literal["eos", "stop", "length"] = "length"
+    finish: Finish = "length"
+    prompt_tokens: int = 0
 
     @property
     def confidence(self) -> float | None:
         """Mean log-probability of the tokens in nats; ``None`` without tokens."""
         return sum(self.token_logprobs) / len(self.token_logprobs) if self.token_logprobs else None
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A prompt to continue, and how; tasks of one batch may differ in everything.
+
+    Attributes:
+        prompt: the text.
+        sampling: length, stop strings and randomness.
+        on_text: called with each piece of text as soon as no later token can change it, in the thread that generates;
+            the pieces add up to the continuation's text.
+        cancelled: asked once a token; once it says true the row ends (``finish="cancelled"``), the others go on.
+    """
+
+    prompt: str
+    sampling: Sampling
+    on_text: Callable[[str], None] | None = None
+    cancelled: Callable[[], bool] | None = None
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
@@ -123,13 +143,24 @@ class Generator:
         Raises:
             RequestError: if a prompt is empty, or does not fit the context together with ``max_new_tokens``.
         """
-        if not prompts:
+        sampling = Sampling(max_new_tokens, _strings(stop), temperature, seed=seed)
+        return self.run([Task(prompt, sampling) for prompt in prompts])
+
+    def run(self, tasks: Sequence[Task]) -> list[Generation]:
+        """Continue the prompts of all tasks in one batch, each in its own way.
+
+        Raises:
+            RequestError: if a prompt is empty or does not fit the context; nothing is generated then.
+            Exception: whatever an ``on_text`` raises ends the batch.
+        """
+        if not tasks:
             return []
-        _check_options(max_new_tokens, stop, temperature)
-        encoded = [self._encode(prompt, max_new_tokens) for prompt in prompts]
-        criteria = [StopStrings(self._decode, tuple(stop), max(map(len, encoded)))] if stop else []
-        ids, logprobs = self._run(encoded, max_new_tokens, temperature, seed, criteria, None)
-        return [self._finish(ids[row], logprobs[row], tuple(stop)) for row in range(len(prompts))]
+        rows = [
+            Row(task.sampling, self._encode(task.prompt, task.sampling.max_new_tokens), task.on_text, task.cancelled)
+            for task in tasks
+        ]
+        logprobs = self._run(rows)
+        return [self._finish(row, values) for row, values in zip(rows, logprobs, strict=True)]
 
     def stream(
         self,
@@ -148,75 +179,52 @@ class Generator:
         Raises:
             RequestError: at the call, not at the first piece; see :meth:`generate`.
         """
-        _check_options(max_new_tokens, stop, temperature)
-        encoded = self._encode(prompt, max_new_tokens)
-        return self._stream(encoded, max_new_tokens, tuple(stop), temperature, seed)
+        sampling = Sampling(max_new_tokens, _strings(stop), temperature, seed=seed)
+        self._encode(prompt, max_new_tokens)
+        return self._stream(prompt, sampling)
 
-    def _stream(
-        self, encoded: list[int], max_new_tokens: int, stop: tuple[str, ...], temperature: float, seed: int
-    ) -> Iterator[str]:
-        streamer, cancelled = QueueStreamer(), threading.Event()
-        criteria: list[StoppingCriteria] = [Cancelled(cancelled)]
-        if stop:
-            criteria.append(StopStrings(self._decode, stop, len(encoded)))
+    def _stream(self, prompt: str, sampling: Sampling) -> Iterator[str]:
+        items: queue.Queue[str | BaseException | None] = queue.Queue()
+        cancelled = threading.Event()
 
         def work() -> None:
             try:
-                self._run([encoded], max_new_tokens, temperature, seed, criteria, streamer)
-                streamer.items.put(None)
+                self.run([Task(prompt, sampling, items.put, cancelled.is_set)])
+                items.put(None)
             except BaseException as error:  # handed to the consumer, which is waiting
-                streamer.items.put(error)
+                items.put(error)
 
         thread = threading.Thread(target=work, name="generate", daemon=True)
         thread.start()
-        ids: list[int] = []
-        sent = ""
         try:
-            while True:
-                item = streamer.items.get()
+            while (item := items.get()) is not None:
                 if isinstance(item, BaseException):
                     raise item
-                if item is None:
-                    break
-                ids.append(item)
-                safe = steady(self._decode(ids), stop)
-                if len(safe) > len(sent) and safe.startswith(sent):
-                    yield safe[len(sent) :]
-                    sent = safe
-            text = self._finish(ids, [0.0] * len(ids), stop).text
-            if len(text) > len(sent):
-                yield text[len(sent) :]
+                yield item
         finally:
             cancelled.set()
             thread.join()
 
     @torch.inference_mode()
-    def _run(
-        self,
-        encoded: list[list[int]],
-        max_new_tokens: int,
-        temperature: float,
-        seed: int,
-        criteria: list[Any],
-        streamer: BaseStreamer | None,
-    ) -> tuple[list[list[int]], list[list[float]]]:
-        """New token ids and their log-probabilities per row; what follows a row's end is not yet cut."""
-        width = max(map(len, encoded))
+    def _run(self, rows: list[Row]) -> list[list[float]]:
+        """Fill the rows with new tokens; returns their log-probabilities (what follows a row's end is not yet cut)."""
+        width = max(len(row.prompt) for row in rows)
         device = self.model.get_input_embeddings().weight.device
-        input_ids = torch.tensor([[self._pad_id] * (width - len(ids)) + ids for ids in encoded])  # [B, T]
-        mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in encoded])  # [B, T]
-        picker = TokenPicker(temperature, seed, encoded)
-        output = self.model.generate(
-            input_ids=input_ids.to(device),
+        padding = [width - len(row.prompt) for row in rows]
+        input_ids = torch.tensor([[self._pad_id] * n + row.prompt for n, row in zip(padding, rows, strict=True)])
+        mask = torch.tensor([[0] * n + [1] * len(row.prompt) for n, row in zip(padding, rows, strict=True)])  # [B, T]
+        picker = TokenPicker(rows)
+        self.model.generate(
+            input_ids=input_ids.to(device),  # [B, T]
             attention_mask=mask.to(device),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max(row.sampling.max_new_tokens for row in rows),
             logits_processor=LogitsProcessorList([picker]),
-            stopping_criteria=StoppingCriteriaList(criteria),
-            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([RowEnds(rows, width, self._eos_ids, self._decode)]),
             return_dict_in_generate=False,
             use_cache=True,
-        )  # [B, T + new]
-        return output[:, width:].tolist(), torch.stack(picker.logprobs, dim=1).tolist()
+        )
+        logprobs: list[list[float]] = torch.stack(picker.logprobs, dim=1).tolist()
+        return logprobs
 
     def _encode(self, prompt: str, max_new_tokens: int) -> list[int]:
         ids = encode_prompt(self.tokenizer, prompt)
@@ -238,11 +246,8 @@ class Generator:
         text = self.tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return str(text)
 
-    def _finish(self, ids: list[int], logprobs: list[float], stop: tuple[str, ...]) -> Generation:
-        finish: Literal["eos", "stop", "length"] = "length"
-        end = next((index + 1 for index, token in enumerate(ids) if token in self._eos_ids), None)
-        if end is not None:
-            ids, finish = ids[:end], "eos"
+    def _finish(self, row: Row, logprobs: list[float]) -> Generation:
+        ids, finish, stop = row.ids, row.finish or "length", row.sampling.stop
         text = self._decode(ids)
         if first_stop(text, stop) is not None:
             # The shortest run of tokens that holds the stop string, so that the batch does not change the count.
@@ -250,7 +255,9 @@ class Generator:
             ids, finish = ids[:count], "stop"
             text = self._decode(ids)
             text = text[: first_stop(text, stop)]
-        return Generation(text.strip(), logprobs[: len(ids)], len(ids), finish)
+        text = text.strip()
+        row.send(text)  # what was held back because it might have become a stop string
+        return Generation(text, logprobs[: len(ids)], len(ids), finish, len(row.prompt))
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -263,10 +270,6 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     return [int(own), *(token for token in extra if token != own)]
 
 
-def _check_options(max_new_tokens: int, stop: Sequence[str], temperature: float) -> None:
-    if max_new_tokens < 1:
-        raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
-    if isinstance(stop, str) or any(not text for text in stop):
-        raise ValueError(f"stop must be a sequence of non-empty strings, got {stop!r}")
-    if temperature < 0:
-        raise ValueError(f"temperature must be 0 or above, got {temperature}")
+def _strings(stop: Sequence[str]) -> tuple[str, ...]:
+    # A lone string is a sequence of its letters: left as it is, so that Sampling refuses it.
+    return stop if isinstance(stop, str) else tuple(stop)  # type: ignore[return-value]
