@@ -12,124 +12,95 @@ import threading
 import time
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import httpx
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, ProxyLocation
 from ray.serve.schema import LoggingConfig
 
 from invar_ray.errors import ResourceError
-from serve.deployments import API_KEY_ENV, GeneratorDeployment, IngressDeployment, RetrieverDeployment
-from serve.engines import GeneratorLoader, RetrieverLoader, load_generator, load_retriever
-from serve.protocol import SERVICE, Limits
+from serve.answering import GeneratorLoader
+from serve.args import AppArgs, EngineOptions, IngressOptions, RetrieverOptions
+from serve.deployments import ColocatedDeployment, GeneratorDeployment, IngressDeployment, RetrieverDeployment
+from serve.keys import keys_from_environment
+from serve.limits import SERVICE
+from serve.retrieving import RetrieverLoader, load_retriever
 
 logger = logging.getLogger(__name__)
 
 
-class AppArgs(BaseModel):
-    """What is served, and on how much.  Model and prompts come from the artifacts' manifests."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    index_uri: str = Field(min_length=1, description="Index artifact.")
-    generator_uri: str = Field(min_length=1, description="Generator artifact.")
-    ingress_replicas: tuple[int, int] = Field((1, 2), description="Fewest and most HTTP replicas.")
-    retriever_replicas: tuple[int, int] = Field((1, 4), description="Fewest and most retriever replicas.")
-    generator_replicas: tuple[int, int] = Field((1, 4), description="Fewest and most generator replicas.")
-    num_gpus_per_replica: float = Field(0.0, ge=0, description="GPU share of a retriever or generator replica.")
-    num_cpus_per_replica: float = Field(0.5, ge=0, description="CPU share of a retriever or generator replica.")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="Of both models; bf16 is for GPUs.")
-    num_cpus_per_ingress: float = Field(0.1, ge=0, description="CPU share of an HTTP replica.")
-    top_k: int = Field(5, ge=1, description="Passages per answer unless the request says otherwise.")
-    max_top_k: int = Field(20, ge=1, description="Most passages that a request may ask for.")
-    max_question_chars: int = Field(2000, ge=1, description="Longest question in characters.")
-    max_new_tokens: int = Field(32, ge=1, description="Longest answer in tokens.")
-    max_body_bytes: int = Field(65536, ge=256, description="Longest request body in bytes.")
-    max_batch_size: int = Field(8, ge=1, description="Questions that a replica handles together.")
-    batch_wait_s: float = Field(0.005, ge=0, description="How long the first of a batch waits for others, in seconds.")
-    max_ongoing_requests: int = Field(32, ge=1, description="Requests that a replica takes at once.")
-    max_queued_requests: int = Field(128, ge=1, description="Requests that wait for a replica, per HTTP replica.")
-    request_timeout_s: float = Field(60.0, gt=0, description="Longest wait for a search or an answer, in seconds.")
-    retry_after_s: float = Field(1.0, gt=0, description="Retry-After of a refused request, in seconds.")
-    upscale_delay_s: float = Field(10.0, ge=0, description="Load must last this long before replicas are added.")
-    downscale_delay_s: float = Field(300.0, ge=0, description="Calm must last this long before replicas are removed.")
-    health_check_period_s: float = Field(10.0, gt=0, description="Time between health checks, in seconds.")
-    health_check_timeout_s: float = Field(30.0, gt=0, description="Longest health check, in seconds.")
-    graceful_shutdown_timeout_s: float = Field(
-        20.0, ge=0, description="How long a leaving replica may finish its work."
-    )
-    require_api_key: bool = Field(False, description="Refuse to start without the environment variable INVAR_API_KEY.")
-
-    @model_validator(mode="after")
-    def _ranges(self) -> "AppArgs":
-        for name in ("ingress_replicas", "retriever_replicas", "generator_replicas"):
-            fewest, most = getattr(self, name)
-            if not 1 <= fewest <= most:
-                raise ValueError(f"{name} is [{fewest}, {most}]: expected [fewest, most] with 1 <= fewest <= most")
-        if self.top_k > self.max_top_k:
-            raise ValueError(f"top_k ({self.top_k}) is larger than max_top_k ({self.max_top_k})")
-        if self.max_batch_size > self.max_ongoing_requests:
-            raise ValueError("max_batch_size is larger than max_ongoing_requests: such a batch could never fill")
-        return self
-
-
 def build_app(args: AppArgs) -> Application:
     """The application from its arguments; the import path for Serve is ``serve.app:build_app``."""
-    device = "cuda" if args.num_gpus_per_replica > 0 else "cpu"
-    return compose(
-        args,
-        retriever_loader=partial(load_retriever, device=device, precision=args.precision),
-        generator_loader=partial(load_generator, device=device, precision=args.precision),
-    )
+    return compose(args)
 
 
 def compose(
     args: AppArgs,
     *,
-    retriever_loader: RetrieverLoader = load_retriever,
-    generator_loader: GeneratorLoader = load_generator,
+    retriever_loader: RetrieverLoader | None = None,
+    generator_loader: GeneratorLoader | None = None,
 ) -> Application:
-    """The three deployments, bound together; the loaders are for embedding other retrievers and generators."""
-    # Serve's decorator turns the classes into deployments, which type checkers do not see.
-    ingress_class: Any = IngressDeployment
-    retriever_class: Any = RetrieverDeployment
-    generator_class: Any = GeneratorDeployment
-    engine_actor = {"num_cpus": args.num_cpus_per_replica, "num_gpus": args.num_gpus_per_replica}
-    if args.num_gpus_per_replica == 0:
-        del engine_actor["num_gpus"]
-    retriever = retriever_class.options(
-        **_options(args, args.retriever_replicas, engine_actor),
-        # In user_config, not an init argument: changing it changes the index in place, without new replicas.
-        user_config={"index_uri": args.index_uri},
-    ).bind(args.max_batch_size, args.batch_wait_s, retriever_loader)
-    generator = generator_class.options(**_options(args, args.generator_replicas, engine_actor)).bind(
-        args.generator_uri, args.max_batch_size, args.batch_wait_s, generator_loader
-    )
+    """The deployments, bound together; the loaders are for embedding other retrievers and generators."""
+    loader = retriever_loader or partial(load_retriever, device=args.device, precision=args.precision)
+    record = args.record()
+    engine_actor = {"num_cpus": args.num_cpus_per_replica}
+    if args.num_gpus_per_replica > 0:
+        engine_actor["num_gpus"] = args.num_gpus_per_replica
+
+    def retriever_options(shard: int) -> RetrieverOptions:
+        return RetrieverOptions(
+            args.max_batch_size,
+            args.batch_wait_s,
+            args.configured,
+            shard=shard,
+            record_uri=record,
+            allowed_drop=args.shadow_allowed_drop,
+            tracing=args.tracing,
+        )
+
+    engine = EngineOptions(args, generator_loader)
+    if args.topology == "colocated":
+        both = ColocatedDeployment.options(
+            **_options(args, args.generator_replicas, engine_actor), user_config={"index_uri": args.index_uri}
+        ).bind(retriever_options(0), engine)
+        shards, generator = [both], both
+    else:
+        shards = [
+            RetrieverDeployment.options(
+                name="RetrieverDeployment" if shard == 0 else f"RetrieverDeployment{shard}",
+                **_options(args, args.retriever_replicas, engine_actor),
+                # In user_config, not an init argument: changing it changes the index in place, without new replicas.
+                user_config={"index_uri": uri},
+            ).bind(retriever_options(shard), loader)
+            for shard, uri in enumerate(args.configured)
+        ]
+        generator = GeneratorDeployment.options(**_options(args, args.generator_replicas, engine_actor)).bind(engine)
     # The ingress refuses by itself, in the service's error form, before Serve would in plain text.
     in_flight = args.max_ongoing_requests + args.max_queued_requests
     ingress_options = _options(args, args.ingress_replicas, {"num_cpus": args.num_cpus_per_ingress})
     ingress_options["max_ongoing_requests"] = 4 * in_flight
     ingress_options["autoscaling_config"].target_ongoing_requests = in_flight / 2
     ingress_options["backpressure_config"] = BackpressureConfig(status_code=503, retry_after_s=args.retry_after_s)
-    return ingress_class.options(**ingress_options).bind(
-        retriever,
-        generator,
-        Limits(
-            top_k=args.top_k,
-            max_top_k=args.max_top_k,
-            max_question_chars=args.max_question_chars,
-            max_new_tokens=args.max_new_tokens,
-            max_body_bytes=args.max_body_bytes,
-        ),
-        args.request_timeout_s,
-        in_flight,
-        args.retry_after_s,
+    options = IngressOptions(
+        limits=args.limits(),
+        configured=args.configured,
+        max_in_flight=in_flight,
+        retry_after_s=args.retry_after_s,
         # A key in this process's environment is meant to be asked for: replicas that lack it fail rather than open up.
-        args.require_api_key or bool(os.environ.get(API_KEY_ENV)),
+        require_api_key=args.require_api_key or bool(keys_from_environment(os.environ)),
+        keys=tuple(args.api_keys),
+        cors_origins=tuple(args.cors_origins),
+        audit_text=args.audit_text,
+        record_uri=record,
+        follow_uri=args.follow_uri,
+        shard_timeout_s=args.shard_timeout_s,
+        stability_share=args.stability_share,
+        tracing=args.tracing,
     )
+    application: Application = IngressDeployment.options(**ingress_options).bind(shards, generator, options)
+    return application
 
 
 def _options(args: AppArgs, replicas: tuple[int, int], actor: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +109,7 @@ def _options(args: AppArgs, replicas: tuple[int, int], actor: dict[str, Any]) ->
             min_replicas=replicas[0],
             max_replicas=replicas[1],
             initial_replicas=replicas[0],
-            target_ongoing_requests=max(1.0, args.max_ongoing_requests / 2),
+            target_ongoing_requests=args.target_ongoing_requests or max(1.0, args.max_ongoing_requests / 2),
             upscale_delay_s=args.upscale_delay_s,
             downscale_delay_s=args.downscale_delay_s,
         ),
@@ -178,7 +149,8 @@ def start(
     Raises:
         ResourceError: if the port is taken, or the service does not become ready in time.
     """
-    absolute = {"index_uri": _absolute(args.index_uri), "generator_uri": _absolute(args.generator_uri)}
+    absolute: dict[str, Any] = {name: _absolute(getattr(args, name)) for name in ("index_uri", "generator_uri")}
+    absolute["shard_uris"] = [_absolute(uri) for uri in args.shard_uris]
     args = args.model_copy(update=absolute)
     if not serve.status().proxies:
         port = _free_port(host, port)

@@ -1,230 +1,213 @@
-"""The three deployments: ingress (HTTP), retriever and generator.  Options come from ``serve/app.py``."""
+"""The deployments: ingress (HTTP), retriever, generator, or both on one base.  Options come from ``serve/app.py``."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
-import time
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, Literal
 
 from ray import serve
-from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
 from ray.serve.handle import DeploymentHandle
 
-from invar_ray.errors import ConfigError, RequestError
-from invar_ray.schema import Answer
+from invar_ray.errors import ConfigError
+from serve.answering import GeneratorCore
 from serve.api import make_api
-from serve.engines import (
-    Batcher,
-    Found,
-    GeneratorEngine,
-    GeneratorLoader,
-    Question,
-    RetrieverEngine,
-    RetrieverLoader,
-    Worker,
-    load_generator,
-    load_retriever,
-)
-from serve.protocol import Limits, ServiceError
+from serve.args import EngineOptions, IngressOptions, RetrieverOptions
+from serve.handles import HandleTarget
+from serve.keys import KEY_ENV, KEYS_ENV, keys_from_environment
+from serve.metrics import ray_meter
+from serve.record import RecordFile
+from serve.records import Embedded, Found, Prepared, Question, Reply, Vectors
+from serve.retrieving import RetrieverCore, RetrieverLoader
+from serve.service import Service
+from serve.tracing import Tracer
 
-API_KEY_ENV = "INVAR_API_KEY"
 logger = logging.getLogger("ray.serve")
-T = TypeVar("T")
 
 
-@serve.deployment(name="RetrieverDeployment")
-class RetrieverDeployment:
-    """Searches the index.  ``user_config: {index_uri: ...}`` says which; a new value is loaded beside the old index.
+class RetrieverReplica:
+    """Searches one shard of the index.  ``user_config: {index_uri: ...}`` says which is configured.
 
     Args:
-        max_batch_size: questions that are encoded and searched together.
-        batch_wait_s: how long the first of them waits for others.
+        options: batches, shard and record.
         loader: index URI in, ready retriever out.
     """
 
-    def __init__(self, max_batch_size: int, batch_wait_s: float, loader: RetrieverLoader = load_retriever) -> None:
-        self._engine, self._worker = RetrieverEngine(loader), Worker()
-        self._search: Batcher[tuple[str, int], Found] = Batcher(self._search_batch, max_batch_size, batch_wait_s)
+    def __init__(self, options: RetrieverOptions, loader: RetrieverLoader) -> None:
+        self._retriever = _retriever_core(options, loader)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve another index; what is in service stays so until the new one has answered a search."""
+        """Serve another index; what is in service stays so until the new one has answered its probes."""
         uri = user_config.get("index_uri")
         if not isinstance(uri, str) or not uri:
             raise ConfigError("user_config has no index_uri", expected="user_config: {index_uri: <index artifact>}")
-        await asyncio.to_thread(self._engine.open, uri)  # not in the worker's thread, which goes on searching
+        await self._retriever.configure(uri)
 
-    async def retrieve(self, question: str, top_k: int) -> Found:
-        """The best passages for a question."""
-        return await self._search((question, top_k))
+    async def retrieve(self, question: str | Vectors, top_k: int, left_s: float, trace: dict[str, str]) -> Found:
+        """See :class:`serve.retrieving.RetrieverCore`."""
+        return await self._retriever.retrieve(question, top_k, left_s, trace)
 
-    async def _search_batch(self, requests: list[tuple[str, int]]) -> list[Found]:
-        return await self._worker.run(self._engine.search, requests)
+    async def embed(self, texts: list[str], kind: Literal["query", "passage"], trace: dict[str, str]) -> Embedded:
+        """See :class:`serve.retrieving.RetrieverCore`."""
+        return await self._retriever.embed(texts, kind, trace)
+
+    async def prepare(self, uri: str) -> Prepared:
+        """See :class:`serve.retrieving.RetrieverCore`."""
+        return await self._retriever.prepare(uri)
+
+    async def activate(self, uri: str) -> dict[str, Any]:
+        """See :class:`serve.retrieving.RetrieverCore`."""
+        return await self._retriever.activate(uri)
+
+    async def discard(self, uri: str, error: str) -> dict[str, Any]:
+        """See :class:`serve.retrieving.RetrieverCore`."""
+        return await self._retriever.discard(uri, error)
 
     async def describe(self) -> dict[str, Any]:
-        """Index, state and versions."""
-        return self._engine.describe()
+        """See :class:`serve.retrieving.RetrieverCore`."""
+        return await self._retriever.describe()
 
     async def check_health(self) -> None:
         """Search for real; Serve calls this now and then, and replaces the replica if it fails."""
-        await self._worker.check(self._engine.probe)
+        await self._retriever.check_health()
 
     def __del__(self) -> None:
-        self._worker.close()
+        self._retriever.close()
 
 
-@serve.deployment(name="GeneratorDeployment")
-class GeneratorDeployment:
-    """Answers questions from their passages.
+class GeneratorReplica(GeneratorCore):
+    """Answers questions from their passages."""
 
-    Args:
-        uri: generator artifact.
-        max_batch_size: questions that are answered together.
-        batch_wait_s: how long the first of them waits for others.
-        loader: generator URI in, ready generator out.
-    """
-
-    def __init__(
-        self, uri: str, max_batch_size: int, batch_wait_s: float, loader: GeneratorLoader = load_generator
-    ) -> None:
-        self._engine, self._worker = GeneratorEngine(uri, loader, max_batch_size), Worker()
-        self._generate: Batcher[Question, Answer] = Batcher(self._answer_batch, max_batch_size, batch_wait_s)
-
-    async def answer(self, question: Question) -> tuple[Answer, dict[str, str]]:
-        """The answer and the generator's versions.
-
-        Raises:
-            RequestError: if the question does not fit the model's context.
-        """
-        return await self._generate(question), self._engine.describe()["versions"]
-
-    async def _answer_batch(self, questions: list[Question]) -> list[Answer | RequestError]:
-        return await self._worker.run(self._engine.answer, questions)
-
-    async def describe(self) -> dict[str, Any]:
-        """Generator and version."""
-        return self._engine.describe()
+    def __init__(self, options: EngineOptions) -> None:
+        super().__init__(options.make(ray_meter(), Tracer(options.tracing)))
 
     async def check_health(self) -> None:
         """Generate a token for real; Serve calls this now and then, and replaces the replica if it fails."""
-        await self._worker.check(self._engine.probe)
+        await self.check_generator()
 
     def __del__(self) -> None:
-        self._worker.close()
+        self.engine.close()
 
 
-@serve.deployment(name="IngressDeployment")
+class ColocatedReplica(RetrieverReplica):
+    """Both adapters over one base: retriever and generator in one replica, each in a thread of its own."""
+
+    def __init__(self, retriever: RetrieverOptions, generator: EngineOptions) -> None:
+        from serve.colocated import SharedBase
+
+        shared = SharedBase(generator.device, generator.precision)
+        super().__init__(retriever, shared.retriever)
+        self._generator = GeneratorCore(generator.make(ray_meter(), Tracer(generator.tracing), shared.generator))
+
+    async def answer(self, question: Question) -> Reply:
+        """See :class:`serve.answering.GeneratorCore`."""
+        return await self._generator.answer(question)
+
+    async def stream(self, question: Question) -> AsyncIterator[str | Reply]:
+        """See :class:`serve.answering.GeneratorCore`."""
+        items = self._generator.stream(question)
+        try:
+            async for item in items:
+                yield item
+        finally:
+            await items.aclose()  # type: ignore[attr-defined]
+
+    async def describe_generator(self) -> dict[str, Any]:
+        """See :class:`serve.answering.GeneratorCore`."""
+        return await self._generator.describe_generator()
+
+    async def check_generator(self) -> None:
+        """See :class:`serve.answering.GeneratorCore`."""
+        await self._generator.check_generator()
+
+    async def check_health(self) -> None:
+        """Search and generate for real."""
+        await asyncio.gather(super().check_health(), self.check_generator())
+
+    def __del__(self) -> None:
+        super().__del__()
+        self._generator.engine.close()
+
+
+def _retriever_core(options: RetrieverOptions, loader: RetrieverLoader) -> RetrieverCore:
+    try:
+        replica = serve.get_replica_context().replica_id.unique_id
+    except Exception:  # local testing has no replicas
+        replica = "local"
+    return RetrieverCore(
+        loader,
+        options.max_batch_size,
+        options.batch_wait_s,
+        record=RecordFile(options.record_uri) if options.record_uri else None,
+        shard=options.shard,
+        configured=options.configured,
+        allowed_drop=options.allowed_drop,
+        replica=replica,
+        meter=ray_meter(),
+        tracer=Tracer(options.tracing),
+    )
+
+
 @serve.ingress()
-class IngressDeployment:
-    """HTTP in front of the two others: limits, key, errors, and one more try where a replica died.
+class IngressReplica:
+    """HTTP in front of the others.
 
     Args:
-        retriever, generator: handles, from ``bind``.
-        limits: what requests may ask for.
-        timeout_s: longest wait for either of them, in seconds.
-        max_in_flight: requests that are answered at once; more are told to come back.
-        retry_after_s: when to come back, in seconds.
-        require_api_key: refuse to start without the environment variable ``INVAR_API_KEY``.
+        shards, generator: handles, from ``bind``; in the colocated topology they are the same.
+        options: limits, keys and waiting.
     """
 
     def __init__(
         self,
-        retriever: DeploymentHandle[Any],
+        shards: Sequence[DeploymentHandle[Any]],
         generator: DeploymentHandle[Any],
-        limits: Limits,
-        timeout_s: float,
-        max_in_flight: int,
-        retry_after_s: float,
-        require_api_key: bool,
+        options: IngressOptions,
     ) -> None:
-        self._retriever, self._generator, self._limits = retriever, generator, limits
-        self._timeout_s, self._max_in_flight, self._retry_after_s = timeout_s, max_in_flight, retry_after_s
-        self._ready_at = float("-inf")
-        self._api_key = os.environ.get(API_KEY_ENV) or None
-        if require_api_key and self._api_key is None:
+        self._options, meter = options, ray_meter()
+        self._keys = [*options.keys, *keys_from_environment(os.environ)]
+        if options.require_api_key and not self._keys:
             raise ConfigError(
-                f"the replica's environment has no {API_KEY_ENV}, and the configuration asks for a key",
-                action=f"set {API_KEY_ENV} where the Ray nodes start, or in the application's runtime_env.env_vars",
+                f"the replica's environment has neither {KEY_ENV} nor {KEYS_ENV}, and the configuration asks for a key",
+                action=f"set {KEY_ENV} where the Ray nodes start, or in the application's runtime_env.env_vars",
             )
+        names = ["retriever"] if len(shards) == 1 else [f"retriever shard {number}" for number in range(len(shards))]
+        self._service = Service(
+            [
+                HandleTarget(name, handle, options.retry_after_s, meter)
+                for name, handle in zip(names, shards, strict=True)
+            ],
+            HandleTarget("generator", generator, options.retry_after_s, meter),
+            configured=options.configured,
+            record=RecordFile(options.record_uri) if options.record_uri else None,
+            shard_timeout_s=options.shard_timeout_s,
+            retry_after_s=options.retry_after_s,
+            stability_share=options.stability_share,
+            meter=meter,
+            tracer=Tracer(options.tracing),
+        )
+        self._following: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> Any:
-        """Called by Serve once the constructor is done: only then are limits and key known."""
-        return make_api(self, self._limits, api_key=self._api_key, max_in_flight=self._max_in_flight)
-
-    async def retrieve(self, question: str, top_k: int) -> Found:
-        """See :class:`serve.api.Backend`."""
-        return await self._call("retriever", lambda: self._retriever.retrieve.remote(question, top_k))
-
-    async def answer(self, question: Question) -> tuple[Answer, dict[str, str]]:
-        """See :class:`serve.api.Backend`."""
-        return await self._call("generator", lambda: self._generator.answer.remote(question))
-
-    async def describe(self) -> dict[str, Any]:
-        """See :class:`serve.api.Backend`."""
-        index, generator = await asyncio.gather(
-            self._call("retriever", lambda: self._retriever.describe.remote()),
-            self._call("generator", lambda: self._generator.describe.remote()),
+        """Called by Serve once the constructor is done: only then are limits and keys known."""
+        return make_api(
+            self._service,
+            self._options.limits,
+            keys=self._keys,
+            max_in_flight=self._options.max_in_flight,
+            retry_after_s=self._options.retry_after_s,
+            cors_origins=self._options.cors_origins,
+            audit_text=self._options.audit_text,
         )
-        return {**index, **generator, "versions": {**index["versions"], **generator["versions"]}}
 
-    async def check(self) -> None:
-        """See :class:`serve.api.Backend`.  A success counts for a second: anyone may ask, and asking costs a search."""
-        if time.monotonic() - self._ready_at < 1.0:
-            return
-        try:
-            await asyncio.gather(
-                self._call("retriever", lambda: self._retriever.check_health.remote()),
-                self._call("generator", lambda: self._generator.check_health.remote()),
-            )
-        except ServiceError:
-            raise
-        except Exception as error:
-            logger.exception("not ready")
-            raise ServiceError(503, "unavailable", "a health check failed", self._retry_after_s) from error
-        self._ready_at = time.monotonic()
-
-    async def _call(self, name: str, send: Callable[[], Any]) -> Any:
-        """Send a call and wait for it.  Both services only read, so a call may be sent twice where a replica died."""
-        for last_try in (False, True):
-            response = send()
-            try:
-                if not await _finished(response, self._timeout_s):
-                    message = f"the {name} did not answer within {self._timeout_s:g} s"
-                    raise ServiceError(504, "timeout", message, self._retry_after_s)
-                return await response
-            except BackPressureError as error:
-                message = f"the {name} has too many requests waiting"
-                raise ServiceError(503, "overloaded", message, self._retry_after_s) from error
-            except (RayActorError, ReplicaUnavailableError, DeploymentUnavailableError) as error:
-                if last_try or isinstance(error, DeploymentUnavailableError):
-                    message = f"the {name} is not available"
-                    raise ServiceError(503, "unavailable", message, self._retry_after_s) from error
-                logger.warning("a replica of the %s died in a call (%s): trying once more", name, type(error).__name__)
-            except RayTaskError as error:
-                if isinstance(error.cause, RequestError):
-                    raise error.cause from None  # the task error's text holds a stack trace
-                raise
-        raise AssertionError("unreachable")
+    async def check_health(self) -> None:
+        """Nothing here can fail alone; also the moment at which the file to follow is looked at."""
+        if self._options.follow_uri and (self._following is None or self._following.done()):
+            self._following = asyncio.create_task(self._service.follow(self._options.follow_uri))
 
 
-async def _finished(response: Any, timeout_s: float) -> bool:
-    """Whether a call ends, well or not, in time; it is cancelled if it does not, or if the client went away."""
-
-    async def settle() -> None:
-        with contextlib.suppress(Exception):
-            await response
-
-    # Not wait_for: what it cancels answers with an exception of Serve's own, which would hide the time-out.
-    task = asyncio.create_task(settle())
-    try:
-        done, _ = await asyncio.wait({task}, timeout=timeout_s)
-    except asyncio.CancelledError:
-        response.cancel()
-        raise
-    if not done:
-        response.cancel()
-    return bool(done)
+RetrieverDeployment: Any = serve.deployment(name="RetrieverDeployment")(RetrieverReplica)
+GeneratorDeployment: Any = serve.deployment(name="GeneratorDeployment")(GeneratorReplica)
+ColocatedDeployment: Any = serve.deployment(name="ColocatedDeployment")(ColocatedReplica)
+IngressDeployment: Any = serve.deployment(name="IngressDeployment")(IngressReplica)

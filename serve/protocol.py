@@ -1,70 +1,24 @@
-"""What goes over HTTP: requests, responses and the one form that every error has."""
+"""What goes over HTTP on the service's own routes: requests and responses."""
 
-import re
-import uuid
-from dataclasses import dataclass
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from invar_ray.errors import RequestError
 from invar_ray.schema import Answer, Citation, Hit
-
-SERVICE = "invar-ray"
-REQUEST_ID_HEADER = "X-Request-ID"
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._\-]{1,64}")
+from serve.limits import SERVICE, Limits
 
 
-class Limits(BaseModel):
-    """What a request may ask for."""
+def clean_text(value: str) -> str:
+    """A text that can be encoded and holds no null characters.
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    top_k: int = Field(5, ge=1, description="Passages per answer unless the request says otherwise.")
-    max_top_k: int = Field(20, ge=1, description="Most passages that a request may ask for.")
-    max_question_chars: int = Field(2000, ge=1, description="Longest question in characters.")
-    max_new_tokens: int = Field(32, ge=1, description="Longest answer in tokens; a request may ask for less.")
-    max_body_bytes: int = Field(65536, ge=256, description="Longest request body in bytes.")
-
-    def check_question(self, question: str) -> str:
-        """The question without outer whitespace.
-
-        Raises:
-            RequestError: if nothing is left of it or it is too long.
-        """
-        text = question.strip()
-        if not text:
-            raise RequestError("the question is empty", expected="some words")
-        if len(text) > self.max_question_chars:
-            raise RequestError(
-                f"the question has {len(text)} characters", expected=f"at most {self.max_question_chars}"
-            )
-        return text
-
-    def check_top_k(self, top_k: int | None) -> int:
-        """How many passages to take.
-
-        Raises:
-            RequestError: if it is out of range.
-        """
-        if top_k is None:
-            return self.top_k
-        if not 1 <= top_k <= self.max_top_k:
-            raise RequestError(f"top_k is {top_k}", expected=f"a number from 1 to {self.max_top_k}")
-        return top_k
-
-    def check_max_new_tokens(self, max_new_tokens: int | None) -> int:
-        """How long the answer may be, in tokens.
-
-        Raises:
-            RequestError: if it is out of range.
-        """
-        if max_new_tokens is None:
-            return self.max_new_tokens
-        if not 1 <= max_new_tokens <= self.max_new_tokens:
-            raise RequestError(
-                f"max_new_tokens is {max_new_tokens}", expected=f"a number from 1 to {self.max_new_tokens}"
-            )
-        return max_new_tokens
+    Raises:
+        ValueError: if it holds half of a surrogate pair.
+    """
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ValueError("half of a surrogate pair, which is no character") from None
+    return value.replace("\x00", " ")
 
 
 class _Request(BaseModel):
@@ -76,11 +30,7 @@ class _Request(BaseModel):
     @field_validator("question")
     @classmethod
     def _clean(cls, value: str) -> str:
-        try:
-            value.encode("utf-8")
-        except UnicodeEncodeError:
-            raise ValueError("half of a surrogate pair, which is no character") from None
-        return value.replace("\x00", " ")
+        return clean_text(value)
 
 
 class RetrieveRequest(_Request):
@@ -101,6 +51,43 @@ class AnswerRequest(_Request):
     max_new_tokens: int | None = Field(
         None, strict=True, description="Longest answer in tokens; null takes the service's limit."
     )
+    stream: bool = Field(
+        False,
+        strict=True,
+        description="Send server-sent events: `passages`, then `delta` with pieces of the model's text, then `answer` "
+        "(the whole response), or `error`; `done` ends every stream.",
+    )
+
+
+class StabilityRequest(_Request):
+    """Ask a question in several wordings."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"question": "Who keeps the lighthouse?", "rewrites": 3}]}
+    )
+
+    rewrites: int | None = Field(None, strict=True, description="Number of rewordings; null takes 3.")
+    seed: int = Field(0, strict=True, ge=0, le=2**31, description="Another seed gives other rewordings.")
+    answers: bool = Field(True, strict=True, description="Answer every wording as well; false compares hits only.")
+    max_new_tokens: int | None = Field(None, strict=True, description="Longest answer in tokens.")
+
+
+class IndexChange(BaseModel):
+    """Ask for another index, or for the one before."""
+
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra={"examples": [{"index_uri": "s3://bucket/invar/index/retriever-3f0c9a1b"}]}
+    )
+
+    index_uri: str | list[str] | None = Field(
+        None, description="Index artifact (one for each shard, where the service has several)."
+    )
+    rollback: bool = Field(False, strict=True, description="Instead: go back to what was served before.")
+
+    @field_validator("index_uri")
+    @classmethod
+    def _clean(cls, value: str | list[str] | None) -> str | list[str] | None:
+        return [clean_text(each) for each in value] if isinstance(value, list) else value and clean_text(value)
 
 
 class PassageOut(BaseModel):
@@ -152,8 +139,8 @@ class CitationOut(BaseModel):
             passage_id=citation.passage_id,
             document_id=citation.document_id,
             title=citation.title,
-            source=citation.source,
             place=citation.place,
+            source=citation.source,
         )
 
 
@@ -168,6 +155,8 @@ class RetrieveResponse(BaseModel):
 
     question: str
     passages: list[PassageOut]
+    partial: bool = Field(False, description="True where a shard of the index did not answer: passages may be missing.")
+    missing_shards: list[str] = Field(default_factory=list, description="Shards that did not answer in time.")
     timings: dict[str, float] = Field(description="Seconds, by step.", examples=[{"retrieve_s": 0.012}])
     versions: dict[str, str] = _VERSIONS
     request_id: str
@@ -183,6 +172,8 @@ class AnswerResponse(BaseModel):
     citations: list[CitationOut]
     passages: list[PassageOut] = Field(description="The passages that the model was given, in its order.")
     notes: list[str] = Field(description="What the reader must know, e.g. passages left out for lack of room.")
+    partial: bool = Field(False, description="True where a shard of the index did not answer: passages may be missing.")
+    missing_shards: list[str] = Field(default_factory=list, description="Shards that did not answer in time.")
     timings: dict[str, float] = Field(
         description="Seconds, by step.", examples=[{"retrieve_s": 0.012, "generate_s": 0.31, "total_s": 0.33}]
     )
@@ -191,7 +182,13 @@ class AnswerResponse(BaseModel):
 
     @classmethod
     def of(
-        cls, answer: Answer, *, timings: dict[str, float], versions: dict[str, str], request_id: str
+        cls,
+        answer: Answer,
+        *,
+        missing_shards: tuple[str, ...] = (),
+        timings: dict[str, float],
+        versions: dict[str, str],
+        request_id: str,
     ) -> "AnswerResponse":
         """From an answer."""
         return cls(
@@ -202,23 +199,66 @@ class AnswerResponse(BaseModel):
             citations=[CitationOut.of(citation) for citation in answer.citations],
             passages=[PassageOut.of(number, hit) for number, hit in enumerate(answer.hits, start=1)],
             notes=list(answer.notes),
+            partial=bool(missing_shards),
+            missing_shards=list(missing_shards),
             timings=timings,
             versions=versions,
             request_id=request_id,
         )
 
 
-class IndexState(BaseModel):
-    """The index that a retriever replica serves.  After a failed change the old one stays in service."""
+class WordingOut(BaseModel):
+    """One wording of the question and what it led to."""
 
-    requested_uri: str = Field(description="The index that the configuration asks for.")
+    text: str
+    kind: str = Field(description="`anchor` for the question as asked, else how it was reworded, e.g. `typo`.")
+    passages: list[PassageOut]
+    overlap: float = Field(description="Jaccard overlap of its passages with those of the question as asked, 0 to 1.")
+    answer: str | None = Field(None, description="Null unless answers were asked for.")
+    refused: bool | None = None
+    agreement: float | None = Field(
+        None, description="Token F1 of its answer with the answer to the question as asked."
+    )
+
+
+class StabilityResponse(BaseModel):
+    """How much the passages and the answer depend on the wording.
+
+    Where the index changed between two wordings, everything is asked again: one response has one version.
+    """
+
+    question: str
+    overlap: float = Field(description="Mean Jaccard overlap of the passages over all pairs of wordings, 0 to 1.")
+    agreement: float | None = Field(
+        description="Share of pairs of wordings whose answers are equal after SQuAD's normalisation (refusals are); "
+        "null without answers."
+    )
+    wordings: list[WordingOut] = Field(description="The question as asked, then its rewordings.")
+    timings: dict[str, float] = Field(description="Seconds, by step.")
+    versions: dict[str, str] = _VERSIONS
+    request_id: str
+
+
+class IndexState(BaseModel):
+    """The index that is served.  After a failed change the old one stays in service."""
+
+    requested_uri: str = Field(description="The index that was asked for last.")
     active_uri: str = Field(description="The index that is being searched.")
     error: str | None = Field(description="Why the requested index is not the active one; null if it is.")
+
+
+class ReplicaState(IndexState):
+    """The same for one replica."""
+
+    shard: str
+    replica: str
+    version: str = Field(description="Fingerprint of the active index.")
 
 
 class GeneratorState(BaseModel):
     """The generator that a replica serves."""
 
+    engine: str = Field("transformers", description="`transformers`, or `openai` for a server elsewhere.")
     uri: str
     max_context: int = Field(description="Most tokens of prompt and answer together.")
 
@@ -227,57 +267,27 @@ class IndexResponse(BaseModel):
     """What is being served."""
 
     index: IndexState
+    replicas: list[ReplicaState] = Field(default_factory=list, description="Every retriever replica's own state.")
+    history: list[str] = Field(default_factory=list, description="Indexes that were served before, oldest first.")
     generator: GeneratorState
     versions: dict[str, str] = _VERSIONS
     limits: Limits
+
+
+class IndexChangeResponse(BaseModel):
+    """What came of a change: every replica serves the new index."""
+
+    index: IndexState
+    replicas: list[ReplicaState]
+    report: dict[str, Any] = Field(
+        description="Of the probe: cosine of the probe texts, and how the searches for them differ from the old index."
+    )
+    versions: dict[str, str] = _VERSIONS
+    request_id: str
 
 
 class HealthResponse(BaseModel):
     """The process answers (`/healthz`), or a search and a token were just produced (`/readyz`)."""
 
     service: str = SERVICE
-    status: str = Field(examples=["ok"])
-
-
-class ErrorBody(BaseModel):
-    """What went wrong."""
-
-    type: str = Field(
-        description="One of: invalid_json, invalid_request, unauthorized, not_found, method_not_allowed, "
-        "body_too_large, overloaded, unavailable, timeout, internal."
-    )
-    message: str
-    request_id: str
-
-
-class ErrorResponse(BaseModel):
-    """The one form of every error."""
-
-    error: ErrorBody
-
-    @classmethod
-    def of(cls, kind: str, message: str, request_id: str) -> "ErrorResponse":
-        """An error of type ``kind``."""
-        return cls(error=ErrorBody(type=kind, message=message, request_id=request_id))
-
-
-@dataclass
-class ServiceError(Exception):
-    """A failure that has a status of its own.
-
-    Attributes:
-        status: HTTP status.
-        kind: the error's type in the response.
-        message: for the client; never a stack trace.
-        retry_after_s: seconds for the ``Retry-After`` header, if trying again makes sense.
-    """
-
-    status: int
-    kind: str
-    message: str
-    retry_after_s: float | None = None
-
-
-def request_id(given: str | None) -> str:
-    """The caller's id of a request if it is fit for logs and headers, else a new one."""
-    return given if given is not None and _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    status: Literal["ok", "ready"] = Field(examples=["ok"])

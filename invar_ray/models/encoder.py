@@ -21,7 +21,7 @@ from invar_ray.config import CoarseConfig, ModelConfig
 from invar_ray.models.adapters import load_adapter
 from invar_ray.models.batching import Vectors, encode_in_batches, pad_right
 from invar_ray.models.coarse import CoarseEncoder
-from invar_ray.models.locate import BaseRef, folder_fingerprint, open_base
+from invar_ray.models.locate import BaseOpener, BaseRef, folder_fingerprint, open_base
 from invar_ray.models.pooling import Pooling, pool
 from invar_ray.text.prompts import format_passage, format_query
 
@@ -119,8 +119,19 @@ def coarse_spec(config: CoarseConfig) -> EncoderSpec:
     )
 
 
-def open_encoder(spec: EncoderSpec, store: Store, *, precision: str = "fp32", device: str = "cpu") -> TextEncoder:
+def open_encoder(
+    spec: EncoderSpec,
+    store: Store,
+    *,
+    precision: str = "fp32",
+    device: str = "cpu",
+    open_base_tree: BaseOpener | None = None,
+) -> TextEncoder:
     """Load what ``spec`` describes; the adapter is merged into a private copy of the base.
+
+    Args:
+        open_base_tree: gives a tree over a base that others use as well, on its device and in its precision: the
+            adapter then stays unmerged.
 
     Raises:
         ModelError, ArtifactError: if base or adapter cannot be loaded.
@@ -129,17 +140,21 @@ def open_encoder(spec: EncoderSpec, store: Store, *, precision: str = "fp32", de
         return CoarseEncoder(spec.base.location, spec.query_max_tokens, spec.fingerprint, device=device)
     # bf16 is about ten times slower on CPUs; either precision reproduces the probes of an index.
     dtype = torch.bfloat16 if precision == "bf16" and device != "cpu" else torch.float32
-    model, tokenizer = open_base(spec.base, store, dtype)
+    model, tokenizer = open_base_tree(spec.base, store) if open_base_tree else open_base(spec.base, store, dtype)
     projection: Tensor | None = None
     if spec.adapter is not None:
         folder = store.open(spec.adapter, "retriever").path("adapter")
-        model = load_adapter(model, folder, merge=True)
+        model = load_adapter(model, folder, merge=open_base_tree is None)
         if spec.projection_dim is not None:
             projection = load_projection(folder)
     module = BiEncoder(model, spec.pooling, spec.projection_dim)
     if projection is not None and module.projection is not None:
         module.projection.weight.data.copy_(projection)
-    return Encoder(module.to(device), tokenizer, spec)
+    if open_base_tree is None:
+        module.to(device)
+    elif module.projection is not None:
+        module.projection.to(model.device)
+    return Encoder(module, tokenizer, spec)
 
 
 def load_projection(folder: Path) -> Tensor:

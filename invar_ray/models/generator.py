@@ -271,5 +271,6 @@ def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
 
 
 def _strings(stop: Sequence[str]) -> tuple[str, ...]:
-    # A lone string is a sequence of its letters: left as it is, so that Sampling refuses it.
-    return stop if isinstance(stop, str) else tuple(stop)  # type: ignore[return-value]
+    if isinstance(stop, str):  # a sequence of its letters, which nobody means
+        raise ValueError(f"stop must be a sequence of non-empty strings, got {stop!r}")
+    return tuple(stop)

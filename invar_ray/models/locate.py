@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -145,11 +146,16 @@ def open_base(uri_or_ref: BaseRef, store: Store, dtype: torch.dtype = torch.floa
     )
 
 
-def open_generator(generator_uri: str) -> Any:
+BaseOpener = Callable[[BaseRef, Store], tuple[PreTrainedModel, Any]]
+"""Gives a model tree that the caller may put an adapter on, and its tokenizer; :func:`open_base` is one."""
+
+
+def open_generator(generator_uri: str, *, open_base_tree: BaseOpener | None = None) -> Any:
     """The generator of an adapter artifact, ready to answer.
 
     Args:
         generator_uri: artifact of kind ``generator``; base and settings come from its manifest.
+        open_base_tree: opens the base; ``None`` loads it for this generator alone.
 
     Returns:
         A :class:`invar_ray.models.generator.Generator` whose ``version`` is the artifact's fingerprint.
@@ -163,7 +169,7 @@ def open_generator(generator_uri: str) -> Any:
     artifact = open_artifact(generator_uri, "generator")
     artifact.verify()
     base = BaseRef(**artifact.info["base"])
-    model, tokenizer = open_base(base, artifact.store)
+    model, tokenizer = (open_base_tree or open_base)(base, artifact.store)
     generator = Generator(load_adapter(model, artifact.path("adapter")), tokenizer, artifact.info["max_context"])
     generator.version = artifact.fingerprint
     return generator

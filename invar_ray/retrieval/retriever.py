@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 from invar_ray.artifacts import Artifact, open_artifact
 from invar_ray.errors import MixedArtifactsError, RequestError
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder
-from invar_ray.retrieval.index import Index, build_faiss, check_probes, load_index, read_vectors
+from invar_ray.models.locate import BaseOpener
+from invar_ray.retrieval.index import Index, Vectors, build_faiss, check_probes, load_index, read_vectors
 from invar_ray.schema import Hit, Passage, from_table
 
 
@@ -70,7 +71,11 @@ class Retriever:
             raise RequestError(f"top_k is {top_k}", expected="1 or more")
         if not questions:
             return []
-        scores, rows = self.index.search(self.encoder.encode_queries(questions), top_k)
+        return self.retrieve_vectors(self.encoder.encode_queries(questions), top_k)
+
+    def retrieve_vectors(self, queries: Vectors, top_k: int) -> list[list[Hit]]:
+        """The best passages for each row of [N, D] query vectors, which this index's own encoder made."""
+        scores, rows = self.index.search(queries, top_k)
         results = []
         for question_scores, question_rows in zip(scores, rows, strict=True):
             kept = [
@@ -96,13 +101,19 @@ class Retriever:
 
 
 def open_retriever(
-    index_uri: str, *, adapter_uri: str | None = None, precision: str = "fp32", device: str = "cpu"
+    index_uri: str,
+    *,
+    adapter_uri: str | None = None,
+    precision: str = "fp32",
+    device: str = "cpu",
+    open_base_tree: BaseOpener | None = None,
 ) -> Retriever:
     """Load an index version and the encoder that its manifest names.
 
     Args:
         index_uri: artifact of kind ``index``.
         adapter_uri: the ``retriever`` adapter that the caller means to use; refused unless it made the index.
+        open_base_tree: see :func:`invar_ray.models.encoder.open_encoder`.
 
     Raises:
         ArtifactError: if an artifact is missing, incomplete or damaged.
@@ -121,7 +132,7 @@ def open_retriever(
             f"{artifact.uri} holds {index.size} vectors, its passages {len(rows)} rows",
             action="reindex (python -m jobs.reindex)",
         )
-    encoder = open_encoder(spec, artifact.store, precision=precision, device=device)
+    encoder = open_encoder(spec, artifact.store, precision=precision, device=device, open_base_tree=open_base_tree)
     check_probes(artifact, encoder)
     return Retriever(encoder, index, rows, artifact.fingerprint)
 

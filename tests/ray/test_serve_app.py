@@ -3,96 +3,29 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import os
 import signal
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from invar_ray.artifacts import Plan, Store
-from invar_ray.config import Config, ModelConfig, TinyConfig
 from invar_ray.errors import RequestError, ResourceError
-from invar_ray.models.adapters import new_adapter, save_adapter
-from invar_ray.models.encoder import llm_spec, open_encoder
-from invar_ray.models.locate import base_plan, build_base, open_base, resolve_base
-from invar_ray.retrieval.index import build_index, write_probes
-from invar_ray.schema import PASSAGE_SCHEMA, Passage, to_table, vector_schema
 from serve.app import AppArgs, build_app, compose, start, stop
 from serve.client import ask
 from serve.protocol import AnswerResponse, IndexResponse, RetrieveResponse
-
-TEXTS = {
-    "Gorse Island": "The light on Gorse Island was kept by Mara Voss until the autumn storm.",
-    "Harbour": "Barley and salt were traded in the harbour every spring.",
-    "Ferry": "The ferry to the mainland leaves at nine in the morning.",
-    "Orchard": "Pears and plums grow in the orchard behind the chapel.",
-    "Mill": "The water mill grinds oats for three villages.",
-}
-
-
-@dataclass(frozen=True)
-class Artifacts:
-    index_uri: str
-    other_index_uri: str
-    generator_uri: str
+from tests.serving import TEXTS, Artifacts, fault, shared_artifacts
 
 
 @pytest.fixture(scope="module")
 def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
-    """A one-layer base, two Flat indexes over its vectors, and an untrained generator adapter."""
-    store = Store(str(tmp_path_factory.mktemp("store")))
-    model_config = ModelConfig(tiny=TinyConfig(num_layers=1, num_heads=6, intermediate_size=32), pooling="mean")
-    config = dataclasses.replace(Config(), model=model_config)
-    tiny, _ = store.get_or_build(base_plan(config), lambda building: build_base(building, config))
-    base = resolve_base(config.model, tiny)
-    spec = llm_spec(config.model, base)
-    encoder = open_encoder(spec, store)
-
-    def index(name: str, titles: list[str]) -> str:
-        rows = [Passage(f"{t}:0", t, t, TEXTS[t], 0, len(TEXTS[t])) for t in titles]
-
-        def passages(building: Any) -> None:
-            pq.write_table(to_table(rows, PASSAGE_SCHEMA), building.path / "passages.parquet")
-
-        passages_artifact, _ = store.get_or_build(Plan("passages", name, {"titles": titles}), passages)
-
-        def vectors(building: Any) -> None:
-            matrix = encoder.encode_passages([(row.title, row.text) for row in rows])
-            schema = vector_schema(matrix.shape[1])
-            column = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
-            table = pa.table({"id": [row.id for row in rows], "vector": column.cast(schema.field("vector").type)})
-            (building.path / "shards").mkdir()
-            pq.write_table(table, building.path / "shards" / "part-00000.parquet")
-            write_probes(building.path / "probes.parquet", encoder, [(row.title, row.text) for row in rows[:2]])
-            building.info["encoder"] = spec.to_json()
-
-        parents = {"passages": passages_artifact}
-        vectors_artifact, _ = store.get_or_build(Plan("vectors", name, {}, parents), vectors)
-        parents["vectors"] = vectors_artifact
-        artifact, _ = store.get_or_build(
-            Plan("index", name, {}, parents), lambda b: build_index(b, vectors_artifact, passages_artifact, "Flat")
-        )
-        return artifact.uri
-
-    def generator(building: Any) -> None:
-        model, _ = open_base(base, store)
-        adapted = new_adapter(model, config.generator.lora, seed=0)
-        save_adapter(adapted, adapted.state_dict(), building.path / "adapter", base.location)
-        building.info |= {"base": asdict(base), "max_context": 160}
-
-    adapter, _ = store.get_or_build(Plan("generator", "tiny", {}, {"model": tiny}), generator)
-    return Artifacts(index("all", list(TEXTS)), index("few", list(TEXTS)[:3]), adapter.uri)
+    return shared_artifacts(tmp_path_factory)
 
 
 def app_args(artifacts: Artifacts, **options: Any) -> AppArgs:
@@ -125,15 +58,6 @@ class Local:
 @pytest.fixture(scope="module")
 def service(artifacts: Artifacts) -> Local:
     return Local(build_app(app_args(artifacts)))
-
-
-def fault(response: httpx.Response, status: int, kind: str) -> str:
-    assert response.status_code == status, response.text
-    error = response.json()["error"]
-    assert set(error) == {"type", "message", "request_id"}
-    assert error["type"] == kind
-    assert "Traceback" not in response.text
-    return str(error["message"])
 
 
 def test_retrieve(service: Local) -> None:
@@ -226,7 +150,7 @@ def test_with_a_wrong_index_it_never_becomes_ready(artifacts: Artifacts) -> None
 
 def test_a_slow_generator_times_out_and_a_broken_one_shows_no_trace(artifacts: Artifacts) -> None:
     class Failing:
-        """Passes the probe at start, then sleeps or fails."""
+        """Passes the probes at start, then sleeps, then fails."""
 
         max_context, version, calls = 500, "f", 0
 
@@ -234,10 +158,13 @@ def test_a_slow_generator_times_out_and_a_broken_one_shows_no_trace(artifacts: A
             return len(text.split())
 
         def generate(self, prompts: list[str], **options: Any) -> list[Any]:
+            return self.run(prompts)
+
+        def run(self, tasks: list[Any]) -> list[Any]:
             self.calls += 1
-            if self.calls == 2:
+            if self.calls == 3:
                 time.sleep(1.0)
-            if self.calls > 2:
+            if self.calls > 3:
                 raise OSError("secret device name")
             return []
 

@@ -3,59 +3,81 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
+import logging
 import re
 import threading
 import time
+from collections.abc import AsyncIterator
 from typing import Any
 
 import httpx
 import pytest
 
-from invar_ray.errors import MissingArtifactError, RequestError
+from invar_ray.errors import ConfigError, RequestError
 from invar_ray.schema import Answer, Citation, Hit
 from serve.api import make_api
-from serve.engines import Batcher, Found, Question, RetrieverEngine, Worker
-from serve.protocol import AnswerResponse, Limits, ServiceError, request_id
+from serve.batching import Batcher, Worker
+from serve.keys import ApiKey, KeyRing, keys_from_environment
+from serve.limits import Limits, ServiceError, request_id
+from serve.protocol import AnswerResponse
+from serve.records import Found, Question, Reply
+from serve.service import Service
+from serve.targets import LocalTarget
+from tests.serving import fault
 
 HITS = tuple(Hit(f"d{n}:0-9:x", f"d{n}", n, 1.0 / n, f"Title {n}", f"Text {n}") for n in range(1, 30))
 LIMITS = Limits(top_k=3, max_top_k=10, max_question_chars=40, max_new_tokens=8, max_body_bytes=300)
 
 
 class Backend:
-    """Answers from HITS; raises what it is told to."""
+    """Stands where the engines stand: answers from HITS; raises what it is told to."""
 
     def __init__(self) -> None:
         self.error: Exception | None = None
         self.gate: asyncio.Event | None = None
 
-    async def retrieve(self, question: str, top_k: int) -> Found:
+    async def retrieve(self, question: str, top_k: int, left_s: float, trace: dict[str, str]) -> Found:
         if self.gate is not None:
             await self.gate.wait()
         if self.error is not None:
             raise self.error
         return Found(HITS[:top_k], {"index": "i1"})
 
-    async def answer(self, question: Question) -> tuple[Answer, dict[str, str]]:
+    async def answer(self, question: Question) -> Reply:
         hit = question.hits[0]
+        text = f"{question.max_new_tokens} tokens at most"
         answer = Answer(
             question.text,
-            f"{question.max_new_tokens} tokens at most",
+            text,
             citations=(Citation(1, hit.passage_id, hit.document_id, hit.title),),
             hits=question.hits,
             notes=("a note",),
             confidence=-0.5,
             timings={"generate_s": 0.25},
         )
-        return answer, {"generator": "g1"}
+        return Reply(answer, text, 7, 3, "stop", {"generator": "g1"})
+
+    async def stream(self, question: Question) -> AsyncIterator[str | Reply]:
+        for piece in ("one", " two"):
+            yield piece
+            if self.error is not None:
+                raise self.error
+        yield await self.answer(question)
 
     async def describe(self) -> dict[str, Any]:
-        index = {"requested_uri": "new", "active_uri": "old", "error": "new is damaged"}
-        return {"index": index, "generator": {"uri": "g", "max_context": 64}, "versions": {"index": "i1"}}
+        state = {"requested_uri": "new", "active_uri": "old", "error": "new is damaged"}
+        return {"state": {**state, "shard": "0", "replica": "r", "version": "i1"}, "versions": {"index": "i1"}}
 
-    async def check(self) -> None:
+    async def describe_generator(self) -> dict[str, Any]:
+        return {"generator": {"uri": "g", "max_context": 64}, "versions": {"generator": "g1"}}
+
+    async def check_health(self) -> None:
         if self.error is not None:
             raise self.error
+
+    check_generator = check_health
 
 
 @pytest.fixture
@@ -63,10 +85,19 @@ def backend() -> Backend:
     return Backend()
 
 
+KEY = ApiKey(name="mine", sha256=hashlib.sha256(b"secret").hexdigest())
+ADMIN = ApiKey(name="ops", sha256=hashlib.sha256(b"root").hexdigest(), scopes=("admin",))
+
+
+def make_app(backend: Backend, **options: Any) -> Any:
+    service = Service([LocalTarget("retriever", backend)], LocalTarget("generator", backend))
+    return make_api(service, LIMITS, **({"max_in_flight": 9} | options))
+
+
 def call(
-    backend: Backend, method: str, path: str, *, api_key: str | None = None, max_in_flight: int = 9, **options: Any
+    backend: Backend, method: str, path: str, *, keys: tuple[ApiKey, ...] = (), app: Any = None, **options: Any
 ) -> httpx.Response:
-    app = make_api(backend, LIMITS, api_key=api_key, max_in_flight=max_in_flight)
+    app = app or make_app(backend, keys=keys)
 
     async def send() -> httpx.Response:
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
@@ -75,17 +106,6 @@ def call(
             return await client.request(method, path, **options)
 
     return asyncio.run(send())
-
-
-def fault(response: httpx.Response, status: int, kind: str) -> str:
-    """The message, after checking that the response has the one form of errors."""
-    assert response.status_code == status, response.text
-    body = response.json()
-    assert set(body) == {"error"}
-    assert set(body["error"]) == {"type", "message", "request_id"}
-    assert body["error"]["type"] == kind
-    assert body["error"]["request_id"]
-    return str(body["error"]["message"])
 
 
 def test_answer_carries_citations_passages_timings_and_versions(backend: Backend) -> None:
@@ -165,13 +185,111 @@ async def iter_bytes(*parts: bytes) -> Any:
 def test_key_is_asked_for_under_v1_only(backend: Backend) -> None:
     body = {"question": "Who?"}
     for headers in ({}, {"X-API-Key": "wrong"}, {"Authorization": "Bearer "}, {"Authorization": "Basic secret"}):
-        response = call(backend, "POST", "/v1/answer", json=body, headers=headers, api_key="secret")
+        response = call(backend, "POST", "/v1/answer", json=body, headers=headers, keys=(KEY,))
         fault(response, 401, "unauthorized")
         assert response.headers["WWW-Authenticate"] == "Bearer"
     for headers in ({"X-API-Key": "secret"}, {"Authorization": "bearer secret"}):
-        assert call(backend, "POST", "/v1/answer", json=body, headers=headers, api_key="secret").status_code == 200
+        assert call(backend, "POST", "/v1/answer", json=body, headers=headers, keys=(KEY,)).status_code == 200
     for path in ("/", "/healthz", "/readyz", "/docs", "/openapi.json"):
-        assert call(backend, "GET", path, api_key="secret").status_code == 200
+        assert call(backend, "GET", path, keys=(KEY,)).status_code == 200
+
+
+def test_scopes(backend: Backend) -> None:
+    change = {"index_uri": "x"}
+    body = {"question": "Who?"}
+    admin, query = {"X-API-Key": "root"}, {"X-API-Key": "secret"}
+    refused = call(backend, "POST", "/admin/index", json=change, headers=query, keys=(KEY, ADMIN))
+    assert "scope admin" in fault(refused, 403, "forbidden")
+    fault(call(backend, "POST", "/v1/answer", json=body, headers=admin, keys=(KEY, ADMIN)), 403, "forbidden")
+    fault(call(backend, "POST", "/admin/index", json=change, keys=(KEY, ADMIN)), 401, "unauthorized")
+    message = fault(call(backend, "POST", "/admin/index", json=change), 403, "forbidden")
+    assert "no API keys" in message  # where queries are open, administration is not
+    allowed = call(backend, "POST", "/admin/index", json=change, headers=admin, keys=(KEY, ADMIN))
+    assert "keeps no record" in fault(allowed, 409, "conflict")
+
+
+def test_a_key_has_its_own_rate(backend: Backend) -> None:
+    slow = KEY.model_copy(update={"requests_per_minute": 2})
+    app = make_app(backend, keys=(slow, KEY.model_copy(update={"name": "b", "sha256": "0" * 64})))
+    sent = [call(backend, "GET", "/v1/index", headers={"Authorization": "Bearer secret"}, app=app) for _ in range(3)]
+    assert [response.status_code for response in sent] == [200, 200, 429]
+    fault(sent[2], 429, "rate_limited")
+    assert 1 <= int(sent[2].headers["Retry-After"]) <= 30
+    assert sent[2].json()["error"]["type"] == "rate_limit_error"
+
+
+def test_keys_come_from_the_environment_hashed() -> None:
+    digest = hashlib.sha256(b"k").hexdigest()
+    given = {"INVAR_API_KEY": "secret", "INVAR_API_KEYS": f"ops:{digest}:query+admin:60,\n b:{digest}:query"}
+    keys = keys_from_environment(given)
+    assert [(key.name, key.scopes, key.requests_per_minute) for key in keys] == [
+        ("default", ("query",), 0),
+        ("ops", ("query", "admin"), 60),
+        ("b", ("query",), 0),
+    ]
+    assert keys[0] == KEY.model_copy(update={"name": "default"})
+    assert keys_from_environment({}) == []
+    for wrong in (f"a:{digest}", f"a:{digest}:root", "a:short:query", f"a:{digest}:query:x", f"a b:{digest}:query"):
+        with pytest.raises(ConfigError, match="entry 1 of INVAR_API_KEYS") as caught:
+            keys_from_environment({"INVAR_API_KEYS": wrong})
+        assert digest not in str(caught.value)
+    with pytest.raises(ConfigError, match="one name"):
+        KeyRing([KEY, KEY])
+
+
+def test_headers_for_browsers_and_no_cross_origin_by_default(backend: Backend) -> None:
+    body, origin = {"question": "Who?"}, {"Origin": "https://elsewhere.example"}
+    response = call(backend, "POST", "/v1/answer", json=body, headers=origin)
+    assert response.headers["X-Content-Type-Options"] == "nosniff"
+    assert response.headers["X-Frame-Options"] == "DENY"
+    assert response.headers["Cache-Control"] == "no-store"
+    assert not [name for name in response.headers if name.startswith("access-control")]
+    app = make_app(backend, cors_origins=["https://elsewhere.example"], keys=(KEY,))
+    preflight = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    response = call(backend, "OPTIONS", "/v1/answer", headers=preflight, app=app)
+    assert response.headers["access-control-allow-origin"] == "https://elsewhere.example"
+    other = call(backend, "OPTIONS", "/v1/answer", headers={**preflight, "Origin": "https://third.example"}, app=app)
+    assert "access-control-allow-origin" not in other.headers
+
+
+def test_the_audit_log_has_no_questions_unless_told(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "ray.serve.audit")
+    headers = {"X-API-Key": "secret", "X-Request-ID": "r-1"}
+    for audit_text in (False, True):
+        app = make_app(backend, keys=(KEY,), audit_text=audit_text)
+        call(backend, "POST", "/v1/answer", json={"question": "a secret?"}, headers=headers, app=app)
+    first, second = [json.loads(r.message) for r in caplog.records if r.name == "ray.serve.audit"]
+    assert {"request_id": "r-1", "key": "mine", "route": "/v1/answer", "status": 200}.items() <= first.items()
+    assert first["question_chars"] == 9
+    assert "a secret?" not in json.dumps(first)
+    assert second["question"] == "a secret?"
+
+
+def test_a_stream_that_fails_ends_with_an_error_event(backend: Backend) -> None:
+    body = {"question": "Who?", "stream": True}
+    text = call(backend, "POST", "/v1/answer", json=body).text
+    assert [line[7:] for line in text.splitlines() if line.startswith("event: ")] == [
+        "passages",
+        "delta",
+        "delta",
+        "answer",
+        "done",
+    ]
+
+    class Breaking(Backend):
+        async def stream(self, question: Question) -> AsyncIterator[str | Reply]:
+            yield "one"
+            raise KeyError("a secret path /srv/x")
+
+    text = call(Breaking(), "POST", "/v1/answer", json=body).text
+    events = [line[7:] for line in text.splitlines() if line.startswith("event: ")]
+    assert events == ["passages", "delta", "error", "done"]
+    assert '"code":"internal"' in text
+    assert "secret" not in text
+    chat = {"model": "invar-rag", "messages": [{"role": "user", "content": "Who?"}], "stream": True}
+    lines = [line for line in call(Breaking(), "POST", "/v1/chat/completions", json=chat).text.splitlines() if line]
+    assert lines[-1] == "data: [DONE]"
+    assert json.loads(lines[-2][6:])["error"]["type"] == "server_error"
 
 
 def test_failures_of_the_backend_keep_the_form_and_hide_their_cause(backend: Backend) -> None:
@@ -191,7 +309,7 @@ def test_failures_of_the_backend_keep_the_form_and_hide_their_cause(backend: Bac
 def test_requests_beyond_the_limit_are_told_to_come_back(backend: Backend) -> None:
     async def crowd() -> list[httpx.Response]:
         backend.gate = asyncio.Event()
-        app = make_api(backend, LIMITS, max_in_flight=2)
+        app = make_app(backend, max_in_flight=2)
         async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
             waiting = [asyncio.create_task(client.post("/v1/answer", json={"question": "Who?"})) for _ in range(2)]
             await asyncio.sleep(0.05)
@@ -236,51 +354,6 @@ def test_request_ids_that_could_harm_a_log_are_replaced() -> None:
     assert request_id("a-b_c.9") == "a-b_c.9"
     for bad in (None, "", "a b", "a\nb", "x" * 65):
         assert re.fullmatch("[0-9a-f]{32}", request_id(bad))
-
-
-class FixedRetriever:
-    def __init__(self, version: str) -> None:
-        self.versions = {"index": version}
-        self.calls: list[tuple[tuple[str, ...], int]] = []
-
-    def retrieve(self, questions: list[str], top_k: int) -> list[list[Hit]]:
-        self.calls.append((tuple(questions), top_k))
-        return [list(HITS[:top_k]) for _ in questions]
-
-
-def test_a_failed_index_change_keeps_the_old_one() -> None:
-    def loader(uri: str) -> Any:
-        if uri == "missing":
-            raise MissingArtifactError("nothing is at 'missing'")
-        if uri == "broken":
-            raise OSError("secret")
-        return FixedRetriever(uri)
-
-    engine = RetrieverEngine(loader)
-    with pytest.raises(MissingArtifactError):
-        RetrieverEngine(loader).open("missing")
-    engine.open("a")
-    engine.open("missing")
-    state = engine.describe()
-    assert state["index"] == {"requested_uri": "missing", "active_uri": "a", "error": "nothing is at 'missing'."}
-    assert state["versions"] == {"index": "a"}
-    engine.open("broken")
-    assert engine.error == "OSError while loading it"
-    assert engine.search([("q", 1)])[0].versions == {"index": "a"}
-    engine.open("a")
-    assert engine.error is None
-    engine.open("b")
-    assert engine.search([("q", 1)])[0].versions == {"index": "b"}
-
-
-def test_a_batch_is_searched_by_top_k_and_answered_in_order() -> None:
-    retriever = FixedRetriever("a")
-    engine = RetrieverEngine(lambda uri: retriever)  # type: ignore[arg-type,return-value]
-    engine.open("a")
-    retriever.calls.clear()
-    found = engine.search([("q1", 2), ("q2", 4), ("q3", 2)])
-    assert [len(each.hits) for each in found] == [2, 4, 2]
-    assert sorted(retriever.calls) == [(("q1", "q3"), 2), (("q2",), 4)]
 
 
 def test_a_busy_worker_is_healthy_until_it_is_stuck() -> None:

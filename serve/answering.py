@@ -1,0 +1,244 @@
+"""The generator inside a replica, without Ray: one protocol for engines, and the engine on transformers."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Protocol
+
+from invar_ray.errors import RequestError
+from serve.batching import Batcher, Worker
+from serve.limits import ServiceError
+from serve.metrics import Meter
+from serve.records import Question, Reply
+from serve.retrieving import PROBE, loading
+from serve.tracing import Tracer
+
+if TYPE_CHECKING:  # imports torch: only replicas pay for that
+    from invar_ray.models.decoding import Sampling
+    from invar_ray.models.generator import Generator
+
+GeneratorLoader = Callable[[str], "Generator"]
+
+
+class AnswerEngine(Protocol):
+    """What writes answers."""
+
+    async def answer(self, question: Question) -> Reply:
+        """The answer to a question from its passages.
+
+        Raises:
+            RequestError: if the question does not fit the model's context.  ServiceError: if time ran out, or the
+                engine cannot answer now.
+        """
+        ...
+
+    def stream(self, question: Question) -> AsyncIterator[str | Reply]:
+        """Pieces of the model's text as they come, then the reply; closing the iterator stops the model."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """``generator`` (see :class:`serve.protocol.GeneratorState`) and ``versions``."""
+        ...
+
+    async def check_health(self) -> None:
+        """Generate a token for real."""
+        ...
+
+    def close(self) -> None:
+        """Let running work end; take no more."""
+        ...
+
+
+def load_generator(uri: str, device: str = "cpu", precision: str = "fp32") -> Generator:
+    """The generator of a generator artifact."""
+    import torch
+
+    from invar_ray.models.locate import open_generator
+
+    generator: Generator = open_generator(uri)
+    generator.model.to(device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    return generator
+
+
+@dataclass(slots=True)
+class _Pending:
+    """A question on its way through the engine's thread."""
+
+    question: Question
+    deadline: float
+    on_text: Callable[[str], None] | None = None
+    gone: threading.Event = field(default_factory=threading.Event)
+
+    def over(self) -> bool:
+        """Whether nobody waits for it any more."""
+        return self.gone.is_set() or time.monotonic() > self.deadline
+
+
+class TransformersEngine:
+    """Answers questions in batches; rows of a batch differ in length, sampling, streaming and when they are given up.
+
+    Args:
+        uri: generator artifact.
+        loader: its URI in, ready generator out.
+        max_batch_size: most questions that run at once.
+        batch_wait_s: how long the first of them waits for others.
+    """
+
+    def __init__(
+        self,
+        uri: str,
+        loader: GeneratorLoader = load_generator,
+        max_batch_size: int = 8,
+        batch_wait_s: float = 0.005,
+        *,
+        meter: Meter | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self.uri, self._meter, self._tracer = uri, meter or Meter(), tracer or Tracer()
+        with loading:
+            self._generator = loader(uri)
+        self._worker = Worker()
+        self._generate: Batcher[_Pending, Reply] = Batcher(self._batch, max_batch_size, batch_wait_s, self._seen)
+        self._probe()
+
+    async def answer(self, question: Question) -> Reply:
+        """See :class:`AnswerEngine`."""
+        return await self._run(_Pending(question, time.monotonic() + question.left_s))
+
+    async def stream(self, question: Question) -> AsyncIterator[str | Reply]:
+        """See :class:`AnswerEngine`."""
+        loop, pieces = asyncio.get_running_loop(), asyncio.Queue[str | None]()
+
+        def on_text(text: str) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, text)
+
+        task = asyncio.create_task(self._run(_Pending(question, time.monotonic() + question.left_s, on_text)))
+        # Behind the pieces: the engine's thread has handed them all over before its result arrives.
+        task.add_done_callback(lambda _: loop.call_soon(pieces.put_nowait, None))
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield piece
+            yield await task
+        finally:
+            task.cancel()
+
+    async def _run(self, pending: _Pending) -> Reply:
+        start = time.perf_counter()
+        with self._tracer.span("generate", pending.question.trace, passages=len(pending.question.hits)):
+            try:
+                reply = await asyncio.wait_for(self._generate(pending), max(0.0, pending.question.left_s))
+            except TimeoutError:
+                raise ServiceError(504, "timeout", "the answer took longer than the request may", 1.0) from None
+            finally:
+                pending.gone.set()  # also on a disconnect: the row ends at its next token
+        self._meter.record("invar_stage_seconds", time.perf_counter() - start, stage="generate")
+        self._meter.record("invar_tokens_total", reply.completion_tokens)
+        self._meter.record("invar_answers_total", refused=str(reply.answer.refused).lower())
+        return reply
+
+    async def _batch(self, batch: list[_Pending]) -> list[Reply | Exception]:
+        return await self._worker.run(self.answer_batch, batch)
+
+    def answer_batch(self, batch: Sequence[_Pending]) -> list[Reply | Exception]:
+        """Replies in order; a question that cannot be answered gets its error, and does not harm the others."""
+        from invar_ray.models.generator import Task
+        from invar_ray.retrieval.rag import build_prompt, read_answer
+
+        results: dict[int, Reply | Exception] = {}
+        prompts, rows = [], []
+        for row, pending in enumerate(batch):
+            question = pending.question
+            try:
+                sampling = _sampling(question)
+                prompt = build_prompt(
+                    self._generator, question.text, question.hits, max_new_tokens=question.max_new_tokens
+                )
+                prompts.append((prompt, Task(prompt.text, sampling, pending.on_text, pending.over)))
+                rows.append(row)
+            except RequestError as error:
+                results[row] = error
+        start = time.perf_counter()
+        generations = self._generator.run([task for _, task in prompts])
+        seconds = time.perf_counter() - start
+        versions = self.describe()["versions"]
+        for row, (prompt, _), generation in zip(rows, prompts, generations, strict=True):
+            if generation.finish == "cancelled":
+                results[row] = ServiceError(504, "timeout", "the answer took longer than the request may", 1.0)
+                continue
+            answer = read_answer(batch[row].question.text, prompt, generation)
+            results[row] = Reply(
+                answer=replace(answer, timings={"generate_s": seconds}),
+                text=generation.text,
+                prompt_tokens=generation.prompt_tokens,
+                completion_tokens=generation.num_tokens,
+                finish="length" if generation.finish == "length" else "stop",
+                versions=versions,
+            )
+        if generations and seconds > 0:
+            self._meter.record("invar_tokens_per_second", sum(each.num_tokens for each in generations) / seconds)
+        return [results[row] for row in range(len(batch))]
+
+    def _seen(self, size: int, waiting: int) -> None:
+        self._meter.record("invar_batch_size", size, engine="generator")
+        self._meter.record("invar_queue", waiting, engine="generator")
+
+    def _probe(self) -> None:
+        self._generator.generate([PROBE], max_new_tokens=1)
+
+    def describe(self) -> dict[str, Any]:
+        """See :class:`AnswerEngine`."""
+        state = {"engine": "transformers", "uri": self.uri, "max_context": self._generator.max_context}
+        return {"generator": state, "versions": {"generator": str(self._generator.version)}}
+
+    async def check_health(self) -> None:
+        """See :class:`AnswerEngine`."""
+        await self._worker.check(self._probe)
+
+    def close(self) -> None:
+        """See :class:`AnswerEngine`."""
+        self._worker.close()
+
+
+class GeneratorCore:
+    """An engine under the names that the service calls, beside which a retriever's methods have room."""
+
+    def __init__(self, engine: AnswerEngine) -> None:
+        self.engine = engine
+
+    async def answer(self, question: Question) -> Reply:
+        """See :class:`AnswerEngine`."""
+        return await self.engine.answer(question)
+
+    async def stream(self, question: Question) -> AsyncIterator[str | Reply]:
+        """See :class:`AnswerEngine`."""
+        items = self.engine.stream(question)
+        try:
+            async for item in items:
+                yield item
+        finally:
+            await items.aclose()  # type: ignore[attr-defined]
+
+    async def describe_generator(self) -> dict[str, Any]:
+        """See :meth:`AnswerEngine.describe`."""
+        return self.engine.describe()
+
+    async def check_generator(self) -> None:
+        """See :meth:`AnswerEngine.check_health`."""
+        await self.engine.check_health()
+
+
+def _sampling(question: Question) -> Sampling:
+    from invar_ray.models.decoding import Sampling
+    from invar_ray.retrieval.rag import STOP_STRINGS
+
+    return Sampling(
+        question.max_new_tokens,
+        (*STOP_STRINGS, *question.stop),
+        question.temperature,
+        question.top_p,
+        question.seed,
+    )

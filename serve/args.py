@@ -1,0 +1,221 @@
+"""The application's arguments, and what each deployment gets of them.
+
+No ``from __future__ import annotations`` here: Serve reads ``build_app``'s annotation as an object.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from serve.keys import ApiKey
+from serve.limits import Limits
+from serve.metrics import Meter
+from serve.tracing import Tracer, Tracing
+
+if TYPE_CHECKING:
+    from serve.answering import AnswerEngine, GeneratorLoader
+
+
+class AppArgs(BaseModel):
+    """What is served, and on how much.  Model and prompts come from the artifacts' manifests."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    index_uri: str = Field(min_length=1, description="Index artifact.")
+    shard_uris: list[str] = Field(
+        default_factory=list,
+        description="More index artifacts of the same encoder: each is a shard with a deployment of its own, and every "
+        "search asks all of them.",
+    )
+    generator_uri: str = Field(min_length=1, description="Generator artifact.")
+    topology: Literal["split", "colocated"] = Field(
+        "split", description="Retriever and generator scaled apart, or both adapters over one base in each replica."
+    )
+    engine: Literal["transformers", "openai"] = Field(
+        "transformers", description="What generates: this service, or a server that speaks OpenAI's protocol."
+    )
+    engine_url: str = Field("", description="For `openai`: its base URL, e.g. http://127.0.0.1:8001/v1.")
+    engine_model: str = Field("", description="For `openai`: the model's name there.")
+    engine_api: Literal["completions", "chat"] = Field(
+        "completions", description="For `openai`: send the prompt as it is, or as a user's message."
+    )
+    engine_key_env: str = Field("INVAR_ENGINE_KEY", description="For `openai`: environment variable of its key.")
+    ingress_replicas: tuple[int, int] = Field((1, 2), description="Fewest and most HTTP replicas.")
+    retriever_replicas: tuple[int, int] = Field((1, 4), description="Fewest and most retriever replicas, per shard.")
+    generator_replicas: tuple[int, int] = Field((1, 4), description="Fewest and most generator or colocated replicas.")
+    num_gpus_per_replica: float = Field(0.0, ge=0, description="GPU share of a retriever or generator replica.")
+    num_cpus_per_replica: float = Field(0.5, ge=0, description="CPU share of a retriever or generator replica.")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="Of both models; bf16 is for GPUs.")
+    num_cpus_per_ingress: float = Field(0.1, ge=0, description="CPU share of an HTTP replica.")
+    top_k: int = Field(5, ge=1, description="Passages per answer unless the request says otherwise.")
+    max_top_k: int = Field(20, ge=1, description="Most passages that a request may ask for.")
+    max_question_chars: int = Field(2000, ge=1, description="Longest question in characters.")
+    max_new_tokens: int = Field(32, ge=1, description="Longest answer in tokens.")
+    max_body_bytes: int = Field(65536, ge=256, description="Longest request body in bytes.")
+    max_inputs: int = Field(64, ge=1, description="Most texts that one request may have embedded.")
+    max_rewrites: int = Field(5, ge=1, description="Most rewordings of a stability request.")
+    max_batch_size: int = Field(8, ge=1, description="Questions that a replica handles together.")
+    batch_wait_s: float = Field(0.005, ge=0, description="How long the first of a batch waits for others, in seconds.")
+    max_ongoing_requests: int = Field(32, ge=1, description="Requests that a replica takes at once.")
+    max_queued_requests: int = Field(128, ge=1, description="Requests that wait for a replica, per HTTP replica.")
+    request_timeout_s: float = Field(60.0, gt=0, description="Longest that a request may take, in seconds.")
+    shard_timeout_s: float = Field(5.0, gt=0, description="Longest wait for one of several shards, in seconds.")
+    retry_after_s: float = Field(1.0, gt=0, description="Retry-After of a refused request, in seconds.")
+    upscale_delay_s: float = Field(10.0, ge=0, description="Load must last this long before replicas are added.")
+    downscale_delay_s: float = Field(300.0, ge=0, description="Calm must last this long before replicas are removed.")
+    target_ongoing_requests: float = Field(
+        0.0, ge=0, description="Load per replica that autoscaling aims at; 0 takes half of max_ongoing_requests."
+    )
+    health_check_period_s: float = Field(10.0, gt=0, description="Time between health checks, in seconds.")
+    health_check_timeout_s: float = Field(30.0, gt=0, description="Longest health check, in seconds.")
+    graceful_shutdown_timeout_s: float = Field(20.0, ge=0, description="How long a leaving replica may work on.")
+    record_uri: str | None = Field(
+        None,
+        description="JSON file that keeps changes of the index over restarts; null puts it into the index's store, an "
+        "empty string keeps none and refuses changes.",
+    )
+    shadow_allowed_drop: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="By how much a new index's recall and overlap on probes may be below the old's.",
+    )
+    follow_uri: str = Field("", description="File whose lines name the index (of each shard) to serve; empty: none.")
+    require_api_key: bool = Field(False, description="Refuse to start without a key, see docs/design/serving.md.")
+    api_keys: list[ApiKey] = Field(default_factory=list, description="Hashed keys, beside those of the environment.")
+    cors_origins: list[str] = Field(default_factory=list, description="Origins whose pages may call; none by default.")
+    audit_text: bool = Field(False, description="Write questions into the audit log.")
+    tracing: Tracing = Field("off", description="OpenTelemetry spans: off, log, or otlp.")
+    stability_share: float = Field(0.0, ge=0, le=1, description="Share of answers whose stability is measured.")
+
+    @model_validator(mode="after")
+    def _ranges(self) -> "AppArgs":
+        for name in ("ingress_replicas", "retriever_replicas", "generator_replicas"):
+            fewest, most = getattr(self, name)
+            if not 1 <= fewest <= most:
+                raise ValueError(f"{name} is [{fewest}, {most}]: expected [fewest, most] with 1 <= fewest <= most")
+        if self.top_k > self.max_top_k:
+            raise ValueError(f"top_k ({self.top_k}) is larger than max_top_k ({self.max_top_k})")
+        if self.max_batch_size > self.max_ongoing_requests:
+            raise ValueError("max_batch_size is larger than max_ongoing_requests: such a batch could never fill")
+        if self.engine == "openai" and not (self.engine_url and self.engine_model):
+            raise ValueError("engine is openai: engine_url and engine_model are needed")
+        if self.topology == "colocated" and (self.shard_uris or self.engine != "transformers"):
+            raise ValueError("topology colocated serves one index and the engine transformers only")
+        return self
+
+    @property
+    def configured(self) -> tuple[str, ...]:
+        """Index URI of each shard."""
+        return (self.index_uri, *self.shard_uris)
+
+    @property
+    def device(self) -> str:
+        """Where models run."""
+        return "cuda" if self.num_gpus_per_replica > 0 else "cpu"
+
+    def limits(self) -> Limits:
+        """What requests may ask for."""
+        return Limits(
+            top_k=self.top_k,
+            max_top_k=self.max_top_k,
+            max_question_chars=self.max_question_chars,
+            max_new_tokens=self.max_new_tokens,
+            max_body_bytes=self.max_body_bytes,
+            max_inputs=self.max_inputs,
+            max_rewrites=self.max_rewrites,
+            timeout_s=self.request_timeout_s,
+        )
+
+    def record(self) -> str:
+        """Where changes of the index are kept: ``<store>/serving/<index folder's name>.json`` unless said otherwise."""
+        if self.record_uri is not None:
+            return self.record_uri
+        from invar_ray.files import join_uri
+
+        root, _, name = self.index_uri.rstrip("/").rpartition("/")
+        store = root.rpartition("/")[0]
+        return join_uri(store, f"serving/{name}.json") if store else ""
+
+
+@dataclass(frozen=True)
+class RetrieverOptions:
+    """What a retriever replica gets."""
+
+    max_batch_size: int
+    batch_wait_s: float
+    configured: tuple[str, ...]
+    shard: int = 0
+    record_uri: str = ""
+    allowed_drop: float = 0.2
+    tracing: Tracing = "off"
+
+
+@dataclass(frozen=True)
+class EngineOptions:
+    """What a generator replica gets."""
+
+    args: AppArgs
+    loader: "GeneratorLoader | None" = None
+
+    @property
+    def tracing(self) -> Tracing:
+        """See :class:`AppArgs`."""
+        return self.args.tracing
+
+    @property
+    def device(self) -> str:
+        """See :class:`AppArgs`."""
+        return self.args.device
+
+    @property
+    def precision(self) -> str:
+        """See :class:`AppArgs`."""
+        return self.args.precision
+
+    def make(self, meter: Meter, tracer: Tracer, loader: "GeneratorLoader | None" = None) -> "AnswerEngine":
+        """The engine; ``loader`` goes before the options' own."""
+        from functools import partial
+
+        from serve.answering import TransformersEngine, load_generator
+
+        args = self.args
+        if args.engine == "openai":
+            from serve.remote import OpenAIEngine
+
+            return OpenAIEngine.over_artifact(
+                args.engine_url,
+                args.engine_model,
+                args.generator_uri,
+                key_env=args.engine_key_env,
+                api=args.engine_api,
+                timeout_s=args.request_timeout_s,
+                meter=meter,
+                tracer=tracer,
+            )
+        chosen: Any = loader or self.loader
+        if chosen is None:
+            chosen = partial(load_generator, device=self.device, precision=self.precision)
+        return TransformersEngine(
+            args.generator_uri, chosen, args.max_batch_size, args.batch_wait_s, meter=meter, tracer=tracer
+        )
+
+
+@dataclass(frozen=True)
+class IngressOptions:
+    """What an HTTP replica gets."""
+
+    limits: Limits
+    configured: tuple[str, ...]
+    max_in_flight: int
+    retry_after_s: float
+    require_api_key: bool = False
+    keys: tuple[ApiKey, ...] = ()
+    cors_origins: tuple[str, ...] = ()
+    audit_text: bool = False
+    record_uri: str = ""
+    follow_uri: str = ""
+    shard_timeout_s: float = 5.0
+    stability_share: float = 0.0
+    tracing: Tracing = "off"

@@ -1,0 +1,71 @@
+"""Both adapters over one base in one process: two module trees over the same tensors, each with its own adapter.
+
+Switching one tree between adapters is not thread-safe; two trees that are never switched are.  Adapters stay unmerged:
+merging would change the tensors that the other tree reads.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from invar_ray.errors import MixedArtifactsError
+
+if TYPE_CHECKING:  # imports torch: only replicas pay for that
+    from invar_ray.models.generator import Generator
+    from invar_ray.retrieval.retriever import Retriever
+
+
+class SharedBase:
+    """Opens retrievers and generators over one base, which is loaded once.
+
+    Args:
+        device: where it runs.
+        precision: ``fp32`` or ``bf16``.
+    """
+
+    def __init__(self, device: str = "cpu", precision: str = "fp32") -> None:
+        self._device, self._precision = device, precision
+        self._lock = threading.Lock()
+        self._base: Any = None
+        self._fingerprint = ""
+
+    def retriever(self, uri: str) -> Retriever:
+        """The retriever of an index artifact.
+
+        Raises:
+            MixedArtifactsError: if its encoder has another base.  ArtifactError, ModelError: as
+                :func:`invar_ray.retrieval.retriever.open_retriever`.
+        """
+        from invar_ray.retrieval.retriever import open_retriever
+
+        return open_retriever(uri, open_base_tree=self._tree)
+
+    def generator(self, uri: str) -> Generator:
+        """The generator of a generator artifact; errors as :meth:`retriever`."""
+        from invar_ray.models.locate import open_generator
+
+        generator: Generator = open_generator(uri, open_base_tree=self._tree)
+        return generator
+
+    def _tree(self, ref: Any, store: Any) -> tuple[Any, Any]:
+        """A module tree over the shared tensors, and a tokenizer of its own (a tokenizer does not bear two threads)."""
+        import torch
+
+        from invar_ray.models.adapters import share_base
+        from invar_ray.models.locate import load_causal_lm, load_tokenizer
+
+        source = ref.folder_or_name(store)
+        with self._lock:
+            if self._base is None:
+                dtype = torch.bfloat16 if self._precision == "bf16" else torch.float32
+                base: Any = load_causal_lm(source, revision=ref.revision, dtype=dtype)
+                self._base = base.to(self._device)
+                self._fingerprint = ref.fingerprint
+            if ref.fingerprint != self._fingerprint:
+                raise MixedArtifactsError(
+                    f"the artifact's base is {ref.fingerprint}, this replica's {self._fingerprint}",
+                    expected="an index and a generator of one base",
+                    action="serve them in the split topology, or reindex with the generator's base",
+                )
+            return share_base(self._base), load_tokenizer(source, ref.revision)

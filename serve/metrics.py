@@ -1,0 +1,114 @@
+"""What the service measures: one list of metrics, recorded through Ray (Prometheus, from every process) or in memory.
+
+Ray exports them on each node's metrics port under the names below with the prefix ``ray_``; the dashboard in
+``cluster/observability`` draws them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A metric's name, kind, meaning, labels and (for histograms) upper bounds of its buckets."""
+
+    name: str
+    kind: Literal["counter", "gauge", "histogram"]
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()
+
+
+CATALOG = {
+    metric.name: metric
+    for metric in (
+        Metric("invar_requests_total", "counter", "Requests answered.", ("route", "status")),
+        Metric("invar_request_seconds", "histogram", "Whole request, in seconds.", ("route",), _SECONDS),
+        Metric("invar_stage_seconds", "histogram", "One stage of a request, in seconds.", ("stage",), _SECONDS),
+        Metric("invar_in_flight", "gauge", "Requests that an HTTP replica is answering."),
+        Metric("invar_queue", "gauge", "Calls that wait for the next batch of a replica.", ("engine",)),
+        Metric("invar_batch_size", "histogram", "Calls in a batch.", ("engine",), (1, 2, 4, 8, 16, 32, 64)),
+        Metric("invar_tokens_total", "counter", "Tokens generated."),
+        Metric(
+            "invar_tokens_per_second", "histogram", "Tokens a second of a batch.", (), (1, 5, 10, 50, 100, 500, 1000)
+        ),
+        Metric("invar_top_score", "histogram", "Cosine of the best passage.", (), _SHARES),
+        Metric("invar_answers_total", "counter", "Answers, by whether the model refused.", ("refused",)),
+        Metric("invar_stability_overlap", "histogram", "Overlap of the hits of two wordings, sampled.", (), _SHARES),
+        Metric("invar_index_changes_total", "counter", "Changes of the index, by outcome.", ("outcome",)),
+        Metric("invar_retries_total", "counter", "Calls sent again because a replica died.", ("target",)),
+    )
+}
+"""Every metric by name."""
+
+Sink = Callable[[Metric, float, dict[str, str]], None]
+
+
+class Meter:
+    """Records metrics of :data:`CATALOG`.
+
+    Args:
+        sink: where values go; ``None`` drops them.
+    """
+
+    def __init__(self, sink: Sink | None = None) -> None:
+        self._sink = sink
+
+    def record(self, name: str, value: float = 1.0, **labels: str) -> None:
+        """Add to a counter, set a gauge, or observe into a histogram.
+
+        Raises:
+            KeyError, ValueError: if the metric is not in the catalog or has other labels: a bug.
+        """
+        metric = CATALOG[name]
+        if set(labels) != set(metric.labels):
+            raise ValueError(f"{name} has the labels {metric.labels}, got {tuple(labels)}")
+        if self._sink is not None:
+            self._sink(metric, value, labels)
+
+
+class Memory:
+    """A sink that keeps every value, by name and labels; for tests and benchmarks."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[str, tuple[tuple[str, str], ...]], list[float]] = defaultdict(list)
+
+    def __call__(self, metric: Metric, value: float, labels: dict[str, str]) -> None:
+        """Keep a value."""
+        self.values[metric.name, tuple(sorted(labels.items()))].append(value)
+
+    def of(self, name: str) -> list[float]:
+        """All values of a metric, whatever its labels."""
+        return [value for (known, _), values in self.values.items() if known == name for value in values]
+
+
+def ray_meter() -> Meter:
+    """A meter that records through Ray: to be made in a process that is connected to it."""
+    from ray.util import metrics
+
+    made: dict[str, Any] = {}
+
+    def sink(metric: Metric, value: float, labels: dict[str, str]) -> None:
+        if metric.name not in made:
+            options: dict[str, Any] = {"description": metric.help, "tag_keys": metric.labels}
+            if metric.kind == "histogram":
+                made[metric.name] = metrics.Histogram(metric.name, boundaries=list(metric.buckets), **options)
+            else:
+                kind = metrics.Counter if metric.kind == "counter" else metrics.Gauge
+                made[metric.name] = kind(metric.name, **options)
+        instrument = made[metric.name]
+        if metric.kind == "histogram":
+            instrument.observe(value, tags=labels)
+        elif metric.kind == "counter":
+            instrument.inc(value, tags=labels)
+        else:
+            instrument.set(value, tags=labels)
+
+    return Meter(sink)

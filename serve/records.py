@@ -1,0 +1,94 @@
+"""What travels between the ingress and the replicas."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from invar_ray.schema import Answer, Hit
+
+Vectors = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What belongs to a request wherever it goes.
+
+    Attributes:
+        request_id: for logs.
+        deadline: when it has to be answered, on this process's ``time.monotonic``.
+        trace: the span that later ones are children of.
+    """
+
+    request_id: str = ""
+    deadline: float = float("inf")
+    trace: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def left_s(self) -> float:
+        """Seconds until the deadline; clocks differ between machines, so this is what is sent."""
+        return self.deadline - time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """A question to answer from passages, and how; ``left_s`` is what is left of its time."""
+
+    text: str
+    hits: tuple[Hit, ...]
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    left_s: float = 60.0
+    trace: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Passages for one question, and the versions of what found them (an index may change between two calls)."""
+
+    hits: tuple[Hit, ...]
+    versions: dict[str, str]
+    missing_shards: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Embedded:
+    """[N, D] unit vectors, the number of tokens that were encoded, and the versions."""
+
+    vectors: Vectors
+    tokens: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer as the engine gives it.
+
+    Attributes:
+        answer: read from ``text``, citations checked.
+        text: what the model wrote, its ``[n]`` marks included; the pieces of a stream add up to it.
+        finish: ``stop`` or ``length``, as OpenAI names them.
+    """
+
+    answer: Answer
+    text: str
+    prompt_tokens: int
+    completion_tokens: int
+    finish: str
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """Whether a replica has an index ready that it was told to prepare."""
+
+    replica: str
+    error: str | None
+    report: dict[str, Any]

@@ -1,0 +1,270 @@
+"""The retriever inside a replica, without Ray: batches of searches, and an index that changes while it serves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from invar_ray.errors import InvarError
+from serve.batching import Batcher, Worker
+from serve.limits import ServiceError
+from serve.metrics import Meter
+from serve.record import RecordFile
+from serve.records import Embedded, Found, Prepared, Vectors
+from serve.tracing import Tracer
+
+if TYPE_CHECKING:  # imports torch: only replicas pay for that
+    from invar_ray.retrieval.retriever import Retriever
+
+logger = logging.getLogger("ray.serve")
+RetrieverLoader = Callable[[str], "Retriever"]
+PROBE = "is anyone there?"
+# Transformers builds models on a device that it sets for the whole process: two loads at once break each other.
+loading = threading.Lock()
+
+
+def load_retriever(uri: str, device: str = "cpu", precision: str = "fp32") -> Retriever:
+    """The retriever of an index artifact; it is refused unless its encoder reproduces the index's probe texts."""
+    from invar_ray.retrieval.retriever import open_retriever
+
+    return open_retriever(uri, device=device, precision=precision)
+
+
+class RetrieverCore:
+    """Searches one shard of the index.
+
+    The first index must load, so that a wrong one fails the deployment.  Later the old one stays in service where a new
+    one cannot be served: an exception in Serve's ``reconfigure`` would replace the replica, an outage instead of a
+    change that did not happen.
+
+    Args:
+        loader: index URI in, ready retriever out.
+        max_batch_size: questions that are encoded and searched together.
+        batch_wait_s: how long the first of them waits for others.
+        record: where changes are written down; ``None`` forgets them with the replica.
+        shard: which of ``num_shards`` this is.
+        allowed_drop: see :func:`serve.shadow.compare`.
+    """
+
+    def __init__(
+        self,
+        loader: RetrieverLoader = load_retriever,
+        max_batch_size: int = 8,
+        batch_wait_s: float = 0.005,
+        *,
+        record: RecordFile | None = None,
+        shard: int = 0,
+        configured: tuple[str, ...] = (),
+        allowed_drop: float = 0.2,
+        replica: str = "local",
+        meter: Meter | None = None,
+        tracer: Tracer | None = None,
+    ) -> None:
+        self._loader, self._record, self._shard, self._allowed_drop = loader, record, shard, allowed_drop
+        self._configured, self.replica = configured, replica
+        self._meter, self._tracer = meter or Meter(), tracer or Tracer()
+        self._worker = Worker()
+        self._search: Batcher[tuple[str | Vectors, int], Found] = Batcher(
+            self._search_batch, max_batch_size, batch_wait_s, self._seen
+        )
+        self._changing = asyncio.Lock()
+        self._retriever: Retriever | None = None
+        self._staged: dict[str, Retriever] = {}
+        self._reports: dict[str, dict[str, Any]] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._generation = 0
+        self.requested_uri = self.active_uri = ""
+        self.error: str | None = None
+
+    # Searching
+
+    async def retrieve(self, question: str | Vectors, top_k: int, left_s: float, trace: dict[str, str]) -> Found:
+        """The best passages for a question, or for a [D] vector that another shard's encoder made.
+
+        Raises:
+            ServiceError: 504 if it is not done in ``left_s`` seconds.
+        """
+        start = time.perf_counter()
+        with self._tracer.span("search", trace, top_k=top_k, shard=self._shard):
+            try:
+                found = await asyncio.wait_for(self._search((question, top_k)), max(0.0, left_s))
+            except TimeoutError:
+                raise ServiceError(504, "timeout", "the search took longer than the request may", 1.0) from None
+        self._meter.record("invar_stage_seconds", time.perf_counter() - start, stage="search")
+        return found
+
+    async def embed(self, texts: list[str], kind: Literal["query", "passage"], trace: dict[str, str]) -> Embedded:
+        """Unit vectors of texts by the index's own encoder."""
+        start = time.perf_counter()
+        with self._tracer.span("embed", trace, texts=len(texts)):
+            embedded = await self._worker.run(self._embed, texts, kind)
+        self._meter.record("invar_stage_seconds", time.perf_counter() - start, stage="embed")
+        return embedded
+
+    def _embed(self, texts: list[str], kind: str) -> Embedded:
+        encoder: Any = self._loaded().encoder
+        pairs = [("", text) for text in texts]
+        vectors = encoder.encode_queries(texts) if kind == "query" else encoder.encode_passages(pairs)
+        tokens = sum(len(row) for row in encoder.tokenizer(texts)["input_ids"])
+        return Embedded(vectors, tokens, dict(self._loaded().versions))
+
+    async def _search_batch(self, requests: list[tuple[str | Vectors, int]]) -> list[Found]:
+        return await self._worker.run(self.search, requests)
+
+    def search(self, requests: Sequence[tuple[str | Vectors, int]]) -> list[Found]:
+        """Passages for each (question or vector, top_k): all encoded together, all from one version."""
+        retriever = self._loaded()
+        versions = dict(retriever.versions)
+        texts = [question for question, _ in requests if isinstance(question, str)]
+        encoded = iter(retriever.encoder.encode_queries(texts)) if texts else iter(())
+        queries = np.stack([next(encoded) if isinstance(question, str) else question for question, _ in requests])
+        most = max(top_k for _, top_k in requests)
+        hits = retriever.retrieve_vectors(queries, most)
+        found = []
+        for (_, top_k), each in zip(requests, hits, strict=True):
+            if each:
+                self._meter.record("invar_top_score", each[0].score)
+            found.append(Found(tuple(each[:top_k]), versions))
+        return found
+
+    def _seen(self, size: int, waiting: int) -> None:
+        self._meter.record("invar_batch_size", size, engine="retriever")
+        self._meter.record("invar_queue", waiting, engine="retriever")
+
+    def _loaded(self) -> Retriever:
+        if self._retriever is None:
+            raise RuntimeError("no index is loaded yet")
+        return self._retriever
+
+    # Changing the index
+
+    async def configure(self, uri: str) -> None:
+        """Serve what the record says for this configuration, else ``uri``.
+
+        Raises:
+            Exception: whatever the loader raised, if nothing is being served yet.
+        """
+        if len(self._configured) <= 1:
+            self._configured = (uri,)
+        else:  # of several shards, Serve tells this one its own part only
+            self._configured = (*self._configured[: self._shard], uri, *self._configured[self._shard + 1 :])
+        wanted = await asyncio.to_thread(self._desired)
+        first = self._retriever is None
+        outcome = await self.prepare(wanted, first=first and wanted == uri)
+        if outcome.error is None:
+            await self.activate(wanted)
+        elif first:
+            logger.error("the recorded index %s cannot be served, the configured one is", wanted)
+            await self.prepare(uri, first=True)
+            await self.activate(uri)
+            self.requested_uri, self.error = wanted, outcome.error
+
+    async def prepare(self, uri: str, *, first: bool = False) -> Prepared:
+        """Load the index at ``uri`` beside the one in service and try it; says what came of it.
+
+        Raises:
+            Exception: whatever the loader raised, if ``first``.
+        """
+        async with self._changing:
+            if uri == self.active_uri or uri in self._staged:
+                return Prepared(self.replica, None, self._reports.get(uri, {}))
+            self.requested_uri = uri
+            try:
+                retriever, report = await asyncio.to_thread(self._load, uri, asyncio.get_running_loop())
+            except Exception as error:
+                if first:
+                    raise
+                self.error = str(error) if isinstance(error, InvarError) else f"{type(error).__name__} while loading it"
+                logger.exception("index %s cannot be served, %s stays in service", uri, self.active_uri)
+                return Prepared(self.replica, self.error, {})
+            self._staged, self._reports = {uri: retriever}, {uri: report}
+            return Prepared(self.replica, None, report)
+
+    def _load(self, uri: str, loop: asyncio.AbstractEventLoop) -> tuple[Retriever, dict[str, Any]]:
+        from serve.shadow import compare
+
+        with loading:
+            retriever = self._loader(uri)
+        retriever.retrieve([PROBE], 1)
+        if self._retriever is None:
+            return retriever, {}
+        old = self._retriever
+
+        def search_old(queries: Sequence[str], top_k: int) -> Any:
+            # In the thread that serves: a tokenizer does not bear two threads.
+            return asyncio.run_coroutine_threadsafe(self._worker.run(old.retrieve, queries, top_k), loop).result(120)
+
+        return retriever, compare(retriever, old, search_old, self._allowed_drop)
+
+    async def activate(self, uri: str) -> dict[str, Any]:
+        """Serve a prepared index from the next batch on; one that is not (this replica is new) is prepared first."""
+        if uri != self.active_uri:
+            if uri not in self._staged and (await self.prepare(uri)).error is not None:
+                return self.state()
+            self._retriever, self.active_uri = self._staged.pop(uri), uri
+        self.requested_uri, self.error, self._staged = uri, None, {}
+        return self.state()
+
+    async def discard(self, uri: str, error: str) -> dict[str, Any]:
+        """Forget a prepared index that some other replica cannot serve."""
+        self._staged.pop(uri, None)
+        self.requested_uri, self.error = uri, self.error or error
+        return self.state()
+
+    def _desired(self) -> str:
+        if self._record is None:
+            return self._configured[self._shard]
+        record = self._record.read(self._configured)
+        self._generation = record.generation
+        return record.index[self._shard]
+
+    async def follow(self) -> None:
+        """Take up a change that this replica missed (it was starting, or could not be reached)."""
+        before = self._generation
+        wanted = await asyncio.to_thread(self._desired)
+        if self._generation != before and wanted != self.active_uri and (await self.prepare(wanted)).error is None:
+            await self.activate(wanted)
+
+    # State and health
+
+    def state(self) -> dict[str, Any]:
+        """State of the index and its version; see :class:`serve.protocol.ReplicaState`."""
+        return {
+            "shard": str(self._shard),
+            "replica": self.replica,
+            "requested_uri": self.requested_uri,
+            "active_uri": self.active_uri,
+            "error": self.error,
+            "version": self._loaded().versions["index"],
+        }
+
+    async def describe(self) -> dict[str, Any]:
+        """State and versions."""
+        return {"state": self.state(), "versions": dict(self._loaded().versions)}
+
+    async def check_health(self) -> None:
+        """Search for real; also the moment at which a missed change is noticed."""
+        await self._worker.check(self._probe)
+        if self._record is not None and not self._changing.locked() and not self._tasks:
+            task = asyncio.create_task(self._follow_quietly())  # loading takes longer than a health check may
+            self._tasks.add(task)
+            task.add_done_callback(self._tasks.discard)
+
+    def _probe(self) -> None:
+        self._loaded().retrieve([PROBE], 1)
+
+    async def _follow_quietly(self) -> None:
+        try:
+            await self.follow()
+        except Exception:
+            logger.exception("the record of the served index cannot be followed")
+
+    def close(self) -> None:
+        """Let running work end; take no more."""
+        self._worker.close()

@@ -1,0 +1,173 @@
+"""OpenAI's routes: chat completions, embeddings, models.  The real ``openai`` client uses them unmodified."""
+
+import base64
+import time
+from collections.abc import AsyncIterator
+from typing import Any
+
+import numpy as np
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from invar_ray.errors import RequestError
+from serve.limits import Limits, ServiceError
+from serve.openai_forms import (
+    CHAT_MODEL,
+    EMBEDDING_MODEL,
+    ChatMessage,
+    ChatRequest,
+    ChatResponse,
+    Choice,
+    EmbeddingOut,
+    EmbeddingRequest,
+    EmbeddingResponse,
+    ModelList,
+    ModelOut,
+    Usage,
+)
+from serve.protocol import AnswerResponse
+from serve.records import Question, Reply
+from serve.routes_native import answer_of, note_for_audit
+from serve.service import Service
+from serve.sse import event, respond
+
+
+def _known(model: str, expected: str) -> None:
+    if model != expected:
+        raise ServiceError(404, "model_not_found", f"there is no model {model!r} here; use {expected!r}")
+
+
+def _fingerprint(answer: AnswerResponse) -> str:
+    return f"{answer.versions.get('index', '')}-{answer.versions.get('generator', '')}"
+
+
+def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRouter:
+    """The routes over a service."""
+    routes = APIRouter()
+    started = int(time.time())
+
+    @routes.post(
+        "/v1/chat/completions",
+        response_model=ChatResponse,
+        summary="An answer, in OpenAI's form",
+        responses={200: {"content": {"text/event-stream": {}}, "description": "The answer, or a stream of chunks."}},
+    )
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """The last user message is searched with and answered; earlier messages are not used (a note says so)."""
+        start, context = time.perf_counter(), request.scope["invar_context"]
+        _known(body.model, CHAT_MODEL)
+        text, notes = body.question()
+        question, top_k = limits.check_question(text), limits.check_top_k(body.top_k)
+        name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
+        asked_length = body.length()
+        # Clients send large round numbers: more than the service gives is cut, as its own limit would.
+        length = limits.check_max_new_tokens(asked_length and min(asked_length, limits.max_new_tokens), name)
+        note_for_audit(request, question, audit_text)
+        stops = body.stops()
+        found = await service.retrieve(question, top_k, context)
+        timings = {"retrieve_s": time.perf_counter() - start}
+        asked = Question(
+            question,
+            found.hits,
+            length,
+            temperature=body.temperature or 0.0,
+            top_p=1.0 if body.top_p is None else body.top_p,
+            seed=body.seed or 0,
+            stop=stops,
+        )
+
+        def whole(reply: Reply) -> AnswerResponse:
+            times = timings | {**reply.answer.timings, "total_s": time.perf_counter() - start}
+            answer = answer_of(found, reply, times, context)
+            return answer.model_copy(update={"notes": [*notes, *answer.notes]})
+
+        identifier, created = f"chatcmpl-{context.request_id}", int(time.time())
+        if not body.stream:
+            reply = await service.answer(asked, context)
+            answer = whole(reply)
+            response = ChatResponse(
+                id=identifier,
+                created=created,
+                model=CHAT_MODEL,
+                system_fingerprint=_fingerprint(answer),
+                choices=[Choice(message=ChatMessage(content=reply.text), finish_reason=_finish(reply))],
+                usage=Usage.of(reply.prompt_tokens, reply.completion_tokens),
+                invar=answer,
+            )
+            return JSONResponse(response.model_dump())
+
+        with_usage = bool(body.stream_options and body.stream_options.include_usage)
+
+        def chunk(delta: dict[str, Any], finish: str | None = None, **more: Any) -> str:
+            choices = [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]
+            values: dict[str, Any] = {
+                "id": identifier,
+                "object": "chat.completion.chunk",
+                "created": created,
+                "model": CHAT_MODEL,
+                "choices": choices,
+            }
+            return event(values | ({"usage": None} if with_usage else {}) | more)
+
+        async def events() -> AsyncIterator[str]:
+            items = service.stream(asked, context)
+            try:
+                item: str | Reply | None = await anext(items)  # what cannot be answered is refused, not streamed
+                yield chunk({"role": "assistant", "content": ""})
+                while item is not None:
+                    if isinstance(item, str):
+                        yield chunk({"content": item})
+                    else:
+                        answer = whole(item)
+                        more = {"invar": answer.model_dump(), "system_fingerprint": _fingerprint(answer)}
+                        yield chunk({}, _finish(item), **more)
+                        if with_usage:
+                            usage = Usage.of(item.prompt_tokens, item.completion_tokens)
+                            yield chunk({}, choices=[], usage=usage.model_dump())
+                    item = await anext(items, None)
+            finally:
+                await items.aclose()  # type: ignore[attr-defined]
+
+        return await respond(events(), context.request_id, event, event("[DONE]"))
+
+    @routes.post("/v1/embeddings", response_model=EmbeddingResponse, summary="Vectors, in OpenAI's form")
+    async def embeddings(body: EmbeddingRequest, request: Request) -> EmbeddingResponse:
+        context = request.scope["invar_context"]
+        _known(body.model, EMBEDDING_MODEL)
+        texts = limits.check_inputs([body.input] if isinstance(body.input, str) else body.input)
+        embedded = await service.embed(texts, body.input_type, context)
+        dimension = int(embedded.vectors.shape[1])
+        if body.dimensions not in {None, dimension}:
+            raise RequestError(f"dimensions is {body.dimensions}", expected=f"{dimension}, the encoder's own")
+        as_text = body.encoding_format == "base64"
+        rows = [
+            base64.b64encode(np.asarray(row, dtype="<f4").tobytes()).decode() if as_text else row.tolist()
+            for row in embedded.vectors
+        ]
+        return EmbeddingResponse(
+            data=[EmbeddingOut(index=number, embedding=row) for number, row in enumerate(rows)],
+            model=EMBEDDING_MODEL,
+            usage=Usage.of(embedded.tokens, 0),
+            invar={"versions": embedded.versions, "request_id": context.request_id},
+        )
+
+    async def _models() -> list[ModelOut]:
+        versions = {"versions": (await service.describe())["versions"]}
+        return [ModelOut(id=name, created=started, invar=versions) for name in (CHAT_MODEL, EMBEDDING_MODEL)]
+
+    @routes.get("/v1/models", response_model=ModelList, summary="Models, in OpenAI's form")
+    async def models() -> ModelList:
+        return ModelList(data=await _models())
+
+    @routes.get("/v1/models/{model}", response_model=ModelOut, summary="One model, in OpenAI's form")
+    async def model(model: str) -> ModelOut:
+        for each in await _models():
+            if each.id == model:
+                return each
+        raise ServiceError(404, "model_not_found", "there is no such model here; GET /v1/models lists them")
+
+    return routes
+
+
+def _finish(reply: Reply) -> Any:
+    return reply.finish

@@ -1,0 +1,209 @@
+"""Small real artifacts to serve, and the service over them in this process, behind a real web server."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from collections.abc import Coroutine
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import httpx
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import uvicorn
+
+from invar_ray.artifacts import Plan, Store
+from invar_ray.config import Config, ModelConfig, TinyConfig
+from invar_ray.models.adapters import new_adapter, save_adapter
+from invar_ray.models.encoder import llm_spec, open_encoder
+from invar_ray.models.locate import base_plan, build_base, open_base, resolve_base
+from invar_ray.retrieval.index import build_index, write_probes
+from invar_ray.schema import PASSAGE_SCHEMA, Passage, to_table, vector_schema
+from serve.answering import AnswerEngine, GeneratorCore, TransformersEngine, load_generator
+from serve.api import make_api
+from serve.limits import Limits
+from serve.metrics import Memory, Meter
+from serve.record import RecordFile
+from serve.retrieving import RetrieverCore, load_retriever
+from serve.service import Service
+from serve.targets import LocalTarget
+from serve.tracing import Tracer
+
+T = TypeVar("T")
+LIMITS = Limits(top_k=3, max_top_k=4, max_question_chars=1500, max_new_tokens=6)
+TEXTS = {
+    "Gorse Island": "The light on Gorse Island was kept by Mara Voss until the autumn storm.",
+    "Harbour": "Barley and salt were traded in the harbour every spring.",
+    "Ferry": "The ferry to the mainland leaves at nine in the morning.",
+    "Orchard": "Pears and plums grow in the orchard behind the chapel.",
+    "Mill": "The water mill grinds oats for three villages.",
+}
+
+
+@dataclass(frozen=True)
+class Artifacts:
+    index_uri: str
+    other_index_uri: str
+    scrambled_index_uri: str
+    left_index_uri: str
+    right_index_uri: str
+    generator_uri: str
+
+
+def make_artifacts(folder: Path) -> Artifacts:
+    """A one-layer base, Flat indexes over its vectors, and an untrained generator adapter."""
+    store = Store(str(folder))
+    model_config = ModelConfig(tiny=TinyConfig(num_layers=1, num_heads=6, intermediate_size=32), pooling="mean")
+    config = dataclasses.replace(Config(), model=model_config)
+    tiny, _ = store.get_or_build(base_plan(config), lambda building: build_base(building, config))
+    base = resolve_base(config.model, tiny)
+    spec = llm_spec(config.model, base)
+    encoder = open_encoder(spec, store)
+
+    def index(name: str, titles: list[str], shuffled: bool = False) -> str:
+        rows = [Passage(f"{t}:0", t, t, TEXTS[t], 0, len(TEXTS[t])) for t in titles]
+
+        def passages(building: Any) -> None:
+            pq.write_table(to_table(rows, PASSAGE_SCHEMA), building.path / "passages.parquet")
+
+        passages_artifact, _ = store.get_or_build(Plan("passages", name, {"titles": titles}), passages)
+
+        def vectors(building: Any) -> None:
+            matrix = encoder.encode_passages([(row.title, row.text) for row in rows])
+            if shuffled:  # the probes still hold, the rows belong to other passages
+                matrix = -np.roll(matrix, 1, axis=0)
+            schema = vector_schema(matrix.shape[1])
+            column = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
+            table = pa.table({"id": [row.id for row in rows], "vector": column.cast(schema.field("vector").type)})
+            (building.path / "shards").mkdir()
+            pq.write_table(table, building.path / "shards" / "part-00000.parquet")
+            write_probes(building.path / "probes.parquet", encoder, [(row.title, row.text) for row in rows[:2]])
+            building.info["encoder"] = spec.to_json()
+
+        parents = {"passages": passages_artifact}
+        vectors_artifact, _ = store.get_or_build(Plan("vectors", name, {"shuffled": shuffled}, parents), vectors)
+        parents["vectors"] = vectors_artifact
+        artifact, _ = store.get_or_build(
+            Plan("index", name, {}, parents), lambda b: build_index(b, vectors_artifact, passages_artifact, "Flat")
+        )
+        return artifact.uri
+
+    def generator(building: Any) -> None:
+        model, _ = open_base(base, store)
+        adapted = new_adapter(model, config.generator.lora, seed=0)
+        save_adapter(adapted, adapted.state_dict(), building.path / "adapter", base.location)
+        building.info |= {"base": asdict(base), "max_context": 160}
+
+    adapter, _ = store.get_or_build(Plan("generator", "tiny", {}, {"model": tiny}), generator)
+    titles = list(TEXTS)
+    return Artifacts(
+        index("all", titles),
+        index("few", titles[:3]),
+        index("scrambled", titles, shuffled=True),
+        index("left", titles[:3]),
+        index("right", titles[3:]),
+        adapter.uri,
+    )
+
+
+class Live:
+    """A service in this process: its event loop in a thread, its routes behind uvicorn on a free port.
+
+    Args:
+        artifacts: what it serves.
+        shards: index URIs; ``None`` is the one of all passages.
+        record: file that keeps changes of the index.
+        engine: answers instead of the artifact's generator.
+        options: of :func:`serve.api.make_api`; ``service`` has those of :class:`serve.service.Service`.
+    """
+
+    def __init__(
+        self,
+        artifacts: Artifacts,
+        *,
+        shards: list[str] | None = None,
+        record: Path | None = None,
+        engine: AnswerEngine | None = None,
+        limits: Limits = LIMITS,
+        service: dict[str, Any] | None = None,
+        tracer: Tracer | None = None,
+        **options: Any,
+    ) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, daemon=True)
+        self._thread.start()
+        self.memory = Memory()
+        meter = Meter(self.memory)
+        configured = tuple(shards or [artifacts.index_uri])
+        file = RecordFile(str(record)) if record else None
+
+        async def build() -> None:
+            self.retrievers = [
+                RetrieverCore(
+                    load_retriever, record=file, shard=number, configured=configured, meter=meter, tracer=tracer
+                )
+                for number in range(len(configured))
+            ]
+            for core, uri in zip(self.retrievers, configured, strict=True):
+                await core.configure(uri)
+            self.engine = engine or TransformersEngine(
+                artifacts.generator_uri, load_generator, meter=meter, tracer=tracer
+            )
+            self.targets = [LocalTarget(f"shard {n}", core) for n, core in enumerate(self.retrievers)]
+            generator = LocalTarget("generator", GeneratorCore(self.engine))
+            given = {"configured": configured, "record": file, "meter": meter, "tracer": tracer, **(service or {})}
+            self.service = Service(self.targets, generator, **given)
+            self.app = make_api(self.service, limits, **options)
+
+        self.run(build())
+        config = uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._serving = asyncio.run_coroutine_threadsafe(self._server.serve(), self.loop)
+        while not self._server.started:
+            threading.Event().wait(0.01)
+        port = self._server.servers[0].sockets[0].getsockname()[1]
+        self.url = f"http://127.0.0.1:{port}"
+        self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run a coroutine in the service's loop."""
+        return asyncio.run_coroutine_threadsafe(work, self.loop).result(120)
+
+    def __call__(self, method: str, path: str, **options: Any) -> httpx.Response:
+        return self.client.request(method, path, **options)
+
+    def close(self) -> None:
+        self.client.close()
+        self._server.should_exit = True
+        self._serving.result(20)
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self._thread.join(10)
+        for core in self.retrievers:
+            core.close()
+        self.engine.close()
+
+
+def fault(response: httpx.Response, status: int, code: str) -> str:
+    """The message, after checking that the response has the one form of errors."""
+    assert response.status_code == status, response.text
+    body = response.json()
+    assert set(body) == {"error"}
+    assert set(body["error"]) == {"type", "message", "param", "code", "request_id"}
+    assert body["error"]["code"] == code
+    assert body["error"]["request_id"]
+    assert "Traceback" not in response.text
+    return str(body["error"]["message"])
+
+
+_MADE: list[Artifacts] = []
+
+
+def shared_artifacts(factory: Any) -> Artifacts:
+    """The session's one set."""
+    if not _MADE:
+        _MADE.append(make_artifacts(factory.mktemp("served")))
+    return _MADE[0]

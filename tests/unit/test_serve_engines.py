@@ -1,0 +1,246 @@
+"""Engines: a server elsewhere against the one in this process, and both adapters over one base."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import uvicorn
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, StreamingResponse
+from openai.types import Completion
+from openai.types.completion_create_params import CompletionCreateParamsStreaming
+from pydantic import TypeAdapter
+
+from invar_ray.artifacts import Plan, Store
+from invar_ray.errors import ConfigError, MixedArtifactsError
+from invar_ray.models.decoding import Sampling
+from invar_ray.models.generator import Generator, Task
+from serve.answering import load_generator
+from serve.colocated import SharedBase
+from serve.limits import ServiceError
+from serve.protocol import AnswerResponse
+from serve.records import Question
+from serve.remote import OpenAIEngine
+from tests.serving import Artifacts, Live, fault, shared_artifacts
+
+FERRY = "When does the ferry leave?"
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    return shared_artifacts(tmp_path_factory)
+
+
+class CompletionServer:
+    """``/v1/completions`` over a real generator; requests and chunks are checked by ``openai``'s own types."""
+
+    def __init__(self, generator: Generator) -> None:
+        self.failures: list[int] = []
+        self.broken_after: int | None = None
+        self.seen: list[dict[str, Any]] = []
+        api = FastAPI()
+        known = TypeAdapter(CompletionCreateParamsStreaming)
+
+        @api.post("/v1/completions")
+        async def completions(request: Request) -> Any:
+            body = await request.json()
+            known.validate_python(body)
+            if self.failures:
+                status = self.failures.pop(0)
+                error = {"message": f"told to fail with {status}", "type": "t", "param": None, "code": None}
+                return JSONResponse({"error": error}, status, headers={"Retry-After": "0"})
+            self.seen.append(body)
+            sampling = Sampling(
+                body["max_tokens"], tuple(body["stop"]), body["temperature"], body["top_p"], body["seed"]
+            )
+            pieces: list[str] = []
+            (made,) = generator.run([Task(body["prompt"], sampling, pieces.append)])
+
+            async def chunks() -> AsyncIterator[str]:
+                base = {"id": "c", "object": "text_completion", "created": 1, "model": body["model"]}
+                choices = [{"text": piece, "index": 0, "logprobs": None, "finish_reason": None} for piece in pieces]
+                finish = "length" if made.finish == "length" else "stop"
+                choices.append({"text": "", "index": 0, "logprobs": None, "finish_reason": finish})
+                for number, choice in enumerate(choices):
+                    if number == self.broken_after:
+                        raise OSError("the connection breaks")
+                    Completion.model_validate({**base, "choices": [{**choice, "finish_reason": finish}]})
+                    yield f"data: {json.dumps({**base, 'choices': [choice]})}\n\n"
+                usage = {
+                    "prompt_tokens": made.prompt_tokens,
+                    "completion_tokens": made.num_tokens,
+                    "total_tokens": made.prompt_tokens + made.num_tokens,
+                }
+                yield f"data: {json.dumps({**base, 'choices': [], 'usage': usage})}\n\n"
+                yield "data: [DONE]\n\n"
+
+            return StreamingResponse(chunks(), media_type="text/event-stream")
+
+        config = uvicorn.Config(api, host="127.0.0.1", port=0, log_level="critical", lifespan="off")
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+        self._thread.start()
+        while not self._server.started:
+            time.sleep(0.01)
+        self.url = f"http://127.0.0.1:{self._server.servers[0].sockets[0].getsockname()[1]}/v1"
+
+    def close(self) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+
+
+@pytest.fixture(scope="module")
+def generator(artifacts: Artifacts) -> Generator:
+    return load_generator(artifacts.generator_uri)
+
+
+@pytest.fixture(scope="module")
+def server(generator: Generator) -> Iterator[CompletionServer]:
+    server = CompletionServer(generator)
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def here(artifacts: Artifacts) -> Iterator[Live]:
+    live = Live(artifacts)
+    yield live
+    live.close()
+
+
+def remote(artifacts: Artifacts, url: str, api: str = "completions", model: str = "tiny") -> OpenAIEngine:
+    return OpenAIEngine.over_artifact(url, model, artifacts.generator_uri, key_env="INVAR_NO_SUCH_KEY", api=api)
+
+
+@pytest.fixture(scope="module")
+def elsewhere(artifacts: Artifacts, server: CompletionServer) -> Iterator[Live]:
+    live = Live(artifacts, engine=remote(artifacts, server.url))
+    yield live
+    live.close()
+
+
+def test_a_model_elsewhere_answers_as_the_one_here(here: Live, elsewhere: Live, server: CompletionServer) -> None:
+    for body in ({"question": FERRY}, {"question": "Who kept the light?", "top_k": 1, "max_new_tokens": 3}):
+        mine = AnswerResponse.model_validate(here("POST", "/v1/answer", json=body).json())
+        theirs = AnswerResponse.model_validate(elsewhere("POST", "/v1/answer", json=body).json())
+        assert theirs.answer == mine.answer
+        assert theirs.passages == mine.passages
+        assert theirs.citations == mine.citations
+        assert theirs.confidence is None  # the protocol's stream has no log-probabilities
+        assert theirs.versions["generator"] == f"tiny@{mine.versions['generator']}"
+    chat = {"model": "invar-rag", "messages": [{"role": "user", "content": FERRY}], "temperature": 1.5, "seed": 4}
+    mine_, theirs_ = [each("POST", "/v1/chat/completions", json=chat).json() for each in (here, elsewhere)]
+    assert theirs_["choices"] == mine_["choices"]
+    assert theirs_["usage"] == mine_["usage"]
+    assert elsewhere("GET", "/readyz").status_code == 200
+    assert elsewhere("GET", "/v1/index").json()["generator"]["engine"] == "openai"
+
+
+def test_a_busy_server_is_asked_again_and_a_failing_one_is_no_500(elsewhere: Live, server: CompletionServer) -> None:
+    body = {"question": FERRY}
+    server.failures = [503, 429]
+    assert elsewhere("POST", "/v1/answer", json=body).status_code == 200
+    server.failures = [503] * 3
+    response = elsewhere("POST", "/v1/answer", json=body)
+    fault(response, 503, "unavailable")
+    assert response.headers["Retry-After"]
+    server.failures = [400]
+    assert "told to fail with 400" in fault(elsewhere("POST", "/v1/answer", json=body), 422, "invalid_request")
+    server.failures = [401]
+    fault(elsewhere("POST", "/v1/answer", json=body), 503, "unavailable")
+
+
+def test_a_stream_that_breaks_elsewhere_ends_with_an_error_event(elsewhere: Live, server: CompletionServer) -> None:
+    server.broken_after = 2
+    try:
+        text = elsewhere("POST", "/v1/answer", json={"question": FERRY, "stream": True}).text
+        names = [line[7:] for line in text.splitlines() if line.startswith("event: ")]
+        assert names == ["passages", "delta", "delta", "error", "done"]
+        assert '"code":"unavailable"' in text
+        fault(elsewhere("POST", "/v1/answer", json={"question": FERRY}), 503, "unavailable")
+    finally:
+        server.broken_after = None
+
+
+def test_this_service_is_such_a_server_itself(artifacts: Artifacts, here: Live) -> None:
+    live = Live(artifacts, engine=remote(artifacts, f"{here.url}/v1", "chat", "invar-rag"))
+    try:
+        answer = AnswerResponse.model_validate(live("POST", "/v1/answer", json={"question": FERRY, "top_k": 1}).json())
+        assert answer.passages[0].title == "Ferry"
+        # What it was asked is the prompt, passages and all, which it answers as any other question.
+        lines = live("POST", "/v1/answer", json={"question": FERRY, "top_k": 1, "stream": True}).text
+        assert "event: answer" in lines
+    finally:
+        live.close()
+
+
+def test_what_cannot_be_reached_is_unavailable(artifacts: Artifacts) -> None:
+    with pytest.raises(ConfigError, match="engine_url"):
+        remote(artifacts, "localhost:8001")
+
+    async def ask() -> None:
+        await remote(artifacts, "http://127.0.0.1:9/v1").answer(Question(FERRY, (), 2))
+
+    with pytest.raises(ServiceError) as caught:
+        asyncio.run(ask())
+    assert (caught.value.status, caught.value.code) == (503, "unavailable")
+
+
+def test_two_adapters_over_one_base_do_not_disturb_each_other(artifacts: Artifacts, generator: Generator) -> None:
+    shared = SharedBase()
+    retriever, colocated = shared.retriever(artifacts.index_uri), shared.generator(artifacts.generator_uri)
+    questions = [f"Who kept the light, {number}?" for number in range(6)]
+
+    def search(question: str) -> Any:
+        return retriever.retrieve([question], 4)
+
+    def write(question: str) -> Any:
+        return colocated.generate([question], max_new_tokens=8)
+
+    serial = [search(question) for question in questions], [write(question) for question in questions]
+    assert serial[1] == [generator.generate([question], max_new_tokens=8) for question in questions]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            found = pool.submit(lambda: [search(question) for question in questions])
+            written = pool.submit(lambda: [write(question) for question in questions])
+            assert (found.result(), written.result()) == serial
+    tree: Any = retriever.encoder
+    mine = {p.data_ptr() for name, p in tree.module.named_parameters() if "lora" not in name}
+    theirs = {p.data_ptr() for name, p in colocated.model.named_parameters() if "lora" not in name}
+    assert mine == theirs
+
+
+def test_colocated_finds_what_merged_finds(artifacts: Artifacts) -> None:
+    from invar_ray.retrieval.retriever import open_retriever
+
+    apart, shared = open_retriever(artifacts.index_uri), SharedBase().retriever(artifacts.index_uri)
+    np.testing.assert_allclose(shared.encoder.encode_queries([FERRY]), apart.encoder.encode_queries([FERRY]), atol=1e-5)
+    assert shared.versions == apart.versions
+
+
+def test_colocated_refuses_another_base(artifacts: Artifacts) -> None:
+    from invar_ray.artifacts import open_artifact
+
+    artifact = open_artifact(artifacts.generator_uri, "generator")
+    other = {**artifact.info, "base": {**artifact.info["base"], "fingerprint": "0" * 16}}
+    store = Store(artifact.store.root_uri)
+
+    def body(building: Any) -> None:
+        for path in artifact.path("adapter").iterdir():
+            (building.path / "adapter").mkdir(exist_ok=True)
+            (building.path / "adapter" / path.name).write_bytes(path.read_bytes())
+        building.info |= other
+
+    wrong, _ = store.get_or_build(Plan("generator", "other-base", {}), body)
+    shared = SharedBase()
+    shared.retriever(artifacts.index_uri)
+    with pytest.raises(MixedArtifactsError, match="this replica's"):
+        shared.generator(wrong.uri)
