@@ -114,7 +114,7 @@ def _loss(entry: Comparison, allowed: float | None, is_overlap: bool) -> Check:
     name = print_name(entry.metric)
     if is_overlap:
         name, first, second = f"1 - {name}", 1.0 - entry.first_mean, 1.0 - entry.second_mean
-        change, low, high = -entry.difference.mean, -entry.difference.high, -entry.difference.low
+        change, low, high = 0.0 - entry.difference.mean, 0.0 - entry.difference.high, 0.0 - entry.difference.low
     else:
         first, second = entry.first_mean, entry.second_mean
         change, low, high = entry.difference.mean, entry.difference.low, entry.difference.high

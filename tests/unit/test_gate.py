@@ -59,6 +59,7 @@ def test_an_equal_candidate_passes_and_what_was_checked_is_said(tmp_path: Path) 
     assert text.count("pass  ") == 5
     assert "recall@5 is 0.683; allowed: at least 0.6" in text
     assert "1 - overlap@5" in text
+    assert "-0.000" not in text
     assert "all 5 checks passed" in text
 
 
