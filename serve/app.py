@@ -33,7 +33,7 @@ logger = logging.getLogger(__name__)
 
 def build_app(args: AppArgs) -> Application:
     """The application from its arguments; the import path for Serve is ``serve.app:build_app``."""
-    return compose(args)
+    return compose(args.resolved())
 
 
 def compose(
@@ -149,6 +149,7 @@ def start(
     Raises:
         ResourceError: if the port is taken, or the service does not become ready in time.
     """
+    args = args.resolved()
     absolute: dict[str, Any] = {name: _absolute(getattr(args, name)) for name in ("index_uri", "generator_uri")}
     absolute["shard_uris"] = [_absolute(uri) for uri in args.shard_uris]
     args = args.model_copy(update=absolute)

@@ -4,6 +4,7 @@ No ``from __future__ import annotations`` here: Serve reads ``build_app``'s anno
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -22,13 +23,18 @@ class AppArgs(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    index_uri: str = Field(min_length=1, description="Index artifact.")
+    store_uri: str = Field(
+        "",
+        description="Store of a run, e.g. runs/demo: its newest stage-1 index and generator are served where "
+        "the two fields below name none. A relative path is looked for here, then beside the package.",
+    )
+    index_uri: str = Field("", description="Index artifact.")
     shard_uris: list[str] = Field(
         default_factory=list,
         description="More index artifacts of the same encoder: each is a shard with a deployment of its own, and every "
         "search asks all of them.",
     )
-    generator_uri: str = Field(min_length=1, description="Generator artifact.")
+    generator_uri: str = Field("", description="Generator artifact.")
     topology: Literal["split", "colocated"] = Field(
         "split", description="Retriever and generator scaled apart, or both adapters over one base in each replica."
     )
@@ -91,6 +97,8 @@ class AppArgs(BaseModel):
 
     @model_validator(mode="after")
     def _ranges(self) -> "AppArgs":
+        if not self.store_uri and not (self.index_uri and self.generator_uri):
+            raise ValueError("nothing to serve: give index_uri and generator_uri, or store_uri")
         for name in ("ingress_replicas", "retriever_replicas", "generator_replicas"):
             fewest, most = getattr(self, name)
             if not 1 <= fewest <= most:
@@ -104,6 +112,33 @@ class AppArgs(BaseModel):
         if self.topology == "colocated" and (self.shard_uris or self.engine != "transformers"):
             raise ValueError("topology colocated serves one index and the engine transformers only")
         return self
+
+    def resolved(self) -> "AppArgs":
+        """With the artifacts of ``store_uri`` where none are named.
+
+        Raises:
+            MissingArtifactError: if the store has none.
+        """
+        if self.index_uri and self.generator_uri:
+            return self
+        from invar_ray.artifacts import Store
+        from invar_ray.errors import MissingArtifactError
+
+        root = self.store_uri
+        if "://" not in root and not Path(root).is_dir():
+            beside = Path(__file__).parents[1] / root
+            root = str(beside if beside.is_dir() else Path(root))
+        store = Store(root if "://" in root else str(Path(root).resolve()))
+        found = {}
+        for name, kind in (("index_uri", "index"), ("generator_uri", "generator")):
+            artifacts = [a for a in store.list(kind) if kind != "index" or a.manifest.name == "retriever"]
+            if not artifacts:
+                raise MissingArtifactError(
+                    f"no {kind} of a trained run below {store.root_uri}",
+                    action="run make demo or invar-ray train first, or name both artifacts",
+                )
+            found[name] = getattr(self, name) or artifacts[-1].uri
+        return self.model_copy(update=found)
 
     @property
     def configured(self) -> tuple[str, ...]:

@@ -186,6 +186,8 @@ def test_a_slow_generator_times_out_and_a_broken_one_shows_no_trace(artifacts: A
         {"generator_replicas": [0, 2]},
         {"max_batch_size": 64, "max_ongoing_requests": 8},
         {"index_uri": ""},
+        {"engine": "openai"},
+        {"topology": "colocated", "shard_uris": ["a"]},
         {"unknown": 1},
     ],
 )
@@ -194,8 +196,24 @@ def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
         AppArgs(**({"index_uri": "i", "generator_uri": "g"} | wrong))
 
 
+def test_the_newest_artifacts_of_a_store_are_served(artifacts: Artifacts, tmp_path: Path) -> None:
+    from invar_ray.artifacts import Plan, Store
+    from invar_ray.errors import MissingArtifactError
+
+    with pytest.raises(MissingArtifactError, match="no index of a trained run"):
+        build_app(AppArgs(store_uri=str(tmp_path)))
+    store, made = Store(str(tmp_path)), {}
+    for kind, name in (("index", "minilm"), ("index", "retriever"), ("generator", "demo")):
+        made[name] = store.get_or_build(Plan(kind, name, {}), lambda building: None)[0].uri
+    args = AppArgs(store_uri=str(tmp_path)).resolved()
+    assert (args.index_uri, args.generator_uri) == (made["retriever"], made["demo"])
+    named = AppArgs(store_uri=str(tmp_path), index_uri="elsewhere").resolved()
+    assert (named.index_uri, named.generator_uri) == ("elsewhere", made["demo"])
+    assert args.record() == f"{tmp_path}/serving/{made['retriever'].rpartition('/')[2]}.json"
+
+
 @pytest.mark.parametrize("name", ["config.yaml", "config.tiny.yaml"])
-def test_config_files_are_valid_for_serve(name: str) -> None:
+def test_config_files_are_valid_for_serve(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     from ray.serve.schema import ServeDeploySchema
 
     path = Path(__file__).parents[2] / "serve" / name
@@ -204,6 +222,7 @@ def test_config_files_are_valid_for_serve(name: str) -> None:
     assert application.import_path == "serve.app:build_app"
     args = AppArgs.model_validate(application.args)
     assert schema.http_options.host == "127.0.0.1"
+    monkeypatch.setattr(AppArgs, "resolved", lambda self: self.model_copy(update={"index_uri": "i"}))
     built = build_app(args)
     assert {deployment.name for deployment in application.deployments} <= {
         "RetrieverDeployment",
