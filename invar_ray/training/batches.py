@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from invar_ray.artifacts import Artifact
+from invar_ray.errors import DataError
 from invar_ray.losses.alignment import blend_teacher_scores
 from invar_ray.losses.masks import Slots
 from invar_ray.text.answers import searchable
@@ -66,9 +67,30 @@ class Trainset:
         self._teacher_questions, self._teacher_slots = vectors["questions"], vectors["slots"]
         self._teacher_documents = vectors["documents"]
         self._cache: dict[tuple[int, int, int], list[list[int]]] = {}
+        self.heldout: list[int] = []
+        """Questions that are not trained on; see :meth:`hold_out`."""
+        self._heldout_titles: set[str] = set()
 
     def __len__(self) -> int:
         return len(self.question_ids)
+
+    def hold_out(self, share: float, seed: int) -> None:
+        """Set a share of the positives' titles aside: no batch holds their questions or passages from now on.
+
+        Raises:
+            DataError: nothing is left to train on, or nothing is set aside.
+        """
+        titles = sorted({self.titles[slot] for slot in self.positives})
+        random.Random(f"{seed}-heldout").shuffle(titles)
+        self._heldout_titles = set(titles[: round(share * len(titles))])
+        self.heldout = [row for row, slot in enumerate(self.positives) if self.titles[slot] in self._heldout_titles]
+        self._cache.clear()
+        if not 0 < len(self.heldout) < len(self):
+            raise DataError(
+                f"retriever.heldout_share {share} sets {len(self.heldout)} of {len(self)} training questions aside",
+                expected="some, and not all",
+                action="change the share, or train on more documents",
+            )
 
     @property
     def num_wordings(self) -> int:
@@ -101,6 +123,10 @@ class Trainset:
         texts = self.positive_texts[plan.rows[owner]] if owner >= 0 else self.slot_texts[slot]
         missing = window >= len(texts)
         return self.titles[slot], texts[0 if missing else window], missing
+
+    def contents_of(self, slots: list[int]) -> npt.NDArray[np.int64]:
+        """[C]: equal numbers mark equal texts."""
+        return self._contents[slots]
 
     def slot_metadata(self, plan: StepPlan) -> Slots:
         """What the masks need to know of the plan's slots."""
@@ -153,7 +179,7 @@ class Trainset:
                 owner.append(number)
         for row in rows:
             for slot in self.negatives[row][:num_hard_negatives]:
-                if slot not in place:
+                if slot not in place and self.titles[slot] not in self._heldout_titles:
                     place[slot] = len(place)
                     owner.append(-1)
         slots = list(place)
@@ -178,7 +204,8 @@ class Trainset:
         """A permutation cut into full batches in which no two questions share a positive's text."""
         if (seed, epoch, size) in self._cache:
             return self._cache[seed, epoch, size]
-        order = list(range(len(self)))
+        aside = set(self.heldout)
+        order = [row for row in range(len(self)) if row not in aside]
         random.Random(seed * 1_000_003 + epoch).shuffle(order)
         batches: list[list[int]] = []
         taken: list[set[int]] = []

@@ -1,7 +1,8 @@
 """Checkpoints of our own: safetensors + JSON, no pickle, bound to no world size.
 
 A checkpoint folder holds ``parameters.safetensors``, ``moments.safetensors``, ``state.json`` (step, Adam's step,
-fingerprint of the run) and ``log.jsonl`` (the metrics so far, so that a resumed run's log is whole).  Data position
+fingerprint of the run), ``log.jsonl`` (the metrics so far, so that a resumed run's log is whole) and, where steps are
+measured, ``best.safetensors``.  Data position
 and dropout need no state: both are functions of (seed, step, rank).
 """
 
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from invar_ray.errors import MixedArtifactsError
 from invar_ray.training.engine import EngineState
@@ -27,11 +29,15 @@ class Checkpoint:
     step: int
     engine: EngineState
     log: list[dict[str, Any]]
+    best: dict[str, Tensor] | None = None
+    """Parameters of the best step so far, where steps are measured."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, run: str) -> None:
     """Write into an existing empty folder (the caller publishes it); ``run`` is the fingerprint of what is trained."""
     save_file(checkpoint.engine.parameters, str(folder / "parameters.safetensors"))
+    if checkpoint.best is not None:
+        save_file(checkpoint.best, str(folder / "best.safetensors"))
     flat = {f"{key}/{name}": value for key, group in checkpoint.engine.moments.items() for name, value in group.items()}
     save_file(flat, str(folder / "moments.safetensors"))
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in checkpoint.log), encoding="utf-8")
@@ -63,4 +69,5 @@ def load_checkpoint(folder: Path, run: str) -> Checkpoint:
         moments.setdefault(key, {})[name] = value
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     engine = EngineState(load_file(folder / "parameters.safetensors"), moments, int(state["adam_step"]))
-    return Checkpoint(int(state["step"]), engine, log)
+    best = load_file(folder / "best.safetensors") if (folder / "best.safetensors").is_file() else None
+    return Checkpoint(int(state["step"]), engine, log, best)

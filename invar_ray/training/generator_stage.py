@@ -68,6 +68,7 @@ class GeneratorStage:
     def __init__(self, config: Config, store: Store, inputs: dict[str, Any], rank: int, world_size: int) -> None:
         self.config, self.rank, self.world_size = config, rank, world_size
         self.steps = config.generator.steps
+        self.measure_every = 0
         reference = BaseRef(**inputs["base"])
         base, self.tokenizer = open_base(reference, store, dtype_of(config))
         self._base_name = config.model.base
@@ -99,6 +100,10 @@ class GeneratorStage:
             chunking.backward(part.loss)
             loss, accuracy, tokens = loss + part.loss.detach(), accuracy + part.accuracy, tokens + part.tokens
         return _metrics(loss, accuracy, tokens, mask, padded)
+
+    def measure(self, forward: Forward, chunking: Chunking) -> Metrics:
+        """See :class:`Stage`; nothing is held out in stage 2."""
+        return {}
 
     def describe(self, step: int) -> dict[str, Any]:
         """See :class:`Stage`."""

@@ -5,6 +5,7 @@ Shape legend: b local rows, C candidate slots, R wordings, N windows, E = R * N 
 
 from __future__ import annotations
 
+import random
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,10 @@ from invar_ray.models.batching import pad_right
 from invar_ray.models.encoder import PROJECTION_FILE, BiEncoder, EncoderSpec, passage_ids, query_ids
 from invar_ray.models.locate import open_base
 from invar_ray.training.batches import StepPlan, Trainset
-from invar_ray.training.stage import Chunking, Forward, Metrics, dtype_of, recompute, save_lora
+from invar_ray.training.stage import HELDOUT, Chunking, Forward, Metrics, dtype_of, recompute, save_lora
+
+HELDOUT_QUESTIONS = 200
+HELDOUT_PASSAGES = 1000  # beside those of the held-out questions
 
 
 class RetrieverStage:
@@ -37,6 +41,9 @@ class RetrieverStage:
         self.steps = config.retriever.steps
         self.spec = EncoderSpec.from_json(inputs["encoder"])
         self.trainset = Trainset(store.open(inputs["trainset"], "trainset"))
+        self.measure_every = config.retriever.heldout_every if config.retriever.heldout_share > 0 else 0
+        if self.measure_every:
+            self.trainset.hold_out(config.retriever.heldout_share, config.seed)
         base, self.tokenizer = open_base(self.spec.base, store, dtype_of(config))
         self._base_name = config.model.base
         recompute(base, config)
@@ -141,6 +148,42 @@ class RetrieverStage:
         loss, metrics = self.loss(cache, step)
         cache.backward(loss, chunking.backward)
         return metrics | {"padded_tokens": float(cache.padded_tokens)}
+
+    def measure(self, forward: Forward, chunking: Chunking) -> Metrics:
+        """See :class:`Stage`: Recall@5 of held-out questions, among their passages and a sample of the others."""
+        trainset = self.trainset
+        draw = random.Random(f"{self.config.seed}-measure")
+        rows = sorted(draw.sample(trainset.heldout, min(HELDOUT_QUESTIONS, len(trainset.heldout))))
+        own = sorted({trainset.positives[row] for row in rows})
+        rest = sorted(set(range(len(trainset.titles))) - set(own))
+        slots = [*own, *draw.sample(rest, min(HELDOUT_PASSAGES, len(rest)))]
+        families = [trainset.wordings[row] for row in rows]
+        self.module.eval()
+        with torch.no_grad():
+            texts = [(trainset.titles[slot], trainset.slot_texts[slot][0]) for slot in slots]
+            passages = self._gathered(forward, passage_ids(self.tokenizer, texts, self.spec), chunking)
+            wordings = [text for family in families for text in family]
+            queries = self._gathered(forward, query_ids(self.tokenizer, wordings, self.spec), chunking)
+        self.module.train()
+        cosines = iter(queries @ passages.T)  # [C] each
+        contents = trainset.contents_of(slots)
+        anchor, worst = 0.0, 0.0
+        for row, family in zip(rows, families, strict=True):
+            place = slots.index(trainset.positives[row])
+            others = torch.as_tensor(contents != contents[place], device=passages.device)  # copies are no rivals
+            hits = []
+            for _ in family:
+                scores = next(cosines)
+                hits.append(int((scores[others] >= scores[place]).sum()) < 5)
+            anchor, worst = anchor + hits[0], worst + all(hits)
+        return {"heldout_recall_at_5": anchor / len(rows), HELDOUT: worst / len(rows)}
+
+    def _gathered(self, forward: Forward, ids: list[list[int]], chunking: Chunking) -> Tensor:
+        """Vectors [N, D] of all rows, each rank having encoded its share."""
+        share = -(-len(ids) // self.world_size)
+        mine = (ids + ids[:1] * (share * self.world_size - len(ids)))[self.rank * share : (self.rank + 1) * share]
+        cache = RepresentationCache(forward, chunking.tokens, agree=chunking.agree)
+        return gather_rows(self._forward(cache, mine)[0].detach())[: len(ids)]
 
     def describe(self, step: int) -> dict[str, Any]:
         """See :class:`Stage`."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from invar_ray.config import Config
 from invar_ray.models.adapters import save_adapter
 
+HELDOUT = "heldout_worst_recall_at_5"
 Forward = Callable[..., Tensor]
 Metrics = dict[str, float]
 
@@ -35,6 +36,8 @@ class Stage(Protocol):
 
     module: nn.Module
     steps: int
+    measure_every: int
+    """Steps between calls of :meth:`measure`; 0 for never."""
 
     def loss(self, forward: Forward, step: int) -> tuple[Tensor, Metrics]:
         """The local share of the step's global loss (its average over ranks is the global one), and numbers to log.
@@ -46,6 +49,12 @@ class Stage(Protocol):
 
     def accumulate(self, forward: Forward, step: int, chunking: Chunking) -> Metrics:
         """The gradients of :meth:`loss` in the memory of one part, left in the module's parameters; its numbers."""
+        ...
+
+    def measure(self, forward: Forward, chunking: Chunking) -> Metrics:
+        """Numbers of held-out questions, the same on every rank; ``HELDOUT`` among them is what the best step has most
+        of.  Every rank must call it.
+        """
         ...
 
     def describe(self, step: int) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from invar_ray.errors import DataError, InvarError, ResourceError
 from invar_ray.evaluation.plots import plot_losses
 from invar_ray.models.encoder import EncoderSpec, llm_spec
 from invar_ray.models.locate import BaseRef
+from invar_ray.training.schedule import best_step
 from invar_ray.training.tracking import check_trackers
 from invar_ray.versions import STEPS
 
@@ -129,6 +130,9 @@ def _train(building: Building, config: Config, stage: str, inputs: dict[str, Any
     log = [json.loads(line) for line in (building.path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     plot_losses(log, building.path / "losses.png")
     building.info |= {"steps": len(log), "final": log[-1]}
+    best = best_step(log)
+    if best is not None:
+        building.info |= {"best_step": best, "best": next(record for record in log if record["step"] == best)}
 
 
 def _fit(trainer: TorchTrainer) -> ray.train.Result:

@@ -19,12 +19,13 @@ from invar_ray.files import join_uri, resolve_uri
 from invar_ray.progress import Progress
 from invar_ray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from invar_ray.training.engine import Engine, init_distributed, largest_over_ranks
-from invar_ray.training.schedule import learning_rate
+from invar_ray.training.schedule import best_step, is_exhausted, learning_rate
 from invar_ray.training.stage import Chunking, Metrics, Stage
 from invar_ray.training.stages import STAGES
 from invar_ray.training.tracking import Tracker, open_trackers
 
 _SEED_STRIDE = 1_000_003
+_MEASURE_TOKENS = 8192  # of a pass over held-out texts, where the config sets no budget
 
 
 class Outcome(TypedDict):
@@ -71,6 +72,9 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
     if resumed is not None:
         engine.load_state(resumed.engine)
     first, log = (resumed.step, resumed.log) if resumed is not None else (0, [])
+    best = resumed.best if resumed is not None else None
+    patience = config.retriever.heldout_patience
+    chunking = Chunking(config.scale.train_tokens_per_chunk or _MEASURE_TOKENS, largest_over_ranks, engine.backward)
     stage.module.train()
     progress = Progress(f"train {payload['stage']}", stage.steps, "steps", done=first)
     name = f"{payload['stage']}-{payload['run']}"
@@ -78,7 +82,7 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
         open_trackers(config.scale.trackers, payload["root_uri"], name, to_dict(config), first) if rank == 0 else []
     )
     try:
-        for step in range(first, stage.steps):
+        for step in range(first, first if is_exhausted(log, patience) else stage.steps):
             started = time.monotonic()
             # Dropout is a function of (seed, step, rank): a resumed run repeats the masks of the one that was cut off.
             torch.manual_seed(config.seed * _SEED_STRIDE + step * 1009 + rank)
@@ -95,13 +99,20 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
                 return Outcome(first=first, fault=fault)
             record["tokens_per_s"] = averaged["tokens"] * world_size / max(1e-9, time.monotonic() - started)
             log.append(record)
+            if stage.measure_every and ((step + 1) % stage.measure_every == 0 or step + 1 == stage.steps):
+                record |= _mean_over_ranks(stage.measure(engine, chunking), device)
+                if best_step(log) == step + 1:
+                    best = engine.state().parameters
+            last = step + 1 == stage.steps or is_exhausted(log, patience)
             for tracker in trackers:
                 tracker.log(record)
             if rank == 0:
                 progress.advance(1, f"loss {averaged['loss']:.4f}")
-            if (step + 1) % config.scale.checkpoint_every == 0 or step + 1 == stage.steps:
+            if (step + 1) % config.scale.checkpoint_every == 0 or last:
                 _flush(trackers)
-                _report(engine, stage, Checkpoint(step + 1, engine.state(), log), payload["run"], rank)
+                _report(stage, Checkpoint(step + 1, engine.state(), log, best), payload["run"], rank, last=last)
+            if last:
+                break
     finally:
         for tracker in trackers:
             tracker.close()
@@ -137,7 +148,7 @@ def _put(stage: Stage, parameters: dict[str, Tensor]) -> None:
                 parameter.copy_(parameters[name])
 
 
-def _report(engine: Engine, stage: Stage, checkpoint: Checkpoint, run: str, rank: int) -> None:
+def _report(stage: Stage, checkpoint: Checkpoint, run: str, rank: int, *, last: bool) -> None:
     metrics = {"step": checkpoint.step, "loss": checkpoint.log[-1]["loss"]}
     if rank != 0:
         ray.train.report(metrics, checkpoint=None)
@@ -145,8 +156,8 @@ def _report(engine: Engine, stage: Stage, checkpoint: Checkpoint, run: str, rank
     with tempfile.TemporaryDirectory(prefix="invar-checkpoint-") as name:
         folder = Path(name)
         save_checkpoint(folder, checkpoint, run)
-        if checkpoint.step == stage.steps:
-            stage.save(checkpoint.engine.parameters, folder / "adapter")
+        if last:
+            stage.save(checkpoint.best or checkpoint.engine.parameters, folder / "adapter")
         ray.train.report(metrics, checkpoint=ray.train.Checkpoint.from_directory(name))
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
 
 from invar_ray.artifacts import Artifact
 from invar_ray.errors import DataError, ResourceError
@@ -211,3 +214,44 @@ def test_a_loss_that_is_not_a_number_stops_the_run_with_its_batch(
     assert not list(root.glob("retriever/*")), "a failed training published something"
     (events,) = (root / "tensorboard").iterdir()
     assert events.name.startswith("retriever-")
+
+
+@pytest.mark.slow
+def test_the_best_heldout_step_is_kept_and_patience_ends_the_run(
+    local_ray: Any, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The measurements are given, so that the second step is the best one; everything else is real."""
+
+    def work(payload: dict[str, Any]) -> Any:
+        from invar_ray.training.stages import STAGES
+        from invar_ray.training.worker import train_worker
+
+        real = STAGES[payload["stage"]]
+
+        def make(config: Any, store: Any, inputs: Any, rank: int, world_size: int) -> Any:
+            stage = real(config, store, inputs, rank, world_size)
+            plain, recalls = stage.measure, iter([0.25, 0.5, 0.5, 0.125])
+
+            def measure(forward: Any, chunking: Any) -> Any:
+                return plain(forward, chunking) | {"heldout_worst_recall_at_5": next(recalls)}
+
+            stage.measure = measure
+            return stage
+
+        STAGES[payload["stage"]] = make
+        return dict(train_worker(payload))
+
+    monkeypatch.setattr(trainer, "_work", work)
+    root = copied(prepared, "heldout")
+    overrides = ("retriever.steps=9", "retriever.heldout_share=0.3", "retriever.heldout_every=1")
+    found = train(root, "retriever", *overrides, "retriever.heldout_patience=2", "scale.checkpoint_every=50")
+    log = log_of(found)
+    assert [record["step"] for record in log] == [1, 2, 3, 4], "two measurements without a better one end it"
+    assert found.info["best_step"] == 2
+    with safe_open(found.path("adapter/adapter_model.safetensors"), framework="pt") as stored:
+        kept = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
+    (checkpoint,) = sorted((root / ".train").glob("*/checkpoint_*"))[-1:]
+    last, best = (load_file(checkpoint / f"{name}.safetensors") for name in ("parameters", "best"))
+    assert last.keys() == best.keys()
+    assert all(any(torch.equal(value, other) for other in best.values()) for value in kept.values())
+    assert not any(torch.equal(value, other) for value in kept.values() for other in last.values())
