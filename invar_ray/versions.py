@@ -121,7 +121,7 @@ STEPS: dict[str, StepCode] = {
         1, ("invar_ray.retrieval.bm25", "invar_ray.retrieval.fusion", "invar_ray.evaluating.baselines")
     ),
     "generator": StepCode(
-        1,
+        2,
         (
             *_TRAINING,
             "invar_ray.training.generator_stage",
@@ -134,7 +134,7 @@ STEPS: dict[str, StepCode] = {
         ),
     ),
     "report": StepCode(
-        2,
+        3,
         (
             "invar_ray.evaluating.evaluate",
             "invar_ray.evaluating.answering",

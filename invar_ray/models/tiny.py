@@ -59,9 +59,8 @@ def build_tiny(config: TinyConfig, seed: int) -> tuple[LlamaForCausalLM, PreTrai
     Raises:
         ModelError: if MiniLM's weights are not installed.
     """
-    folder = minilm_folder()
-    embeddings = _embeddings(folder)  # [V, H]
-    tokenizer = _tokenizer(folder)
+    embeddings = minilm_embeddings()  # [V, H]
+    tokenizer = minilm_tokenizer()
     model_config = LlamaConfig(
         vocab_size=embeddings.shape[0],
         hidden_size=embeddings.shape[1],
@@ -90,9 +89,9 @@ def build_tiny(config: TinyConfig, seed: int) -> tuple[LlamaForCausalLM, PreTrai
     return model.eval(), tokenizer
 
 
-def _embeddings(folder: Path) -> Tensor:
+def minilm_embeddings() -> Tensor:
     """[V, H]: what MiniLM's first layer sees of each token, without its position (the mean position's embedding)."""
-    weights = load_file(folder / "model.safetensors")
+    weights = load_file(minilm_folder() / "model.safetensors")
     summed = (
         weights["embeddings.word_embeddings.weight"]
         + weights["embeddings.token_type_embeddings.weight"][0]
@@ -102,8 +101,9 @@ def _embeddings(folder: Path) -> Tensor:
     return functional.layer_norm(summed, (summed.shape[1],), gain, bias, eps=1e-12)
 
 
-def _tokenizer(folder: Path) -> PreTrainedTokenizerFast:
-    backend = Tokenizer.from_file(str(folder / "tokenizer.json"))
+def minilm_tokenizer() -> PreTrainedTokenizerFast:
+    """MiniLM's vocabulary, adding no special tokens by itself."""
+    backend = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
     backend.no_truncation()
     backend.no_padding()
     # MiniLM's own template adds [CLS] and [SEP]; a LLaMA base gets its end token from the encoder, after truncation.

@@ -11,6 +11,12 @@ from invar_ray.errors import RequestError
 REFUSAL = "The passages do not answer the question."
 """What the generator says when the passages do not help; the target of distractor-only examples."""
 
+INSTRUCTION = (
+    "Answer the question with a passage below and give its number, like this: answer [number]. "
+    f"If none answers it, say: {REFUSAL}"
+)
+"""What stands above the passages."""
+
 _CITATION = re.compile(r"\[\s*\d+(?:\s*[,;\-\u2013]\s*\d+)*\s*\]")
 _RANGE = re.compile(r"(\d+)(?:\s*[-\u2013]\s*(\d+))?")
 _NEXT_BLOCK = re.compile(r"\n\s*(?:Question|Answer|Passages?)\s*:|\n\s*\n", re.IGNORECASE)
@@ -62,9 +68,11 @@ def format_passage(title: str, text: str, prefix: str) -> str:
 
 
 def format_answer_prompt(question: str, passages: Sequence[tuple[str, str]]) -> str:
-    """The generator's prompt: numbered passages, the question, ``Answer:``.
+    """The generator's prompt: the question, numbered passages, the question again, ``Answer:``.
 
     Each passage is one line (``[1] title: text``), so that no passage can look like the question or like another one.
+    A causal model reads a passage without knowing what comes after it: with the question in front it can read *for* the
+    question [ours; compare re-reading, arXiv 2309.06275].
     Without passages the prompt is closed-book: the question alone.  The answer follows after a space
     (``prompt + " " + format_target(...)``).
 
@@ -78,11 +86,8 @@ def format_answer_prompt(question: str, passages: Sequence[tuple[str, str]]) -> 
     for number, (title, text) in enumerate(passages, start=1):
         head = f"{_one_line(title)}: " if title.strip() else ""
         lines.append(f"[{number}] {head}{_one_line(text)}")
-    listing = "\n".join(lines)
-    return (
-        "Answer the question with a passage below and give its number, like this: answer [number]. "
-        f"If none answers it, say: {REFUSAL}\n\n{listing}\n\nQuestion: {_one_line(question)}\nAnswer:"
-    )
+    asked, listing = f"Question: {_one_line(question)}", "\n".join(lines)
+    return f"{INSTRUCTION}\n\n{asked}\n\n{listing}\n\n{asked}\nAnswer:"
 
 
 def fit_prompt(
