@@ -29,6 +29,7 @@ SMALL = [
     "questions.dev_limit=6",
     "corpus.distractors=10",
     "index.num_probes=4",
+    "scale.shard_rows=4",  # one or two shards would be embedded without a Ray
 ]
 
 
