@@ -23,7 +23,7 @@ from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from invar_ray.errors import InvarError
 from invar_ray.models.locate import load_causal_lm, load_tokenizer
 from invar_ray.models.tiny import MAX_POSITIONS, minilm_embeddings, minilm_folder, minilm_tokenizer
-from invar_ray.pretraining.measure import exact_match, reading_tasks
+from invar_ray.pretraining.measure import exact_match, reading_tasks, retrieval_recall
 from invar_ray.pretraining.reading import ReadingMixture
 from invar_ray.pretraining.start import start_model
 from invar_ray.pretraining.train import PretrainConfig, Pretraining
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with wiki_pool, squad, nq and popqa")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its log")
     parser.add_argument("--steps", type=int, default=PretrainConfig.steps)
+    parser.add_argument("--minutes", type=float, help="end by then, with the learning rate fallen")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--base", type=Path, help="go on from this model, at the whole mixture")
     parser.add_argument("--learning-rate", type=float, default=PretrainConfig.learning_rate)
@@ -52,6 +53,7 @@ def main() -> None:
     try:
         config = PretrainConfig(
             steps=arguments.steps,
+            minutes=arguments.minutes,
             seed=arguments.seed + 7,
             learning_rate=arguments.learning_rate,
             made_up_share=arguments.made_up,
@@ -83,7 +85,8 @@ def run(
     for line in training.run(out):
         print(json.dumps(line), flush=True)
         if line["step"] % 250 == 0:
-            print(json.dumps({name: round(exact_match(training, tasks)[0], 2) for name, tasks in glimpse.items()}))
+            seen = {name: round(exact_match(training, tasks)[0], 2) for name, tasks in glimpse.items()}
+            print(json.dumps(seen | retrieval_recall(training)), flush=True)
             save(training, out / "unfinished")
     found = {name: exact_match(training, tasks) for name, tasks in reading_tasks(data, num_tasks).items()}
     (out / "reading.json").write_text(json.dumps(found, indent=1), encoding="utf-8")

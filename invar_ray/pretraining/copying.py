@@ -42,6 +42,14 @@ class _Relation:
     questions: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class _Clue:
+    """A fact that asks for its subject."""
+
+    statement: str
+    questions: list[str]
+
+
 class CopyingTasks:
     """Makes :class:`Reading` tasks.
 
@@ -57,10 +65,11 @@ class CopyingTasks:
 
         Args:
             rng: where its choices come from.
-            level: 0 is one passage of one or two facts; 1 up to three passages; 2 up to four, of up to four facts.
+            level: 0 is one passage of one or two facts; 1 up to three passages; 2 up to four, of up to five facts.
         """
         num_passages = 1 if level == 0 else rng.choice((1, 2, 3) if level == 1 else (1, 2, 3, 3, 4))
-        num_facts = rng.choice((1, 2)) if level == 0 else rng.choice((1, 2, 3, 4))
+        num_facts = rng.choice((1, 2)) if level == 0 else rng.choice((1, 2, 3, 4) if level == 1 else (1, 2, 3, 4, 5))
+        num_facts = min(num_facts, 10 // num_passages)
         subjects: list[str] = []
         while len(subjects) < num_passages:
             subject = self._name(rng) if rng.random() < 0.6 else self._person(rng)
@@ -69,25 +78,40 @@ class CopyingTasks:
                 subjects.append(subject)
         shared = rng.sample(_relations(), num_facts)
         facts: list[list[tuple[_Relation, str]]] = []
+        clues: list[_Clue | None] = []
         for _ in subjects:
             chosen = list(shared) if rng.random() < 0.6 else rng.sample(_relations(), num_facts)
             rng.shuffle(chosen)
             facts.append([(relation, self._value(rng, relation.value)) for relation in chosen])
-        passages = [
-            (_capital(subject), self._text(rng, subject, told)) for subject, told in zip(subjects, facts, strict=True)
-        ]
+            clues.append(self._clue(rng) if level and rng.random() < 0.35 else None)
+        passages = []
+        for subject, told, clue in zip(subjects, facts, clues, strict=True):
+            others = [other for other in subjects if other != subject]
+            passages.append((_capital(subject), self._text(rng, subject, told, clue, others)))
         asked: list[tuple[str, str, int]] = []
         for _ in range(1 if level == 0 else 4):
             place = rng.randrange(num_passages)
-            relation, value = rng.choice(facts[place])
-            question = _capital(rng.choice(relation.questions).format(s=subjects[place]))
+            clue = clues[place]
+            if clue and rng.random() < 0.4:
+                question, value = rng.choice(clue.questions), subjects[place].removeprefix("the ")
+            else:
+                relation, value = rng.choice(facts[place])
+                question = rng.choice(relation.questions).format(s=subjects[place])
+            question = _capital(question)
             if rng.random() < 0.2:
                 question = rng.choice(_spec()["frames"]).format(q=question)
             if question not in {other for other, _, _ in asked}:
                 asked.append((question, value, place))
         return Reading(passages, asked)
 
-    def _text(self, rng: random.Random, subject: str, told: list[tuple[_Relation, str]]) -> str:
+    def _text(
+        self,
+        rng: random.Random,
+        subject: str,
+        told: list[tuple[_Relation, str]],
+        clue: _Clue | None,
+        others: list[str],
+    ) -> str:
         sentences = []
         for number, (relation, value) in enumerate(told):
             statement = rng.choice(relation.statements)
@@ -97,7 +121,22 @@ class CopyingTasks:
             sentences.append(_dressed(rng, _capital(statement.format(s=named, v=value))))
             if rng.random() < 0.25:
                 sentences.append(rng.choice(_spec()["fillers"]).format(o=self._name(rng)))
+        if clue:
+            sentences.insert(rng.randint(1, len(sentences)), clue.statement)
+        if others and rng.random() < 0.4:
+            # Passages that name each other's subjects: the right one is not just the one that holds the name.
+            neighbour = rng.choice(_spec()["neighbours"]).format(o=rng.choice(others), p=self._name(rng))
+            sentences.insert(rng.randint(1, len(sentences)), _capital(neighbour))
         return " ".join(sentences)
+
+    def _clue(self, rng: random.Random) -> _Clue:
+        spec = rng.choice(_spec()["clues"])
+        parts = {name: rng.choice(values) for name, values in (_spec()["values"] | _spec()["parts"]).items()}
+        parts |= {"person": self._person(rng), "place": self._name(rng)}
+        return _Clue(
+            _capital(rng.choice(spec["statements"]).format(**parts)),
+            [text.format(**parts) for text in spec["questions"]],
+        )
 
     def _name(self, rng: random.Random) -> str:
         if self.names and rng.random() < 0.8:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from invar_ray.pretraining.align import pooled
 from invar_ray.pretraining.reading import Asked, Item, ReadingMixture
 from invar_ray.pretraining.train import Pretraining
 from invar_ray.text import facts
@@ -38,6 +39,31 @@ def reading_tasks(data: ReadingMixture, count: int, seed: int = 99) -> dict[str,
             target = format_target(example.answers[0], shown.index(gold) + 1)
             tasks[name].append(Item([(prompt, f" {target}")], example.answers[0]))
     return tasks
+
+
+@torch.no_grad()
+def retrieval_recall(training: Pretraining, count: int = 200, top_k: int = 5) -> dict[str, float]:
+    """Recall@k of questions on held-out articles over all paragraphs of these, by mean and by last-token pooling."""
+    held = training.data.held
+    texts = sorted({item.text for item in held})
+    chosen = random.Random(5).sample(held, min(count, len(held)))
+    rows = training.text_rows([item.question for item in chosen] + texts)
+    was_training = training.model.training
+    training.model.eval()
+    vectors: list[torch.Tensor] = [torch.empty(0)] * len(rows)
+    order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+    for begin in range(0, len(order), _BATCH):
+        block = order[begin : begin + _BATCH]
+        for place, pair in zip(block, torch.stack(pooled(training.states, [rows[i] for i in block]), 1), strict=True):
+            vectors[place] = pair
+    training.model.train(was_training)
+    table = torch.stack(vectors, 1)  # [pooling, N, H]
+    found = {}
+    for name, matrix in zip(("mean", "last"), table, strict=True):
+        ranked = (matrix[: len(chosen)] @ matrix[len(chosen) :].T).topk(top_k).indices.tolist()
+        hits = [item.text in [texts[place] for place in places] for item, places in zip(chosen, ranked, strict=True)]
+        found[f"recall_at_{top_k} {name}"] = sum(hits) / len(hits)
+    return found
 
 
 @torch.no_grad()

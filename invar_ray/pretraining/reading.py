@@ -114,7 +114,7 @@ class ReadingMixture:
         exact = rng.random() < 0.05 + 0.4 * progress
         loose = rng.choice(_LOOSE) if rng.random() < progress else rng.choice(_LOOSE[1:])
         kind = rng.random()
-        made_up = 0.55 - 0.4 * progress if made_up is None else made_up
+        made_up = 0.6 - 0.25 * progress if made_up is None else made_up
         if kind < made_up:
             draft = self._made_up(rng, progress)
         else:

@@ -1,12 +1,12 @@
 """The pre-training of a small base: reading first, a little language modelling, and alignment to MiniLM.
 
 Three losses share every few steps: the answers' tokens of :mod:`invar_ray.pretraining.reading`; next tokens of plain
-text; and the KL divergence from MiniLM's similarities to the base's own, over small batches of questions and
-passages, with mean and with last-token pooling, so that the base still retrieves (without it, Recall@5 fell from 0.61
-to 0.10 within minutes).
+text; and alignment to MiniLM (:mod:`invar_ray.pretraining.align`), so that the base still retrieves.
 
 The curriculum goes on when a level is learned: one made-up passage, then several, then the whole mixture.  Everything
-runs in one process; matrices of the layers are updated by Muon, which needs fewer steps here, the rest by AdamW.
+runs in one process; matrices of the layers are updated by Muon, which needs fewer steps here, the rest by AdamW.  The
+compiled layers are nearly twice as fast as eager ones on a CPU, but each shape is compiled once (half a minute), so
+rows are padded to a few lengths and a step is one batch.
 
 Shapes: B rows, T tokens, V vocabulary.
 """
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import random
 import time
 from collections import deque
@@ -27,13 +26,15 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from transformers import AttentionInterface, AutoModel, AutoTokenizer, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AttentionInterface, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from invar_ray.models.tiny import minilm_folder
+from invar_ray.pretraining.align import Alignment
 from invar_ray.pretraining.reading import Item, ReadingMixture
 
 _ATTENTION = "invar_ray_matmul"
-_LONGEST = 330  # tokens of a row
+LENGTHS = (64, 112, 160, 224, 320)
+"""Tokens that rows are padded to."""
+_LONGEST = LENGTHS[-1]
 
 
 @dataclass(frozen=True)
@@ -42,34 +43,41 @@ class PretrainConfig:
 
     Attributes:
         steps: optimizer steps.
-        step_tokens: tokens of reading in a step.
+        minutes: if set, the schedule goes by the clock where that is ahead of the steps, so that a run ends in time
+            with its learning rate fallen; such a run does not repeat.
+        step_tokens: tokens of reading in a step, padding included.
         learning_rate: of Muon (in AdamW's scale); constant, then linear to 0 over the last 40 %.
         embedding_learning_rate: of the tied embeddings.
         level_losses: mean loss of 60 steps below which the curriculum leaves levels 0 and 1.
         level_shares: shares of the steps after which it leaves them anyway.
-        made_up_share: of the mixture; ``None`` lets it fall from 0.55 to 0.15.
+        made_up_share: of the mixture; ``None`` lets it fall from 0.6 to 0.35.
         alignment_every: steps from one alignment to the next.
-        alignment_pairs: question and passage pairs that MiniLM scores beforehand; 0 switches alignment off.
+        alignment_weight: of the whole alignment loss, which only these steps have.
+        alignment_pairs: question and passage pairs that MiniLM encodes beforehand; 0 switches alignment off.
         alignment_temperature: of cosines.
+        language_every: steps from one batch of plain text to the next.
+        compiled: compile the layers (:func:`torch.compile`); worth it from some hundred steps on.
+        bf16: matrix products in bf16; whether they are faster than fp32 depends on the processor (docs/log.md).
         seed: of data and order.
     """
 
-    steps: int = 2600
-    step_tokens: int = 2500
+    steps: int = 5000
+    minutes: float | None = None
+    step_tokens: int = 2560
     learning_rate: float = 3e-3
     embedding_learning_rate: float = 3e-4
     gain_learning_rate: float = 1e-3
     level_losses: tuple[float, float] = (1.2, 1.5)
     level_shares: tuple[float, float] = (0.12, 0.3)
     made_up_share: float | None = None
-    alignment_every: int = 3
+    alignment_every: int = 2
     alignment_weight: float = 1.0
-    alignment_pairs: int = 3000
+    alignment_pairs: int = 10_000
     alignment_temperature: float = 0.05
-    alignment_batch: int = 24
+    language_every: int = 16
     language_weight: float = 0.3
-    language_rows: int = 14
-    bf16: bool = True
+    compiled: bool = True
+    bf16: bool = False
     seed: int = 7
 
 
@@ -90,15 +98,28 @@ class Pretraining:
         data: ReadingMixture,
         config: PretrainConfig | None = None,
     ) -> None:
-        self.model, self.tokenizer, self.data = model, tokenizer, data
+        self.model, self.tokenizer, self.data = model.eval(), tokenizer, data
         self.config = config or PretrainConfig()
         self.rng = random.Random(self.config.seed)
         self.level = 0
         self._recent: deque[float] = deque(maxlen=60)
         self._since = 0  # step at which the level began
         self._mixed_from = 0.0
-        self._waiting: list[list[tuple[list[int], list[range]]]] = []
-        self._pairs = _AlignmentPairs(self) if self.config.alignment_pairs else None
+        self._waiting: dict[int, list[tuple[list[int], list[range]]]] = {length: [] for length in LENGTHS}
+        self._body: Any = torch.compile(model.model, dynamic=False) if self.config.compiled else model.model
+        self._pairs = (
+            Alignment(
+                [data.pair(self.rng) for _ in range(self.config.alignment_pairs)],
+                tokenizer,
+                self.states,
+                rows=self.batch_rows(LENGTHS[0]),
+                longest=LENGTHS[0],
+                temperature=self.config.alignment_temperature,
+                seed=self.config.seed + 1,
+            )
+            if self.config.alignment_pairs
+            else None
+        )
         matrices = [
             weight for name, weight in model.named_parameters() if weight.ndim == 2 and "embed_tokens" not in name
         ]
@@ -133,18 +154,22 @@ class Pretraining:
         AttentionInterface.register(_ATTENTION, _matmul_attention)
         before, self.model.config._attn_implementation = self.model.config._attn_implementation, _ATTENTION
         self.model.train()
-        started, tokens, parts = time.monotonic(), 0, {"alignment": math.nan, "language": math.nan}
+        started, tokens = time.monotonic(), 0
+        parts: dict[str, float] = {}
         losses: list[float] = []
         try:
             for step in range(self.config.steps):
-                progress = self._curriculum(step)
-                rate = self._rate(step)
+                share = self._share(step, time.monotonic() - started)
+                if share >= 1.0:
+                    break
+                progress = self._curriculum(step, share)
+                rate = min(1.0, (step + 1) / 20) * (1.0 if share < 0.6 else max(0.02, (1.0 - share) / 0.4))
                 loss, count = self._reading_step(progress)
                 tokens += count
-                if self._pairs and step % self.config.alignment_every == 2:
-                    parts["alignment"] = self._pairs.backward()
-                if self.config.language_weight and step % 8 == 0:
-                    parts["language"] = self._language_step()
+                if self._pairs and step % self.config.alignment_every == self.config.alignment_every - 1:
+                    parts |= self._pairs.backward(self.config.alignment_weight)
+                if self.config.language_weight and step % self.config.language_every == 0:
+                    parts["language_loss"] = self._language_step()
                 torch.nn.utils.clip_grad_norm_(self._others, 1.0)
                 for optimizer in self._optimizers:
                     for group in optimizer.param_groups:
@@ -157,14 +182,15 @@ class Pretraining:
                     seconds = time.monotonic() - started
                     line = {
                         "step": step + 1,
+                        "share": round(share, 4),
                         "level": self.level,
                         "progress": round(progress, 3),
                         "reading_loss": round(sum(losses) / len(losses), 4),
-                        **{f"{name}_loss": round(value, 4) for name, value in parts.items() if not math.isnan(value)},
+                        **{name: round(value, 4) for name, value in parts.items()},
                         "tokens": tokens,
                         "tokens_per_second": round(tokens / seconds),
                         "seconds": round(seconds),
-                        "eta_seconds": round(seconds / (step + 1) * (self.config.steps - step - 1)),
+                        "eta_seconds": round(seconds * (1.0 - share) / max(share, 1e-9)),
                     }
                     losses = []
                     with open(folder / "pretraining.jsonl", "a", encoding="utf-8") as stream:
@@ -189,48 +215,51 @@ class Pretraining:
                 break
         return row, [span for span in spans if span.stop <= len(row)]
 
+    def text_rows(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of texts to encode, each with its end token."""
+        encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        return [ids[: _LONGEST - 1] + [self.tokenizer.eos_token_id] for ids in encoded]
+
+    def batch_rows(self, length: int) -> int:
+        """Rows of ``length`` tokens that make a step."""
+        return max(1, self.config.step_tokens // length)
+
     def states(self, rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-        """Padded ids [B, T] and last hidden states [B, T, H]; padding stands right, where nothing looks at it."""
-        length = max(map(len, rows))
-        ids = torch.full((len(rows), length), self.tokenizer.pad_token_id)
+        """Padded ids [B, T] and last hidden states [B, T, H]; padding stands right, where nothing looks at it.
+
+        In training T is one of :data:`LENGTHS` and B what makes a step, so that few shapes are compiled.
+        """
+        size, length = len(rows), max(map(len, rows))
+        if self.model.training:
+            length = next(fixed for fixed in LENGTHS if fixed >= length)
+            size = max(size, self.batch_rows(length))
+        ids = torch.full((size, length), self.tokenizer.pad_token_id)
         for number, row in enumerate(rows):
             ids[number, : len(row)] = torch.tensor(row)
+        body = self._body if self.model.training else self.model.model
         with self._precision():
-            return ids, self.model.model(input_ids=ids, use_cache=False).last_hidden_state
+            states = body(input_ids=ids, use_cache=False).last_hidden_state
+        return ids[: len(rows)], states[: len(rows)]
 
     def _reading_step(self, progress: float) -> tuple[float, int]:
-        if not self._waiting:
-            self._waiting = self._microbatches(progress)
-        taken, tokens = [], 0
-        while self._waiting and tokens < self.config.step_tokens:
-            batch = self._waiting.pop()
-            taken.append(batch)
-            tokens += sum(len(row) for row, _ in batch)
-        num_targets = sum(len(span) for batch in taken for _, spans in batch for span in spans)
-        total = 0.0
-        for batch in taken:
-            places = [(b, t) for b, (_, spans) in enumerate(batch) for span in spans for t in span]
-            loss = self._next_token_loss([row for row, _ in batch], places)
-            (loss / num_targets).backward()
-            total += float(loss.detach())
-        return total / num_targets, tokens
+        batch = self._next_batch(progress)
+        places = [(b, t) for b, (_, spans) in enumerate(batch) for span in spans for t in span]
+        loss = self._next_token_loss([row for row, _ in batch], places) / len(places)
+        loss.backward()
+        return float(loss.detach()), sum(len(row) for row, _ in batch)
 
-    def _microbatches(self, progress: float) -> list[list[tuple[list[int], list[range]]]]:
-        """Four steps' worth of rows, sorted by length into batches, the batches mixed."""
-        rows, tokens = [], 0
-        while tokens < 4 * self.config.step_tokens:
+    def _next_batch(self, progress: float) -> list[tuple[list[int], list[range]]]:
+        """Rows are drawn until those of one length make a step; the others wait."""
+        while True:
             row, spans = self.encode(self._draw(progress))
-            if spans and len(row) <= _LONGEST:
-                rows.append((row, spans))
-                tokens += len(row)
-        rows.sort(key=lambda item: len(item[0]))
-        batches: list[list[tuple[list[int], list[range]]]] = [[]]
-        for item in rows:
-            if batches[-1] and len(item[0]) * (len(batches[-1]) + 1) > self.config.step_tokens:
-                batches.append([])
-            batches[-1].append(item)
-        self.rng.shuffle(batches)
-        return batches
+            if not spans or len(row) > _LONGEST:
+                continue
+            length = next(length for length in LENGTHS if length >= len(row))
+            waiting = self._waiting[length]
+            waiting.append((row, spans))
+            if len(waiting) == self.batch_rows(length):
+                self._waiting[length] = []
+                return waiting
 
     def _draw(self, progress: float) -> Item:
         chance = self.rng.random()
@@ -241,8 +270,9 @@ class Pretraining:
         return self.data.draw(self.rng, progress, self.config.made_up_share)
 
     def _language_step(self) -> float:
-        texts = [self.data.text(self.rng) for _ in range(self.config.language_rows)]
-        rows = [ids[:112] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        length = LENGTHS[1]
+        texts = [self.data.text(self.rng) for _ in range(self.batch_rows(length))]
+        rows = [ids[:length] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
         # The output layer costs more than the body: a quarter of the places is enough.
         places = [(b, t) for b, row in enumerate(rows) for t in range(1, len(row)) if self.rng.random() < 0.25]
         loss = self._next_token_loss(rows, places) / len(places)
@@ -257,82 +287,24 @@ class Pretraining:
             logits = self.model.lm_head(states[row, position - 1])  # [places, V]
         return functional.cross_entropy(logits.float(), ids[row, position], reduction="sum")
 
-    def _curriculum(self, step: int) -> float:
-        share, loss = step / self.config.steps, sum(self._recent) / max(1, len(self._recent))
+    def _share(self, step: int, seconds: float) -> float:
+        by_clock = seconds / (60 * self.config.minutes) if self.config.minutes else 0.0
+        return max(step / self.config.steps, by_clock)
+
+    def _curriculum(self, step: int, share: float) -> float:
+        loss = sum(self._recent) / max(1, len(self._recent))
         learned = step - self._since > 60 * (1 + self.level)
         if self.level < 2:
             learned = learned and loss < self.config.level_losses[self.level]
             if learned or share > self.config.level_shares[self.level]:
                 self.level, self._since, self._mixed_from = self.level + 1, step, share
-                self._waiting = []
+                self._waiting = {length: [] for length in LENGTHS}
         if self.level < 2:
             return 0.12 * self.level
         return min(1.0, 0.25 + 0.75 * (share - self._mixed_from) / max(0.05, 0.85 - self._mixed_from))
 
-    def _rate(self, step: int) -> float:
-        share = step / self.config.steps
-        return min(1.0, (step + 1) / 20) * (1.0 if share < 0.6 else max(0.02, (1.0 - share) / 0.4))
-
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         return torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.config.bf16)
-
-
-class _AlignmentPairs:
-    """Pairs with MiniLM's vectors, and the loss on them."""
-
-    def __init__(self, owner: Pretraining) -> None:
-        self.owner, config = owner, owner.config
-        self.rng = random.Random(config.seed + 1)
-        pairs = [owner.data.pair(self.rng) for _ in range(config.alignment_pairs)]
-        questions, passages = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
-        self.teacher = (_minilm_vectors(questions), _minilm_vectors(passages))
-        end = [owner.tokenizer.eos_token_id]
-        self.rows = tuple(
-            [ids[:longest] + end for ids in owner.tokenizer(texts, add_special_tokens=False)["input_ids"]]
-            for texts, longest in ((questions, 48), (passages, 96))
-        )
-
-    def backward(self) -> float:
-        config = self.owner.config
-        chosen = self.rng.sample(range(len(self.rows[0])), config.alignment_batch)
-        last = self.rng.random() < 0.35
-        ours = [self._vectors([rows[index] for index in chosen], last) for rows in self.rows]
-        theirs = [vectors[chosen] for vectors in self.teacher]
-        loss = functional.kl_div(
-            self._similarities(*ours).log_softmax(-1), self._similarities(*theirs).softmax(-1), reduction="batchmean"
-        )
-        (loss * config.alignment_weight).backward()
-        return float(loss.detach())
-
-    def _similarities(self, questions: Tensor, passages: Tensor) -> Tensor:
-        """[3 B, B]: questions with passages, passages and questions among themselves (not each with itself)."""
-        itself = 10.0 * torch.eye(len(questions))
-        blocks = (questions @ passages.T, passages @ passages.T - itself, questions @ questions.T - itself)
-        return torch.cat(blocks) / self.owner.config.alignment_temperature
-
-    def _vectors(self, rows: list[list[int]], last: bool) -> Tensor:
-        states = self.owner.states(rows)[1].float()
-        sizes = torch.tensor([len(row) for row in rows])
-        if last:
-            return functional.normalize(states[torch.arange(len(rows)), sizes - 1], dim=-1)
-        real = torch.arange(states.shape[1])[None] < sizes[:, None]  # [B, T]
-        return functional.normalize((states * real[..., None]).sum(1) / sizes[:, None], dim=-1)
-
-
-@torch.no_grad()
-def _minilm_vectors(texts: Sequence[str]) -> Tensor:
-    """[N, 384], unit length."""
-    folder = str(minilm_folder())
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model = AutoModel.from_pretrained(folder, dtype=torch.float32).eval()
-    order = sorted(range(len(texts)), key=lambda index: len(texts[index]))
-    found = torch.empty(len(texts), 384)
-    for begin in range(0, len(order), 32):
-        chosen = order[begin : begin + 32]
-        batch = tokenizer([texts[i] for i in chosen], padding=True, truncation=True, max_length=96, return_tensors="pt")
-        states, real = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
-        found[chosen] = functional.normalize((states * real).sum(1) / real.sum(1), dim=-1)
-    return found
 
 
 def _matmul_attention(
