@@ -119,7 +119,7 @@ class VariantsConfig:
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """Shape of the embedded base: a small LLaMA whose token embeddings start from MiniLM's."""
+    """Shape of ``builtin:seeded``: a small LLaMA, untrained, with MiniLM's token embeddings."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
@@ -141,13 +141,13 @@ class ModelConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     base: str = "builtin:tiny"
-    """``builtin:tiny``, a Hugging Face name (``HuggingFaceTB/SmolLM2-135M``, ``meta-llama/Llama-2-7b-hf``) or a
-    folder.
-    """
+    """``builtin:tiny`` (small, in the package, made to read), a Hugging Face name (``HuggingFaceTB/SmolLM2-135M``,
+    ``meta-llama/Llama-2-7b-hf``), a folder, or ``builtin:seeded`` (untrained, for tests: it retrieves and writes
+    nothing sensible)."""
     revision: str | None = None
     """Commit of a named model; pin it, so that the fingerprint stays true."""
     tiny: TinyConfig = field(default_factory=TinyConfig)
-    """Used for ``builtin:tiny`` only."""
+    """Used for ``builtin:seeded`` only."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of training and encoding; fp32 on CPU (bf16 is about ten times slower there).  It enters the adapters'
     fingerprints; vectors of either precision agree within the tolerance of an index's probes."""
@@ -429,6 +429,9 @@ class ScaleConfig:
     """Token budget (padding included) of one training pass through the model; a larger share of the global batch is
     taken in parts: GradCache in stage 1, gradient accumulation in stage 2, both exact.  Memory is then bounded by this
     and not by the global batch, at the price of one forward more in stage 1.  ``null`` takes everything at once."""
+    pack_tokens: int | None = None
+    """Stage 2: put short sequences behind each other in rows of up to this many tokens, so that less is padding; they
+    do not see each other, and loss and gradients stay the same.  ``null`` pads each sequence by itself."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     max_failures: int = 2

@@ -33,6 +33,23 @@ def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[li
         start += count
 
 
+def packs(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Positions in groups whose lengths add up to at most ``capacity`` (a longer one is alone): first fit, longest
+    first, as in bin packing.
+    """
+    found: list[list[int]] = []
+    room: list[int] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        place = next((number for number, left in enumerate(room) if left >= lengths[index]), None)
+        if place is None:
+            found.append([])
+            room.append(max(capacity, lengths[index]))
+            place = len(found) - 1
+        found[place].append(index)
+        room[place] -= lengths[index]
+    return found
+
+
 @torch.inference_mode()
 def encode_in_batches(
     ids: list[list[int]], forward: Callable[[list[list[int]]], Tensor], dimension: int, tokens_per_batch: int

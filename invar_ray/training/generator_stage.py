@@ -15,7 +15,7 @@ from invar_ray.losses.answer import IGNORED, AnswerOutput, answer_loss
 from invar_ray.models.adapters import new_adapter
 from invar_ray.models.batching import length_batches
 from invar_ray.models.locate import BaseRef, open_base
-from invar_ray.training.sequences import HitSet, PromptAndTarget, tokenize_sequences
+from invar_ray.training.sequences import HitSet, PromptAndTarget, pack_sequences, segment_inputs, tokenize_sequences
 from invar_ray.training.stage import Chunking, Forward, Metrics, dtype_of, recompute, save_lora
 
 
@@ -26,34 +26,35 @@ class _CausalLm(nn.Module):
         super().__init__()
         self.causal_lm: Any = model
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, predicts: Tensor) -> Tensor:
-        """[B, T] ids, mask and choice of positions -> logits [N, V] of the N chosen positions.
+    def forward(self, input_ids: Tensor, segments: Tensor, predicts: Tensor) -> Tensor:
+        """[B, T] ids, segments (1 for every token of an unpacked row, 0 for padding) and choice of positions -> logits
+        [N, V] of the N chosen positions.
 
         The head is most of a small model's work, and logits most of its memory: only those are made that the loss
         reads.
         """
         hidden = self.causal_lm.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            input_ids=input_ids, use_cache=False, **segment_inputs(segments)
         ).last_hidden_state  # [B, T, H]
         logits: Tensor = self.causal_lm.lm_head(hidden[predicts])
         return logits
 
 
 def answer_loss_at(
-    forward: Forward, ids: Tensor, mask: Tensor, labels: Tensor, *, normaliser: float | Tensor
+    forward: Forward, ids: Tensor, segments: Tensor, labels: Tensor, *, normaliser: float | Tensor
 ) -> AnswerOutput:
     """:func:`invar_ray.losses.answer.answer_loss` of [B, T] sequences, through logits of the answers' positions only.
 
     Args:
-        forward: (ids, mask, choice of positions) -> logits [N, V].
-        ids, mask: [B, T].
+        forward: (ids, segments, choice of positions) -> logits [N, V].
+        ids, segments: [B, T]; segment n > 0 is the n-th sequence of its row, 0 padding.
         labels: [B, T], ``IGNORED`` outside the answers.
         normaliser: see there.
     """
     targets = labels[:, 1:]  # position t predicts the token at t + 1
-    predicts = torch.zeros_like(mask, dtype=torch.bool)
+    predicts = torch.zeros_like(segments, dtype=torch.bool)
     predicts[:, :-1] = targets != IGNORED
-    logits = forward(ids, mask, predicts)  # [N, V]
+    logits = forward(ids, segments, predicts)  # [N, V]
     # answer_loss shifts by one: a row after the last, a label before the first.
     return answer_loss(
         torch.cat([logits, logits.new_zeros(1, logits.shape[1])])[None],
@@ -79,27 +80,27 @@ class GeneratorStage:
 
     def loss(self, forward: Forward, step: int) -> tuple[Tensor, Metrics]:
         """See :class:`Stage`; METHOD "Stage 2"."""
-        ids, mask, labels, normaliser = self._batch(step)
-        output = answer_loss_at(forward, ids, mask, labels, normaliser=normaliser)
-        return output.loss, _metrics(output.loss, output.accuracy, output.tokens, mask, mask.numel())
+        ids, segments, labels, normaliser = self._batch(step)
+        output = answer_loss_at(forward, ids, segments, labels, normaliser=normaliser)
+        return output.loss, _metrics(output.loss, output.accuracy, output.tokens, segments, segments.numel())
 
     def accumulate(self, forward: Forward, step: int, chunking: Chunking) -> Metrics:
         """See :class:`Stage`: the loss is a sum over sequences, hence over chunks of them."""
-        ids, mask, labels, normaliser = self._batch(step)
-        lengths: list[int] = mask.sum(dim=1).tolist()
+        ids, segments, labels, normaliser = self._batch(step)
+        lengths: list[int] = (segments > 0).sum(dim=1).tolist()
         chunks = list(length_batches(lengths, chunking.tokens))
         padded = sum(len(rows) * max(lengths[row] for row in rows) for rows in chunks)
         missing = chunking.agree(len(chunks)) - len(chunks)
         loss, accuracy, tokens = (torch.zeros((), device=ids.device) for _ in range(3))
         for number, rows in enumerate([*chunks, *[[0]] * missing]):
-            width = int(mask[rows].sum(dim=1).max())
+            width = max(lengths[row] for row in rows)
             goal = labels[rows, :width]
             if number >= len(chunks):  # a dummy: the ranks stay in step, and nothing counts twice
                 goal = torch.full_like(goal, IGNORED)
-            part = answer_loss_at(forward, ids[rows, :width], mask[rows, :width], goal, normaliser=normaliser)
+            part = answer_loss_at(forward, ids[rows, :width], segments[rows, :width], goal, normaliser=normaliser)
             chunking.backward(part.loss)
             loss, accuracy, tokens = loss + part.loss.detach(), accuracy + part.accuracy, tokens + part.tokens
-        return _metrics(loss, accuracy, tokens, mask, padded)
+        return _metrics(loss, accuracy, tokens, segments, padded)
 
     def measure(self, forward: Forward, chunking: Chunking) -> Metrics:
         """See :class:`Stage`; nothing is held out in stage 2."""
@@ -123,7 +124,7 @@ class GeneratorStage:
         ]
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, float]:
-        """This rank's ids, mask and labels [B, T], and the divisor of its loss."""
+        """This rank's ids, segments and labels [B, T], and the divisor of its loss."""
         settings, sequences = self.config.generator, self._sequences(step)
         mine = sequences[self.rank :: self.world_size]
         # Every rank knows the whole batch, hence the global token count, without asking the others.
@@ -132,15 +133,17 @@ class GeneratorStage:
             labels.fill_(IGNORED)
         _, _, all_labels = tokenize_sequences(sequences, self.tokenizer, settings.max_tokens)
         normaliser = int((all_labels[:, 1:] != IGNORED).sum()) / self.world_size
+        if self.config.scale.pack_tokens is not None:
+            ids, mask, labels = pack_sequences(ids, mask, labels, self.config.scale.pack_tokens)
         device = next(self.module.parameters()).device
         return ids.to(device), mask.to(device), labels.to(device), normaliser
 
 
-def _metrics(loss: Tensor, accuracy: Tensor, tokens: Tensor, mask: Tensor, padded: int) -> Metrics:
+def _metrics(loss: Tensor, accuracy: Tensor, tokens: Tensor, segments: Tensor, padded: int) -> Metrics:
     return {
         "loss": loss.item(),
         "token_accuracy": accuracy.item(),
         "answer_tokens": float(tokens),
-        "tokens": float(mask.sum()),
+        "tokens": float((segments > 0).sum()),
         "padded_tokens": float(padded),
     }

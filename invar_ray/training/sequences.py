@@ -1,6 +1,7 @@
 """What stage 2 trains on: prompts with retrieved passages, and the answers that they end in.
 
-Everything about a step follows from (seed, step), as in stage 1.  Shape legend: B sequences, T tokens.
+Everything about a step follows from (seed, step), as in stage 1.  Shape legend: B sequences, T tokens, P packed rows,
+L tokens of one.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 from invar_ray.artifacts import Artifact
 from invar_ray.config import GeneratorConfig
 from invar_ray.losses.answer import IGNORED
+from invar_ray.models.batching import packs
 from invar_ray.models.generator import encode_prompt
 from invar_ray.text.answers import contains_answer
 from invar_ray.text.prompts import REFUSAL, fit_prompt, format_answer_prompt, format_target
@@ -111,6 +113,55 @@ def tokenize_sequences(
         mask[index, : len(ids)] = 1
         labels[index, prompt_length : len(ids)] = torch.tensor(ids[prompt_length:])
     return ids_tensor, mask, labels
+
+
+def pack_sequences(ids: Tensor, mask: Tensor, labels: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Put short rows behind each other, so that less is padding.
+
+    Args:
+        ids, mask, labels: [B, T] as :func:`tokenize_sequences` gives them.
+        capacity: tokens of a packed row; a sequence that is longer is a row of its own.
+
+    Returns:
+        ids, segments and labels [P, L], P <= B: segment n > 0 is the n-th sequence of its row, 0 is padding.  No token
+        may see another segment than its own (:func:`segment_inputs`), and the first token of a sequence is never a
+        target, so the sum of the losses is that of the unpacked rows.
+    """
+    lengths: list[int] = mask.sum(dim=1).tolist()
+    groups = packs(lengths, capacity)
+    width = max(sum(lengths[row] for row in rows) for rows in groups)
+    shape = (len(groups), width)
+    packed = ids.new_full(shape, 0), mask.new_zeros(shape), labels.new_full(shape, IGNORED)
+    for number, rows in enumerate(groups):
+        start = 0
+        for segment, row in enumerate(rows, start=1):
+            place = slice(start, start + lengths[row])
+            packed[0][number, place] = ids[row, : lengths[row]]
+            packed[1][number, place] = segment
+            packed[2][number, place] = labels[row, : lengths[row]]
+            packed[2][number, start] = IGNORED
+            start = place.stop
+    return packed
+
+
+def segment_inputs(segments: Tensor) -> dict[str, Tensor]:
+    """What keeps packed sequences apart: ``position_ids`` [P, L], which begin anew at each sequence, and a boolean
+    ``attention_mask`` [P, 1, L, L], causal within a segment.
+
+    Rows of one sequence each need neither: then an ordinary [P, L] mask comes back.
+    """
+    if int(segments.max()) <= 1:
+        return {"attention_mask": segments}
+    length = segments.shape[1]
+    places = torch.arange(length, device=segments.device)
+    begins = torch.ones_like(segments, dtype=torch.bool)
+    begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
+    starts = torch.where(begins, places, 0).cummax(dim=1).values  # [P, L]
+    same = segments[:, :, None] == segments[:, None, :]  # [P, L, L]; padding sees padding, so that no row is empty
+    return {
+        "position_ids": places - starts,
+        "attention_mask": (same & (places[:, None] >= places[None, :]))[:, None],
+    }
 
 
 def _fitting(
