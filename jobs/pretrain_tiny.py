@@ -42,7 +42,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=PretrainConfig.steps)
     parser.add_argument("--minutes", type=float, help="end by then, with the learning rate fallen")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--base", type=Path, help="go on from this model, at the whole mixture")
+    parser.add_argument("--base", type=Path, help="go on from this model")
+    parser.add_argument("--level", type=int, default=0, help="where the curriculum begins: 0, 1 or 2")
     parser.add_argument("--learning-rate", type=float, default=PretrainConfig.learning_rate)
     parser.add_argument("--made-up", type=float, help="share of made-up text (default: falls from 0.55 to 0.15)")
     parser.add_argument("--threads", type=int, default=1)
@@ -58,14 +59,20 @@ def main() -> None:
             learning_rate=arguments.learning_rate,
             made_up_share=arguments.made_up,
         )
-        run(arguments.data, arguments.out, config, arguments.seed, arguments.tasks, arguments.base)
+        run(arguments.data, arguments.out, config, arguments.seed, arguments.tasks, arguments.base, arguments.level)
     except InvarError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
 
 
 def run(
-    data_folder: Path, out: Path, config: PretrainConfig, seed: int, num_tasks: int, base: Path | None = None
+    data_folder: Path,
+    out: Path,
+    config: PretrainConfig,
+    seed: int,
+    num_tasks: int,
+    base: Path | None = None,
+    level: int = 0,
 ) -> None:
     """See the module; ``out`` gets the model in bf16, ``pretraining.jsonl`` and ``reading.json``."""
     data = ReadingMixture(data_folder, seed)
@@ -79,8 +86,7 @@ def run(
         tokenizer, kept = prune_tokenizer(minilm_folder() / "tokenizer.json", counts, VOCABULARY, MAX_POSITIONS)
         model = start_model(minilm_embeddings()[kept], tokenizer.pad_token_id, tokenizer.eos_token_id, seed=seed)
     training = Pretraining(model, tokenizer, data, config)
-    if base:
-        training.level = 2
+    training.level = level
     glimpse = reading_tasks(data, 60)
     for line in training.run(out):
         print(json.dumps(line), flush=True)

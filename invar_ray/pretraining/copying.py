@@ -89,7 +89,7 @@ class CopyingTasks:
             others = [other for other in subjects if other != subject]
             passages.append((_capital(subject), self._text(rng, subject, told, clue, others)))
         asked: list[tuple[str, str, int]] = []
-        for _ in range(1 if level == 0 else 4):
+        for _ in range(3 if level == 0 else 8):  # more questions on one text cost little and teach as much
             place = rng.randrange(num_passages)
             clue = clues[place]
             if clue and rng.random() < 0.4:

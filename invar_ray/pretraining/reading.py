@@ -125,7 +125,7 @@ class ReadingMixture:
                 item, window = self._windowed(rng, self.squad if rng.random() < 0.9 else self.others, length)
                 more = [other for other in self._siblings[item.text] if other is not item and other.answer in window]
                 rng.shuffle(more)
-                draft = self._around(rng, Asked(item.question, item.title, window, item.answer), more[:4], length)
+                draft = self._around(rng, Asked(item.question, item.title, window, item.answer), more[:6], length)
         draft.numbered = exact or rng.random() < 0.75
         draft.instruction = INSTRUCTION if exact else loose
         if draft.refuse and REFUSAL not in draft.instruction:

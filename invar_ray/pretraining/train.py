@@ -70,7 +70,7 @@ class PretrainConfig:
     level_losses: tuple[float, float] = (1.2, 1.5)
     level_shares: tuple[float, float] = (0.12, 0.3)
     made_up_share: float | None = None
-    alignment_every: int = 2
+    alignment_every: int = 3
     alignment_weight: float = 1.0
     alignment_pairs: int = 10_000
     alignment_temperature: float = 0.05
