@@ -1,7 +1,7 @@
 """A server of OpenAI's completions protocol that reads by rule: what it writes depends on the prompt it is sent.
 
-It stands where a vLLM would stand, for tests that need sensible answers, refusals, silence and broken connections, which
-the untrained model of the test store does not write.
+It stands where a vLLM would stand, for tests that need sensible answers, refusals, silence and broken connections,
+which the untrained model of the test store does not write.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator
-from typing import Any
 
 import uvicorn
 from fastapi import FastAPI, Request

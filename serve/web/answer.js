@@ -1,6 +1,6 @@
 // The answer with its citations, its passages, and what was measured.
 
-import { $, make, marked, nameOf, percent, seconds } from "./text.js";
+import { $, make, marked, nameOf, percent, seconds, sentence } from "./text.js";
 
 const MARK = /\[\s*\d+(?:\s*[,;\-\u2013]\s*\d+)*\s*\]/g;
 const reduced = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
@@ -53,7 +53,7 @@ export function showAnswer(reply, found, written) {
   );
   $("answer").className = "text" + (reply.refused ? " refused" : reply.answer ? "" : " nothing");
   $("answer").replaceChildren(...body(reply, written));
-  const notes = reply.notes.map(note => make("li", {}, note));
+  const notes = reply.notes.map(note => make("li", {}, sentence(note)));
   if (reply.partial) notes.unshift(make("li", { class: "warning" }, `A part of the index did not answer (shard ${reply.missing_shards.join(", ")}): passages may be missing.`));
   if (reply.citations.some(citation => citation.source === "matched"))
     notes.push(make("li", {}, "The model cited nothing; the numbers are of passages in which its answer stands word for word."));
@@ -73,8 +73,8 @@ function body(reply, written) {
 
 // Citations where the model put them, if what it wrote is otherwise what the service made of it.
 function place(reply, written, links) {
-  const plain = text => text.replace(/[\s,;:]+/g, "");
-  if (plain(written.replace(MARK, "")) !== plain(reply.answer)) return null;
+  const plain = text => text.replace(/\s+/g, " ").replace(/^[ ,;:]+|[ ,;:]+$/g, "");
+  if (plain(written.replace(new RegExp(`\\s*${MARK.source}`, "g"), "")) !== plain(reply.answer)) return null;
   const parts = [];
   let end = 0, placed = 0;
   for (const match of written.matchAll(MARK)) {
@@ -136,10 +136,11 @@ function fact(name, value, title) {
 function showMeasures(reply) {
   const { retrieve_s: search = 0, generate_s: write = 0, total_s: total = search + write } = reply.timings;
   const [first, second] = $("bar").children;
-  first.style.flexGrow = search;
-  second.style.flexGrow = Math.max(total - search, 0);
+  const share = Math.min(1, search / (total || 1));
+  first.style.flexGrow = share;
+  second.style.flexGrow = 1 - share;
   const facts = [fact("search", seconds(search)), fact("answer", seconds(write)), fact("in all", seconds(total))];
-  if (reply.confidence !== null)
+  if (reply.confidence !== null && reply.answer)
     facts.push(fact("certainty", percent(Math.exp(reply.confidence)), `Geometric mean of the probabilities of the answer's tokens (mean log-probability ${reply.confidence.toFixed(2)})`));
   $("timings").replaceChildren(...facts);
   showVersions(reply);

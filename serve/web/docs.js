@@ -6,6 +6,7 @@ window.SwaggerUIBundle({
   url: "openapi.json",
   domNode: document.getElementById("docs"),
   deepLinking: true,
+  defaultModelsExpandDepth: 0,
   validatorUrl: null,
   syntaxHighlight: { theme: "agate" },
   requestInterceptor: request => {

@@ -3,7 +3,7 @@
 import { light, showAnswer, showPassages, showText, unlight } from "./answer.js";
 import { Problem, call, events, key } from "./service.js";
 import { stabilityView } from "./stability.js";
-import { $, plural } from "./text.js";
+import { $, make, plural, sentence } from "./text.js";
 
 const TITLES = {
   0: "The service cannot be reached",
@@ -25,7 +25,8 @@ let asked = null; // the request that the answer on the page belongs to
 let seed = 0;
 let again = null; // what "Try again" does
 
-function say(text) { $("status").textContent = text; }
+// The second part is for screen readers: the answer itself is no live region, it would be read piece by piece.
+function say(text, aloud = "") { $("status").replaceChildren(text, make("span", { class: "unseen" }, aloud)); }
 
 function busy(is) {
   $("send").textContent = is ? "Stop" : "Ask";
@@ -51,8 +52,8 @@ function hideProblem() {
 function showProblem(problem, retry) {
   hideProblem();
   const title = problem.status === 401 && key.get() ? "This key was not accepted" : TITLES[problem.status] ?? (problem.status >= 500 ? TITLES[500] : TITLES[400]);
-  $("problem-title").textContent = problem.code === "unavailable" ? "The service is not available" : title;
-  $("problem-text").textContent = problem.message;
+  $("problem-title").textContent = problem.status === 503 && problem.code === "unavailable" ? "The service is not available" : title;
+  $("problem-text").textContent = sentence(problem.message);
   $("problem-id").textContent = problem.requestId ? `Request ${problem.requestId}` : "";
   again = retry;
   $("retry").hidden = problem.status === 400 || problem.status === 422 || problem.status === 413;
@@ -133,7 +134,7 @@ function stopped(written) {
 function finish(reply) {
   if (reply.refused) say("The passages do not answer this question, says the model.");
   else if (!reply.answer) say("Passages were found, but no answer was written.");
-  else say(`Answered, with ${plural(reply.citations.length, "citation")}.`);
+  else say(`Answered, with ${plural(reply.citations.length, "citation")}.`, ` ${reply.answer}`);
   if (reply.citations.length) light(reply.citations[0].passage_id, false);
   seed = 0;
   $("stability-result").replaceChildren();

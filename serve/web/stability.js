@@ -21,7 +21,7 @@ export function stabilityView(result, askThis) {
     ),
     make("p", { class: "verdict" }, verdict(anchor, others)),
     make("ol", { class: "wordings" }, ...result.wordings.map(wording => card(wording, anchor, columns, home, askThis))),
-    make("p", { class: "small" }, "A square is a passage, the same one in each row, with its rank there. Filled: found by the question as asked; outlined: new; empty: not found."),
+    make("p", { class: "small" }, "A square is a passage, in each row the same one, with its rank there. Filled: the rank of the question as asked; tinted: another rank; outlined: a new passage; dashed: not found."),
   ];
 }
 
@@ -96,7 +96,8 @@ function change(wording, anchor, ranks, home) {
 function answer(wording, anchor, first) {
   const text = wording.refused ? "refused: the passages do not answer it" : wording.answer || "no text";
   if (first) return make("p", { class: "said" }, make("b", {}, "Answer "), text);
-  if (same(wording, anchor)) return make("p", { class: "said equal" }, make("b", {}, "Same answer"));
+  const equal = wording.refused ? "Refused as well" : wording.answer ? "Same answer" : "No text either";
+  if (same(wording, anchor)) return make("p", { class: "said equal" }, make("b", {}, equal));
   return make("p", { class: "said other" }, make("b", {}, "Other answer "), text);
 }
 

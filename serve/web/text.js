@@ -18,6 +18,7 @@ export function make(tag, options = {}, ...children) {
 export const seconds = value => (value < 0.995 ? `${Math.max(1, Math.round(value * 1000))} ms` : `${value.toFixed(value < 9.95 ? 1 : 0)} s`);
 export const percent = value => `${Math.round(value * 100)} %`;
 export const plural = (count, one, many = `${one}s`) => `${count} ${count === 1 ? one : many}`;
+export const sentence = text => text.charAt(0).toUpperCase() + text.slice(1);
 export const nameOf = passage => passage.title || passage.document_id;
 
 // The text with every whole-word occurrence of `wanted` marked.
@@ -47,7 +48,11 @@ export function changed(before, after) {
     while (i < a.length && a[i] !== b[j] && table[i + 1][j] >= table[i][j + 1]) i++;
     const same = i < a.length && a[i] === b[j];
     if (same) i++;
-    parts.push(same ? b[j] : make("ins", {}, b[j]), " ");
+    const last = parts.at(-1);
+    if (same) parts.push(`${b[j]} `);
+    else if (last?.tagName === "INS") last.append(` ${b[j]}`);
+    else parts.push(make("ins", {}, b[j]));
+    if (!same && (j + 1 === b.length || b[j + 1] === a[i])) parts.push(" ");
   }
   return parts;
 }
