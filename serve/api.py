@@ -4,9 +4,10 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
@@ -78,8 +79,10 @@ def openapi_app(service: Service, limits: Limits, audit_text: bool = False) -> F
             "5XX": {"model": ErrorResponse, "description": "The service cannot answer now; Retry-After says when."},
         },
     )
-    api.include_router(native_routes(service, limits, audit_text), tags=["invar"])
-    api.include_router(openai_routes(service, limits, audit_text), tags=["openai"])
+    # Says in the description that there may be a key, so that the docs ask for one; it is the guard that checks it.
+    key = [Security(HTTPBearer(auto_error=False, scheme_name="key", description="Needed where the service has keys."))]
+    api.include_router(native_routes(service, limits, audit_text), tags=["invar"], dependencies=key)
+    api.include_router(openai_routes(service, limits, audit_text), tags=["openai"], dependencies=key)
 
     @api.get("/healthz", response_model=HealthResponse, summary="The process answers", tags=["health"])
     async def healthz() -> HealthResponse:

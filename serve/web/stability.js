@@ -5,6 +5,8 @@ import { changed, make, nameOf, percent, plural } from "./text.js";
 
 const same = (a, b) => (a.refused || b.refused ? a.refused === b.refused : normal(a.answer) === normal(b.answer));
 const normal = text => (text ?? "").toLowerCase().replace(/[^\p{L}\p{N}\s]/gu, "").replace(/\b(a|an|the)\b/g, " ").replace(/\s+/g, " ").trim();
+// Equal answers of nothing are no agreement.
+const silent = wordings => wordings.every(wording => !wording.refused && !wording.answer);
 const KINDS = { anchor: "as asked" };
 
 export function stabilityView(result, askThis) {
@@ -17,7 +19,7 @@ export function stabilityView(result, askThis) {
       "div",
       { class: "scores" },
       score(result.overlap, "of the passages are shared", "Mean Jaccard overlap of the passages, over all pairs of wordings"),
-      result.agreement === null ? null : score(result.agreement, "of the answers agree", "Share of pairs of wordings with the same answer"),
+      result.agreement === null || silent(result.wordings) ? null : score(result.agreement, "of the answers agree", "Share of pairs of wordings with the same answer"),
     ),
     make("p", { class: "verdict" }, verdict(anchor, others)),
     make("ol", { class: "wordings" }, ...result.wordings.map(wording => card(wording, anchor, columns, home, askThis))),
@@ -38,6 +40,8 @@ export function verdict(anchor, others) {
   const of = plural(others.length, "other wording");
   const passages = moved ? `${moved} of ${of} found other passages` : `${of} found the same passages`;
   if (anchor.answer === null) return `${passages}.`;
+  if (silent([anchor, ...others])) return `${passages}; none of them got an answer.`;
+  if ([anchor, ...others].every(wording => wording.refused)) return `${passages}; all of them were refused.`;
   const answers = differ ? `${differ} of them changed the answer` : "none changed the answer";
   return moved || others.length > 1 ? `${passages}; ${answers}.` : `${passages}, and ${differ ? "another" : "the same"} answer.`;
 }

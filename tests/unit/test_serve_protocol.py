@@ -382,6 +382,8 @@ def test_openapi_has_examples_and_the_error_form(backend: Backend) -> None:
     assert {"/v1/retrieve", "/v1/answer", "/v1/index", "/healthz", "/readyz"} <= set(schema["paths"])
     assert schema["components"]["schemas"]["AnswerRequest"]["examples"]
     assert "4XX" in schema["paths"]["/v1/answer"]["post"]["responses"]
+    assert schema["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    assert all("security" in op for path, ops in schema["paths"].items() if "z" not in path for op in ops.values())
 
 
 def test_request_ids_that_could_harm_a_log_are_replaced() -> None:
