@@ -2,8 +2,8 @@
 
 Engines in this process, no web server; ``--rows`` questions at once also go through the service's own batching.  Rates
 are per second by the clock and per second of CPU time: the second says something on a machine that does other work too.
-The end token is forbidden, so that every row writes ``--tokens`` tokens whatever the adapter was trained to say.  A prompt
-is read at once, which is bound by computing, and gains little from a batch; the tokens after the first (`writing`) gain.
+The end token is forbidden, so that every row writes ``--tokens`` tokens whatever the adapter was trained to say.
+Reading a prompt is bound by computing and gains little from a batch; the tokens after the first (`writing`) gain.
 
     python benchmarks/serve_batching.py --index URI --generator URI
 """

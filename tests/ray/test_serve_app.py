@@ -293,11 +293,14 @@ def test_a_replica_that_dies_costs_no_request(running: str, local_ray: Any) -> N
         tasks = [pool.submit(hammer, number) for number in range(3)]
         time.sleep(1.0)
         os.kill(_replica_pid(local_ray, "RetrieverDeployment"), signal.SIGKILL)
+        killed, deadline = len(codes), time.monotonic() + 120
         time.sleep(4.0)
+        while len(codes) < killed + 20 and time.monotonic() < deadline:  # on a busy machine these take longer
+            time.sleep(0.2)
         stopped = True
         for task in tasks:
             task.result()
-    assert len(codes) > 20
+    assert len(codes) >= killed + 20
     assert set(codes) == {200}
 
 
@@ -353,7 +356,7 @@ def _deploy(artifacts: Artifacts, index_uri: str) -> None:
 
 def _state(url: str, requested_uri: str) -> tuple[str, str | None]:
     """(active, error) once several answers in a row, so both replicas, name the requested index."""
-    deadline, same = time.monotonic() + 60, 0
+    deadline, same = time.monotonic() + 150, 0
     body: dict[str, Any] = {}
     while same < 8:
         assert time.monotonic() < deadline, body
