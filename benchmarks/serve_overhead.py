@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import tempfile
 import time
@@ -58,6 +59,7 @@ def main() -> None:
     result: dict[str, object] = {name: statistics.median(values) for name, values in times.items()}
     result["p95_served_s"] = sorted(times["served_s"])[int(0.95 * options.requests)]
     result["added_p50_s"] = statistics.median(times["served_s"]) - statistics.median(times["direct_s"])
+    result["load_average"] = os.getloadavg()
     result["settings"] = vars(options)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)
     Path(options.out).write_text(json.dumps(result, indent=1), encoding="utf-8")

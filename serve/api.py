@@ -1,16 +1,13 @@
 """The web application: routes, error forms, page and guard, over a :class:`~serve.service.Service` (no Ray in here)."""
 
-import base64
-import hashlib
 import logging
-import re
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import HTMLResponse, JSONResponse
+from fastapi.responses import JSONResponse
+from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
@@ -20,6 +17,7 @@ from invar_ray.errors import RequestError
 from serve.guard import Guard, error_response, internal
 from serve.keys import ApiKey, KeyRing
 from serve.limits import ErrorResponse, Limits, ServiceError
+from serve.pages import page_routes
 from serve.protocol import HealthResponse
 from serve.routes_native import native_routes
 from serve.routes_openai import openai_routes
@@ -74,15 +72,17 @@ def openapi_app(service: Service, limits: Limits, audit_text: bool = False) -> F
         title="invar-ray",
         version=__version__,
         description="Retrieve passages, and answer questions from them with citations.",
+        docs_url=None,  # its own page would fetch from a CDN; ours is in serve/pages.py
         redoc_url=None,
         responses={
             "4XX": {"model": ErrorResponse, "description": "The request cannot be answered."},
             "5XX": {"model": ErrorResponse, "description": "The service cannot answer now; Retry-After says when."},
         },
     )
-    page, policy = _page()
-    api.include_router(native_routes(service, limits, audit_text), tags=["invar"])
-    api.include_router(openai_routes(service, limits, audit_text), tags=["openai"])
+    # Says in the description that there may be a key, so that the docs ask for one; it is the guard that checks it.
+    key = [Security(HTTPBearer(auto_error=False, scheme_name="key", description="Needed where the service has keys."))]
+    api.include_router(native_routes(service, limits, audit_text), tags=["invar"], dependencies=key)
+    api.include_router(openai_routes(service, limits, audit_text), tags=["openai"], dependencies=key)
 
     @api.get("/healthz", response_model=HealthResponse, summary="The process answers", tags=["health"])
     async def healthz() -> HealthResponse:
@@ -93,10 +93,7 @@ def openapi_app(service: Service, limits: Limits, audit_text: bool = False) -> F
         await service.check()
         return HealthResponse(status="ready")
 
-    @api.get("/", response_class=HTMLResponse, include_in_schema=False)
-    async def ask() -> HTMLResponse:
-        return HTMLResponse(page, headers={"Content-Security-Policy": policy})
-
+    api.include_router(page_routes())
     _add_error_forms(api)
     return api
 
@@ -146,19 +143,3 @@ def _add_error_forms(api: FastAPI) -> None:
 def _place(location: tuple[Any, ...]) -> str:
     parts = location[1:] if location and location[0] == "body" else location
     return ".".join(str(part).encode("ascii", "replace").decode()[:64] for part in parts) or "body"
-
-
-def _page() -> tuple[str, str]:
-    """The page at ``/`` and a content security policy that admits its own style and script, by hash, and no others."""
-    html = (Path(__file__).parent / "web" / "index.html").read_text(encoding="utf-8")
-
-    def hashes(tag: str) -> str:
-        blocks = re.findall(rf"<{tag}>(.*?)</{tag}>", html, flags=re.DOTALL)
-        digests = [base64.b64encode(hashlib.sha256(block.encode()).digest()).decode() for block in blocks]
-        return " ".join(f"'sha256-{digest}'" for digest in digests)
-
-    policy = (
-        f"default-src 'none'; style-src {hashes('style')}; script-src {hashes('script')}; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
-    return html, policy

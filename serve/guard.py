@@ -16,12 +16,13 @@ from invar_ray.errors import RequestError
 from serve.keys import ApiKey, KeyRing
 from serve.limits import ErrorResponse, Limits, request_id
 from serve.metrics import Meter
+from serve.pages import PATHS
 from serve.records import Context
 from serve.tracing import Tracer
 
 logger = logging.getLogger("ray.serve")
 audit_logger = logging.getLogger("ray.serve.audit")  # below Serve's own, whose handlers and format it takes
-_OPEN_PATHS = {"/", "/healthz", "/readyz", "/docs", "/openapi.json"}
+_OPEN_PATHS = {"/healthz", "/readyz", "/openapi.json", *PATHS}
 _HEADERS = {
     b"x-content-type-options": b"nosniff",
     b"x-frame-options": b"DENY",

@@ -293,11 +293,14 @@ def test_a_replica_that_dies_costs_no_request(running: str, local_ray: Any) -> N
         tasks = [pool.submit(hammer, number) for number in range(3)]
         time.sleep(1.0)
         os.kill(_replica_pid(local_ray, "RetrieverDeployment"), signal.SIGKILL)
+        killed, deadline = len(codes), time.monotonic() + 120
         time.sleep(4.0)
+        while len(codes) < killed + 20 and time.monotonic() < deadline:  # on a busy machine these take longer
+            time.sleep(0.2)
         stopped = True
         for task in tasks:
             task.result()
-    assert len(codes) > 20
+    assert len(codes) >= killed + 20
     assert set(codes) == {200}
 
 
@@ -310,7 +313,7 @@ def _replica_pid(local_ray: Any, deployment: str) -> int:
     return int(local_ray.get(handle.__ray_call__.remote(lambda replica: os.getpid())))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(900)
 def test_the_index_changes_in_place(running: str, artifacts: Artifacts, local_ray: Any) -> None:
     """As `serve deploy` with another user_config: the same replicas, a wrong index is noted, a good one is served."""
     _deploy(artifacts, artifacts.index_uri)
@@ -341,7 +344,7 @@ def _deploy(artifacts: Artifacts, index_uri: str) -> None:
         "deployments": [{"name": "RetrieverDeployment", "user_config": {"index_uri": index_uri}}],
     }
     _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 240
     while True:
         state = serve.status().applications["invar-ray"]
         if state.status == "RUNNING":
@@ -353,7 +356,7 @@ def _deploy(artifacts: Artifacts, index_uri: str) -> None:
 
 def _state(url: str, requested_uri: str) -> tuple[str, str | None]:
     """(active, error) once several answers in a row, so both replicas, name the requested index."""
-    deadline, same = time.monotonic() + 60, 0
+    deadline, same = time.monotonic() + 150, 0
     body: dict[str, Any] = {}
     while same < 8:
         assert time.monotonic() < deadline, body

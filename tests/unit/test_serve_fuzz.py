@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import os
 import random
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis.checks import not_a_server_error
 
+from serve.keys import ApiKey
 from tests.serving import LIMITS, Live, fault, shared_artifacts
 
 DEFAULT_CASES, MANY_CASES = 12, 450  # per operation and kind of data
@@ -29,17 +31,19 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     service.close()
 
 
-def run_cases(live: Live, cases: int) -> dict[str, list[int]]:
-    """Statuses by operation, after checking each response."""
+def run_cases(live: Live, cases: int, only: str = "", headers: dict[str, str] | None = None) -> dict[str, list[int]]:
+    """Statuses by operation (of the path ``only``, if given), after checking each response."""
     schema = schemathesis.openapi.from_dict(live("GET", "/openapi.json").json())
     seen: dict[str, list[int]] = {}
     for result in schema.get_all_operations():
         operation = result.ok()
+        if only and operation.path != only:
+            continue
         statuses = seen.setdefault(f"{operation.method.upper()} {operation.path}", [])
         for mode in schemathesis.GenerationMode:
 
             def check(case: Any) -> None:
-                response = case.call(base_url=live.url)
+                response = case.call(base_url=live.url, headers=headers)
                 statuses.append(response.status_code)  # noqa: B023 - called before the loop goes on
                 if response.status_code == 503:  # the one that is documented
                     assert response.headers["Retry-After"]
@@ -70,6 +74,20 @@ def test_requests_from_the_schema(live: Live) -> None:
     assert {f"POST {path}" for path in PATHS} | {"POST /admin/index", "GET /v1/index"} <= set(seen)
     assert 200 in seen["POST /v1/answer"] + seen["POST /v1/retrieve"] + seen["POST /v1/embeddings"]
     assert live("GET", "/readyz").status_code == 200
+
+
+def test_administration_from_the_schema(tmp_path_factory: pytest.TempPathFactory) -> None:
+    key = ApiKey(name="ops", sha256=hashlib.sha256(b"root").hexdigest(), scopes=("query", "admin"))
+    record = tmp_path_factory.mktemp("record") / "record.json"
+    service = Live(shared_artifacts(tmp_path_factory), keys=(key,), record=record)
+    try:
+        served = service("GET", "/v1/index", headers={"X-API-Key": "root"}).json()["index"]["active_uri"]
+        seen = run_cases(service, 4 * DEFAULT_CASES, "/admin/index", {"Authorization": "Bearer root"})
+        assert {409, 422} <= set(seen["POST /admin/index"]), "no body got as far as being tried"
+        after = service("GET", "/v1/index", headers={"X-API-Key": "root"}).json()["index"]
+        assert after["active_uri"] == served
+    finally:
+        service.close()
 
 
 @pytest.mark.slow

@@ -10,17 +10,20 @@ import re
 import threading
 import time
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+import serve.pages
 from invar_ray.errors import ConfigError, RequestError
 from invar_ray.schema import Answer, Citation, Hit
 from serve.api import make_api
 from serve.batching import Batcher, Worker
 from serve.keys import ApiKey, KeyRing, keys_from_environment
 from serve.limits import Limits, ServiceError, request_id
+from serve.pages import PATHS
 from serve.protocol import AnswerResponse
 from serve.records import Found, Question, Reply
 from serve.service import Service
@@ -332,15 +335,46 @@ def test_index_route_tells_requested_and_active(backend: Backend) -> None:
     assert body["limits"]["max_top_k"] == 10
 
 
-def test_page_needs_nothing_from_outside_and_its_policy_admits_it(backend: Backend) -> None:
-    response = call(backend, "GET", "/")
-    assert "<script>" in response.text
-    assert not re.search(r"(src|href)\s*=|https?://|@import|url\(|innerHTML", response.text)
-    policy = response.headers["Content-Security-Policy"]
-    assert policy.count("'sha256-") == 2
-    assert "unsafe" not in policy
-    assert " style=" not in response.text
-    assert not re.search(r"\son[a-z]+=", response.text)
+def test_pages_need_nothing_from_outside_and_their_policy_admits_them(backend: Backend) -> None:
+    for page in ("/", "/docs"):
+        response = call(backend, "GET", page, keys=(KEY,))
+        assert response.headers["Content-Type"].startswith("text/html")
+        policy = response.headers["Content-Security-Policy"]
+        assert policy.startswith("default-src 'none'; script-src 'self'; ")
+        assert not re.search(r"<script(?![^>]*\ssrc=)|<style|\sstyle=|\son[a-z]+=", response.text)
+        named = re.findall(r'(?:src|href)="([^"#]+)"', response.text)
+        assert {name for name in named if "." in name.replace("./", "")} >= {"web/icon.svg"}
+        while named:
+            name = named.pop()
+            if name in {"docs", "./", "openapi.json"}:
+                continue
+            assert name.startswith("web/"), name
+            part = call(backend, "GET", f"/{name}", keys=(KEY,))
+            assert part.status_code == 200, name
+            if "swagger" in name:
+                continue
+            assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(|innerHTML|\beval\(", part.text), (
+                name
+            )
+            named += [f"web/{each}" for each in re.findall(r'from "\./([^"]+)"', part.text)]
+    assert "unsafe" not in call(backend, "GET", "/").headers["Content-Security-Policy"]
+
+
+def test_page_files_have_their_type_and_are_sent_again_only_if_changed(backend: Backend) -> None:
+    for path in sorted(PATHS):
+        response = call(backend, "GET", path)
+        kind = {"css": "text/css", "js": "text/javascript", "svg": "image/svg+xml"}.get(
+            path.rpartition(".")[2], "text/html"
+        )
+        assert response.headers["Content-Type"].startswith(kind), path
+        assert response.headers["X-Content-Type-Options"] == "nosniff"
+        again = call(backend, "GET", path, headers={"If-None-Match": response.headers["ETag"]})
+        assert (again.status_code, again.content) == (304, b"")
+        assert call(backend, "HEAD", path).headers["ETag"] == response.headers["ETag"]
+    fault(call(backend, "GET", "/web/../api.py"), 404, "not_found")
+    fault(call(backend, "GET", "/web/nothing.js", keys=(KEY,)), 401, "unauthorized")
+    folder = Path(serve.pages.__file__).parent / "web"
+    assert {f"/web/{each.name}" for each in folder.iterdir() if each.suffix != ".html"} <= PATHS
 
 
 def test_openapi_has_examples_and_the_error_form(backend: Backend) -> None:
@@ -348,6 +382,8 @@ def test_openapi_has_examples_and_the_error_form(backend: Backend) -> None:
     assert {"/v1/retrieve", "/v1/answer", "/v1/index", "/healthz", "/readyz"} <= set(schema["paths"])
     assert schema["components"]["schemas"]["AnswerRequest"]["examples"]
     assert "4XX" in schema["paths"]["/v1/answer"]["post"]["responses"]
+    assert schema["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
+    assert all("security" in op for path, ops in schema["paths"].items() if "z" not in path for op in ops.values())
 
 
 def test_request_ids_that_could_harm_a_log_are_replaced() -> None:
