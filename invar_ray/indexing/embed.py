@@ -26,7 +26,7 @@ from invar_ray.config import Config, ScaleConfig
 from invar_ray.errors import ResourceError
 from invar_ray.models.encoder import Encoder, EncoderSpec, open_encoder
 from invar_ray.progress import Progress
-from invar_ray.retrieval.index import write_probes
+from invar_ray.retrieval.probes import write_probes
 from invar_ray.retrieval.retriever import Passages
 from invar_ray.schema import vector_schema
 from invar_ray.versions import STEPS
