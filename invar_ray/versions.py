@@ -77,7 +77,10 @@ STEPS: dict[str, StepCode] = {
         ),
     ),
     "vectors": StepCode(1, (*_ENCODING, "invar_ray.models.coarse", "invar_ray.indexing.embed")),
-    "index": StepCode(1, ("invar_ray.retrieval.index",)),
+    "index": StepCode(
+        1,
+        tuple(f"invar_ray.retrieval.{name}" for name in ("blocks", "probes", "planner", "index", "building")),
+    ),
     "trainset": StepCode(
         1,
         (
@@ -111,6 +114,8 @@ STEPS: dict[str, StepCode] = {
         2,
         (
             "invar_ray.retrieval.retriever",
+            "invar_ray.retrieval.duplicates",
+            "invar_ray.retrieval.filters",
             "invar_ray.retrieval.fusion",
             "invar_ray.text.rules",
             "invar_ray.text.wording",
