@@ -10,7 +10,7 @@ that of two writers who start from one state exactly one wins; publishing, going
 number, and so never overlap.  A record names all shards of an index: a reader of it cannot see a mixture.  ``CURRENT``
 is for those who can read a file but not a log; it is written right after the record and repaired by the next writer.
 
-Not to be confused with :mod:`invar_ray.versions`, the versions of the code.
+A record is a :class:`~invar_ray.publication.Version`.  Not to be confused with :mod:`invar_ray.versions`, of the code.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ import re
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 from pyarrow import fs
@@ -36,41 +35,13 @@ from invar_ray.errors import (
 )
 from invar_ray.files import join_uri
 from invar_ray.manifest import digest
+from invar_ray.publication import Version
 
 FOLDER = "published"
 CURRENT = "CURRENT"
-SCHEMA_VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _PLACE = re.compile(rf"(.+)/{FOLDER}/([^/]+)/?")
 _HEADER = re.compile(r"# version (\d+)\b")
-
-
-@dataclass(frozen=True)
-class Version:
-    """One record.
-
-    Attributes:
-        number: 1, 2, ..; the highest is current.
-        action: what the writer did.
-        index: refs of the index artifacts below the store's root, one a shard.
-        source: number of the record that first published these; its own for ``publish``.
-        collected: numbers whose artifacts have been given up so far: nobody can go back to them.
-        created: UTC, ISO 8601.
-        token: random; tells two writers of one number apart.
-        note: for people.
-        info: rows, encoder, measured recall, and what the publisher adds.
-    """
-
-    number: int
-    action: Literal["publish", "rollback", "gc"]
-    index: tuple[str, ...]
-    source: int
-    collected: tuple[int, ...] = ()
-    created: str = ""
-    token: str = ""
-    note: str = ""
-    info: dict[str, Any] = field(default_factory=dict)
-    schema_version: int = SCHEMA_VERSION
 
 
 class Published:
@@ -258,8 +229,7 @@ class Published:
             note,
             json.loads(json.dumps(dict(info or {}))),
         )
-        content = json.dumps(asdict(version), indent=1, sort_keys=True).encode()
-        if not conditional.create_if_absent(self._record_uri(number), content):
+        if not conditional.create_if_absent(self._record_uri(number), version.to_json().encode()):
             raise _conflict(self.uri, f"got version {number} from another writer in this moment", self._read(number))
         self._point()
         return version
@@ -328,21 +298,7 @@ class Published:
         text = self._text(ref)
         if text is None:
             return None
-        try:
-            values = json.loads(text)
-            if values["schema_version"] > SCHEMA_VERSION:
-                raise ArtifactError(
-                    f"{ref} has schema version {values['schema_version']}",
-                    expected=f"{SCHEMA_VERSION} or older",
-                    action="use the invar_ray release that wrote it, or a newer one",
-                )
-            version = Version(**values)
-            return replace(version, index=tuple(version.index), collected=tuple(version.collected))
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptArtifactError(
-                f"{join_uri(self.store.root_uri, ref)} is not a version record ({type(error).__name__})",
-                action="restore it: without it nobody can tell what is current",
-            ) from error
+        return Version.from_json(text, join_uri(self.store.root_uri, ref))
 
     def _text(self, ref: str) -> str | None:
         try:

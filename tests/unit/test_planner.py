@@ -78,7 +78,7 @@ def test_latency_rules_exact_search_out() -> None:
         # 1,000,000 x 768: 3.07 GB of floats, 0.78 GB of bytes, about 0.2 GB of codes of 192 bytes.
         (4_000_000_000, 0.95, "IVF-Flat"),
         (1_000_000_000, 0.95, "IVF-SQ8"),
-        (300_000_000, 0.7, "IVF-PQ"),
+        (300_000_000, 0.6, "IVF-PQ"),
     ],
 )
 def test_memory_decides(memory: int, target: float, kind: str) -> None:

@@ -130,6 +130,7 @@ EXEMPT = {
     "invar_ray.own": "a shell",
     "invar_ray.pipeline": "order of the steps",
     "invar_ray.progress": "messages",
+    "invar_ray.publication": "as published, with a schema version of its own",
     "invar_ray.published": "names what steps made",
     "invar_ray.schema": "records and their layout; readers would fail on another one",
     "invar_ray.session": "where it runs",
