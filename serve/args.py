@@ -87,6 +87,10 @@ class AppArgs(BaseModel):
         le=1,
         description="By how much a new index's recall and overlap on probes may be below the old's.",
     )
+    memory_map: bool = Field(False, description="Map the index file in place of reading it: replicas share its pages.")
+    collapse_duplicates: bool = Field(
+        False, description="Of passages of a shard with nearly the same text, find the best one only."
+    )
     follow_uri: str = Field(
         "",
         description="Where it stands which index to serve: published versions, <root>/published/<name>, or a file with "

@@ -64,13 +64,17 @@ class Retriever:
         encoder: made the index (checked by :func:`open_retriever`).
         index: rows = ``passages``.
         version: fingerprint of the index artifact.
+        collapse: what searches do that do not say it themselves, see :meth:`retrieve`.
     """
 
-    def __init__(self, encoder: TextEncoder, index: Index, passages: Passages, version: str) -> None:
+    def __init__(
+        self, encoder: TextEncoder, index: Index, passages: Passages, version: str, *, collapse: bool = False
+    ) -> None:
         self.encoder = encoder
         self.index = index
         self.passages = passages
         self.version = version
+        self.collapse = collapse
 
     @property
     def versions(self) -> dict[str, str]:
@@ -78,7 +82,7 @@ class Retriever:
         return {"index": self.version, "encoder": self.encoder.fingerprint, "passages": self.passages.fingerprint}
 
     def retrieve(
-        self, questions: Sequence[str], top_k: int, *, where: Where | None = None, collapse: bool = False
+        self, questions: Sequence[str], top_k: int, *, where: Where | None = None, collapse: bool | None = None
     ) -> list[list[Hit]]:
         """The best passages for each question, best first; ties keep the index's order.
 
@@ -86,7 +90,8 @@ class Retriever:
             questions: texts; many at once cost less than one by one.
             top_k: how many for each.
             where: only passages that meet these conditions.
-            collapse: of passages with nearly the same text keep the best, and fill up with the next ones.
+            collapse: of passages with nearly the same text keep the best, and fill up with the next ones; ``None``: as
+                the retriever was told to.
 
         Raises:
             RequestError: if ``top_k`` is below 1 or a condition names no column.
@@ -98,11 +103,11 @@ class Retriever:
         return self.retrieve_vectors(self.encoder.encode_queries(questions), top_k, where=where, collapse=collapse)
 
     def retrieve_vectors(
-        self, queries: Vectors, top_k: int, *, where: Where | None = None, collapse: bool = False
+        self, queries: Vectors, top_k: int, *, where: Where | None = None, collapse: bool | None = None
     ) -> list[list[Hit]]:
         """As :meth:`retrieve`, for [N, D] query vectors, which this index's own encoder made."""
         allowed = None if where is None else self.passages.allowed(where)
-        if not collapse:
+        if not (self.collapse if collapse is None else collapse):
             return self._search(queries, top_k, allowed)
         results: list[list[Hit]] = [[] for _ in queries]
         waiting, depth = list(range(len(queries))), 2 * top_k
@@ -150,6 +155,7 @@ def open_retriever(
     device: str = "cpu",
     open_base_tree: BaseOpener | None = None,
     memory_map: bool = False,
+    collapse: bool = False,
 ) -> Retriever:
     """Load an index version and the encoder that its manifest names.
 
@@ -158,6 +164,7 @@ def open_retriever(
         adapter_uri: the ``retriever`` adapter that the caller means to use; refused unless it made the index.
         open_base_tree: see :func:`invar_ray.models.encoder.open_encoder`.
         memory_map: see :func:`invar_ray.retrieval.index.open_index`.
+        collapse: see :class:`Retriever`.
 
     Raises:
         ArtifactError: if an artifact is missing, incomplete or damaged.
@@ -178,7 +185,7 @@ def open_retriever(
         )
     encoder = open_encoder(spec, artifact.store, precision=precision, device=device, open_base_tree=open_base_tree)
     check_probes(artifact, encoder)
-    return Retriever(encoder, index, rows, artifact.fingerprint)
+    return Retriever(encoder, index, rows, artifact.fingerprint, collapse=collapse)
 
 
 def open_exact_retriever(index_uri: str, *, precision: str = "fp32", device: str = "cpu") -> Retriever:

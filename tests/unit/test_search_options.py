@@ -19,6 +19,7 @@ from invar_ray.retrieval.index import Index, build_faiss
 from invar_ray.retrieval.retriever import Passages, Retriever, open_retriever
 from invar_ray.schema import PASSAGE_SCHEMA, Hit, Passage, to_table
 from serve.record import named_index
+from serve.retrieving import load_retriever
 from tests.support import ISLANDS, World, world
 
 Floats = Any
@@ -82,7 +83,7 @@ def test_search_of_one_tenant(small: World) -> None:
 
 def test_mapped_retriever_finds_the_same(small: World) -> None:
     questions = [f"Who built the lighthouse of {name}?" for name in ISLANDS]
-    loaded, mapped = (open_retriever(small.base_index.uri, memory_map=way) for way in (False, True))
+    loaded, mapped = open_retriever(small.base_index.uri), load_retriever(small.base_index.uri, memory_map=True)
     assert loaded.retrieve(questions, 3) == mapped.retrieve(questions, 3)
 
 
@@ -138,6 +139,9 @@ def test_collapsed_search_fills_up(tmp_path: Path) -> None:
         assert first == second
     (all_of_it,) = retriever.retrieve(["a"], 50, collapse=True)
     assert [h.passage_id for h in all_of_it] == ["p0", "p20", "p21", "p22", "p23", "p24"]
+    told = Retriever(retriever.encoder, retriever.index, retriever.passages, "v", collapse=True)
+    assert told.retrieve(["a"], 3) == retriever.retrieve(["a"], 3, collapse=True)
+    assert told.retrieve(["a"], 3, collapse=False) == retriever.retrieve(["a"], 3)
     (plain,) = retriever.retrieve(["a"], 3)
     assert [h.passage_id for h in plain] == ["p0", "p1", "p2"]
     (some,) = retriever.retrieve(["a"], 2, where=Where.of(without=["p0", "p20"]), collapse=True)
