@@ -16,8 +16,9 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from invar_ray.artifacts import Artifact, Building
-from invar_ray.errors import ArtifactError, DataError, MixedArtifactsError
+from invar_ray.errors import ArtifactError, MixedArtifactsError
 from invar_ray.models.encoder import EncoderSpec, TextEncoder
+from invar_ray.retrieval.vectors import read_vectors
 from invar_ray.schema import vector_schema
 
 INDEX_FILE = "index.faiss"
@@ -113,25 +114,6 @@ def build_index(
     building.info["num_lists_searched"] = num_lists_searched
     probes = vectors.path("probes.parquet")
     (building.path / "probes.parquet").write_bytes(probes.read_bytes())
-
-
-def read_vectors(vectors: Artifact) -> tuple[list[str], Vectors]:
-    """Ids and the [N, D] matrix of a ``vectors`` artifact, shards in order.
-
-    Raises:
-        CorruptArtifactError: if a shard differs from its manifest.
-        DataError: if there is nothing in it.
-    """
-    vectors.verify()
-    ids: list[str] = []
-    blocks = []
-    for path in sorted(vectors.path("shards").glob("part-*.parquet")):
-        table = pq.read_table(path, columns=["id", "vector"])
-        ids += table.column("id").to_pylist()
-        blocks.append(column_to_matrix(table.column("vector")))
-    if not ids:
-        raise DataError(f"{vectors.uri} holds no vectors", expected="one per passage")
-    return ids, np.concatenate(blocks)
 
 
 def column_to_matrix(column: Any) -> Vectors:
