@@ -106,7 +106,7 @@ def build_vectors(
     }
     if todo and (start_ray is None or not _needs_cluster(config, todo)):
         before = time.process_time()
-        actor = EmbedShard(**arguments)
+        actor = EmbedShard(**arguments, copies_only=layout.embedded == 0)
         usage.load_cpu_s = time.process_time() - before
         for task in todo:
             found = actor({name: [value] for name, value in task.to_row().items()})
@@ -175,7 +175,7 @@ class _Layout:
         tasks: shards to make.
         linked: shard files taken over from ``earlier``.
         embedded: passages that the encoder sees.
-        tombstones: rows that no passage points to.
+        tombstones: rows whose content no passage has any more.
     """
 
     rows: Rows
@@ -196,7 +196,7 @@ def _needs_cluster(config: Config, todo: list[ShardTask]) -> bool:
     scale = config.scale
     joins = scale.ray_address is not None or bool(os.environ.get("RAY_ADDRESS"))
     fresh = sum(int((task.reuse < 0).sum()) for task in todo)
-    return scale.embed_gpus_per_worker > 0 or fresh > _SHARDS_AT_HOME * scale.shard_rows or (joins and fresh > 0)
+    return fresh > 0 and (joins or scale.embed_gpus_per_worker > 0 or fresh > _SHARDS_AT_HOME * scale.shard_rows)
 
 
 def _layout(building: Building, config: Config, passages: Artifact, spec: EncoderSpec) -> _Layout:
@@ -210,22 +210,24 @@ def _layout(building: Building, config: Config, passages: Artifact, spec: Encode
         print(f"  full reindex: {reason}", file=sys.stderr, flush=True)
     found = np.full(count, -1, np.int64)
     names: list[str] = []
-    size = 0
+    size = dead = 0
     if earlier is not None:
         source = vector_store(earlier)
         size = source.size
-        parts = [column_hashes(column) for _, column in source.contents()]
-        found = HashTable(np.concatenate(parts)).find(hashes_of(contents)) if parts else found
+        stored = np.concatenate([column_hashes(column) for _, column in source.contents()] or [hashes_of([])])
+        wanted = hashes_of(contents)
+        found = HashTable(stored).find(wanted)
+        dead = int((HashTable(wanted).find(stored) < 0).sum())
         names = sorted(name for name in earlier.manifest.files if name.startswith(f"{SHARDS}/"))
     fresh = np.flatnonzero(found < 0)
-    kept = len(np.unique(found[found >= 0]))
-    dead = (size - kept) / max(1, size + len(fresh))
-    append = earlier is not None and kept > 0 and dead <= config.scale.compact_above
+    kept = len(fresh) < count
+    dead_share = dead / max(1, size + len(fresh))
+    append = earlier is not None and kept and dead_share <= config.scale.compact_above
     if earlier is not None:
-        how = "appended to its shards" if append else f"written compact, {dead:.0%} of its rows would be tombstones"
+        how = "appended to its shards" if append else f"written compact, {dead_share:.0%} would be tombstones"
         print(
             f"  vectors since {earlier.ref}: {count - len(fresh):,} re-used, {len(fresh):,} to embed, "
-            f"{size - kept:,} rows without a passage; {how}",
+            f"{dead:,} of its {size:,} tombstones; {how}",
             file=sys.stderr,
             flush=True,
         )
@@ -235,7 +237,7 @@ def _layout(building: Building, config: Config, passages: Artifact, spec: Encode
         tasks = [
             _task(size + start, fresh[start : start + step], found, contents) for start in range(0, len(fresh), step)
         ]
-        return _Layout(rows, tasks, names, earlier, reason, len(fresh), size - kept)
+        return _Layout(rows, tasks, names, earlier, reason, len(fresh), dead)
     everything = np.arange(count)
     tasks = [_task(start, everything[start : start + step], found, contents) for start in range(0, count, step)]
     return _Layout(everything, tasks, [], earlier if kept else None, reason, len(fresh), 0)

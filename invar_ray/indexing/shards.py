@@ -22,8 +22,9 @@ from pyarrow import fs
 from invar_ray.artifacts import Artifact, Store, resolve_uri
 from invar_ray.config import ScaleConfig
 from invar_ray.indexing.previous import passage_digest
-from invar_ray.models.encoder import EncoderSpec, open_encoder, open_tokenizer
-from invar_ray.retrieval.vectors import VectorStore, shard_name, vector_store
+from invar_ray.models.batching import EncodeStats
+from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder, open_tokenizer
+from invar_ray.retrieval.vectors import Halves, VectorStore, shard_name, vector_store
 from invar_ray.schema import shard_schema
 
 Rows = npt.NDArray[np.int64]
@@ -142,6 +143,7 @@ class EmbedShard:
         scale: ScaleConfig,
         precision: str,
         earlier_ref: str | None = None,
+        copies_only: bool = False,
     ) -> None:
         store = Store(root_uri)
         self._passages = PassageRows(store.open(passages_ref, "passages"))
@@ -150,9 +152,13 @@ class EmbedShard:
             self._earlier = vector_store(store.open(earlier_ref, "vectors"))
         self._filesystem, _ = resolve_uri(target_uri)
         self._prefix = prefix
-        described = EncoderSpec.from_json(spec)
+        self._encoder: TextEncoder | None = None
+        self._fingerprint = EncoderSpec.from_json(spec).fingerprint
+        self._started_cpu_s = time.process_time()
+        if copies_only:
+            return
         device = "cuda" if scale.embed_gpus_per_worker > 0 else "cpu"
-        self._encoder = open_encoder(described, store, precision=precision, device=device)
+        self._encoder = open_encoder(EncoderSpec.from_json(spec), store, precision=precision, device=device)
         self._encoder.tokens_per_batch = scale.embed_tokens_per_batch
         self._started_cpu_s = time.process_time()
 
@@ -169,27 +175,20 @@ class EmbedShard:
         return {name: np.asarray([row[name] for row in found]) for name in found[0]}
 
     def _make(self, task: ShardTask, ids: list[list[int]] | None) -> dict[str, Any]:
-        cpu, stats = time.process_time(), self._encoder.stats
+        cpu, stats = time.process_time(), self._encoder.stats if self._encoder is not None else EncodeStats()
         before = (stats.tokens, stats.slots, stats.halvings)
         table = self._passages.take(task.rows)
         pairs = _pairs(table)
         contents = [passage_digest(title, text) for title, text in pairs]
-        fresh = np.flatnonzero(task.reuse < 0)
-        matrix = np.empty((len(pairs), self._encoder.dimension), np.float16)
-        matrix[fresh] = (
-            self._encoder.encode_passages([pairs[at] for at in fresh]) if ids is None else self._encoder.encode_ids(ids)
-        )
-        if len(fresh) < len(pairs) and self._earlier is not None:
-            kept = np.flatnonzero(task.reuse >= 0)
-            matrix[kept] = self._earlier.take(task.reuse[kept])
+        matrix = self._vectors(task, pairs, ids)
         used = [now - then for now, then in zip((stats.tokens, stats.slots, stats.halvings), before, strict=True)]
         entry = {
             "start": task.start,
             "stop": task.stop,
             "rows": len(task.rows),
-            "embedded": len(fresh),
+            "embedded": int((task.reuse < 0).sum()),
             "input": input_hash(task.rows, contents),
-            "encoder": self._encoder.fingerprint,
+            "encoder": self._fingerprint,
             "tokens": used[0],
             "slots": used[1],
             "halvings": used[2],
@@ -198,6 +197,23 @@ class EmbedShard:
         return self._report(
             len(task.rows), tokens=used[0], slots=used[1], halvings=used[2], cpu_s=time.process_time() - cpu
         )
+
+    def _vectors(self, task: ShardTask, pairs: list[tuple[str, str]], ids: list[list[int]] | None) -> Halves:
+        """[N, D]: those of the version before where it has them, the others by the encoder."""
+        kept, fresh = np.flatnonzero(task.reuse >= 0), np.flatnonzero(task.reuse < 0)
+        parts: list[tuple[Rows, Halves]] = []
+        if len(kept) and self._earlier is not None:
+            parts.append((kept, self._earlier.take(task.reuse[kept])))
+        if len(fresh) and self._encoder is not None:
+            if ids is None:
+                made = self._encoder.encode_passages([pairs[at] for at in fresh])
+            else:
+                made = self._encoder.encode_ids(ids)
+            parts.append((fresh, made.astype(np.float16)))
+        matrix = np.empty((len(pairs), parts[0][1].shape[1]), np.float16)
+        for places, part in parts:
+            matrix[places] = part
+        return matrix
 
     def _report(self, rows: int, *, made: bool = True, **used: float) -> dict[str, Any]:
         values = {"tokens": 0, "slots": 0, "halvings": 0, "cpu_s": 0.0} | used

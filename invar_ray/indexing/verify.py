@@ -148,7 +148,7 @@ def _contents(vectors: Artifact, table: PassageRows) -> str:
             if hashes[rows[at]] != passage_digest(title, text):
                 raise Fault(f"row {rows[at]} holds the vector of another text than passage {at} has")
     dead = len(hashes) - len(np.unique(rows))
-    return f"each vector's is that of its passage; {dead:,} of {len(hashes):,} rows are tombstones"
+    return f"each vector's is that of its passage; {dead:,} of {len(hashes):,} rows are no passage's"
 
 
 def _encoder(index: Artifact, vectors: Artifact, encoder: TextEncoder) -> str:
