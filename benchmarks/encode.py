@@ -33,7 +33,7 @@ from invar_ray.models.coarse import CoarseEncoder
 from invar_ray.models.encoder import coarse_spec
 from invar_ray.models.tiny import minilm_folder
 from invar_ray.pipeline import Pipeline
-from invar_ray.retrieval.vectors import read_vectors
+from invar_ray.retrieval.blocks import read_vectors
 from invar_ray.text import facts
 
 BATCH = 32

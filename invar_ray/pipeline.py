@@ -32,7 +32,7 @@ from invar_ray.indexing.questions import build_questions, load_examples, questio
 from invar_ray.indexing.trainset import build_trainset, trainset_plan
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec
 from invar_ray.models.locate import BUILTIN, BaseRef, base_plan, build_base, load_tokenizer, resolve_base
-from invar_ray.retrieval.index import build_index
+from invar_ray.retrieval.building import build_index
 from invar_ray.session import RaySession, clear_failures
 from invar_ray.training.trainer import encoder_of, generator_plan, retriever_plan, train_generator, train_retriever
 from invar_ray.versions import STEPS

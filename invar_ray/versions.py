@@ -97,7 +97,12 @@ STEPS: dict[str, StepCode] = {
             "invar_ray.indexing.shards",
         ),
     ),
-    "index": StepCode(1, ("invar_ray.retrieval.index", "invar_ray.retrieval.vectors")),
+    "index": StepCode(
+        1,
+        tuple(
+            f"invar_ray.retrieval.{name}" for name in ("index", "vectors", "blocks", "building", "planner", "probes")
+        ),
+    ),
     "trainset": StepCode(
         1,
         (

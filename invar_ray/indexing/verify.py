@@ -14,7 +14,8 @@ from invar_ray.errors import InvarError
 from invar_ray.indexing.previous import passage_digest
 from invar_ray.indexing.shards import PassageRows, shard_is_whole
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder
-from invar_ray.retrieval.index import PROBE_TOLERANCE, check_probes, load_index
+from invar_ray.retrieval.index import load_index
+from invar_ray.retrieval.probes import PROBE_TOLERANCE, check_probes
 from invar_ray.retrieval.vectors import SHARDS, unit_rows, vector_store
 
 SAMPLE_TOLERANCE = PROBE_TOLERANCE
@@ -118,7 +119,7 @@ def _shards(vectors: Artifact) -> str:
 
 def _ids(vectors: Artifact, table: PassageRows) -> str:
     names: list[pa.Array] = []
-    for ids, _ in vector_store(vectors).batches():
+    for ids in vector_store(vectors).passage_ids():
         names.append(pa.array(ids, pa.string()))
     stored = pa.chunked_array(names)
     unique = len(stored.unique())

@@ -11,8 +11,9 @@ from invar_ray.artifacts import Artifact, open_artifact
 from invar_ray.errors import MixedArtifactsError, RequestError
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder
 from invar_ray.models.locate import BaseOpener
-from invar_ray.retrieval.index import Index, Vectors, build_faiss, check_probes, load_index
-from invar_ray.retrieval.vectors import read_vectors
+from invar_ray.retrieval.blocks import Vectors, read_vectors
+from invar_ray.retrieval.index import Index, build_faiss, load_index
+from invar_ray.retrieval.probes import check_probes
 from invar_ray.schema import Hit, Passage, from_table
 
 

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from invar_ray.artifacts import Artifact
-from invar_ray.errors import CorruptArtifactError, DataError
+from invar_ray.errors import CorruptArtifactError
 from invar_ray.models.batching import Vectors
 
 SHARDS = "shards"
@@ -104,16 +104,15 @@ class VectorStore:
             at = upto
         return found if found is not None else np.empty((0, 0), np.float16)
 
-    def batches(self, rows: int = _READ_ROWS) -> Iterator[tuple[list[str], Vectors]]:
-        """Ids and float32 vectors of the passages, in their order, some at a time: what an index is built from."""
+    def passage_ids(self) -> Iterator[list[str]]:
+        """Ids of the passages, in their order, some at a time."""
         if self.row_map is None:
             for path in self._paths:
-                table = self._read(path, ["id", "vector"])
-                yield table.column("id").to_pylist(), unit_rows(halves(table.column("vector")))
+                yield self._read(path, ["id"]).column("id").to_pylist()
             return
-        ids, places = self.row_map.column("id"), self.passage_rows()
-        for start in range(0, len(places), rows):
-            yield ids.slice(start, rows).to_pylist(), unit_rows(self.take(places[start : start + rows]))
+        ids = self.row_map.column("id")
+        for start in range(0, len(ids), _READ_ROWS):
+            yield ids.slice(start, _READ_ROWS).to_pylist()
 
     def _matrix(self, shard: int) -> Halves:
         if self._last is None or self._last[0] != shard:
@@ -145,21 +144,3 @@ def unit_rows(matrix: Halves) -> Vectors:
 def vector_store(vectors: Artifact) -> VectorStore:
     """The shards of a ``vectors`` artifact."""
     return VectorStore(vectors.store.filesystem, vectors.store.location(vectors.ref))
-
-
-def read_vectors(vectors: Artifact) -> tuple[list[str], Vectors]:
-    """Ids and the [N, D] float32 matrix of a ``vectors`` artifact, in the order of its passages.
-
-    Raises:
-        CorruptArtifactError: if a file differs from its manifest.
-        DataError: if there is nothing in it.
-    """
-    vectors.verify()
-    ids: list[str] = []
-    blocks = []
-    for names, matrix in vector_store(vectors).batches():
-        ids += names
-        blocks.append(matrix)
-    if not ids:
-        raise DataError(f"{vectors.uri} holds no vectors", expected="one per passage")
-    return ids, np.concatenate(blocks)

@@ -33,7 +33,7 @@ import numpy as np
 import psutil
 
 from invar_ray.artifacts import Store
-from invar_ray.retrieval.vectors import read_vectors
+from invar_ray.retrieval.blocks import read_vectors
 from tests.support import documents, write_lines
 
 ROOT = Path(__file__).parents[2]

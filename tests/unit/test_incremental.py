@@ -21,8 +21,9 @@ from invar_ray.indexing.previous import HashTable, hashes_of
 from invar_ray.indexing.verify import verify_index
 from invar_ray.manifest import MANIFEST
 from invar_ray.pipeline import Pipeline
+from invar_ray.retrieval.blocks import read_vectors
 from invar_ray.retrieval.retriever import open_retriever
-from invar_ray.retrieval.vectors import ROWS_FILE, read_vectors, vector_store
+from invar_ray.retrieval.vectors import ROWS_FILE, vector_store
 from invar_ray.schema import DOCUMENT_SCHEMA
 from tests.support import documents, questions, small_config, write_lines
 

@@ -22,16 +22,11 @@ from invar_ray.errors import (
     RequestError,
 )
 from invar_ray.models.encoder import EncoderSpec, open_encoder
-from invar_ray.retrieval.index import (
-    Index,
-    build_faiss,
-    build_index,
-    check_probes,
-    column_to_matrix,
-    load_index,
-)
+from invar_ray.retrieval.blocks import column_to_matrix, read_vectors
+from invar_ray.retrieval.building import build_index
+from invar_ray.retrieval.index import Index, build_faiss, load_index
+from invar_ray.retrieval.probes import check_probes
 from invar_ray.retrieval.retriever import Passages, Retriever, open_retriever
-from invar_ray.retrieval.vectors import read_vectors
 from invar_ray.schema import PASSAGE_SCHEMA, Passage, to_table
 from tests.support import ISLANDS, World, world
 
@@ -107,9 +102,9 @@ def test_search_deeper_than_the_index_gives_all_of_it() -> None:
 def test_trained_factory_searches_as_numpy_does_when_it_looks_everywhere() -> None:
     vectors, queries = unit(400, 16), unit(5, 16, seed=1)
     exact = np.argsort(-(queries @ vectors.T), axis=1)[:, :10]
-    _, rows = Index(build_faiss(vectors, "IVF8,Flat"), num_lists_searched=8).search(queries, 10)
+    _, rows = Index(build_faiss(vectors, "IVF8,Flat"), depth=8).search(queries, 10)
     assert np.array_equal(rows, exact)
-    _, rows = Index(build_faiss(vectors, "IVF8,Flat"), num_lists_searched=1).search(queries, 10)
+    _, rows = Index(build_faiss(vectors, "IVF8,Flat"), depth=1).search(queries, 10)
     assert not np.array_equal(rows, exact)
 
 
