@@ -119,10 +119,10 @@ def standing(root: Path) -> dict[int, tuple[int, int]]:
     return found
 
 
-def actors(cluster: Any) -> list[psutil.Process]:
+def actors(cluster: Cluster) -> list[psutil.Process]:
     """Embedding actors of this cluster's nodes."""
     found = []
-    for node in cluster.list_all_nodes():
+    for node in cluster.ray.list_all_nodes():
         for entry in node.all_processes.get("raylet", []):
             with contextlib.suppress(psutil.Error):
                 for process in psutil.Process(entry.process.pid).children(recursive=True):
@@ -136,12 +136,15 @@ class Cluster:
     """A head and nodes of this process, in a folder of its own."""
 
     def __init__(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="ic", dir="/tmp")
+        # Ray notes the address of its newest cluster there, for whoever starts without one: not in the common /tmp.
+        os.environ["RAY_TMPDIR"] = self.folder
+        os.mkdir(f"{self.folder}/ray")
         from ray.cluster_utils import Cluster as RayCluster
 
-        self.folder = tempfile.mkdtemp(prefix="ic", dir="/tmp")
         self.ray = RayCluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": self.folder, **_SMALL},
+            head_node_args={"num_cpus": 0, "include_dashboard": False, "temp_dir": f"{self.folder}/ray", **_SMALL},
         )
         self.nodes = [self._add() for _ in range(WORKERS)]
 
@@ -155,6 +158,7 @@ class Cluster:
 
     def close(self) -> None:
         self.ray.shutdown()
+        os.environ.pop("RAY_TMPDIR", None)
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
