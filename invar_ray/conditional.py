@@ -83,7 +83,7 @@ def replace(uri: str, make: Callable[[], bytes]) -> None:
             mode: Any = "create"
             with contextlib.suppress(FileNotFoundError, obstore.exceptions.NotFoundError):
                 found = obstore.head(store, key)
-                mode = {"e_tag": found["e_tag"], "version": found["version"]}
+                mode = {name: found[name] for name in ("e_tag", "version") if found[name] is not None}
             try:
                 obstore.put(store, key, make(), mode=mode)
                 return

@@ -311,7 +311,8 @@ class IndexConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     factory: str = "Flat"
-    """FAISS factory string, inner product on unit vectors: ``Flat`` is exact; e.g. ``IVF1024,SQ8``."""
+    """FAISS factory string, inner product on unit vectors: ``Flat`` is exact; e.g. ``IVF1024,SQ8``.  ``auto`` lets the
+    planner choose from the number of vectors and the three limits below; how deep to search is then measured."""
     num_lists_searched: int = 16
     """Lists that a search visits, for IVF factories only (FAISS's nprobe)."""
     encoder: Literal["retriever", "base", "minilm"] = "retriever"
@@ -322,6 +323,15 @@ class IndexConfig:
     is missing."""
     num_probes: int = 64
     """Probe texts stored with the index; an encoder that does not reproduce their vectors is refused."""
+    recall_target: float | None = None
+    """Least recall@10 against exact search, on sampled vectors, in (0, 1]; an index below it is not published.
+    ``null`` is 0.95 for ``auto``, and measures nothing for an explicit factory.  Science, as all of this section."""
+    max_memory_mb: float | None = None
+    """For ``auto``: most memory of the loaded index, in MB (10^6 bytes); ``null``: no limit."""
+    max_latency_ms: float | None = None
+    """For ``auto``: longest search of one query on one core, as the planner predicts it; ``null`` is 50."""
+    recall_queries: int = 200
+    """Sampled vectors that recall is measured on."""
 
 
 SystemName = Literal[
@@ -469,6 +479,8 @@ class ScaleConfig:
     that does not fit into memory is halved."""
     shard_rows: int = 512
     """Passages per shard: the unit that is embedded, checked and resumed."""
+    index_workers: int = 1
+    """Threads that build an index, each a part of it; graphs (HNSW) are built by one."""
     worker_timeout_s: float = 300.0
     """How long to wait for training workers to start."""
 
@@ -673,6 +685,8 @@ def _cross_checks(config: Config) -> list[str]:
         "scale.embed_tokens_per_batch": config.scale.embed_tokens_per_batch,
         "index.num_probes": config.index.num_probes,
         "index.num_lists_searched": config.index.num_lists_searched,
+        "index.recall_queries": config.index.recall_queries,
+        "scale.index_workers": config.scale.index_workers,
         "retriever.optimizer.learning_rate": config.retriever.optimizer.learning_rate,
         "generator.optimizer.learning_rate": config.generator.optimizer.learning_rate,
         "retriever.mining_depth": config.retriever.mining_depth,
@@ -731,6 +745,16 @@ def _cross_checks(config: Config) -> list[str]:
     }.items():
         if not 0.0 <= value <= 1.0:
             faults.append(f"{key}: must be in [0, 1] (got {value})")
+    if config.index.recall_target is not None and not 0.0 < config.index.recall_target <= 1.0:
+        faults.append(f"index.recall_target: must be in (0, 1] (got {config.index.recall_target})")
+    for key, limit in {
+        "index.max_memory_mb": config.index.max_memory_mb,
+        "index.max_latency_ms": config.index.max_latency_ms,
+    }.items():
+        if limit is not None and limit <= 0:
+            faults.append(f"{key}: must be above 0 (got {limit})")
+        if limit is not None and config.index.factory != "auto":
+            faults.append(f"{key}: only the planner keeps to it; set index.factory to auto")
     for key, tokens in {
         "model.query_max_tokens": config.model.query_max_tokens,
         "model.passage_max_tokens": config.model.passage_max_tokens,

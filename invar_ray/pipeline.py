@@ -32,7 +32,7 @@ from invar_ray.indexing.questions import build_questions, load_examples, questio
 from invar_ray.indexing.trainset import build_trainset, trainset_plan
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec
 from invar_ray.models.locate import BUILTIN, BaseRef, base_plan, build_base, load_tokenizer, resolve_base
-from invar_ray.retrieval.building import build_index
+from invar_ray.retrieval.building import Limits, build_index, index_settings
 from invar_ray.session import RaySession, clear_failures
 from invar_ray.training.trainer import encoder_of, generator_plan, retriever_plan, train_generator, train_retriever
 from invar_ray.versions import STEPS
@@ -294,17 +294,28 @@ class Pipeline:
             lambda building: build_vectors(building, self.config, passages, spec, start_ray=on_ray),
             resumable=True,
         )
-        factory, searched = self.config.index.factory, self.config.index.num_lists_searched
+        settings = self.config.index
         plan = Plan(
             kind="index",
             name=name,
-            config={"factory": factory, "num_lists_searched": searched if "IVF" in factory else None},
+            config=index_settings(settings),
             parents={"vectors": vectors, "passages": passages},
             version=STEPS["index"].version,
         )
-        return self._step(
-            f"index ({name})", plan, lambda building: build_index(building, vectors, passages, factory, searched)
-        )
+
+        def body(building: Building) -> None:
+            build_index(
+                building,
+                vectors,
+                passages,
+                settings.factory,
+                settings.num_lists_searched,
+                limits=Limits.of(settings),
+                workers=self.config.scale.index_workers,
+                say=self._say,
+            )
+
+        return self._step(f"index ({name})", plan, body)
 
     def _step(
         self,

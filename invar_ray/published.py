@@ -41,6 +41,7 @@ FOLDER = "published"
 CURRENT = "CURRENT"
 SCHEMA_VERSION = 1
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_PLACE = re.compile(rf"(.+)/{FOLDER}/([^/]+)/?")
 _HEADER = re.compile(r"# version (\d+)\b")
 
 
@@ -356,6 +357,11 @@ class Published:
             ) from error
 
 
+def is_published(uri: str) -> bool:
+    """Whether a URI has the form ``<root>/published/<name>``."""
+    return _PLACE.fullmatch(uri.partition("?")[0]) is not None
+
+
 def open_published(uri: str) -> Published:
     """The versions at ``<root>/published/<name>``.
 
@@ -363,7 +369,7 @@ def open_published(uri: str) -> Published:
         MissingArtifactError: if that is no such place.
     """
     base, _, query = uri.partition("?")
-    found = re.fullmatch(rf"(.+)/{FOLDER}/([^/]+)/?", base)
+    found = _PLACE.fullmatch(base)
     if found is None:
         raise MissingArtifactError(f"{uri} is no place of published versions", expected=f"<root>/{FOLDER}/<name>")
     return Published(Store(found.group(1) + (f"?{query}" if query else "")), found.group(2))

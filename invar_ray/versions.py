@@ -100,7 +100,7 @@ STEPS: dict[str, StepCode] = {
     "index": StepCode(
         1,
         tuple(
-            f"invar_ray.retrieval.{name}" for name in ("index", "vectors", "blocks", "building", "planner", "probes")
+            f"invar_ray.retrieval.{name}" for name in ("blocks", "vectors", "probes", "planner", "index", "building")
         ),
     ),
     "trainset": StepCode(
@@ -136,6 +136,8 @@ STEPS: dict[str, StepCode] = {
         2,
         (
             "invar_ray.retrieval.retriever",
+            "invar_ray.retrieval.duplicates",
+            "invar_ray.retrieval.filters",
             "invar_ray.retrieval.fusion",
             "invar_ray.text.rules",
             "invar_ray.text.wording",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from invar_ray.artifacts import Artifact, Building
+from invar_ray.config import IndexConfig
 from invar_ray.errors import ArtifactError
 from invar_ray.retrieval.blocks import Rows, VectorBlocks, Vectors, check_ids, vector_blocks
 from invar_ray.retrieval.index import (
@@ -41,12 +42,32 @@ _TRAINING_ROWS = 256 * 1024
 
 @dataclass(frozen=True)
 class Limits:
-    """What a planned or measured index must keep to; see :class:`invar_ray.config.IndexConfig`."""
+    """What a planned or measured index must keep to; see :class:`~invar_ray.config.IndexConfig`."""
 
     recall_target: float | None = None
     max_memory_bytes: int | None = None
     max_latency_ms: float | None = None
     num_queries: int = 200
+
+    @staticmethod
+    def of(settings: IndexConfig) -> Limits:
+        """The limits of a config."""
+        memory = None if settings.max_memory_mb is None else int(settings.max_memory_mb * 1e6)
+        return Limits(settings.recall_target, memory, settings.max_latency_ms, settings.recall_queries)
+
+
+def index_settings(settings: IndexConfig) -> dict[str, Any]:
+    """What of a config decides an index, for its plan."""
+    # Explicit factories keep the names that they had before there was a planner.
+    decides: dict[str, Any] = {
+        "factory": settings.factory,
+        "num_lists_searched": settings.num_lists_searched if "IVF" in settings.factory else None,
+    }
+    if settings.factory == AUTO or settings.recall_target is not None:
+        decides |= {"recall_target": settings.recall_target, "recall_queries": settings.recall_queries}
+    if settings.factory == AUTO:
+        decides |= {"max_memory_mb": settings.max_memory_mb, "max_latency_ms": settings.max_latency_ms}
+    return decides
 
 
 def build_index(

@@ -271,7 +271,7 @@ def merge(parts: Sequence[Any]) -> Any:
     whole = parts[0]
     for other in parts[1:]:
         with _clear(type(_core(whole)).__name__, "parts that are to be merged"):
-            whole.merge_from(other, 0 if isinstance(_core(whole), faiss.IndexIVF) else whole.ntotal)
+            whole.merge_from(other, 0)  # an IVF's rows have their numbers already, Flat counts on
     return whole
 
 

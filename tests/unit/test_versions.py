@@ -117,6 +117,8 @@ EXEMPT = {
     },
     "invar_ray.artifacts": "stores what steps make",
     "invar_ray.cli": "a shell",
+    "invar_ray.cli_errors": "a shell",
+    "invar_ray.cli_versions": "a shell",
     "invar_ray.conditional": "stores what steps make",
     "invar_ray.config": "its values are in the fingerprints",
     "invar_ray.demo": "a shell",
