@@ -85,6 +85,7 @@ def build_vectors(
     layout = _layout(building, config, passages, spec)
     filesystem, prefix = building.filesystem, f"{building.prefix}/{SHARDS}"
     filesystem.create_dir(prefix, recursive=True)
+    _remove_map(building)
     if layout.linked:
         _link_shards(layout, filesystem, prefix)
     done = _finished_shards(filesystem, prefix, layout, spec.fingerprint)
@@ -265,6 +266,14 @@ def _batches(passages: Artifact, columns: list[str]) -> Iterator[pa.RecordBatch]
     store = passages.store
     with store.filesystem.open_input_file(store.location(f"{passages.ref}/passages.parquet")) as stream:
         yield from pq.ParquetFile(stream).iter_batches(_READ_ROWS, columns=columns)
+
+
+def _remove_map(building: Building) -> None:
+    """What an earlier try may have left: it may have meant to take over another version."""
+    (building.path / ROWS_FILE).unlink(missing_ok=True)
+    place = f"{building.prefix}/{ROWS_FILE}"
+    if building.filesystem.get_file_info(place).type == fs.FileType.File:
+        building.filesystem.delete_file(place)
 
 
 def _link_shards(layout: _Layout, filesystem: fs.FileSystem, prefix: str) -> None:
