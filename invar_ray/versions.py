@@ -93,6 +93,7 @@ STEPS: dict[str, StepCode] = {
             *_ENCODING,
             "invar_ray.models.coarse",
             "invar_ray.indexing.embed",
+            "invar_ray.indexing.layout",
             "invar_ray.indexing.previous",
             "invar_ray.indexing.shards",
         ),

@@ -15,8 +15,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -28,26 +27,23 @@ from pyarrow import fs
 from invar_ray.artifacts import Artifact, Building, Plan
 from invar_ray.config import Config
 from invar_ray.errors import ResourceError
-from invar_ray.indexing.previous import HashTable, column_hashes, earlier_vectors, hashes_of, passage_digest
+from invar_ray.indexing.layout import Layout, make_layout, passage_ids
 from invar_ray.indexing.shards import (
     EmbedShard,
     PassageRows,
-    Rows,
     ShardTask,
     TokenizeShard,
-    input_hash,
     read_entry,
     shard_is_whole,
 )
 from invar_ray.indexing.usage import Usage
 from invar_ray.models.encoder import EncoderSpec
 from invar_ray.progress import Progress
-from invar_ray.retrieval.vectors import ROWS_FILE, ROWS_SCHEMA, SHARDS, VectorStore, shard_name, unit_rows, vector_store
+from invar_ray.retrieval.vectors import ROWS_FILE, ROWS_SCHEMA, SHARDS, VectorStore, shard_name, unit_rows
 from invar_ray.schema import vector_schema
 from invar_ray.versions import STEPS
 
 _SHARDS_AT_HOME = 2
-_READ_ROWS = 8192
 
 
 def vectors_plan(config: Config, passages: Artifact, spec: EncoderSpec, name: str, adapter: Artifact | None) -> Plan:
@@ -82,7 +78,7 @@ def build_vectors(
     """
     started, cpu = time.monotonic(), time.process_time()
     scale = config.scale
-    layout = _layout(building, config, passages, spec)
+    layout = make_layout(building, config, passages, spec)
     filesystem, prefix = building.filesystem, f"{building.prefix}/{SHARDS}"
     filesystem.create_dir(prefix, recursive=True)
     _remove_map(building)
@@ -120,7 +116,7 @@ def build_vectors(
                 progress.advance(usage.add(row))
     _refuse_gaps(filesystem, prefix, layout)
     if layout.linked:
-        table = pa.table([_passage_ids(passages), pa.array(layout.rows)], schema=ROWS_SCHEMA)
+        table = pa.table([passage_ids(passages), pa.array(layout.rows)], schema=ROWS_SCHEMA)
         pq.write_table(table, building.path / ROWS_FILE)
     _write_probes(building, config, passages, layout)
     usage.driver_cpu_s = time.process_time() - cpu - usage.load_cpu_s - usage.here_cpu_s
@@ -162,34 +158,11 @@ def _stream(todo: list[ShardTask], arguments: dict[str, Any], config: Config) ->
         batch_size=1,
         num_cpus=1 if on_gpu else scale.cpus_per_worker,
         num_gpus=scale.embed_gpus_per_worker or None,
-        # One shard in hand and none waiting at each actor: what a kill can undo stays small.
-        compute=ray.data.ActorPoolStrategy(min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=1),
+        # One shard in hand and none waiting at each actor: what a kill can undo stays small. A GPU must not wait.
+        compute=ray.data.ActorPoolStrategy(
+            min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=2 if on_gpu else 1
+        ),
     )
-
-
-@dataclass
-class _Layout:
-    """Which row holds the vector of which passage.
-
-    Attributes:
-        rows: for each passage its row among the vectors.
-        tasks: shards to make.
-        linked: shard files taken over from ``earlier``.
-        embedded: passages that the encoder sees.
-        tombstones: rows whose content no passage has any more.
-    """
-
-    rows: Rows
-    tasks: list[ShardTask]
-    linked: list[str]
-    earlier: Artifact | None
-    full_because: str
-    embedded: int
-    tombstones: int
-
-    @property
-    def rows_to_write(self) -> int:
-        return sum(len(task.rows) for task in self.tasks)
 
 
 def _needs_cluster(config: Config, todo: list[ShardTask]) -> bool:
@@ -200,74 +173,6 @@ def _needs_cluster(config: Config, todo: list[ShardTask]) -> bool:
     return fresh > 0 and (joins or scale.embed_gpus_per_worker > 0 or fresh > _SHARDS_AT_HOME * scale.shard_rows)
 
 
-def _layout(building: Building, config: Config, passages: Artifact, spec: EncoderSpec) -> _Layout:
-    """Compare with the earlier version and decide what is made: everything, what is new, or a compact version."""
-    contents = _contents(passages)
-    count, step = len(contents), config.scale.shard_rows
-    earlier, reason = None, ""
-    if config.scale.incremental:
-        earlier, reason = earlier_vectors(passages.store, building.plan, spec.fingerprint, passages)
-    if reason:
-        print(f"  full reindex: {reason}", file=sys.stderr, flush=True)
-    found = np.full(count, -1, np.int64)
-    names: list[str] = []
-    size = dead = 0
-    if earlier is not None:
-        source = vector_store(earlier)
-        size = source.size
-        stored = np.concatenate([column_hashes(column) for _, column in source.contents()] or [hashes_of([])])
-        wanted = hashes_of(contents)
-        found = HashTable(stored).find(wanted)
-        dead = int((HashTable(wanted).find(stored) < 0).sum())
-        names = sorted(name for name in earlier.manifest.files if name.startswith(f"{SHARDS}/"))
-    fresh = np.flatnonzero(found < 0)
-    kept = len(fresh) < count
-    dead_share = dead / max(1, size + len(fresh))
-    append = earlier is not None and kept and dead_share <= config.scale.compact_above
-    if earlier is not None:
-        how = "appended to its shards" if append else f"written compact, {dead_share:.0%} would be tombstones"
-        print(
-            f"  vectors since {earlier.ref}: {count - len(fresh):,} re-used, {len(fresh):,} to embed, "
-            f"{dead:,} of its {size:,} tombstones; {how}",
-            file=sys.stderr,
-            flush=True,
-        )
-    if append:
-        rows = found.copy()
-        rows[fresh] = size + np.arange(len(fresh))
-        tasks = [
-            _task(size + start, fresh[start : start + step], found, contents) for start in range(0, len(fresh), step)
-        ]
-        return _Layout(rows, tasks, names, earlier, reason, len(fresh), dead)
-    everything = np.arange(count)
-    tasks = [_task(start, everything[start : start + step], found, contents) for start in range(0, count, step)]
-    return _Layout(everything, tasks, [], earlier if kept else None, reason, len(fresh), 0)
-
-
-def _task(start: int, rows: Rows, found: Rows, contents: list[bytes]) -> ShardTask:
-    rows = np.asarray(rows, np.int64)
-    return ShardTask(start, rows, found[rows], input_hash(rows, [contents[row] for row in rows]))
-
-
-def _contents(passages: Artifact) -> list[bytes]:
-    """A hash of what is embedded of each passage."""
-    return [
-        passage_digest(title, text)
-        for batch in _batches(passages, ["title", "text"])
-        for title, text in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
-    ]
-
-
-def _passage_ids(passages: Artifact) -> pa.Array:
-    return pa.array([id for batch in _batches(passages, ["id"]) for id in batch.column(0).to_pylist()], pa.string())
-
-
-def _batches(passages: Artifact, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    store = passages.store
-    with store.filesystem.open_input_file(store.location(f"{passages.ref}/passages.parquet")) as stream:
-        yield from pq.ParquetFile(stream).iter_batches(_READ_ROWS, columns=columns)
-
-
 def _remove_map(building: Building) -> None:
     """What an earlier try may have left: it may have meant to take over another version."""
     (building.path / ROWS_FILE).unlink(missing_ok=True)
@@ -276,7 +181,7 @@ def _remove_map(building: Building) -> None:
         building.filesystem.delete_file(place)
 
 
-def _link_shards(layout: _Layout, filesystem: fs.FileSystem, prefix: str) -> None:
+def _link_shards(layout: Layout, filesystem: fs.FileSystem, prefix: str) -> None:
     """Take over the shards of the earlier version: they never change, so a local store links them."""
     if layout.earlier is None:
         return
@@ -294,7 +199,7 @@ def _link_shards(layout: _Layout, filesystem: fs.FileSystem, prefix: str) -> Non
         filesystem.copy_file(f"{source}/{name}", target)
 
 
-def _finished_shards(filesystem: fs.FileSystem, prefix: str, layout: _Layout, encoder: str) -> set[int]:
+def _finished_shards(filesystem: fs.FileSystem, prefix: str, layout: Layout, encoder: str) -> set[int]:
     """First rows of the shards that stand and are whole; all other files there are removed, so that none is published
     by accident.
     """
@@ -316,7 +221,7 @@ def _finished_shards(filesystem: fs.FileSystem, prefix: str, layout: _Layout, en
     return finished
 
 
-def _refuse_gaps(filesystem: fs.FileSystem, prefix: str, layout: _Layout) -> None:
+def _refuse_gaps(filesystem: fs.FileSystem, prefix: str, layout: Layout) -> None:
     standing = {entry.base_name for entry in filesystem.get_file_info(fs.FileSelector(prefix))}
     lacking = [
         task.start
@@ -330,7 +235,7 @@ def _refuse_gaps(filesystem: fs.FileSystem, prefix: str, layout: _Layout) -> Non
         )
 
 
-def _write_probes(building: Building, config: Config, passages: Artifact, layout: _Layout) -> None:
+def _write_probes(building: Building, config: Config, passages: Artifact, layout: Layout) -> None:
     """Some passages with their vectors, as an index keeps them: the actors made them, no encoder is loaded for it."""
     table = PassageRows(passages)
     count = min(config.index.num_probes, len(table))
