@@ -30,6 +30,7 @@ _ENCODING = (
 _BENCHMARKS = ("invar_ray.text.benchmarks", "invar_ray.text.benchmark_formats")
 _READING = (
     "invar_ray.text.readers",
+    "invar_ray.text.rowfiles",
     "invar_ray.text.rows",
     "invar_ray.text.storage",
     "invar_ray.text.sentences",
@@ -52,7 +53,17 @@ _TRAINING = (
 
 STEPS: dict[str, StepCode] = {
     "model": StepCode(1, ("invar_ray.models.tiny",)),
-    "passages": StepCode(2, (*_READING, *_PARSING, "invar_ray.text.chunking", "invar_ray.indexing.passages")),
+    "passages": StepCode(
+        3,
+        (
+            *_READING,
+            *_PARSING,
+            "invar_ray.text.chunking",
+            "invar_ray.indexing.cutting",
+            "invar_ray.indexing.passages",
+            "invar_ray.indexing.previous",
+        ),
+    ),
     "questions": StepCode(
         1,
         (
@@ -76,10 +87,22 @@ STEPS: dict[str, StepCode] = {
             "invar_ray.indexing.questions",
         ),
     ),
-    "vectors": StepCode(1, (*_ENCODING, "invar_ray.models.coarse", "invar_ray.indexing.embed")),
+    "vectors": StepCode(
+        2,
+        (
+            *_ENCODING,
+            "invar_ray.models.coarse",
+            "invar_ray.indexing.embed",
+            "invar_ray.indexing.layout",
+            "invar_ray.indexing.previous",
+            "invar_ray.indexing.shards",
+        ),
+    ),
     "index": StepCode(
         1,
-        tuple(f"invar_ray.retrieval.{name}" for name in ("blocks", "probes", "planner", "index", "building")),
+        tuple(
+            f"invar_ray.retrieval.{name}" for name in ("blocks", "vectors", "probes", "planner", "index", "building")
+        ),
     ),
     "trainset": StepCode(
         1,

@@ -12,10 +12,12 @@ import pyarrow.parquet as pq
 
 from invar_ray.artifacts import Artifact
 from invar_ray.errors import DataError, MixedArtifactsError
+from invar_ray.retrieval.vectors import unit_rows, vector_store
 
 Vectors = npt.NDArray[np.float32]
 Rows = npt.NDArray[np.int64]
 Take = Callable[[Rows], Vectors]
+_BLOCK_ROWS = 65_536
 
 
 @dataclass(frozen=True)
@@ -59,43 +61,37 @@ class VectorBlocks:
 
 
 def vector_blocks(vectors: Artifact) -> VectorBlocks:
-    """The shards of a ``vectors`` artifact as blocks.
+    """The vectors of a ``vectors`` artifact as blocks, in the order of its passages.
 
     Raises:
         DataError: if there is nothing in it.
     """
-    paths = sorted(vectors.path("shards").glob("part-*.parquet"))
-    counts = [pq.ParquetFile(path).metadata.num_rows for path in paths]
-    paths = [path for path, count in zip(paths, counts, strict=True) if count]
-    edges = (0, *np.cumsum([count for count in counts if count], dtype=int).tolist())
-    if not paths:
+    store = vector_store(vectors)
+    places = store.passage_rows()
+    if not len(places):
         raise DataError(f"{vectors.uri} holds no vectors", expected="one per passage")
+    if store.row_map is None:
+        edges = (*store.starts, store.size)
+    else:
+        edges = (*range(0, len(places), _BLOCK_ROWS), len(places))
 
-    def matrix(number: int) -> Vectors:
-        return column_to_matrix(pq.read_table(paths[number], columns=["vector"]).column("vector"))
+    def reader() -> Take:
+        own = vector_store(vectors)  # it keeps the shard that was read last: one for each thread
+        return lambda rows: unit_rows(own.take(places[rows]))
 
-    def take(rows: Rows) -> Vectors:
-        where = np.searchsorted(edges, rows, side="right") - 1
-        found = np.empty((len(rows), dimension), dtype=np.float32)
-        for number in np.unique(where).tolist():
-            inside = where == number
-            found[inside] = matrix(number)[rows[inside] - edges[number]]
-        return found
-
-    dimension = int(pq.read_schema(paths[0]).field("vector").type.list_size)
-    return VectorBlocks(vectors.uri, dimension, edges, lambda: take)
+    dimension = store.take(places[:1]).shape[1]
+    return VectorBlocks(vectors.uri, dimension, edges, reader)
 
 
-def of_matrix(matrix: Vectors, block_rows: int = 65_536) -> VectorBlocks:
+def of_matrix(matrix: Vectors, block_rows: int = _BLOCK_ROWS) -> VectorBlocks:
     """A matrix in memory as blocks."""
     edges = (*range(0, len(matrix), block_rows), len(matrix))
     return VectorBlocks("a matrix", matrix.shape[1], edges, lambda: lambda rows: matrix[rows])
 
 
 def passage_ids(vectors: Artifact) -> Iterator[list[str]]:
-    """The passage of each row, a shard at a time."""
-    for path in sorted(vectors.path("shards").glob("part-*.parquet")):
-        yield pq.read_table(path, columns=["id"]).column("id").to_pylist()
+    """The passage of each row, some at a time."""
+    yield from vector_store(vectors).passage_ids()
 
 
 def check_ids(blocks: VectorBlocks, vectors: Artifact, passages: Artifact) -> None:

@@ -140,6 +140,8 @@ EXEMPT = {
     "invar_ray.evaluation.gate": "reads finished reports",
     "invar_ray.evaluation.tables": "print",
     "invar_ray.indexing.sources": "part of fingerprints itself",
+    "invar_ray.indexing.usage": "messages",
+    "invar_ray.indexing.verify": "checks what is made",
     "invar_ray.text.asked": "makes files of questions, whose content is in the plans",
     "invar_ray.text.cloze": "as asked",
     "invar_ray.text.facts": "the digest of the built-in corpus is in the plans",
