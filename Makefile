@@ -62,7 +62,7 @@ fix: $(STAMP) ## format and repair what ruff can repair
 	@$(BIN)/ruff check --fix .
 
 bench: $(STAMP) ## all benchmarks, in sequence (results go to runs/benchmarks)
-	@for script in benchmarks/bench_*.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+	@for script in benchmarks/encode.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 parity: $(STAMP) ## gradients on 1, 2 and 4 ranks, every ZeRO stage and switch, against one process (writes docs/parity.md)
 	@$(BIN)/python -m tests.distributed.parity --out docs/parity.md

@@ -18,7 +18,7 @@ from invar_ray.config import Config, load_config
 from invar_ray.indexing.embed import EmbedShard, vectors_plan
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec, open_encoder
 from invar_ray.pipeline import Pipeline
-from invar_ray.retrieval.index import write_probes
+from invar_ray.retrieval.probes import write_probes
 from invar_ray.retrieval.retriever import Passages
 from invar_ray.schema import Document, Example
 from invar_ray.text.chunking import chunk_document

@@ -5,18 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shlex
-import signal
-import sys
-from collections.abc import Callable
-from functools import wraps
-from types import FrameType
-from typing import Annotated, Any, ParamSpec
+from typing import Annotated, Any
 
 import typer
 
 from invar_ray import __version__
+from invar_ray.cli_errors import clear_errors
+from invar_ray.cli_versions import versions_app
 from invar_ray.config import Config, load_config
-from invar_ray.errors import InvarError, ResourceError
+from invar_ray.errors import ResourceError
 
 app = typer.Typer(
     help="Invariant retrieval-augmented generation on Ray: index, train, evaluate, serve, ask.",
@@ -25,34 +22,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
-P = ParamSpec("P")
+app.add_typer(versions_app, name="index-versions")
+
 Recipe = Annotated[str, typer.Option("--config", help="Name of a recipe, or path of a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Fields to change.")]
-
-
-def _clear_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """A user's mistake prints one error and exits 1; Ctrl-C and SIGTERM clean up and exit 130."""
-
-    @wraps(command)
-    def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        from invar_ray.session import quieten_libraries
-
-        signal.signal(signal.SIGTERM, _interrupt)
-        quieten_libraries()
-        try:
-            command(*args, **kwargs)
-        except InvarError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt as error:
-            print("interrupted; what was finished stands, run again to go on", file=sys.stderr)
-            raise typer.Exit(130) from error
-
-    return run
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
 
 
 @app.callback(invoke_without_command=True)
@@ -63,7 +36,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 
 
 @app.command()
-@_clear_errors
+@clear_errors
 def demo(
     overrides: Overrides = None,
     config: Recipe = "tiny",
@@ -77,7 +50,7 @@ def demo(
 
 
 @app.command()
-@_clear_errors
+@clear_errors
 def index(
     corpus: Annotated[str, typer.Argument(help="File, folder or URI of documents.")],
     overrides: Overrides = None,
@@ -95,7 +68,7 @@ def index(
 
 
 @app.command()
-@_clear_errors
+@clear_errors
 def questions(
     corpus: Annotated[str, typer.Argument(help="File, folder or URI of documents.")],
     overrides: Overrides = None,
@@ -121,7 +94,7 @@ def questions(
 
 
 @app.command()
-@_clear_errors
+@clear_errors
 def train(
     stage: Annotated[str, typer.Argument(help="retriever (stage 1), generator (stage 2) or both.")] = "both",
     overrides: Overrides = None,
@@ -140,7 +113,7 @@ def train(
 
 
 @app.command()
-@_clear_errors
+@clear_errors
 def evaluate(overrides: Overrides = None, config: Recipe = "tiny") -> None:
     """Evaluate the systems that evaluation.systems names; print the tables and where the report is."""
     from invar_ray.pipeline import Pipeline
@@ -151,7 +124,7 @@ def evaluate(overrides: Overrides = None, config: Recipe = "tiny") -> None:
 
 
 @app.command()
-@_clear_errors
+@clear_errors
 def gate(
     baseline: Annotated[str, typer.Option(help="report.json, or the folder that holds it.")],
     candidate: Annotated[str, typer.Option(help="report.json, or the folder that holds it.")],
@@ -197,7 +170,7 @@ def gate(
 
 
 @app.command()
-@_clear_errors
+@clear_errors
 def compare(
     first: Annotated[str, typer.Argument(help="report.json, or the folder that holds it.")],
     second: Annotated[str, typer.Argument(help="Another, or the same for two systems of one report.")],
@@ -216,7 +189,7 @@ def compare(
 
 
 @app.command()
-@_clear_errors
+@clear_errors
 def convert(
     source: Annotated[str, typer.Argument(help="A benchmark's file, or BEIR's folder.")],
     folder: Annotated[str, typer.Argument(help="Where to write questions.jsonl and corpus.jsonl.")],
@@ -236,7 +209,7 @@ def convert(
 
 
 @app.command()
-@_clear_errors
+@clear_errors
 def export(
     adapter: Annotated[str, typer.Argument(help="URI of a stage-1 or stage-2 adapter.")],
     folder: Annotated[str, typer.Argument(help="New folder to write.")],
@@ -257,7 +230,7 @@ def export(
 
 
 @app.command()
-@_clear_errors
+@clear_errors
 def serve(
     overrides: Overrides = None,
     config: Recipe = "tiny",
@@ -276,7 +249,7 @@ def serve(
 
 
 @app.command()
-@_clear_errors
+@clear_errors
 def ask(
     question: Annotated[str, typer.Argument(help="The question.")],
     url: Annotated[
@@ -300,7 +273,7 @@ def ask(
 
 
 @app.command()
-@_clear_errors
+@clear_errors
 def doctor(overrides: Overrides = None, config: Recipe = "tiny") -> None:
     """Check this machine: versions, GPUs, FAISS, memory, storage, models; says what to do for each fault."""
     from invar_ray.doctor import has_failures, render, run_checks

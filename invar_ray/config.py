@@ -43,7 +43,7 @@ class CorpusConfig:
 
     uri: str = "builtin:facts"
     """File, folder or URI of documents, or ``builtin:facts``, the corpus that the project wrote for its demo."""
-    format: Literal["auto", "jsonl", "parquet", "text", "html", "pdf", "docx", "builtin"] = "auto"
+    format: Literal["auto", "jsonl", "parquet", "tsv", "text", "html", "pdf", "docx", "builtin"] = "auto"
     """How to read it; ``auto`` goes by the file's ending."""
     limit: int | None = None
     """Read at most this many documents, in file order; ``null`` reads all."""
@@ -51,13 +51,19 @@ class CorpusConfig:
     """Largest file that is one document (text, HTML, PDF, Word) and largest row of a JSON lines or Parquet file, in
     MiB; a larger one is left out of a folder, with a line that says so.  It also bounds what a file may unpack to.
     [ours]"""
+    max_malformed_share: float = 0.01
+    """Of the rows of JSON lines, TSV and Parquet files: malformed ones go to a quarantine file, and above this share
+    the run stops.  In a folder the share counts from 1,000 rows on; below, each fault costs a line.  It decides whether
+    there is a result, never which: it enters no fingerprint. [ours]"""
     distractors: int | None = None
     """Beyond the documents that the questions need, keep this many others (in file order); ``null`` keeps all.  Makes a
     stated part of a large corpus in which every kept question can still be answered."""
     chunk_tokens: int = 128
-    """Longest passage in tokens of the base's tokenizer, without title and special tokens."""
+    """Longest passage in tokens of the base's tokenizer, without title and special tokens; it ends with a sentence,
+    unless that is longer."""
     chunk_stride: int = 128
-    """Tokens between the starts of neighbouring passages; equal to ``chunk_tokens`` for no overlap."""
+    """Tokens between the starts of neighbouring passages, moved to the start of a sentence; equal to ``chunk_tokens``
+    for no overlap."""
 
 
 @dataclass(frozen=True)
@@ -305,11 +311,27 @@ class IndexConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     factory: str = "Flat"
-    """FAISS factory string, inner product on unit vectors: ``Flat`` is exact; e.g. ``IVF1024,SQ8``."""
+    """FAISS factory string, inner product on unit vectors: ``Flat`` is exact; e.g. ``IVF1024,SQ8``.  ``auto`` lets the
+    planner choose from the number of vectors and the three limits below; how deep to search is then measured."""
     num_lists_searched: int = 16
     """Lists that a search visits, for IVF factories only (FAISS's nprobe)."""
+    encoder: Literal["retriever", "base", "minilm"] = "retriever"
+    """What ``jobs.reindex`` embeds with: the base with the stage-1 adapter, the bare base, or MiniLM (the coarse
+    encoder)."""
+    adapter_uri: str | None = None
+    """For ``retriever``: a stage-1 adapter that stands already; ``null`` takes this run's own, and trains it where it
+    is missing."""
     num_probes: int = 64
     """Probe texts stored with the index; an encoder that does not reproduce their vectors is refused."""
+    recall_target: float | None = None
+    """Least recall@10 against exact search, on sampled vectors, in (0, 1]; an index below it is not published.
+    ``null`` is 0.95 for ``auto``, and measures nothing for an explicit factory.  Science, as all of this section."""
+    max_memory_mb: float | None = None
+    """For ``auto``: most memory of the loaded index, in MB (10^6 bytes); ``null``: no limit."""
+    max_latency_ms: float | None = None
+    """For ``auto``: longest search of one query on one core, as the planner predicts it; ``null`` is 50."""
+    recall_queries: int = 200
+    """Sampled vectors that recall is measured on."""
 
 
 SystemName = Literal[
@@ -436,14 +458,32 @@ class ScaleConfig:
     """Steps between checkpoints."""
     max_failures: int = 2
     """How many times a training run is restarted from its last checkpoint."""
+    incremental: bool = True
+    """Take what is unchanged from the version before: where documents were cut, vectors of passages.  ``false`` makes
+    everything anew."""
+    compact_above: float = 0.2
+    """Share of vectors of deleted or changed passages (tombstones) above which a new version of the vectors is written
+    compact, in [0, 1]; below, it keeps the files of the version before and adds its own.  Which vectors count is the
+    same."""
+    cut_workers: int = 0
+    """Ray tasks that cut documents at a time; 0 cuts them in the process that reads."""
     embed_workers: int = 2
-    """Embedding actors."""
+    """Embedding actors; the fewest of them where ``embed_workers_max`` is set."""
+    embed_workers_max: int | None = None
+    """Most embedding actors: the pool grows while shards wait and shrinks when they do not; ``null`` keeps it at
+    ``embed_workers``."""
+    tokenize_workers: int | None = None
+    """Actors on CPUs that tokenise for the embedding ones; 0 lets these do it themselves, ``null`` is 0 on CPUs and as
+    many as there are embedding actors on GPUs."""
     embed_gpus_per_worker: float = 0.0
-    """GPU share of an embedding actor."""
-    embed_tokens_per_batch: int = 8192
-    """Token budget of an encoding batch (padding included)."""
+    """GPU share of an embedding actor: 0.5 puts two on a GPU."""
+    embed_tokens_per_batch: int = 4096
+    """Token budget of an encoding batch (padding included): 2,000 to 4,000 suit a CPU, 16,000 and more a GPU.  A batch
+    that does not fit into memory is halved."""
     shard_rows: int = 512
     """Passages per shard: the unit that is embedded, checked and resumed."""
+    index_workers: int = 1
+    """Threads that build an index, each a part of it; graphs (HNSW) are built by one."""
     worker_timeout_s: float = 300.0
     """How long to wait for training workers to start."""
 
@@ -648,6 +688,8 @@ def _cross_checks(config: Config) -> list[str]:
         "scale.embed_tokens_per_batch": config.scale.embed_tokens_per_batch,
         "index.num_probes": config.index.num_probes,
         "index.num_lists_searched": config.index.num_lists_searched,
+        "index.recall_queries": config.index.recall_queries,
+        "scale.index_workers": config.scale.index_workers,
         "retriever.optimizer.learning_rate": config.retriever.optimizer.learning_rate,
         "generator.optimizer.learning_rate": config.generator.optimizer.learning_rate,
         "retriever.mining_depth": config.retriever.mining_depth,
@@ -678,6 +720,9 @@ def _cross_checks(config: Config) -> list[str]:
         "retriever.num_hard_negatives": (config.retriever.num_hard_negatives, 0),
         "retriever.optimizer.warmup_steps": (config.retriever.optimizer.warmup_steps, 0),
         "retriever.heldout_patience": (config.retriever.heldout_patience, 1),
+        "scale.cut_workers": (config.scale.cut_workers, 0),
+        "scale.tokenize_workers": (config.scale.tokenize_workers, 0),
+        "scale.embed_workers_max": (config.scale.embed_workers_max, config.scale.embed_workers),
         "scale.train_tokens_per_chunk": (config.scale.train_tokens_per_chunk, 1),
         "generator.optimizer.warmup_steps": (config.generator.optimizer.warmup_steps, 0),
     }
@@ -698,9 +743,21 @@ def _cross_checks(config: Config) -> list[str]:
         "generator.distractor_share": config.generator.distractor_share,
         "retriever.pattern_share": config.retriever.pattern_share,
         "retriever.heldout_share": config.retriever.heldout_share,
+        "corpus.max_malformed_share": config.corpus.max_malformed_share,
+        "scale.compact_above": config.scale.compact_above,
     }.items():
         if not 0.0 <= value <= 1.0:
             faults.append(f"{key}: must be in [0, 1] (got {value})")
+    if config.index.recall_target is not None and not 0.0 < config.index.recall_target <= 1.0:
+        faults.append(f"index.recall_target: must be in (0, 1] (got {config.index.recall_target})")
+    for key, limit in {
+        "index.max_memory_mb": config.index.max_memory_mb,
+        "index.max_latency_ms": config.index.max_latency_ms,
+    }.items():
+        if limit is not None and limit <= 0:
+            faults.append(f"{key}: must be above 0 (got {limit})")
+        if limit is not None and config.index.factory != "auto":
+            faults.append(f"{key}: only the planner keeps to it; set index.factory to auto")
     for key, tokens in {
         "model.query_max_tokens": config.model.query_max_tokens,
         "model.passage_max_tokens": config.model.passage_max_tokens,

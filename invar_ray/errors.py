@@ -9,7 +9,8 @@
     │   ├── MissingArtifactError      nothing is at that place
     │   ├── IncompleteArtifactError   a folder without its manifest: a run was cut off
     │   ├── CorruptArtifactError      a file is missing or differs from its manifest
-    │   └── MixedArtifactsError       two artifacts do not belong together
+    │   ├── MixedArtifactsError       two artifacts do not belong together
+    │   └── ConflictError             another writer was faster
     ├── ModelError           a model or tokenizer cannot be resolved or does not fit
     ├── RequestError         a request to the service is wrong (HTTP 4xx)
     └── ResourceError        the machine or the cluster lacks something
@@ -74,6 +75,10 @@ class CorruptArtifactError(ArtifactError):
 
 class MixedArtifactsError(ArtifactError):
     """Artifacts that were not made for each other were put together."""
+
+
+class ConflictError(ArtifactError):
+    """Another writer changed what this one was about to change; nothing of this one's was written."""
 
 
 class ModelError(InvarError):

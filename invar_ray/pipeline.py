@@ -6,31 +6,33 @@ else.  The demo, the jobs and the command line all call it.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal
 
-from invar_ray.artifacts import Artifact, Building, Plan, Store
+from invar_ray.artifacts import Artifact, Building, Plan, Store, open_artifact
 from invar_ray.config import Config, ServeConfig
 from invar_ray.errors import MixedArtifactsError
 from invar_ray.evaluating.baselines import bm25_plan, build_bm25_hits, build_fused_hits, fused_plan
 from invar_ray.evaluating.evaluate import SYSTEM_NAMES, Change, System, build_report, report_plan
 from invar_ray.evaluating.hits import PLAIN, SearchMode, build_hits, hits_plan
 from invar_ray.evaluation.report import Report, read_report, write_report
-from invar_ray.indexing.embed import build_vectors, needs_cluster, vectors_plan
+from invar_ray.indexing.embed import build_vectors, vectors_plan
 from invar_ray.indexing.passages import build_passages, document_ids, passages_plan
+from invar_ray.indexing.previous import earlier_passages
 from invar_ray.indexing.questions import build_questions, load_examples, questions_plan, refuse_unanswerable
 from invar_ray.indexing.trainset import build_trainset, trainset_plan
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec
 from invar_ray.models.locate import BUILTIN, BaseRef, base_plan, build_base, load_tokenizer, resolve_base
-from invar_ray.retrieval.index import build_index
+from invar_ray.retrieval.building import Limits, build_index, index_settings
 from invar_ray.session import RaySession, clear_failures
 from invar_ray.training.trainer import encoder_of, generator_plan, retriever_plan, train_generator, train_retriever
 from invar_ray.versions import STEPS
@@ -51,6 +53,7 @@ class Pipeline:
         self.store = Store(config.storage.root_uri)
         self.session = RaySession(config.scale)
         self.seconds: dict[str, float] = {}
+        self.cpu_seconds: dict[str, float] = {}
         self.reused: list[str] = []
         self._quiet = quiet
 
@@ -80,27 +83,29 @@ class Pipeline:
     @cached_property
     def passages(self) -> Artifact:
         """The corpus, cut into passages."""
-        questions = self.questions if self.config.corpus.distractors is not None else None
-        tokenizer = load_tokenizer(self.base.folder_or_name(self.store), self.base.revision)
-        return self._step(
-            "passages",
-            passages_plan(self.config, self.base, questions),
-            lambda building: build_passages(building, self.config, tokenizer, questions),
-        )
+        return self._cut("passages", self.config)
+
+    def _cut(self, label: str, config: Config) -> Artifact:
+        questions = self.questions if config.corpus.distractors is not None else None
+        plan = passages_plan(config, self.base, questions)
+        on_ray = config.scale.cut_workers > 0
+
+        def body(building: Building) -> None:
+            tokenizer = load_tokenizer(self.base.folder_or_name(self.store), self.base.revision)
+            earlier, reason = earlier_passages(self.store, plan) if config.scale.incremental else (None, "")
+            if earlier is not None and reason:
+                self._say(f"  all documents are cut anew: since {earlier.ref} {reason}")
+                earlier = None
+            build_passages(building, config, tokenizer, questions, earlier=earlier, on_ray=on_ray)
+
+        return self._step(label, plan, body, on_ray=on_ray)
 
     @cached_property
     def _recut(self) -> Artifact:
         """The corpus in other windows: passages of another length."""
         length = self.config.evaluation.window_tokens
         corpus = replace(self.config.corpus, chunk_tokens=length, chunk_stride=length)
-        config = replace(self.config, corpus=corpus)
-        questions = self.questions if corpus.distractors is not None else None
-        tokenizer = load_tokenizer(self.base.folder_or_name(self.store), self.base.revision)
-        return self._step(
-            f"passages, windows of {length} tokens",
-            passages_plan(config, self.base, questions),
-            lambda building: build_passages(building, config, tokenizer, questions),
-        )
+        return self._cut(f"passages, windows of {length} tokens", replace(self.config, corpus=corpus))
 
     @cached_property
     def coarse_index(self) -> Artifact:
@@ -241,6 +246,18 @@ class Pipeline:
             return None
         return self.generator if system == "both" else "" if system in {"base", "stage1"} else None
 
+    @cached_property
+    def reindexed(self) -> Artifact:
+        """What ``jobs.reindex`` makes: the index of ``index.encoder``."""
+        wanted = self.config.index
+        if wanted.encoder == "minilm":
+            return self.coarse_index
+        if wanted.encoder == "base":
+            return self.base_index
+        if wanted.adapter_uri is not None:
+            return self.index_with(open_artifact(wanted.adapter_uri, "retriever"))
+        return self.index
+
     def index_with(self, adapter: Artifact) -> Artifact:
         """An index of this run's passages under a given stage-1 adapter."""
         return self._index("retriever", encoder_of(adapter), adapter)
@@ -263,25 +280,42 @@ class Pipeline:
         self, name: str, spec: EncoderSpec, adapter: Artifact | None, passages: Artifact | None = None
     ) -> Artifact:
         passages = passages or self.passages
-        on_ray = needs_cluster(self.config, passages)
+        label = f"embed passages ({name})"
+
+        @contextlib.contextmanager
+        def on_ray() -> Iterator[None]:
+            self.session.ensure()
+            with clear_failures(label):
+                yield
+
         vectors = self._step(
-            f"embed passages ({name})",
+            label,
             vectors_plan(self.config, passages, spec, name, adapter),
-            lambda building: build_vectors(building, self.config, passages, spec, on_ray=on_ray),
-            on_ray=on_ray,
+            lambda building: build_vectors(building, self.config, passages, spec, start_ray=on_ray),
             resumable=True,
         )
-        factory, searched = self.config.index.factory, self.config.index.num_lists_searched
+        settings = self.config.index
         plan = Plan(
             kind="index",
             name=name,
-            config={"factory": factory, "num_lists_searched": searched if "IVF" in factory else None},
+            config=index_settings(settings),
             parents={"vectors": vectors, "passages": passages},
             version=STEPS["index"].version,
         )
-        return self._step(
-            f"index ({name})", plan, lambda building: build_index(building, vectors, passages, factory, searched)
-        )
+
+        def body(building: Building) -> None:
+            build_index(
+                building,
+                vectors,
+                passages,
+                settings.factory,
+                settings.num_lists_searched,
+                limits=Limits.of(settings),
+                workers=self.config.scale.index_workers,
+                say=self._say,
+            )
+
+        return self._step(f"index ({name})", plan, body)
 
     def _step(
         self,
@@ -292,7 +326,7 @@ class Pipeline:
         on_ray: bool = False,
         resumable: bool = False,
     ) -> Artifact:
-        started = time.monotonic()
+        started, cpu = time.monotonic(), time.process_time()
 
         def timed(building: Building) -> None:
             self._say(f"{label} ...")
@@ -310,6 +344,7 @@ class Pipeline:
                 self._say(f"{label}: re-used {artifact.ref}")
         else:
             self.seconds[label] = round(time.monotonic() - started, 2)
+            self.cpu_seconds[label] = round(time.process_time() - cpu, 2)
             self._say(f"{label}: {self.seconds[label]:.1f} s -> {artifact.ref}")
         return artifact
 

@@ -32,7 +32,8 @@ class Progress:
     def _print(self, now: float, note: str) -> None:
         elapsed = max(now - self._start, 1e-9)
         rate = (self._done - self._start_done) / elapsed
-        parts = [f"{self._label}: {self._done:,}/{self._total:,} {self._unit}", f"{rate:,.1f} {self._unit}/s"]
+        of = f"/{self._total:,}" if self._total else ""
+        parts = [f"{self._label}: {self._done:,}{of} {self._unit}", f"{rate:,.1f} {self._unit}/s"]
         if self._total and rate > 0:
             left = (self._total - self._done) / rate
             parts.append(f"ETA {left:.0f} s" if left > 0 else f"took {elapsed:.0f} s")

@@ -226,18 +226,35 @@ VARIANT_SCHEMA = pa.schema(
 )
 
 
+DIGEST_SCHEMA = pa.schema(
+    [("id", pa.binary(16)), ("content", pa.binary(16)), ("first", pa.int64()), ("passages", pa.int64())]
+)
+"""What a later run compares documents with: a hash of the id, a hash of all that cutting depends on, and the rows of
+the passages cut from it."""
+
+
 def vector_schema(dimension: int) -> pa.Schema:
-    """Arrow schema of a vectors file: ``id`` and a FixedSizeList of ``dimension`` float32, readable by plain
-    pyarrow.
-    """
+    """Arrow schema of probes: ``id`` and a FixedSizeList of ``dimension`` float32, readable by plain pyarrow."""
     return pa.schema([("id", pa.string()), ("vector", pa.list_(pa.float32(), dimension))])
+
+
+def shard_schema(dimension: int) -> pa.Schema:
+    """Arrow schema of a shard of vectors, readable by plain pyarrow: passage id, a hash of what was embedded, and a
+    FixedSizeList of ``dimension`` float16.
+    """
+    return pa.schema([("id", pa.string()), ("content", pa.binary(16)), ("vector", pa.list_(pa.float16(), dimension))])
 
 
 def to_table(records: Iterable[Any], schema: pa.Schema) -> pa.Table:
     """Records (dataclasses of this module) as an Arrow table with ``schema``; fields the schema lacks are dropped."""
-    names = schema.names
-    rows = [asdict(record) for record in records]
-    return pa.Table.from_pylist([{name: row[name] for name in names} for row in rows], schema=schema)
+    rows = list(records)
+    columns = []
+    for entry in schema:
+        values = [getattr(row, entry.name) for row in rows]
+        if pa.types.is_list(entry.type) and pa.types.is_struct(entry.type.value_type):
+            values = [[asdict(item) for item in value] for value in values]
+        columns.append(pa.array(values, entry.type))
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def from_table(table: pa.Table, record: type[Any]) -> list[Any]:

@@ -135,6 +135,7 @@ class RaySession:
     def _start_local(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="invar-ray-")
         ray.init(
+            address="local",  # never one that somebody else left an address of
             num_cpus=self._scale.local_num_cpus,
             include_dashboard=False,
             log_to_driver=True,

@@ -30,6 +30,7 @@ _ENCODING = (
 _BENCHMARKS = ("invar_ray.text.benchmarks", "invar_ray.text.benchmark_formats")
 _READING = (
     "invar_ray.text.readers",
+    "invar_ray.text.rowfiles",
     "invar_ray.text.rows",
     "invar_ray.text.storage",
     "invar_ray.text.sentences",
@@ -52,7 +53,17 @@ _TRAINING = (
 
 STEPS: dict[str, StepCode] = {
     "model": StepCode(1, ("invar_ray.models.tiny",)),
-    "passages": StepCode(2, (*_READING, *_PARSING, "invar_ray.text.chunking", "invar_ray.indexing.passages")),
+    "passages": StepCode(
+        3,
+        (
+            *_READING,
+            *_PARSING,
+            "invar_ray.text.chunking",
+            "invar_ray.indexing.cutting",
+            "invar_ray.indexing.passages",
+            "invar_ray.indexing.previous",
+        ),
+    ),
     "questions": StepCode(
         1,
         (
@@ -76,8 +87,23 @@ STEPS: dict[str, StepCode] = {
             "invar_ray.indexing.questions",
         ),
     ),
-    "vectors": StepCode(1, (*_ENCODING, "invar_ray.models.coarse", "invar_ray.indexing.embed")),
-    "index": StepCode(1, ("invar_ray.retrieval.index",)),
+    "vectors": StepCode(
+        2,
+        (
+            *_ENCODING,
+            "invar_ray.models.coarse",
+            "invar_ray.indexing.embed",
+            "invar_ray.indexing.layout",
+            "invar_ray.indexing.previous",
+            "invar_ray.indexing.shards",
+        ),
+    ),
+    "index": StepCode(
+        1,
+        tuple(
+            f"invar_ray.retrieval.{name}" for name in ("blocks", "vectors", "probes", "planner", "index", "building")
+        ),
+    ),
     "trainset": StepCode(
         1,
         (
@@ -111,6 +137,8 @@ STEPS: dict[str, StepCode] = {
         2,
         (
             "invar_ray.retrieval.retriever",
+            "invar_ray.retrieval.duplicates",
+            "invar_ray.retrieval.filters",
             "invar_ray.retrieval.fusion",
             "invar_ray.text.rules",
             "invar_ray.text.wording",

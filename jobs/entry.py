@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 
 from invar_ray.config import load_config
@@ -14,12 +14,13 @@ from invar_ray.pipeline import Pipeline
 from invar_ray.session import quieten_libraries
 
 
-def run_job(doc: str, body: Callable[[Pipeline], None]) -> None:
+def run_job(doc: str, body: Callable[..., None], options: Mapping[str, str] | None = None) -> None:
     """Parse ``--config RECIPE key=value ..``, run ``body``; a user's mistake prints one error and exits 1.
 
     Args:
         doc: the job's docstring, shown by ``--help``.
-        body: gets the pipeline of the config.
+        body: gets the pipeline of the config, and the options where there are any.
+        options: ``key=value`` arguments that are the job's own and no fields of the config, with their defaults.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, help="name of a recipe, or path of a YAML file")
@@ -28,8 +29,12 @@ def run_job(doc: str, body: Callable[[Pipeline], None]) -> None:
     signal.signal(signal.SIGTERM, _interrupt)
     quieten_libraries()
     try:
-        with Pipeline(load_config(arguments.config, arguments.overrides)) as pipeline:
-            body(pipeline)
+        own = dict(options or {})
+        given = [text.partition("=") for text in arguments.overrides]
+        own |= {key: value for key, separator, value in given if separator and key in own}
+        overrides = [text for text in arguments.overrides if text.partition("=")[0] not in own]
+        with Pipeline(load_config(arguments.config, overrides)) as pipeline:
+            body(pipeline, own) if options else body(pipeline)
     except InvarError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)

@@ -43,7 +43,13 @@ def compose(
     generator_loader: GeneratorLoader | None = None,
 ) -> Application:
     """The deployments, bound together; the loaders are for embedding other retrievers and generators."""
-    loader = retriever_loader or partial(load_retriever, device=args.device, precision=args.precision)
+    loader = retriever_loader or partial(
+        load_retriever,
+        device=args.device,
+        precision=args.precision,
+        memory_map=args.memory_map,
+        collapse=args.collapse_duplicates,
+    )
     record = args.record()
     engine_actor = {"num_cpus": args.num_cpus_per_replica}
     if args.num_gpus_per_replica > 0:

@@ -87,7 +87,15 @@ class AppArgs(BaseModel):
         le=1,
         description="By how much a new index's recall and overlap on probes may be below the old's.",
     )
-    follow_uri: str = Field("", description="File whose lines name the index (of each shard) to serve; empty: none.")
+    memory_map: bool = Field(False, description="Map the index file in place of reading it: replicas share its pages.")
+    collapse_duplicates: bool = Field(
+        False, description="Of passages of a shard with nearly the same text, find the best one only."
+    )
+    follow_uri: str = Field(
+        "",
+        description="Where it stands which index to serve: published versions, <root>/published/<name>, or a file with "
+        "the URI of the index (of each shard) on a line; empty: nowhere.",
+    )
     require_api_key: bool = Field(False, description="Refuse to start without a key, see docs/design/serving.md.")
     api_keys: list[ApiKey] = Field(default_factory=list, description="Hashed keys, beside those of the environment.")
     cors_origins: list[str] = Field(default_factory=list, description="Origins whose pages may call; none by default.")

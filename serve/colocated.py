@@ -22,10 +22,14 @@ class SharedBase:
     Args:
         device: where it runs.
         precision: ``fp32`` or ``bf16``.
+        memory_map, collapse: see :func:`invar_ray.retrieval.retriever.open_retriever`.
     """
 
-    def __init__(self, device: str = "cpu", precision: str = "fp32") -> None:
+    def __init__(
+        self, device: str = "cpu", precision: str = "fp32", *, memory_map: bool = False, collapse: bool = False
+    ) -> None:
         self._device, self._precision = device, precision
+        self._memory_map, self._collapse = memory_map, collapse
         self._lock = threading.Lock()
         self._base: Any = None
         self._fingerprint = ""
@@ -39,7 +43,7 @@ class SharedBase:
         """
         from invar_ray.retrieval.retriever import open_retriever
 
-        return open_retriever(uri, open_base_tree=self._tree)
+        return open_retriever(uri, open_base_tree=self._tree, memory_map=self._memory_map, collapse=self._collapse)
 
     def generator(self, uri: str) -> Generator:
         """The generator of a generator artifact; errors as :meth:`retriever`."""

@@ -97,7 +97,12 @@ class ColocatedReplica(RetrieverReplica):
     def __init__(self, retriever: RetrieverOptions, generator: EngineOptions) -> None:
         from serve.colocated import SharedBase
 
-        shared = SharedBase(generator.device, generator.precision)
+        shared = SharedBase(
+            generator.device,
+            generator.precision,
+            memory_map=generator.args.memory_map,
+            collapse=generator.args.collapse_duplicates,
+        )
         super().__init__(retriever, shared.retriever)
         self._generator = GeneratorCore(generator.make(ray_meter(), Tracer(generator.tracing), shared.generator))
 

@@ -88,6 +88,25 @@ class RecordFile:
             stream.write(content)
 
 
+def named_index(uri: str) -> tuple[str, ...]:
+    """The index (URI of each shard) that a place to follow names.
+
+    Args:
+        uri: ``<root>/published/<name>`` of published versions, or a file whose lines are URIs (# begins a comment).
+
+    Raises:
+        OSError: there is no such file.  ArtifactError: nothing has been published, or the store cannot be read.
+    """
+    from invar_ray.published import is_published, open_published
+
+    if is_published(uri):
+        return open_published(uri).uris()
+    filesystem, path = resolve_uri(uri)
+    with filesystem.open_input_stream(path) as stream:
+        lines = [line.strip() for line in stream.read().decode().splitlines()]
+    return tuple(line for line in lines if line and not line.startswith("#"))
+
+
 def _from_json(values: dict[str, Any]) -> Desired:
     return Desired(
         tuple(values["configured"]),

@@ -29,11 +29,13 @@ PROBE = "is anyone there?"
 loading = threading.Lock()
 
 
-def load_retriever(uri: str, device: str = "cpu", precision: str = "fp32") -> Retriever:
+def load_retriever(
+    uri: str, device: str = "cpu", precision: str = "fp32", memory_map: bool = False, collapse: bool = False
+) -> Retriever:
     """The retriever of an index artifact; it is refused unless its encoder reproduces the index's probe texts."""
     from invar_ray.retrieval.retriever import open_retriever
 
-    return open_retriever(uri, device=device, precision=precision)
+    return open_retriever(uri, device=device, precision=precision, memory_map=memory_map, collapse=collapse)
 
 
 class RetrieverCore:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from invar_ray.errors import ConfigError, InvarError, RequestError
 from serve.limits import ServiceError
 from serve.metrics import Meter
-from serve.record import Desired, RecordFile
+from serve.record import Desired, RecordFile, named_index
 from serve.records import Context, Embedded, Found, Question, Reply
 from serve.stability import pair_overlap, reword
 from serve.targets import Target
@@ -213,16 +213,13 @@ class Service:
         return list(await asyncio.gather(*jobs))
 
     async def follow(self, uri: str) -> None:
-        """Serve the index that the file at ``uri`` names (a line per shard), if it is new; errors are logged."""
-        from invar_ray.files import resolve_uri
+        """Serve the index that ``uri`` names, if it is new; errors are logged.
 
-        def read() -> tuple[str, ...]:
-            filesystem, path = resolve_uri(uri)
-            with filesystem.open_input_stream(path) as stream:
-                return tuple(line.strip() for line in stream.read().decode().splitlines() if line.strip())
-
+        Args:
+            uri: published versions (``<root>/published/<name>``), or a file with a line per shard.
+        """
         try:
-            wanted = await asyncio.to_thread(read)
+            wanted = await asyncio.to_thread(named_index, uri)
             if wanted in {self._requested, (await asyncio.to_thread(self._read)).index}:
                 return
             self._requested = wanted  # a broken one is tried once, not at every look

@@ -21,7 +21,8 @@ from invar_ray.config import Config, ModelConfig, TinyConfig
 from invar_ray.models.adapters import new_adapter, save_adapter
 from invar_ray.models.encoder import llm_spec, open_encoder
 from invar_ray.models.locate import base_plan, build_base, open_base, resolve_base
-from invar_ray.retrieval.index import build_index, write_probes
+from invar_ray.retrieval.building import build_index
+from invar_ray.retrieval.probes import write_probes
 from invar_ray.schema import PASSAGE_SCHEMA, Passage, to_table, vector_schema
 from serve.answering import AnswerEngine, GeneratorCore, TransformersEngine, load_generator
 from serve.api import make_api

@@ -25,7 +25,8 @@ from invar_ray.models.adapters import new_adapter, save_adapter
 from invar_ray.models.encoder import Encoder, EncoderSpec, coarse_spec, llm_spec, open_encoder
 from invar_ray.models.locate import BaseRef, base_plan, build_base, load_tokenizer, open_base, resolve_base
 from invar_ray.models.tiny import build_tiny
-from invar_ray.retrieval.index import build_index, write_probes
+from invar_ray.retrieval.building import build_index
+from invar_ray.retrieval.probes import write_probes
 from invar_ray.retrieval.retriever import Passages
 
 TINY = TinyConfig(num_layers=1, intermediate_size=64)

@@ -1,29 +1,37 @@
 """Documents cut into passages: the ``passages`` artifact.
 
-Files: ``documents.parquet``, ``passages.parquet``, and ``skipped.txt`` where something of the corpus was left out.
+Files: ``documents.parquet``, ``passages.parquet`` (row groups of 8,192), ``digests.parquet`` (what the next version
+compares with), ``skipped.txt`` where something of the corpus was left out, and ``quarantine.jsonl`` where rows were
+malformed.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
-from invar_ray.artifacts import Artifact, Building, Plan
+from invar_ray.artifacts import Artifact, Building, Plan, Store
 from invar_ray.config import Config
 from invar_ray.errors import DataError
+from invar_ray.indexing.cutting import Cutter, GroupWriter, cut_on_ray
+from invar_ray.indexing.previous import DIGESTS, EarlierCut, batched, content_digest, id_digest
 from invar_ray.indexing.questions import load_examples
 from invar_ray.indexing.sources import source_digest
 from invar_ray.models.locate import BaseRef
-from invar_ray.schema import DOCUMENT_SCHEMA, PASSAGE_SCHEMA, Document, Passage, from_table, to_table
-from invar_ray.text.chunking import chunk_document
+from invar_ray.progress import Progress
+from invar_ray.schema import DIGEST_SCHEMA, DOCUMENT_SCHEMA, PASSAGE_SCHEMA, Document, Passage, from_table
 from invar_ray.text.readers import read_documents
-from invar_ray.text.readlog import ReadLog
+from invar_ray.text.readlog import Quarantine, ReadLog
 from invar_ray.versions import STEPS
 
 SKIPPED = "skipped.txt"
+QUARANTINE = "quarantine.jsonl"
+_BATCH = 256
 
 
 def passages_plan(config: Config, base: BaseRef, questions: Artifact | None) -> Plan:
@@ -34,7 +42,7 @@ def passages_plan(config: Config, base: BaseRef, questions: Artifact | None) -> 
         name=config.name,
         config={
             "source": source_digest(
-                corpus.uri, max_bytes=round(corpus.max_file_mb * 2**20), exclude=_own_results(config)
+                corpus.uri, max_bytes=round(corpus.max_file_mb * 2**20), exclude=_own_results(config), is_corpus=True
             ),
             "format": corpus.format,
             "limit": corpus.limit,
@@ -50,41 +58,101 @@ def passages_plan(config: Config, base: BaseRef, questions: Artifact | None) -> 
 
 
 def build_passages(
-    building: Building, config: Config, tokenizer: PreTrainedTokenizerBase, questions: Artifact | None
+    building: Building,
+    config: Config,
+    tokenizer: PreTrainedTokenizerBase,
+    questions: Artifact | None,
+    *,
+    earlier: Artifact | None = None,
+    on_ray: bool = False,
 ) -> None:
-    """Read and cut the corpus.
+    """Read and cut the corpus, in the memory of some row groups.
 
-    What a folder holds that cannot be read is left out, with a line each, on standard error and in ``skipped.txt``.
+    What a folder holds that cannot be read is left out, with a line each, on standard error and in ``skipped.txt``;
+    malformed rows of row formats go to ``quarantine.jsonl``.
+
+    Args:
+        building: gets the files.
+        config: the run.
+        tokenizer: of the base.
+        questions: the run's, where ``corpus.distractors`` is set.
+        earlier: passages of a version before, cut by the same settings: its documents that are the same now are cut
+            where they were, without a tokenizer.
+        on_ray: cut on ``scale.cut_workers`` tasks of the running Ray; the passages are the same.
 
     Raises:
-        DataError: if it is malformed or empty.
+        DataError: the corpus is malformed (beyond ``corpus.max_malformed_share``) or empty.
     """
-    log = ReadLog(echo=True)
-    documents = list(_kept(config, questions, log))
-    passages = [
-        passage
-        for document in documents
-        for passage in chunk_document(
-            document, tokenizer, tokens=config.corpus.chunk_tokens, stride=config.corpus.chunk_stride
-        )
-    ]
-    if not passages:
-        raise DataError(
-            f"the corpus {config.corpus.uri} gave no passage ({len(documents)} documents read)",
-            expected="at least one document with text",
-            action="check corpus.uri, corpus.format and corpus.limit",
-        )
-    pq.write_table(to_table(documents, DOCUMENT_SCHEMA), building.path / "documents.parquet")
-    pq.write_table(to_table(passages, PASSAGE_SCHEMA), building.path / "passages.parquet")
+    corpus = config.corpus
+    quarantine = Quarantine(building.path / QUARANTINE, corpus.max_malformed_share)
+    log = ReadLog(echo=True, quarantine=quarantine)
+    before = EarlierCut(earlier) if earlier is not None else None
+    cut = Cutter(tokenizer, corpus.chunk_tokens, corpus.chunk_stride)
+    batches = (
+        (batch, before.spans(batch) if before else [None] * len(batch))
+        for batch in batched(_kept(config, questions, log), _BATCH)
+    )
+    cut_batches = cut_on_ray(batches, cut, config.scale.cut_workers) if on_ray else map(cut.pair, batches)
+    progress = Progress("read and cut", 0, "passages")
+    files: set[str] = set()
+    with (
+        GroupWriter(building.path / "documents.parquet", DOCUMENT_SCHEMA) as documents,
+        GroupWriter(building.path / "passages.parquet", PASSAGE_SCHEMA) as passages,
+        GroupWriter(building.path / DIGESTS, DIGEST_SCHEMA) as digests,
+    ):
+        try:
+            for batch, cuts in cut_batches:
+                for document, found in zip(batch, cuts, strict=True):
+                    digests.add(_Digest(id_digest(document.id), content_digest(document), passages.rows, len(found)), 0)
+                    documents.add(document, len(document.text))
+                    for passage in found:
+                        passages.add(passage, len(passage.text))
+                    if document.file:
+                        files.add(document.file)
+                progress.advance(sum(map(len, cuts)), f"{documents.rows:,} documents")
+        except DataError as error:
+            raise _with_quarantine(error, building, config, quarantine) from error
+        if not passages.rows:
+            raise DataError(
+                f"the corpus {corpus.uri} gave no passage ({documents.rows} documents read)",
+                expected="at least one document with text",
+                action="check corpus.uri, corpus.format and corpus.limit",
+            )
     if log.lines:
         (building.path / SKIPPED).write_text("".join(f"{line}\n" for line in log.lines), encoding="utf-8")
     building.info |= {
-        "source": os.path.abspath(config.corpus.uri) if os.path.exists(config.corpus.uri) else config.corpus.uri,
-        "files": len({document.file for document in documents if document.file}),
-        "documents": len(documents),
-        "passages": len(passages),
+        "source": os.path.abspath(corpus.uri) if os.path.exists(corpus.uri) else corpus.uri,
+        "files": len(files),
+        "documents": documents.rows,
+        "passages": passages.rows,
         "skipped": len(log.lines),
+        "quarantined": quarantine.bad,
     }
+    if before is not None:
+        changes = {name: getattr(before, name) for name in ("new", "changed", "deleted", "unchanged")}
+        building.info["changes"] = {"since": before.ref, **changes}
+        listed = ", ".join(f"{count:,} {name}" for name, count in changes.items())
+        print(f"  documents since {before.ref}: {listed}", file=sys.stderr, flush=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Digest:
+    id: bytes
+    content: bytes
+    first: int
+    passages: int
+
+
+def _with_quarantine(error: DataError, building: Building, config: Config, quarantine: Quarantine) -> DataError:
+    """The error of a corpus with too many malformed rows, and where these are kept: the artifact will not be."""
+    if not quarantine.is_full:
+        return error
+    store = Store(config.storage.root_uri)
+    place = store.location(f"quarantine/{building.plan.name}-{building.plan.fingerprint}.jsonl")
+    store.filesystem.create_dir(place.rpartition("/")[0], recursive=True)
+    with store.filesystem.open_output_stream(place) as stream:
+        stream.write(quarantine.path.read_bytes())
+    return DataError(error.got, expected=error.expected, action=f"{error.action}; the rows are in {place}")
 
 
 def load_skipped(artifact: Artifact) -> list[str]:

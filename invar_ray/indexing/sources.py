@@ -10,12 +10,12 @@ from pyarrow import fs
 from invar_ray.artifacts import digest, resolve_uri
 from invar_ray.errors import DataError
 from invar_ray.text import facts
-from invar_ray.text.storage import ROW_FORMATS, InputFile, find_files
+from invar_ray.text.storage import ROW_FORMATS, InputFile, corpus_files, find_files
 
 BUILTIN_FACTS = "builtin:facts"
 
 
-def source_digest(uri: str, *, max_bytes: int | None = None, exclude: str = "") -> str:
+def source_digest(uri: str, *, max_bytes: int | None = None, exclude: str = "", is_corpus: bool = False) -> str:
     """16 hex digits that change with the content of a file or folder (or of the built-in corpus).
 
     Of a folder, the files that a reader would take count (see :func:`invar_ray.text.storage.find_files`), by name.
@@ -24,6 +24,7 @@ def source_digest(uri: str, *, max_bytes: int | None = None, exclude: str = "") 
         uri: of the corpus or of questions.
         max_bytes: of a larger file that is one document only the size counts; it is not read.
         exclude: local folder below ``uri`` that does not count.
+        is_corpus: of a BEIR folder the documents alone count, not the queries.
 
     Raises:
         DataError: if nothing is there.
@@ -44,7 +45,7 @@ def source_digest(uri: str, *, max_bytes: int | None = None, exclude: str = "") 
         )
     if info.type == fs.FileType.File:
         return _file_digest(filesystem, path)
-    files = find_files(uri, exclude=exclude)
+    files = (corpus_files if is_corpus else find_files)(uri, exclude=exclude)
     return digest([[file.name, _content(file, max_bytes)] for file in files])
 
 

@@ -25,7 +25,7 @@ from invar_ray.indexing.questions import load_examples, load_variants
 from invar_ray.losses.alignment import mean_document_vectors
 from invar_ray.models.encoder import coarse_spec, open_encoder
 from invar_ray.progress import Progress
-from invar_ray.retrieval.index import read_vectors
+from invar_ray.retrieval.blocks import read_vectors
 from invar_ray.retrieval.mining import MiningReport, select_negatives, union_by_best_rank
 from invar_ray.retrieval.retriever import open_retriever
 from invar_ray.schema import Document, Example, Passage

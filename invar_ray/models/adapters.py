@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -60,6 +61,40 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, merge: bool = False) ->
     Raises:
         ModelError: if the folder is no PEFT folder or does not fit the base.
     """
+    model = _with_adapter(base, folder)
+    plain = model.merge_and_unload() if merge else model.get_base_model()
+    return plain.eval()
+
+
+def load_merged(
+    base: PreTrainedModel, folder: Path, sample: Callable[[PreTrainedModel], Tensor], tolerance: float
+) -> PreTrainedModel:
+    """As :func:`load_adapter` with ``merge``, and proves that merging has not changed what the model gives.
+
+    Args:
+        base: taken over; nothing else may use it.
+        folder: a PEFT folder.
+        sample: unit rows [N, H] of some texts under a model.
+        tolerance: most that the cosine of a row before with the same row after merging may fall below 1.
+
+    Raises:
+        ModelError: as :func:`load_adapter`, and if a row differs by more.
+    """
+    model = _with_adapter(base, folder)
+    before = sample(model.get_base_model().eval())
+    plain = model.merge_and_unload().eval()
+    lowest = float((before * sample(plain)).sum(dim=-1).min())
+    if not lowest >= 1.0 - tolerance:
+        raise ModelError(
+            f"merging the adapter in {folder} into its base in {base.dtype} changes its vectors (lowest cosine "
+            f"{lowest:.5f})",
+            expected=f"cosines of at least {1.0 - tolerance:g}",
+            action="set model.precision to fp32",
+        )
+    return plain
+
+
+def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     for name in ("adapter_config.json", "adapter_model.safetensors"):  # never adapter_model.bin: it is a pickle
         if not (folder / name).is_file():
             raise ModelError(f"{folder} has no {name}", expected="a PEFT folder with safetensors weights")
@@ -73,8 +108,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, merge: bool = False) ->
     _same_names(model, folder)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    plain = model.merge_and_unload() if merge else model.get_base_model()
-    return plain.eval()
+    return model
 
 
 def save_adapter(model: PeftModel, state: dict[str, Tensor], folder: Path, base_name: str) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from invar_ray.errors import ResourceError
+
 Vectors = npt.NDArray[np.float32]
+DEFAULT_TOKENS_PER_BATCH = 8192
 
 
 def pad_right(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -50,12 +54,76 @@ def packs(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     return found
 
 
+@dataclass
+class EncodeStats:
+    """What encoding did so far.
+
+    Attributes:
+        texts: rows encoded.
+        tokens: of these, without padding.
+        slots: places in the batches, padding included.
+        halvings: how often a batch did not fit into memory and was taken in halves.
+    """
+
+    texts: int = 0
+    tokens: int = 0
+    slots: int = 0
+    halvings: int = 0
+
+    @property
+    def padding_share(self) -> float:
+        """Share of the places that held padding."""
+        return 1.0 - self.tokens / self.slots if self.slots else 0.0
+
+
 @torch.inference_mode()
 def encode_in_batches(
-    ids: list[list[int]], forward: Callable[[list[list[int]]], Tensor], dimension: int, tokens_per_batch: int
+    ids: list[list[int]],
+    forward: Callable[[list[list[int]]], Tensor],
+    dimension: int,
+    tokens_per_batch: int,
+    stats: EncodeStats | None = None,
 ) -> Vectors:
-    """Encode rows of token ids batch by batch, longest first, and put the vectors back in order: [N, D] float32."""
+    """Encode rows of token ids batch by batch, longest first, and put the vectors back in order: [N, D] float32.
+
+    Where a batch does not fit into memory, the budget is halved for it and for the rest of these rows.  The next call
+    starts with the whole budget again, so that its batches do not depend on what was encoded before.
+
+    Raises:
+        ResourceError: a row alone does not fit.
+    """
+    stats = stats or EncodeStats()
     vectors = np.zeros((len(ids), dimension), dtype=np.float32)
-    for batch in length_batches([len(row) for row in ids], tokens_per_batch):
-        vectors[batch] = forward([ids[index] for index in batch]).float().cpu().numpy()
+    order = sorted(range(len(ids)), key=lambda index: (-len(ids[index]), index))
+    start = 0
+    while start < len(order):
+        widest = max(1, len(ids[order[start]]))
+        batch = order[start : start + max(1, tokens_per_batch // widest)]
+        try:
+            found = forward([ids[index] for index in batch])
+        except (RuntimeError, MemoryError) as error:
+            if not _is_out_of_memory(error):
+                raise
+            if len(batch) == 1:
+                raise ResourceError(
+                    f"a text of {widest} tokens does not fit into memory",
+                    action="set model.passage_max_tokens lower, give the actor more of a GPU, or use fewer actors",
+                ) from error
+            found = None  # leave the handler first: the traceback holds on to the tensors
+        if found is None:
+            stats.halvings += 1
+            tokens_per_batch = widest * (len(batch) // 2)
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+            continue
+        vectors[batch] = found.float().cpu().numpy()
+        stats.texts += len(batch)
+        stats.tokens += sum(len(ids[index]) for index in batch)
+        stats.slots += widest * len(batch)
+        start += len(batch)
     return vectors
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # On CPUs torch raises a plain RuntimeError.
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)

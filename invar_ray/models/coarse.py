@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
-import numpy as np
 import torch
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
 from invar_ray.errors import ModelError
-from invar_ray.models.batching import Vectors, encode_in_batches, pad_right
+from invar_ray.models.batching import DEFAULT_TOKENS_PER_BATCH, EncodeStats, Vectors, encode_in_batches, pad_right
 from invar_ray.models.pooling import pool
 from invar_ray.models.tiny import minilm_folder
 
 BUILTIN = "builtin:minilm"
-_TOKENS_PER_BATCH = 8192
 
 
 class CoarseEncoder:
@@ -31,16 +30,15 @@ class CoarseEncoder:
     """
 
     def __init__(self, name: str, max_tokens: int, fingerprint: str, *, device: str = "cpu") -> None:
-        source = str(minilm_folder()) if name == BUILTIN else name
+        self._tokenizer = coarse_tokenizer(name)
         try:
-            self._tokenizer = AutoTokenizer.from_pretrained(source)
-            self._model = AutoModel.from_pretrained(source, dtype=torch.float32, use_safetensors=True).eval().to(device)
+            self._model = AutoModel.from_pretrained(_source(name), dtype=torch.float32, use_safetensors=True)
         except (OSError, ValueError) as error:
-            raise ModelError(
-                f"cannot load the coarse encoder {name!r} ({str(error).splitlines()[0]})",
-                action="set coarse.model to builtin:minilm, a folder, or a reachable hub name",
-            ) from error
+            raise _unresolved(name, error) from error
+        self._model.eval().to(device)
         self._max_tokens = max_tokens
+        self.tokens_per_batch = DEFAULT_TOKENS_PER_BATCH
+        self.stats = EncodeStats()
         self.dimension = int(self._model.config.hidden_size)
         self.fingerprint = fingerprint
 
@@ -49,13 +47,14 @@ class CoarseEncoder:
         return self._encode(list(questions))
 
     def encode_passages(self, passages: Sequence[tuple[str, str]]) -> Vectors:
-        """[N, D] unit rows for (title, text) pairs, in the order given."""
-        return self._encode([f"{title} {text}".strip() for title, text in passages])
+        """[N, D] unit rows, in the order given."""
+        return self.encode_ids(coarse_passage_ids(self._tokenizer, passages, self._max_tokens))
 
     def _encode(self, texts: list[str]) -> Vectors:
-        if not texts:
-            return np.zeros((0, self.dimension), dtype=np.float32)
-        ids = self._tokenizer(texts, truncation=True, max_length=self._max_tokens)["input_ids"]
+        return self.encode_ids(_ids(self._tokenizer, texts, self._max_tokens))
+
+    def encode_ids(self, ids: list[list[int]]) -> Vectors:
+        """[N, D] unit rows for token ids, in the order given."""
         device = self._model.device
 
         def forward(rows: list[list[int]]) -> torch.Tensor:
@@ -63,4 +62,35 @@ class CoarseEncoder:
             hidden = self._model(input_ids=tokens.to(device), attention_mask=mask.to(device)).last_hidden_state
             return functional.normalize(pool(hidden, mask.to(device), "mean"), dim=-1)
 
-        return encode_in_batches(ids, forward, self.dimension, _TOKENS_PER_BATCH)
+        return encode_in_batches(ids, forward, self.dimension, self.tokens_per_batch, self.stats)
+
+
+def coarse_tokenizer(name: str) -> Any:
+    """The tokenizer of a coarse encoder; errors as :class:`CoarseEncoder`."""
+    try:
+        return AutoTokenizer.from_pretrained(_source(name))
+    except (OSError, ValueError) as error:
+        raise _unresolved(name, error) from error
+
+
+def coarse_passage_ids(tokenizer: Any, passages: Sequence[tuple[str, str]], max_tokens: int) -> list[list[int]]:
+    """Token ids of (title, text) passages."""
+    return _ids(tokenizer, [f"{title} {text}".strip() for title, text in passages], max_tokens)
+
+
+def _ids(tokenizer: Any, texts: list[str], max_tokens: int) -> list[list[int]]:
+    if not texts:
+        return []
+    ids: list[list[int]] = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
+    return ids
+
+
+def _source(name: str) -> str:
+    return str(minilm_folder()) if name == BUILTIN else name
+
+
+def _unresolved(name: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"cannot load the coarse encoder {name!r} ({str(error).splitlines()[0]})",
+        action="set coarse.model to builtin:minilm, a folder, or a reachable hub name",
+    )

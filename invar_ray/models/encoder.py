@@ -5,8 +5,9 @@ Shape legend: N texts, T tokens, H hidden size, D embedding size.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,15 +19,22 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from invar_ray.artifacts import Store, digest
 from invar_ray.config import CoarseConfig, ModelConfig
-from invar_ray.models.adapters import load_adapter
-from invar_ray.models.batching import Vectors, encode_in_batches, pad_right
-from invar_ray.models.coarse import CoarseEncoder
-from invar_ray.models.locate import BaseOpener, BaseRef, folder_fingerprint, open_base
+from invar_ray.models.adapters import load_adapter, load_merged
+from invar_ray.models.batching import DEFAULT_TOKENS_PER_BATCH, EncodeStats, Vectors, encode_in_batches, pad_right
+from invar_ray.models.coarse import CoarseEncoder, coarse_passage_ids, coarse_tokenizer
+from invar_ray.models.locate import BaseOpener, BaseRef, folder_fingerprint, load_tokenizer, open_base
 from invar_ray.models.pooling import Pooling, pool
 from invar_ray.text.prompts import format_passage, format_query
 
 PROJECTION_FILE = "projection.safetensors"
-DEFAULT_TOKENS_PER_BATCH = 8192
+
+MERGE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
+"""Merging an adapter may change a vector's cosine with what the unmerged one gives by this much. [ours]"""
+_MERGE_TEXTS = (
+    "The harbour of Arvon was dug in 1841 and deepened twice since.",
+    "who wrote it",
+    "Farmers grow barley; ships carry it to 12 ports, as ever.",
+)
 
 
 class TextEncoder(Protocol):
@@ -34,6 +42,8 @@ class TextEncoder(Protocol):
 
     dimension: int
     fingerprint: str
+    tokens_per_batch: int
+    stats: EncodeStats
 
     def encode_queries(self, questions: Sequence[str]) -> Vectors:
         """[N, D] unit rows, in the order given."""
@@ -41,6 +51,10 @@ class TextEncoder(Protocol):
 
     def encode_passages(self, passages: Sequence[tuple[str, str]]) -> Vectors:
         """[N, D] unit rows for (title, text) pairs, in the order given."""
+        ...
+
+    def encode_ids(self, ids: list[list[int]]) -> Vectors:
+        """[N, D] unit rows for token ids that :func:`open_tokenizer` gave, in the order given."""
         ...
 
 
@@ -144,7 +158,11 @@ def open_encoder(
     projection: Tensor | None = None
     if spec.adapter is not None:
         folder = store.open(spec.adapter, "retriever").path("adapter")
-        model = load_adapter(model, folder, merge=open_base_tree is None)
+        if open_base_tree is None:
+            check = partial(_sample_vectors, tokenizer=tokenizer, spec=spec)
+            model = load_merged(model, folder, check, MERGE_TOLERANCE[dtype])
+        else:
+            model = load_adapter(model, folder)
         if spec.projection_dim is not None:
             projection = load_projection(folder)
     module = BiEncoder(model, spec.pooling, spec.projection_dim)
@@ -155,6 +173,28 @@ def open_encoder(
     elif module.projection is not None:
         module.projection.to(model.device)
     return Encoder(module, tokenizer, spec)
+
+
+def open_tokenizer(spec: EncoderSpec, store: Store) -> Callable[[Sequence[tuple[str, str]]], list[list[int]]]:
+    """What turns (title, text) passages into the token ids of ``spec``'s encoder, without its weights.
+
+    Raises:
+        ModelError, ArtifactError: if it cannot be loaded.
+    """
+    if spec.kind == "coarse":
+        coarse = coarse_tokenizer(spec.base.location)
+        return lambda passages: coarse_passage_ids(coarse, passages, spec.passage_max_tokens)
+    tokenizer = load_tokenizer(spec.base.folder_or_name(store), spec.base.revision)
+    return lambda passages: passage_ids(tokenizer, passages, spec)
+
+
+@torch.inference_mode()
+def _sample_vectors(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EncoderSpec) -> Tensor:
+    """[3, H] unit rows of fixed texts, before any projection."""
+    rows = passage_ids(tokenizer, [("", text) for text in _MERGE_TEXTS], spec)
+    tokens, mask = pad_right(rows, int(tokenizer.pad_token_id))
+    found: Tensor = BiEncoder(model, spec.pooling).eval()(tokens, mask)
+    return found
 
 
 def load_projection(folder: Path) -> Tensor:
@@ -208,25 +248,27 @@ class Encoder:
         self.tokenizer = tokenizer
         self.spec = spec
         self.tokens_per_batch = tokens_per_batch
+        self.stats = EncodeStats()
         self.dimension = module.dimension
         self.fingerprint = spec.fingerprint
 
     def encode_queries(self, questions: Sequence[str]) -> Vectors:
         """[N, D] unit rows for questions, in the order given."""
-        return self._encode(query_ids(self.tokenizer, questions, self.spec))
+        return self.encode_ids(query_ids(self.tokenizer, questions, self.spec))
 
     def encode_passages(self, passages: Sequence[tuple[str, str]]) -> Vectors:
         """[N, D] unit rows for (title, text) pairs, in the order given."""
-        return self._encode(passage_ids(self.tokenizer, passages, self.spec))
+        return self.encode_ids(passage_ids(self.tokenizer, passages, self.spec))
 
-    def _encode(self, ids: list[list[int]]) -> Vectors:
+    def encode_ids(self, ids: list[list[int]]) -> Vectors:
+        """[N, D] unit rows for token ids, in the order given."""
         device = next(self.module.parameters()).device
 
         def forward(rows: list[list[int]]) -> Tensor:
             tokens, mask = pad_right(rows, int(self.tokenizer.pad_token_id))
             return self.module(tokens.to(device), mask.to(device))
 
-        return encode_in_batches(ids, forward, self.dimension, self.tokens_per_batch)
+        return encode_in_batches(ids, forward, self.dimension, self.tokens_per_batch, self.stats)
 
 
 def query_ids(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], spec: EncoderSpec) -> list[list[int]]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import lru_cache
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,7 +13,11 @@ from invar_ray.artifacts import Artifact, open_artifact
 from invar_ray.errors import MixedArtifactsError, RequestError
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder
 from invar_ray.models.locate import BaseOpener
-from invar_ray.retrieval.index import Index, Vectors, build_faiss, check_probes, load_index, read_vectors
+from invar_ray.retrieval.blocks import Vectors, read_vectors
+from invar_ray.retrieval.duplicates import distinct
+from invar_ray.retrieval.filters import Mask, Where, allowed_rows
+from invar_ray.retrieval.index import Index, build_faiss, load_index
+from invar_ray.retrieval.probes import check_probes
 from invar_ray.schema import Hit, Passage, from_table
 
 
@@ -21,6 +27,16 @@ class Passages:
     def __init__(self, artifact: Artifact) -> None:
         self._table = pq.read_table(artifact.path("passages.parquet"), memory_map=True).combine_chunks()
         self.fingerprint = artifact.fingerprint
+        # A tenant's filter is the same for many requests; 64 masks of a million rows are 64 MB.
+        self.allowed = lru_cache(maxsize=64)(self._allowed)
+
+    def _allowed(self, where: Where) -> Mask:
+        """[N] True for rows that meet all conditions; kept for the next request with the same ones.
+
+        Raises:
+            RequestError: there is no such column.
+        """
+        return allowed_rows(self._table, where)
 
     def __len__(self) -> int:
         return int(self._table.num_rows)
@@ -48,34 +64,65 @@ class Retriever:
         encoder: made the index (checked by :func:`open_retriever`).
         index: rows = ``passages``.
         version: fingerprint of the index artifact.
+        collapse: what searches do that do not say it themselves, see :meth:`retrieve`.
     """
 
-    def __init__(self, encoder: TextEncoder, index: Index, passages: Passages, version: str) -> None:
+    def __init__(
+        self, encoder: TextEncoder, index: Index, passages: Passages, version: str, *, collapse: bool = False
+    ) -> None:
         self.encoder = encoder
         self.index = index
         self.passages = passages
         self.version = version
+        self.collapse = collapse
 
     @property
     def versions(self) -> dict[str, str]:
         """What answers carry, so that they can be traced."""
         return {"index": self.version, "encoder": self.encoder.fingerprint, "passages": self.passages.fingerprint}
 
-    def retrieve(self, questions: Sequence[str], top_k: int) -> list[list[Hit]]:
+    def retrieve(
+        self, questions: Sequence[str], top_k: int, *, where: Where | None = None, collapse: bool | None = None
+    ) -> list[list[Hit]]:
         """The best passages for each question, best first; ties keep the index's order.
 
+        Args:
+            questions: texts; many at once cost less than one by one.
+            top_k: how many for each.
+            where: only passages that meet these conditions.
+            collapse: of passages with nearly the same text keep the best, and fill up with the next ones; ``None``: as
+                the retriever was told to.
+
         Raises:
-            RequestError: if ``top_k`` is below 1.
+            RequestError: if ``top_k`` is below 1 or a condition names no column.
         """
         if top_k < 1:
             raise RequestError(f"top_k is {top_k}", expected="1 or more")
         if not questions:
             return []
-        return self.retrieve_vectors(self.encoder.encode_queries(questions), top_k)
+        return self.retrieve_vectors(self.encoder.encode_queries(questions), top_k, where=where, collapse=collapse)
 
-    def retrieve_vectors(self, queries: Vectors, top_k: int) -> list[list[Hit]]:
-        """The best passages for each row of [N, D] query vectors, which this index's own encoder made."""
-        scores, rows = self.index.search(queries, top_k)
+    def retrieve_vectors(
+        self, queries: Vectors, top_k: int, *, where: Where | None = None, collapse: bool | None = None
+    ) -> list[list[Hit]]:
+        """As :meth:`retrieve`, for [N, D] query vectors, which this index's own encoder made."""
+        allowed = None if where is None else self.passages.allowed(where)
+        if not (self.collapse if collapse is None else collapse):
+            return self._search(queries, top_k, allowed)
+        results: list[list[Hit]] = [[] for _ in queries]
+        waiting, depth = list(range(len(queries))), 2 * top_k
+        while waiting:
+            found = dict(zip(waiting, self._search(queries[waiting], depth, allowed), strict=True))
+            for number, hits in found.items():
+                kept = [hits[position] for position in distinct(hits, top_k)]
+                results[number] = [replace(hit, rank=rank) for rank, hit in enumerate(kept, start=1)]
+            # A list shorter than what was asked for is all there is.
+            waiting = [n for n in waiting if len(results[n]) < top_k and len(found[n]) == depth < self.index.size]
+            depth = min(2 * depth, self.index.size)
+        return results
+
+    def _search(self, queries: Vectors, top_k: int, allowed: Mask | None) -> list[list[Hit]]:
+        scores, rows = self.index.search(queries, top_k, allowed=allowed)
         results = []
         for question_scores, question_rows in zip(scores, rows, strict=True):
             kept = [
@@ -107,6 +154,8 @@ def open_retriever(
     precision: str = "fp32",
     device: str = "cpu",
     open_base_tree: BaseOpener | None = None,
+    memory_map: bool = False,
+    collapse: bool = False,
 ) -> Retriever:
     """Load an index version and the encoder that its manifest names.
 
@@ -114,6 +163,8 @@ def open_retriever(
         index_uri: artifact of kind ``index``.
         adapter_uri: the ``retriever`` adapter that the caller means to use; refused unless it made the index.
         open_base_tree: see :func:`invar_ray.models.encoder.open_encoder`.
+        memory_map: see :func:`invar_ray.retrieval.index.open_index`.
+        collapse: see :class:`Retriever`.
 
     Raises:
         ArtifactError: if an artifact is missing, incomplete or damaged.
@@ -123,7 +174,7 @@ def open_retriever(
     spec = EncoderSpec.from_json(artifact.info["encoder"])
     if adapter_uri is not None:
         _same_adapter(artifact, spec, open_artifact(adapter_uri, "retriever"))
-    index = load_index(artifact)
+    index = load_index(artifact, memory_map=memory_map)
     passages = artifact.parent("passages")
     passages.verify()
     rows = Passages(passages)
@@ -134,7 +185,7 @@ def open_retriever(
         )
     encoder = open_encoder(spec, artifact.store, precision=precision, device=device, open_base_tree=open_base_tree)
     check_probes(artifact, encoder)
-    return Retriever(encoder, index, rows, artifact.fingerprint)
+    return Retriever(encoder, index, rows, artifact.fingerprint, collapse=collapse)
 
 
 def open_exact_retriever(index_uri: str, *, precision: str = "fp32", device: str = "cpu") -> Retriever:

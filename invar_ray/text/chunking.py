@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import bisect
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from invar_ray.schema import Document, Passage
 from invar_ray.text.places import PlaceFinder
 from invar_ray.text.sentences import sentence_starts, skip_space
 
-# A sentence end in the last third of the window is taken; an earlier one would waste too much of it. [ours]
+# A sentence longer than the window is cut at once if what stands before it fills less than this part. [ours]
 _SENTENCE_PART = 1 / 3
+# An overlap may grow to this many times its length to start with a sentence. [ours]
+_OVERLAP_PART = 2
 # A page or heading that starts beyond this part of the window ends it, so that a passage is of one place. [ours]
 _PLACE_PART = 1 / 4
 _SLICE_CHARS = 1_000_000
@@ -21,18 +23,19 @@ _SLICE_CHARS = 1_000_000
 def chunk_document(document: Document, tokenizer: Any, *, tokens: int, stride: int) -> list[Passage]:
     """Cut a document into passages of at most ``tokens`` tokens.
 
-    A passage ends where a page or section of the document starts, if its window is a quarter full by then; else at a
-    sentence end if one lies in the last third of the window, else between words, else (no white space at all) between
-    tokens.  Every character but white space around passages is in some passage, and
+    A passage ends where a page or section of the document starts, if its window is a quarter full by then; else at the
+    last sentence end in the window; else, inside a sentence longer than the window, between words, else (no white
+    space at all) between tokens.  Every character but white space around passages is in some passage, and
     ``document.text[p.start:p.end] == p.text``.  With ``stride < tokens`` neighbours share about ``tokens - stride``
-    tokens, from a word border on.
+    tokens, from the start of a sentence on: up to twice as many, or none where the sentence before the border is
+    longer than that; inside a sentence longer than the window from a word border on.
 
     Args:
         document: an empty (or blank) text gives no passages.
         tokenizer: a Hugging Face *fast* tokenizer (offset mappings are needed); special tokens and the title do not
             count.  A passage cut inside a word can come out a token longer when it is tokenised by itself.
         tokens: longest passage, in tokens.
-        stride: most tokens between the starts of neighbours; at most ``tokens``.
+        stride: tokens between the starts of neighbours, at most ``tokens``; less overlap where no sentence starts.
 
     Returns:
         Passages in text order.  The id is ``<document id>:<start>-<end>:<hash of title and text>``.
@@ -56,8 +59,13 @@ def chunk_document(document: Document, tokenizer: Any, *, tokens: int, stride: i
         if kept and start == kept[-1][0]:
             kept.pop()
         kept.append((start, end))
+    return passages_at(document, kept)
+
+
+def passages_at(document: Document, spans: Sequence[tuple[int, int]]) -> list[Passage]:
+    """The passages of a document that was cut before, from where they start and end: no tokenizer is needed."""
     places = PlaceFinder(document)
-    return [_passage(document, start, end, places.of(start, end)) for start, end in kept]
+    return [_passage(document, start, end, places.of(start, end)) for start, end in spans]
 
 
 def passage_id(document_id: str, title: str, text: str, start: int, end: int) -> str:
@@ -98,14 +106,12 @@ def _token_windows(
 ) -> list[tuple[int, int]]:
     last = len(borders) - 1
     places = sorted({bisect.bisect_left(borders, start) for start in place_starts} - {0, last, last + 1})
-    starts = set(sentence_starts(text))
+    sentences = _sentence_borders(borders, text)
+    whole = set(sentences)
 
     def between_words(index: int) -> bool:
         at = borders[index]
         return at in (0, len(text)) or text[at - 1].isspace() or text[at].isspace()
-
-    def between_sentences(index: int) -> bool:
-        return between_words(index) and skip_space(text, borders[index]) in starts
 
     def window_end(begin: int) -> int:
         limit = begin + tokens
@@ -114,10 +120,11 @@ def _token_windows(
             return places[at]
         if limit >= last:
             return last
-        earliest = begin + max(1, round(tokens * (1 - _SENTENCE_PART)))
-        for index in range(limit, earliest - 1, -1):
-            if between_sentences(index):
-                return index
+        at = bisect.bisect_right(sentences, limit)
+        if at and borders[sentences[at - 1]] > borders[begin]:
+            end, following = sentences[at - 1], sentences[at] if at < len(sentences) else last
+            if end - begin >= tokens * _SENTENCE_PART or following - end <= tokens:
+                return end
         for index in range(limit, begin, -1):
             if between_words(index) and borders[index] > borders[begin]:
                 return index
@@ -127,6 +134,13 @@ def _token_windows(
 
     def next_begin(begin: int, end: int) -> int:
         wanted = end - (tokens - stride)
+        if end in whole:
+            earliest = max(begin + 1, end - _OVERLAP_PART * (tokens - stride))
+            near = sentences[bisect.bisect_left(sentences, earliest) : bisect.bisect_left(sentences, end)]
+            near = [index for index in near if borders[index] > borders[begin]]
+            # the last one at or before the place wanted, else the first after it, else no overlap
+            before = [index for index in near if index <= wanted]
+            return before[-1] if before else near[0] if near else end
         for index in range(wanted, begin, -1):
             if between_words(index) and borders[index] > borders[begin]:
                 return index
@@ -143,6 +157,19 @@ def _token_windows(
         if end >= last:
             return spans
         begin = next_begin(begin, end) if stride < tokens else end
+
+
+def _sentence_borders(borders: list[int], text: str) -> list[int]:
+    """Indices of the tokens that sentences start with (or with the white space before them), ascending."""
+    found = []
+    for start in sentence_starts(text):
+        index = bisect.bisect_left(borders, start)
+        if borders[index] != start:
+            index -= 1  # byte-level tokenizers glue the space to the word
+        at = borders[index]
+        if (at in (0, start) or text[at].isspace()) and skip_space(text, at) == start:
+            found.append(index)
+    return found
 
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:

@@ -1,8 +1,9 @@
 """Corpora and question files into records; every fault of the input names its file and line.
 
 =========  ===========================================================================================================
-documents  ``.jsonl(.gz)`` and ``.parquet``, a document a row with ``text`` and perhaps ``id, title, uri``; ``.txt``,
-           ``.md``, ``.html``, ``.pdf`` and ``.docx`` files, one document each; folders of all these; ``builtin:facts``
+documents  ``.jsonl(.gz|.zst)`` and ``.parquet``, a document a row with ``text`` and perhaps ``id`` (or ``_id``),
+           ``title, uri``; ``.tsv(.gz|.zst)`` as DPR's ``psgs_w100``; ``.txt``, ``.md``, ``.html``, ``.pdf`` and
+           ``.docx`` files, one document each; folders of all these, BEIR's too; ``builtin:facts``
 questions  ``.jsonl(.gz)`` with ``id, question, answers[], positive_ids[]`` and maybe ``rewrites[]``; ``builtin:facts``
 =========  ===========================================================================================================
 
@@ -11,21 +12,19 @@ Other fields are ignored.
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import logging
 from collections.abc import Iterator
 from typing import Any, Literal
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from invar_ray.errors import DataError
-from invar_ray.schema import Document, Example, Place
-from invar_ray.text.formats.parsed import clean_text
+from invar_ray.schema import Document, Example
 from invar_ray.text.readlog import ReadLog
+from invar_ray.text.rowfiles import Row, read_rows_of
 from invar_ray.text.rows import json_row, string, string_list
-from invar_ray.text.storage import InputFile, find_files, read_lines
-from invar_ray.text.whole import read_whole, too_large
+from invar_ray.text.storage import ROW_FORMATS, InputFile, corpus_files, find_files, read_lines
+from invar_ray.text.whole import read_whole
 
 _LOG = logging.getLogger(__name__)
 
@@ -43,17 +42,18 @@ def read_documents(
 ) -> Iterator[Document]:
     """Documents of a corpus, in file order; files of a folder by name.
 
-    Ids must be unique over the whole corpus (they are kept in memory for the check).  A file that is one document has
-    its path relative to the folder as id (its name, if it was given itself), and the title that it gives itself, else
-    its name without the ending.  A row without an id is ``<file>#L<line>`` (``#row<n>`` in Parquet), and its ``uri``,
-    where it has none, is the file's with the same mark.
+    Ids must be unique over the whole corpus (a hash of each is kept in memory for the check).  A file that is one
+    document has its path relative to the folder as id (its name, if it was given itself), and the title that it gives
+    itself, else its name without the ending.  A row without an id is ``<file>#L<line>`` (``#row<n>`` in Parquet), and
+    its ``uri``, where it has none, is the file's with the same mark.
 
     Args:
         uri: file, folder or URI (see :mod:`invar_ray.text.storage`), or ``builtin:facts``.
         format: ``auto``, ``builtin`` or a value of :data:`invar_ray.text.storage.ENDINGS`.
         limit: stop after this many documents.
         max_file_mb: largest file that is one document, and largest row, in MiB.
-        log: of a folder, leave out what cannot be read and say so there; ``None`` raises at the first fault.
+        log: of a folder, leave out what cannot be read and say so there; ``None`` raises at the first fault.  With a
+            quarantine malformed rows go there, also those of a file that was named itself.
         exclude: see :func:`invar_ray.text.storage.find_files`.
 
     Raises:
@@ -66,10 +66,11 @@ def read_documents(
         from invar_ray.text import facts  # here, so that reading one's own files does not load the demo corpus
 
         return itertools.islice(iter(facts.documents()), limit)
-    files = find_files(uri, format, log=log, exclude=exclude)
-    if files[0].uri == uri:
-        log = None  # a file that was named itself
-    return itertools.islice(_documents(uri, files, round(max_file_mb * 2**20), log), limit)
+    files = corpus_files(uri, format, log=log, exclude=exclude)
+    strict = files[0].uri == uri  # a file that was named itself
+    if strict and log is not None and log.quarantine is None:
+        log = None
+    return itertools.islice(_documents(uri, files, round(max_file_mb * 2**20), log, strict), limit)
 
 
 def read_examples(
@@ -98,7 +99,7 @@ def read_examples(
 
         return list(itertools.islice(iter(facts.questions(split)), limit))
     files = find_files(uri, "jsonl")
-    seen = _SeenIds()
+    seen: dict[str, str] = {}
     examples: list[Example] = []
     skipped = 0
     for file, number, row in itertools.chain.from_iterable(map(_json_rows, files)):
@@ -107,7 +108,9 @@ def read_examples(
             skipped += 1
             continue
         example = _example(row, place)
-        seen.add(example.id, place)
+        if example.id in seen:
+            raise DataError(f"{place}: the id {example.id!r} is taken by {seen[example.id]}", expected="every id once")
+        seen[example.id] = place
         examples.append(example)
         if len(examples) == limit:
             break
@@ -136,48 +139,63 @@ def read_rows(uri: str, fields: dict[str, bool]) -> Iterator[tuple[str, dict[str
 
 
 class _SeenIds:
-    def __init__(self) -> None:
-        self._places: dict[str, str] = {}
+    """Ids by a hash of 16 bytes, with file and line in one number: some 150 bytes an id, however long it is."""
 
-    def __contains__(self, id: object) -> bool:
-        return id in self._places
+    def __init__(self, files: list[str]) -> None:
+        self._files = files
+        self._places: dict[bytes, int] = {}
 
-    def add(self, id: str, place: str) -> None:
-        first = self._places.setdefault(id, place)
-        if first is not place:
+    def add(self, id: str, file: int, number: int, place: str) -> None:
+        key = hashlib.blake2b(id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        here = number * len(self._files) + file
+        taken = self._places.setdefault(key, here)
+        if taken != here:
+            number, at = divmod(taken, len(self._files))
+            mark = ", row" if self._files[at].endswith(".parquet") else ", line"
+            first = f"{self._files[at]}{mark} {number}" if "," in place else self._files[at]
             raise DataError(f"{place}: the id {id!r} is taken by {first}", expected="every id once")
 
 
-def _documents(uri: str, files: list[InputFile], max_bytes: int, log: ReadLog | None) -> Iterator[Document]:
-    seen = _SeenIds()
+def _documents(
+    uri: str, files: list[InputFile], max_bytes: int, log: ReadLog | None, strict: bool
+) -> Iterator[Document]:
+    seen = _SeenIds([file.uri for file in files])
+    quarantine = log.quarantine if log is not None else None
     empty = True
     if log is not None:
         log.start(len(files))
-    for file in files:
+    for at, file in enumerate(files):
         rows = bad = 0
         first: DataError | None = None
         try:
-            for place, document in _of_file(file, max_bytes, log):
+            for row in _of_file(file, max_bytes, log):
                 rows += 1
+                if quarantine is not None and file.format in ROW_FORMATS:
+                    quarantine.rows += 1
                 try:
-                    if isinstance(document, DataError):
-                        raise document
-                    seen.add(document.id, place)
+                    if isinstance(row.found, DataError):
+                        raise row.found
+                    seen.add(row.found.id, at, row.number, row.place)
                 except DataError as error:
-                    if log is None:
+                    if quarantine is not None:
+                        quarantine.put(file.name, row.number, error, row.excerpt)
+                        quarantine.check(at_end=False, strict=strict)
+                    elif log is None:
                         raise
                     first, bad = first or error, bad + 1
                     continue
                 empty = False
-                yield document
+                yield row.found
         except DataError as error:
-            if log is None:
+            if log is None or strict or (quarantine is not None and quarantine.is_full):
                 raise
             log.skip(_brief(error, file))
         if log is not None:
             if first is not None:
                 log.skip(f"{bad} of {rows} rows of {file.name} (first: {_brief(first, file)})")
             log.read()
+    if quarantine is not None:
+        quarantine.check(at_end=True, strict=strict)
     if empty:
         lines = log.lines if log is not None else []
         why = f": of its {len(files)} files none could be read (first: {lines[0].rstrip('.')})" if lines else ""
@@ -189,65 +207,16 @@ def _brief(error: DataError, file: InputFile) -> str:
     return str(error).replace(file.uri, file.name)
 
 
-def _of_file(file: InputFile, max_bytes: int, log: ReadLog | None) -> Iterator[tuple[str, Document | DataError]]:
-    """Documents with their places for messages; a faulty row is its error."""
-    if file.format == "jsonl":
-        yield from _jsonl_documents(file, max_bytes)
-    elif file.format == "parquet":
-        yield from _parquet_documents(file, max_bytes)
+def _of_file(file: InputFile, max_bytes: int, log: ReadLog | None) -> Iterator[Row]:
+    if file.format in ROW_FORMATS:
+        yield from read_rows_of(file, max_bytes)
     else:
-        yield file.uri, read_whole(file, max_bytes, log)
-
-
-def _jsonl_documents(file: InputFile, max_bytes: int) -> Iterator[tuple[str, Document | DataError]]:
-    for number, line in read_lines(file, max_bytes):
-        place = f"{file.uri}, line {number}"
-        try:
-            if len(line) > max_bytes:
-                raise too_large(place, len(line), max_bytes)
-            row = json_row(line, place)
-            yield place, _document(row, place, file, "L", number)
-        except DataError as error:
-            yield place, error
-
-
-def _parquet_documents(file: InputFile, max_bytes: int) -> Iterator[tuple[str, Document | DataError]]:
-    try:
-        with file.filesystem.open_input_file(file.path) as stream:
-            table = pq.ParquetFile(stream)
-            names = table.schema_arrow.names
-            number = 0
-            for batch in table.iter_batches(256, columns=[n for n in ("id", "title", "text", "uri") if n in names]):
-                for row in batch.to_pylist():
-                    number += 1
-                    place = f"{file.uri}, row {number}"
-                    try:
-                        document = _document(row, place, file, "row", number)
-                        if len(document.text) > max_bytes:
-                            raise too_large(place, len(document.text), max_bytes)
-                        yield place, document
-                    except DataError as error:
-                        yield place, error
-    except (pa.ArrowException, OSError) as error:
-        reason = (str(error).splitlines() or [""])[0].rstrip(".")
-        raise DataError(f"{file.uri} cannot be read as Parquet ({reason})", action="write it again") from error
+        yield Row(1, file.uri, read_whole(file, max_bytes, log))
 
 
 def _json_rows(file: InputFile) -> Iterator[tuple[InputFile, int, dict[str, Any]]]:
     for number, line in read_lines(file):
         yield file, number, json_row(line, f"{file.uri}, line {number}")
-
-
-def _document(row: dict[str, Any], place: str, file: InputFile, mark: str, number: int) -> Document:
-    own = f"#{mark}{number}"
-    return Document(
-        id=clean_text(string(row, "id", place, filled=True)) if "id" in row else f"{file.name}{own}",
-        title=clean_text(string(row, "title", place)) if "title" in row else "",
-        text=clean_text(string(row, "text", place)),
-        uri=clean_text(string(row, "uri", place)) if row.get("uri") is not None else f"{file.uri}{own}",
-        file=file.name,
-        places=(Place(0, f"row {number}"),),
-    )
 
 
 def _example(row: dict[str, Any], place: str) -> Example:

@@ -2,11 +2,63 @@
 
 from __future__ import annotations
 
+import json
 import sys
+from pathlib import Path
 
+from invar_ray.errors import DataError
 from invar_ray.progress import Progress
 
 _SHOWN = 20
+_FEW_ROWS = 1000
+
+
+class Quarantine:
+    """Where malformed rows of JSON lines, TSV and Parquet files go: a JSON line each, with file, line and reason.
+
+    Args:
+        path: written when the first row comes.
+        max_share: of all rows; above it reading stops.
+
+    Attributes:
+        rows: rows seen.
+        bad: rows put aside.
+        is_full: the share was exceeded.
+    """
+
+    def __init__(self, path: Path, max_share: float) -> None:
+        self.path = path
+        self.rows = self.bad = 0
+        self.is_full = False
+        self._max_share = max_share
+        self._first: DataError | None = None
+
+    def put(self, file: str, number: int, error: DataError, excerpt: str) -> None:
+        """Put a row aside; ``error`` says why."""
+        self.bad += 1
+        self._first = self._first or error
+        entry = {"file": file, "line": number, "reason": str(error), "row": excerpt}
+        with open(self.path, "a", encoding="utf-8", errors="replace") as stream:
+            stream.write(json.dumps(entry, ensure_ascii=False) + "\n")
+
+    def check(self, *, at_end: bool, strict: bool) -> None:
+        """Stop when too much is malformed.
+
+        Args:
+            at_end: all is read; before, the share is judged once 1,000 rows are.
+            strict: judge it at the end of fewer rows too: of a file that was named itself.
+
+        Raises:
+            DataError: the share is above the limit.
+        """
+        judged = self.rows >= _FEW_ROWS or (at_end and strict)
+        if judged and self.bad > self._max_share * self.rows:
+            self.is_full = True
+            raise DataError(
+                f"{self.bad:,} of {self.rows:,} rows are malformed (first: {str(self._first).rstrip('.')})",
+                expected=f"a share of at most {self._max_share:g} (corpus.max_malformed_share)",
+                action="mend them, or raise corpus.max_malformed_share to go on without them",
+            ) from self._first
 
 
 class ReadLog:
@@ -17,13 +69,15 @@ class ReadLog:
 
     Args:
         echo: print the first lines, and progress, to standard error.
+        quarantine: takes malformed rows, also those of a file that was named itself.
 
     Attributes:
         lines: what was left out, why, and what to do; in reading order.
     """
 
-    def __init__(self, *, echo: bool = False) -> None:
+    def __init__(self, *, echo: bool = False, quarantine: Quarantine | None = None) -> None:
         self.lines: list[str] = []
+        self.quarantine = quarantine
         self._echo = echo
         self._progress: Progress | None = None
 

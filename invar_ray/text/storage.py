@@ -19,9 +19,14 @@ from invar_ray.text.readlog import ReadLog
 ENDINGS = {
     ".jsonl": "jsonl",
     ".jsonl.gz": "jsonl",
+    ".jsonl.zst": "jsonl",
     ".ndjson": "jsonl",
     ".ndjson.gz": "jsonl",
+    ".ndjson.zst": "jsonl",
     ".parquet": "parquet",
+    ".tsv": "tsv",
+    ".tsv.gz": "tsv",
+    ".tsv.zst": "tsv",
     ".txt": "text",
     ".md": "text",
     ".markdown": "text",
@@ -31,7 +36,7 @@ ENDINGS = {
     ".pdf": "pdf",
     ".docx": "docx",
 }
-ROW_FORMATS = frozenset({"jsonl", "parquet"})
+ROW_FORMATS = frozenset({"jsonl", "parquet", "tsv"})
 """Formats whose files hold a document a row; any other file is one document."""
 
 
@@ -55,7 +60,7 @@ class InputFile:
     size: int = 0
 
     def stream(self) -> io.BufferedReader:
-        """Open for reading from front to back; ``.gz`` is unpacked on the way."""
+        """Open for reading from front to back; ``.gz`` and ``.zst`` are unpacked on the way."""
         return io.BufferedReader(self.filesystem.open_input_stream(self.path, compression="detect"))
 
 
@@ -98,6 +103,18 @@ def find_files(uri: str, format: str = "auto", *, log: ReadLog | None = None, ex
     except OSError as error:
         raise DataError(f"{uri} cannot be read ({_first_line(error)})", action="check address and rights") from error
     return _in_folder(uri, format, path, filesystem, entries, log)
+
+
+def corpus_files(uri: str, format: str = "auto", *, log: ReadLog | None = None, exclude: str = "") -> list[InputFile]:
+    """As :func:`find_files`; of a BEIR folder its ``corpus.jsonl`` alone, as its queries and judgements are no
+    documents.
+    """
+    files = find_files(uri, format, log=log, exclude=exclude)
+    if format != "auto":
+        return files
+    corpus = [file for file in files if file.name.startswith("corpus.jsonl")]
+    beside = [file for file in files if file.name.startswith(("queries.jsonl", "qrels/"))]
+    return corpus if corpus and beside else files
 
 
 def _walk(folder: str, log: ReadLog | None, exclude: str) -> Iterator[tuple[str, int]]:

@@ -23,7 +23,7 @@ from invar_ray.indexing.embed import EmbedShard, vectors_plan
 from invar_ray.indexing.questions import load_examples, load_variants
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec, open_encoder
 from invar_ray.pipeline import Pipeline
-from invar_ray.retrieval.index import write_probes
+from invar_ray.retrieval.probes import write_probes
 from invar_ray.retrieval.retriever import Passages
 
 OVERRIDES = (

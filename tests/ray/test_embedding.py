@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from pathlib import Path
@@ -17,6 +18,7 @@ from invar_ray.errors import ModelError, ResourceError
 from invar_ray.indexing import embed
 from invar_ray.indexing.embed import EmbedShard
 from invar_ray.indexing.passages import load_passages
+from invar_ray.indexing.shards import ShardTask
 from invar_ray.models.encoder import open_encoder
 from invar_ray.pipeline import Pipeline
 from tests.distributed.small_store import small_config
@@ -44,7 +46,8 @@ def matrix(vectors: Artifact) -> np.ndarray[Any, np.dtype[np.float32]]:
     """All vectors in row order, through pyarrow only."""
     tables = [pq.read_table(path) for path in shards(vectors.path("shards")).values()]
     flat = [table.column("vector").combine_chunks() for table in tables]
-    return np.concatenate([np.asarray(array.flatten()).reshape(len(array), -1) for array in flat])
+    halves = np.concatenate([np.asarray(array.flatten()).reshape(len(array), -1) for array in flat])
+    return halves.astype(np.float32)
 
 
 @pytest.fixture(scope="module")
@@ -62,11 +65,11 @@ def test_vectors_are_fixed_size_lists_for_plain_pyarrow(whole: Pipeline) -> None
     ids: list[str] = []
     for path in found.values():
         schema = pq.read_schema(path)
-        assert schema.field("vector").type == pa.list_(pa.float32(), 384)
+        assert schema.field("vector").type == pa.list_(pa.float16(), 384)
         assert pa.types.is_fixed_size_list(schema.field("vector").type)
         ids += pq.read_table(path).column("id").to_pylist()
     assert ids == [passage.id for passage in rows]
-    np.testing.assert_allclose(np.linalg.norm(matrix(vectors), axis=1), 1.0, atol=1e-5)
+    np.testing.assert_allclose(np.linalg.norm(matrix(vectors), axis=1), 1.0, atol=2.0**-11)
 
 
 def test_vectors_do_not_depend_on_shards_or_workers(whole: Pipeline) -> None:
@@ -74,7 +77,8 @@ def test_vectors_do_not_depend_on_shards_or_workers(whole: Pipeline) -> None:
     spec = embed.EncoderSpec.from_json(vectors_of(whole.base_index).info["encoder"])
     passages = [(passage.title, passage.text) for passage in load_passages(whole.passages)]
     plain = open_encoder(spec, whole.store).encode_passages(passages)
-    np.testing.assert_allclose(matrix(vectors_of(whole.base_index)), plain, atol=1e-5)
+    # 2^-11 is what a float16 rounds by
+    np.testing.assert_allclose(matrix(vectors_of(whole.base_index)), plain, rtol=2.0**-11, atol=1e-5)
 
 
 def test_a_run_that_failed_goes_on_where_it_was(
@@ -154,3 +158,59 @@ def test_a_users_mistake_on_an_actor_comes_out_as_such(monkeypatch: pytest.Monke
     changed = pipeline_in(Path(whole.store.root), "model.passage_max_tokens=100")
     with pytest.raises(ModelError, match=r"^no folder 'base' on this node\. To do: copy it there\.$"):
         _ = changed.base_index
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["scale.tokenize_workers=1"],
+        ["scale.embed_workers=1", "scale.embed_workers_max=3"],
+        ["scale.cut_workers=2", "scale.incremental=false"],
+    ],
+)
+def test_how_the_work_is_spread_changes_nothing(whole: Pipeline, tmp_path: Path, overrides: list[str]) -> None:
+    """Tokenised by actors of their own, a pool that grows, documents cut by tasks: the same files."""
+    spread = pipeline_in(tmp_path / "s", *overrides)
+    assert spread.passages.manifest.files == whole.passages.manifest.files
+    vectors, expected = vectors_of(spread.base_index), vectors_of(whole.base_index)
+    assert np.array_equal(matrix(vectors), matrix(expected))
+    assert vectors.info["embedded"] == vectors.info["rows"]
+    assert vectors.info["usage"]["tokens"] == expected.info["usage"]["tokens"] > 0
+
+
+def test_a_shard_that_stands_is_not_made_again(whole: Pipeline, tmp_path: Path) -> None:
+    """Ray hands a task out again when it loses what came of it."""
+    vectors = vectors_of(whole.base_index)
+    task = shard_tasks(vectors)[0]
+    place = tmp_path / "shards"
+    place.mkdir()
+    actor = EmbedShard(
+        whole.store.root_uri,
+        whole.passages.ref,
+        vectors.info["encoder"],
+        str(tmp_path),
+        str(place),
+        whole.config.scale,
+        "fp32",
+    )
+    row = {name: [value] for name, value in task.to_row().items()}
+    assert actor(row)["made"].tolist() == [True]
+    before = shards(place)[0].stat().st_mtime_ns
+    assert actor(row)["made"].tolist() == [False]
+    assert shards(place)[0].stat().st_mtime_ns == before
+    other = {**row, "input": ["of other passages"]}
+    assert actor(other)["made"].tolist() == [True]
+
+
+def shard_tasks(vectors: Artifact) -> list[ShardTask]:
+    """The tasks that made an artifact, from its entries."""
+    entries = [json.loads(path.read_text()) for path in sorted(vectors.path("shards").glob("*.json"))]
+    return [
+        ShardTask(
+            entry["start"],
+            np.arange(entry["start"], entry["stop"]),
+            np.full(entry["rows"], -1),
+            entry["input"],
+        )
+        for entry in entries
+    ]

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from invar_ray.artifacts import Building, Plan
 from invar_ray.config import LoraConfig
 from invar_ray.errors import ModelError
-from invar_ray.models.adapters import load_adapter, new_adapter, save_adapter, share_base
+from invar_ray.models.adapters import load_adapter, load_merged, new_adapter, save_adapter, share_base
 from invar_ray.models.locate import open_base, open_generator
 from invar_ray.models.tiny import build_tiny
 from tests.support import TINY, World, world, write_adapter
@@ -123,6 +123,22 @@ def test_saved_adapter_loads_to_the_same_outputs(tmp_path: Path, merge: bool) ->
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert any("lora" in name for name, _ in loaded.named_modules()) != merge
+
+
+def unit_rows(model: LlamaForCausalLM) -> torch.Tensor:
+    with torch.inference_mode():
+        hidden = model.model(torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])).last_hidden_state[:, -1].float()
+    return torch.nn.functional.normalize(hidden, dim=-1)
+
+
+def test_merging_is_checked_against_the_unmerged_adapter(tmp_path: Path) -> None:
+    adapted = save_random(random_llama(), tmp_path, LoraConfig())
+    ids = torch.tensor([[3, 4, 5, 6]])
+    merged = load_merged(random_llama(), tmp_path, unit_rows, 1e-4)
+    assert torch.allclose(logits(merged, ids), logits(adapted, ids), atol=1e-5)
+    assert not any("lora" in name for name, _ in merged.named_modules())
+    with pytest.raises(ModelError, match=r"bfloat16 changes its vectors \(lowest cosine 0\.9.*to fp32"):
+        load_merged(random_llama().to(torch.bfloat16), tmp_path, unit_rows, 1e-9)
 
 
 def test_folder_that_is_no_adapter(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from invar_ray.schema import Document, Passage
-from invar_ray.text.chunking import chunk_document
+from invar_ray.text.chunking import chunk_document, passages_at
 from invar_ray.text.sentences import sentence_starts
 
 
@@ -151,3 +151,47 @@ def test_sentence_starts() -> None:
     assert starts == ["J. S", '"Did', "Yes!", "new ", "是的。不", "不是。"]
     assert sentence_starts("no capitals here. second one.") == [0, 18]
     assert sentence_starts("  ") == []
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    lengths=st.lists(st.integers(2, 30), min_size=1, max_size=25),
+    tokens=st.integers(12, 60),
+    overlap=st.integers(0, 11),
+)
+def test_no_sentence_is_cut_unless_it_is_longer_than_the_window(lengths: list[int], tokens: int, overlap: int) -> None:
+    sentences = ["The " + "ships " * (length - 2) + "came." for length in lengths]
+    text = " ".join(sentences)
+    passages = chunk_document(Document("d", "", text), TOKENIZER, tokens=tokens, stride=tokens - overlap)
+    _check(text, passages)
+    at = 0
+    for sentence, length in zip(sentences, lengths, strict=True):
+        if length + 1 <= tokens:  # its full stop is a token too
+            end = at + len(sentence)
+            assert any(passage.start <= at and end <= passage.end for passage in passages), sentence
+            for passage in passages:
+                assert not at < passage.start < end, "a passage starts inside a sentence that would fit"
+                assert not at < passage.end < end, "a passage ends inside a sentence that would fit"
+        at += len(sentence) + 1
+
+
+def test_overlaps_start_with_a_sentence() -> None:
+    text = SENTENCES * 6
+    starts = set(sentence_starts(text))
+    passages = chunk_document(Document("d", "", text), TOKENIZER, tokens=40, stride=24)
+    assert len(passages) > 5
+    assert all(passage.start in starts for passage in passages)
+    assert any(left.end > right.start for left, right in pairwise(passages))
+
+
+def test_sentences_without_spaces_between_them_are_kept_whole() -> None:
+    text = "港口建于一八四一年。船只来自北方。" * 8
+    passages = chunk_document(Document("d", "", text), TOKENIZER, tokens=24, stride=24)
+    assert all(passage.text.endswith("。") for passage in passages)
+    assert "".join(passage.text for passage in passages) == text
+
+
+def test_known_places_give_the_same_passages_without_a_tokenizer() -> None:
+    document = Document("d", "Log", SENTENCES * 6, "file#L1", "file")
+    passages = chunk_document(document, TOKENIZER, tokens=32, stride=32)
+    assert passages_at(document, [(passage.start, passage.end) for passage in passages]) == passages

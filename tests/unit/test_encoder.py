@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
+import subprocess
+import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ from transformers import AutoModel, AutoTokenizer, LlamaModel
 
 from invar_ray.artifacts import Building, Plan
 from invar_ray.config import CoarseConfig, ModelConfig
-from invar_ray.errors import ModelError
+from invar_ray.errors import ModelError, ResourceError
 from invar_ray.models.adapters import load_adapter
 from invar_ray.models.batching import encode_in_batches, length_batches, pad_right
 from invar_ray.models.coarse import CoarseEncoder
@@ -353,3 +355,89 @@ def test_projection_beside_the_adapter_is_used(small: World) -> None:
         states = model.model(input_ids=tokens, attention_mask=mask).last_hidden_state
         expected = functional.normalize(pool(states, mask, spec.pooling) @ weight.T, dim=-1).numpy()
     assert np.abs(encoder.encode_passages(PASSAGES) - expected).max() < 1e-5
+
+
+# Memory
+
+
+def ids_of(count: int) -> list[list[int]]:
+    return [[5 + number % 50] * (3 + number % 17) for number in range(count)]
+
+
+def test_a_batch_that_does_not_fit_is_halved() -> None:
+    """torch's own error, raised where the model allocates: the vectors are those of a run with enough memory."""
+    ids = ids_of(40)
+    plain, tight = encoder_of(spec_of(), tokens_per_batch=400), encoder_of(spec_of(), tokens_per_batch=400)
+    seen: list[int] = []
+
+    def allocate(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
+        seen.append(arguments[0].numel())
+        if arguments[0].numel() > 120:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    handle = tight.module.causal_lm.model.layers[0].mlp.register_forward_pre_hook(
+        lambda module, arguments: allocate(module, (arguments[0][..., 0],))
+    )
+    try:
+        found = tight.encode_ids(ids)
+    finally:
+        handle.remove()
+    assert max(seen) > 120
+    assert tight.stats.halvings == sum(count > 120 for count in seen) == 2, "once halved it stays so for these rows"
+    assert tight.stats.texts == 40
+    assert np.abs(found - plain.encode_ids(ids)).max() < 1e-5
+    again = tight.encode_ids(ids)
+    assert np.array_equal(again, plain.encode_ids(ids)), "the next call starts with the whole budget"
+
+
+def test_a_text_that_does_not_fit_alone_is_one_error() -> None:
+    encoder = encoder_of(spec_of())
+
+    def never(*arguments: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    handle = encoder.module.causal_lm.model.layers[0].register_forward_pre_hook(never)
+    try:
+        with pytest.raises(ResourceError, match=r"a text of 19 tokens does not fit into memory.*passage_max_tokens"):
+            encoder.encode_ids(ids_of(40))
+    finally:
+        handle.remove()
+
+
+def test_other_errors_of_a_batch_are_not_swallowed() -> None:
+    def broken(rows: list[list[int]]) -> torch.Tensor:
+        raise RuntimeError("shapes do not match")
+
+    with pytest.raises(RuntimeError, match="shapes do not match"):
+        encode_in_batches([[1], [2]], broken, 1, 8)
+
+
+REAL = """
+import resource, sys
+import torch
+from invar_ray.models.batching import EncodeStats, encode_in_batches
+torch.set_num_threads(1)
+ids, stats = [[1] * 64] * 32, EncodeStats()
+def forward(rows):  # 16 MB a row
+    return torch.ones(len(rows), 4 * 2**20).sum(dim=1, keepdim=True)
+forward(ids[:1])
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (used + 200 * 2**20,) * 2)
+vectors = encode_in_batches(ids, forward, 1, 10_000, stats)
+assert (vectors == 4 * 2**20).all() and stats.texts == 32
+print(stats.halvings)
+"""
+
+
+def test_real_lack_of_memory_is_met() -> None:
+    """The operating system refuses: 32 rows want 512 MB where 200 MB are left."""
+    done = subprocess.run([sys.executable, "-c", REAL], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert 2 <= int(done.stdout) <= 4
+
+
+def test_padding_share_is_counted() -> None:
+    encoder = encoder_of(spec_of(), tokens_per_batch=30)
+    encoder.encode_ids([[1] * 10, [1] * 6, [1] * 5])
+    assert (encoder.stats.tokens, encoder.stats.slots) == (21, 30)
+    assert encoder.stats.padding_share == pytest.approx(0.3)

@@ -50,6 +50,7 @@ def test_passages_are_exact_cuts_in_document_order(tmp_path: Path) -> None:
         "documents": len(found),
         "passages": len(passages),
         "skipped": 0,
+        "quarantined": 0,
     }
     assert passages[-1].place == f"{Path(config.corpus.uri).name}, row {len(found)}"
 

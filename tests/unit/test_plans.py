@@ -298,8 +298,14 @@ CONDITIONAL = {
     "model.base": "a name or a folder, below",
     "model.revision": "for hub names",
     "corpus.distractors": "needs the questions, below",
+    "corpus.max_malformed_share": "whether there is a result, never which",
+    "index.encoder": "which of the indexes jobs.reindex makes; each has its own encoder",
+    "index.adapter_uri": "as index.encoder",
     "index.factory": "above",
     "index.num_lists_searched": "for IVF factories, below",
+    "index.max_memory_mb": "for the factory auto, below",
+    "index.max_latency_ms": "for the factory auto, below",
+    "index.recall_queries": "where recall is measured, below",
 }
 
 
@@ -359,3 +365,17 @@ def test_lists_searched_count_for_ivf_only(plans: Plans) -> None:
     searched = plans.changed_by(index__factory="IVF4,Flat", index__num_lists_searched=2)
     assert "index base" in searched
     assert plans.changed_by(index__num_lists_searched=2) == set()
+
+
+def test_limits_count_for_a_planned_index_only(plans: Plans) -> None:
+    config = changed(plans.config, ["index", "factory"], "auto")
+    planned = plans(config)
+    for field, value in {
+        "max_memory_mb": 5.0,
+        "max_latency_ms": 5.0,
+        "recall_target": 0.8,
+        "recall_queries": 7,
+    }.items():
+        assert plans(changed(config, ["index", field], value))["index base"] != planned["index base"], field
+    named = plans(changed(plans.config, ["index", "recall_target"], 0.8))
+    assert named["index base"] != plans.first["index base"], "an explicit factory is measured where a target is set"

@@ -150,9 +150,10 @@ def test_teacher_vectors_are_minilm_s(small: World) -> None:
     vectors = coarse.encode_passages([(passage.title, passage.text) for passage in rows])
     place = {passage.id: row for row, passage in enumerate(rows)}
     chosen = [place[slot["passage_id"]] for slot in slots]
-    assert np.abs(teacher["slots"] - vectors[chosen]).max() < 1e-5
+    # what a float16 rounds by, and 1e-5 for other paddings
+    assert (np.abs(teacher["slots"] - vectors[chosen]) <= 2.0**-11 * np.abs(vectors[chosen]) + 1e-5).all()
     means = mean_by_document(vectors, [passage.document_id for passage in rows])
-    assert np.abs(teacher["documents"] - means[chosen]).max() < 1e-5
+    assert np.abs(teacher["documents"] - means[chosen]).max() < 2.0**-11 * np.abs(vectors).max() + 1e-5
 
 
 def test_mined_negatives_pass_the_contrastive_mask(small: World) -> None:

@@ -1,0 +1,56 @@
+"""Probes of an index: texts with the vectors that its own encoder gave them; no other encoder reproduces them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from invar_ray.artifacts import Artifact
+from invar_ray.errors import MixedArtifactsError
+from invar_ray.models.encoder import EncoderSpec, TextEncoder
+from invar_ray.retrieval.blocks import column_to_matrix
+from invar_ray.schema import vector_schema
+
+PROBE_TOLERANCE = 1e-3
+"""A probe's cosine with its stored vector must be at least 1 minus this (bf16 and other batch shapes stay well
+within).
+"""
+
+
+def write_probes(path: Path, encoder: TextEncoder, texts: list[tuple[str, str]]) -> None:
+    """Store (title, text) probes with the vectors that ``encoder`` gives them."""
+    matrix = encoder.encode_passages(texts)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
+    titles, bodies = [title for title, _ in texts], [text for _, text in texts]
+    schema = vector_schema(matrix.shape[1])
+    table = pa.table({"title": titles, "text": bodies, "vector": vectors.cast(schema.field("vector").type)})
+    pq.write_table(table, path)
+
+
+def check_probes(artifact: Artifact, encoder: TextEncoder) -> float:
+    """Encode the probes again and compare.
+
+    Returns:
+        The lowest cosine between a probe's vector and its stored one.
+
+    Raises:
+        MixedArtifactsError: if the encoder does not reproduce them.
+    """
+    table = pq.read_table(artifact.path("probes.parquet"))
+    stored = column_to_matrix(table.column("vector"))
+    texts = list(zip(table.column("title").to_pylist(), table.column("text").to_pylist(), strict=True))
+    made_by = EncoderSpec.from_json(artifact.info["encoder"]).fingerprint
+    if encoder.dimension != stored.shape[1]:
+        lowest = -1.0
+    else:
+        lowest = float((encoder.encode_passages(texts) * stored).sum(axis=1).min())
+    if lowest < 1.0 - PROBE_TOLERANCE:
+        raise MixedArtifactsError(
+            f"encoder {encoder.fingerprint} does not reproduce the probe vectors of {artifact.uri}, which encoder "
+            f"{made_by} made (lowest cosine {lowest:.4f})",
+            expected=f"cosines of at least {1.0 - PROBE_TOLERANCE}",
+            action="serve the index with its own encoder, or reindex with this one (python -m jobs.reindex)",
+        )
+    return lowest

@@ -1,0 +1,63 @@
+"""Prove that an index is sound: counts, checksums, unique ids, contents, probes, and vectors encoded again.
+
+Checks the newest index of ``index.encoder`` below ``storage.root_uri`` that this recipe's name has, or the one that
+``uri=`` names.  Exits 1 if anything is wrong.
+
+Command::
+
+    python -m jobs.verify_index --config tiny
+    python -m jobs.verify_index --config tiny uri=/shared/index/index/minilm-0123456789abcdef samples=512
+"""
+
+from __future__ import annotations
+
+import sys
+
+from invar_ray.artifacts import Artifact, Store, open_artifact
+from invar_ray.config import Config
+from invar_ray.errors import ConfigError, MissingArtifactError
+from invar_ray.indexing.verify import verify_index
+from invar_ray.pipeline import Pipeline
+from jobs.entry import run_job
+
+_OPTIONS = {"uri": "", "samples": "256"}
+
+
+def main(pipeline: Pipeline, options: dict[str, str]) -> None:
+    """Print a line a check."""
+    index = open_artifact(options["uri"], "index") if options["uri"] else newest(pipeline.store, pipeline.config)
+    if not options["samples"].isdigit() or int(options["samples"]) < 1:
+        raise ConfigError(f"samples is {options['samples']!r}", expected="a number above 0")
+    print(f"{index.uri}, made {index.manifest.created}")
+    found = verify_index(
+        index,
+        samples=int(options["samples"]),
+        seed=pipeline.config.seed,
+        precision=pipeline.config.model.precision,
+        device="cuda" if pipeline.config.scale.embed_gpus_per_worker > 0 else "cpu",
+    )
+    for line in found.lines:
+        print(line)
+    if found.faults:
+        print(f"{len(found.faults)} faults: this index must not be served", file=sys.stderr)
+        sys.exit(1)
+
+
+def newest(store: Store, config: Config) -> Artifact:
+    """The newest index that ``jobs.reindex`` made with ``index.encoder``.
+
+    Raises:
+        MissingArtifactError: there is none.
+    """
+    for index in reversed(store.list("index")):
+        passages = index.manifest.parents.get("passages", "")
+        if index.manifest.name == config.index.encoder and passages.startswith(f"passages/{config.name}-"):
+            return index
+    raise MissingArtifactError(
+        f"no index {config.index.encoder!r} of {config.name!r} below {store.root_uri}",
+        action="run python -m jobs.reindex first, or name one: uri=<root>/index/<name>-<fingerprint>",
+    )
+
+
+if __name__ == "__main__":
+    run_job(__doc__, main, _OPTIONS)

@@ -1,0 +1,138 @@
+"""Published versions on an object store: conditional puts against a local S3 server."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import socket
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pyarrow import fs
+
+from invar_ray.artifacts import Store
+from invar_ray.conditional import create_if_absent, replace
+from invar_ray.errors import ArtifactError, ConflictError, MissingArtifactError
+from invar_ray.garbage import collect
+from invar_ray.published import Published, open_published
+from tests.publishing import make_generation, make_index
+
+pytestmark = pytest.mark.skipif(not hasattr(fs, "S3FileSystem"), reason="this pyarrow has no S3FileSystem")
+BUCKET = "invar"
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
+    boto3 = pytest.importorskip("boto3")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "testing",
+            "AWS_SECRET_ACCESS_KEY": "testing",
+            "AWS_DEFAULT_REGION": "us-east-1",
+            "AWS_EC2_METADATA_DISABLED": "true",
+            "NO_PROXY": "127.0.0.1",
+            "no_proxy": "127.0.0.1",
+        }.items():
+            patch.setenv(name, value)
+        server.start()
+        try:
+            boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}").create_bucket(Bucket=BUCKET)
+            yield f"127.0.0.1:{port}"
+        finally:
+            server.stop()
+
+
+@pytest.fixture
+def root(endpoint: str, request: Any) -> str:
+    return f"s3://{BUCKET}/{request.node.name}?endpoint_override={endpoint}&scheme=http&region=us-east-1"
+
+
+def place(root: str, name: str) -> str:
+    base, _, query = root.partition("?")
+    return f"{base}/{name}?{query}"
+
+
+def content(uri: str) -> bytes:
+    filesystem, path = fs.FileSystem.from_uri(uri)
+    with filesystem.open_input_file(path) as stream:
+        return bytes(stream.read())
+
+
+def test_of_many_creators_one_wins(root: str) -> None:
+    uri = place(root, "record")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        won = list(pool.map(lambda number: create_if_absent(uri, f"writer {number}".encode()), range(16)))
+    assert sum(won) == 1
+    assert content(uri) == f"writer {won.index(True)}".encode()
+    assert create_if_absent(uri, content(uri)), "an answer that was lost: the writer knows its own record"
+
+
+def test_replace_is_made_anew_where_another_was_faster(root: str) -> None:
+    uri = place(root, "pointer")
+    replace(uri, lambda: b"1")
+    state, looks = [2], []
+
+    def make() -> bytes:
+        looks.append(state[0])
+        if len(looks) == 1:  # between this one's look at the file and its put
+            state[0] = 3
+            replace(uri, lambda: b"3")
+        return str(state[0] if len(looks) > 1 else 2).encode()
+
+    replace(uri, make)
+    assert looks == [2, 3]
+    assert content(uri) == b"3"
+
+
+def test_publish_rollback_and_collect(root: str) -> None:
+    store = Store(root)
+    published = Published(store)
+    assert published.current() is None
+    for generation in (1, 2, 3):
+        published.publish(make_generation(store, generation), expected=generation - 1)
+    current = published.current()
+    assert current is not None
+    assert current.number == 3
+    text = content(place(root, "published/main/CURRENT")).decode().splitlines()
+    assert text[0].startswith("# version 3 of main")
+    assert tuple(text[1:]) == published.uris()
+    assert all("?endpoint_override=" in line for line in text[1:])
+    assert open_published(published.uri).uris() == published.uris()
+    with pytest.raises(ConflictError, match="is at version 3, not at 1"):
+        published.publish(make_generation(store, 4), expected=1)
+    assert published.rollback().source == 2
+    gone = collect(published, keep=1)
+    assert gone.versions == (1,)
+    with pytest.raises(MissingArtifactError):
+        store.open(published.read(1).index[0])
+    published.open()[0].verify()
+
+
+def test_publishers_at_once(root: str) -> None:
+    store = Store(root)
+    indexes = [make_index(store, generation) for generation in range(6)]
+    Published(store).publish([indexes[0]])
+
+    def publish(number: int) -> int | None:
+        try:
+            return Published(Store(root)).publish([indexes[number]], expected=1, verify=False).number
+        except ConflictError:
+            return None
+
+    with concurrent.futures.ThreadPoolExecutor(5) as pool:
+        outcomes = list(pool.map(publish, range(1, 6)))
+    assert sorted(outcomes, key=str) == [2, None, None, None, None]
+    winner = Published(store).current()
+    assert winner is not None
+    assert winner.index == (indexes[1 + outcomes.index(2)].ref,)
+
+
+def test_bucket_that_is_not_there(endpoint: str) -> None:
+    uri = f"s3://nowhere/x/record?endpoint_override={endpoint}&scheme=http&region=us-east-1"
+    with pytest.raises(ArtifactError, match=r"cannot write s3://nowhere/x/record.*check the bucket"):
+        create_if_absent(uri, b"x")
