@@ -125,7 +125,7 @@ class VariantsConfig:
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """Shape of ``builtin:seeded``: a small LLaMA, untrained, with MiniLM's token embeddings."""
+    """Shape of the embedded base: a small LLaMA whose token embeddings start from MiniLM's."""
 
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
@@ -147,13 +147,13 @@ class ModelConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     base: str = "builtin:tiny"
-    """``builtin:tiny`` (small, in the package, made to read), a Hugging Face name (``HuggingFaceTB/SmolLM2-135M``,
-    ``meta-llama/Llama-2-7b-hf``), a folder, or ``builtin:seeded`` (untrained, for tests: it retrieves and writes
-    nothing sensible)."""
+    """``builtin:tiny``, a Hugging Face name (``HuggingFaceTB/SmolLM2-135M``, ``meta-llama/Llama-2-7b-hf``) or a
+    folder.
+    """
     revision: str | None = None
     """Commit of a named model; pin it, so that the fingerprint stays true."""
     tiny: TinyConfig = field(default_factory=TinyConfig)
-    """Used for ``builtin:seeded`` only."""
+    """Used for ``builtin:tiny`` only."""
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of training and encoding; fp32 on CPU (bf16 is about ten times slower there).  It enters the adapters'
     fingerprints; vectors of either precision agree within the tolerance of an index's probes."""
