@@ -17,10 +17,10 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -288,7 +288,9 @@ class Store:
             parents={role: parent.ref for role, parent in plan.parents.items()},
             files=files,
             info=json.loads(canonical_json(building.info)),
-            created=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            created=datetime.now(UTC)
+            .isoformat(timespec="microseconds")
+            .replace("+00:00", "Z"),  # "newest" needs an order
         )
         text = json.dumps(asdict(manifest), indent=2, sort_keys=True).encode()
         with self.filesystem.open_output_stream(f"{building.prefix}/{MANIFEST}") as stream:

@@ -188,13 +188,11 @@ def test_many_tombstones_are_compacted(first: Path, tmp_path: Path) -> None:
 def test_repeated_passages_are_no_tombstones(tmp_path: Path) -> None:
     root = tmp_path / "s"
     index_of(root, corpus(repeated=True), "scale.shard_rows=100")
-    info = index_of(root, corpus(repeated=True)[:-1]).parent("vectors").info
+    index = index_of(root, corpus(repeated=True)[:-1])
+    info = index.parent("vectors").info
     assert (info["embedded"], info["tombstones"]) == (0, 0)
-    assert ROWS_FILE in open_index(root).parent("vectors").manifest.files
-
-
-def open_index(root: Path) -> Artifact:
-    return Store(str(root / "runs")).list("index")[-1]
+    assert ROWS_FILE in index.parent("vectors").manifest.files
+    assert Store(str(root / "runs")).list("index")[-1].ref == index.ref, "two of one second stand in their order"
 
 
 def test_a_chain_of_versions_stays_sound(first: Path, tmp_path: Path) -> None:
