@@ -85,7 +85,7 @@ class TransformersEngine:
         uri: generator artifact.
         loader: its URI in, ready generator out.
         max_batch_size: most questions that run at once.
-        batch_wait_s: how long the first of them waits for others.
+        batch_wait_s: how long the first of them waits for others, where there are others.
     """
 
     def __init__(

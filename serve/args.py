@@ -62,7 +62,9 @@ class AppArgs(BaseModel):
     max_inputs: int = Field(64, ge=1, description="Most texts that one request may have embedded.")
     max_rewrites: int = Field(5, ge=1, description="Most rewordings of a stability request.")
     max_batch_size: int = Field(8, ge=1, description="Questions that a replica handles together.")
-    batch_wait_s: float = Field(0.005, ge=0, description="How long the first of a batch waits for others, in seconds.")
+    batch_wait_s: float = Field(
+        0.005, ge=0, description="How long a batch waits for more, in seconds; a call alone does not wait."
+    )
     max_ongoing_requests: int = Field(32, ge=1, description="Requests that a replica takes at once.")
     max_queued_requests: int = Field(128, ge=1, description="Requests that wait for a replica, per HTTP replica.")
     request_timeout_s: float = Field(60.0, gt=0, description="Longest that a request may take, in seconds.")

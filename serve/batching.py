@@ -58,7 +58,10 @@ class Worker:
 
 
 class Batcher(Generic[T, R]):
-    """Collects single calls into batches: the first waits a little for others; what comes during a batch is the next.
+    """Collects single calls into batches: what comes during a batch is the next, and waits a little for more.
+
+    A call that comes alone, after a batch of one, does not wait: nobody else is to be expected, and the wait would be
+    much of what the service adds to a search.
 
     Serve has a decorator for this, ``serve.batch``.  It keeps its queue on the class: two applications in one process
     would share it, a class that was used can no longer be sent to a replica, and it runs in replicas only.
@@ -66,7 +69,7 @@ class Batcher(Generic[T, R]):
     Args:
         work: answers a batch, in order; an exception in the place of an answer goes to that caller alone.
         max_size: most calls in a batch.
-        wait_s: how long the first call of a batch waits for others, in seconds.
+        wait_s: how long the first call of a batch waits for others, in seconds, where there are others.
         seen: told the size of each batch, and how many calls are left waiting.
     """
 
@@ -80,6 +83,7 @@ class Batcher(Generic[T, R]):
         self._work, self._max_size, self._wait_s, self._seen = work, max_size, wait_s, seen
         self._waiting: list[tuple[T, asyncio.Future[R]]] = []
         self._full = asyncio.Event()
+        self._last_size = 0
         self._task: asyncio.Task[None] | None = None
 
     async def __call__(self, item: T) -> R:
@@ -94,7 +98,8 @@ class Batcher(Generic[T, R]):
 
     async def _drain(self) -> None:
         while self._waiting:
-            if len(self._waiting) < self._max_size:
+            busy = self._last_size > 1 or len(self._waiting) > 1
+            if busy and len(self._waiting) < self._max_size:
                 self._full.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._full.wait(), self._wait_s)
@@ -103,6 +108,7 @@ class Batcher(Generic[T, R]):
             batch, self._waiting = alive[: self._max_size], alive[self._max_size :]
             if not batch:
                 continue
+            self._last_size = len(batch)
             self._seen(len(batch), len(self._waiting))
             try:
                 results = await self._work([item for item, _ in batch])

@@ -443,6 +443,28 @@ def test_batches_fill_up_keep_their_order_and_fail_alone() -> None:
     asyncio.run(scenario())
 
 
+def test_a_caller_alone_does_not_wait_for_others() -> None:
+    batches: list[list[int]] = []
+
+    async def work(items: list[int]) -> list[int]:
+        batches.append(items)
+        await asyncio.sleep(0.05)
+        return items
+
+    async def scenario() -> None:
+        batcher: Batcher[int, int] = Batcher(work, max_size=4, wait_s=60)
+        async with asyncio.timeout(5):
+            assert [await batcher(n) for n in range(3)] == [0, 1, 2]
+            # What comes during a batch still becomes one, here at once because it is full.
+            alone = asyncio.create_task(batcher(3))
+            await asyncio.sleep(0.01)
+            assert await asyncio.gather(*(batcher(n) for n in range(4, 8))) == [4, 5, 6, 7]
+            assert await alone == 3
+        assert batches == [[0], [1], [2], [3], [4, 5, 6, 7]]
+
+    asyncio.run(scenario())
+
+
 def test_callers_that_went_away_are_not_worked_for() -> None:
     batches: list[list[int]] = []
 
@@ -457,9 +479,10 @@ def test_callers_that_went_away_are_not_worked_for() -> None:
         gone.cancel()
         assert await stays == 2
         assert batches == [[2]]
-        only = asyncio.create_task(batcher(3))
+        both = [asyncio.create_task(batcher(3)), asyncio.create_task(batcher(3))]
         await asyncio.sleep(0.01)
-        only.cancel()
+        for call in both:
+            call.cancel()
         await asyncio.sleep(0.1)
         assert batches == [[2]]
         assert await batcher(4) == 4
