@@ -45,7 +45,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, help="go on from this model")
     parser.add_argument("--level", type=int, default=0, help="where the curriculum begins: 0, 1 or 2")
     parser.add_argument("--learning-rate", type=float, default=PretrainConfig.learning_rate)
-    parser.add_argument("--made-up", type=float, help="share of made-up text (default: falls from 0.55 to 0.15)")
+    parser.add_argument("--made-up", type=float, help="share of made-up text (default: falls from 0.6 to 0.35)")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tasks", type=int, default=300, help="of each kind, to measure reading with")
     arguments = parser.parse_args()
