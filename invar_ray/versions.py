@@ -52,7 +52,7 @@ _TRAINING = (
 )
 
 STEPS: dict[str, StepCode] = {
-    "model": StepCode(1, ("invar_ray.models.tiny",)),
+    "model": StepCode(1, ("invar_ray.models.smollm2", "invar_ray.models.tiny")),
     "passages": StepCode(
         3,
         (

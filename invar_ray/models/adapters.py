@@ -26,8 +26,15 @@ from invar_ray.errors import ModelError
 _NAME = "default"
 
 
-def new_adapter(base: PreTrainedModel, config: LoraConfig, seed: int) -> PeftModel:
+def new_adapter(base: PreTrainedModel, config: LoraConfig, seed: int, *, num_layers: int | None = None) -> PeftModel:
     """Put a fresh LoRA adapter on ``base`` (in place) and freeze everything else.
+
+    Args:
+        base: the model.
+        config: rank, scale and target modules.
+        seed: of the weights.
+        num_layers: where ``base`` is only the first layers of its model: how many, so that the folder fits the whole
+            model, too.
 
     Raises:
         ModelError: if the base has none of the target modules.
@@ -38,6 +45,7 @@ def new_adapter(base: PreTrainedModel, config: LoraConfig, seed: int) -> PeftMod
         lora_dropout=config.dropout,
         target_modules=list(config.target_modules),
         task_type="CAUSAL_LM",
+        layers_to_transform=None if num_layers is None else list(range(num_layers)),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

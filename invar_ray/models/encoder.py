@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from invar_ray.artifacts import Store, digest
 from invar_ray.config import CoarseConfig, ModelConfig
+from invar_ray.errors import ModelError
 from invar_ray.models.adapters import load_adapter, load_merged
 from invar_ray.models.batching import DEFAULT_TOKENS_PER_BATCH, EncodeStats, Vectors, encode_in_batches, pad_right
 from invar_ray.models.coarse import CoarseEncoder, coarse_passage_ids, coarse_tokenizer
@@ -67,6 +68,7 @@ class EncoderSpec:
         base: the resolved base; for ``coarse`` its location is the model's name.
         adapter: ref of the adapter artifact below the store's root, or ``None`` for the bare base.
         adapter_fingerprint: of that artifact.
+        num_layers: of the base's first layers; ``None`` is all of them.
     """
 
     kind: str
@@ -79,6 +81,7 @@ class EncoderSpec:
     passage_prefix: str
     query_max_tokens: int
     passage_max_tokens: int
+    num_layers: int | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -86,6 +89,8 @@ class EncoderSpec:
         values = asdict(self)
         values["base"] = self.base.fingerprint
         del values["adapter"]
+        if self.num_layers is None:  # as it was before there was a choice
+            del values["num_layers"]
         return digest(values)
 
     def to_json(self) -> dict[str, Any]:
@@ -112,6 +117,7 @@ def llm_spec(config: ModelConfig, base: BaseRef, adapter: tuple[str, str] | None
         passage_prefix=config.passage_prefix,
         query_max_tokens=config.query_max_tokens,
         passage_max_tokens=config.passage_max_tokens,
+        num_layers=config.retriever_layers,
     )
 
 
@@ -155,6 +161,7 @@ def open_encoder(
     # bf16 is about ten times slower on CPUs; either precision reproduces the probes of an index.
     dtype = torch.bfloat16 if precision == "bf16" and device != "cpu" else torch.float32
     model, tokenizer = open_base_tree(spec.base, store) if open_base_tree else open_base(spec.base, store, dtype)
+    keep_first_layers(model, spec.num_layers)
     projection: Tensor | None = None
     if spec.adapter is not None:
         folder = store.open(spec.adapter, "retriever").path("adapter")
@@ -186,6 +193,25 @@ def open_tokenizer(spec: EncoderSpec, store: Store) -> Callable[[Sequence[tuple[
         return lambda passages: coarse_passage_ids(coarse, passages, spec.passage_max_tokens)
     tokenizer = load_tokenizer(spec.base.folder_or_name(store), spec.base.revision)
     return lambda passages: passage_ids(tokenizer, passages, spec)
+
+
+def keep_first_layers(model: PreTrainedModel, num_layers: int | None) -> None:
+    """Shorten a module tree to its first layers, in place (the tensors of the others are left alone: another tree may
+    share them); ``None`` keeps all.
+
+    Raises:
+        ModelError: if it has fewer.
+    """
+    if num_layers is None:
+        return
+    layers = model.model.layers
+    if not 1 <= num_layers <= len(layers):
+        raise ModelError(
+            f"model.retriever_layers is {num_layers}",
+            expected=f"between 1 and the base's {len(layers)} layers, or null",
+        )
+    model.model.layers = layers[:num_layers]
+    model.config.num_hidden_layers = num_layers
 
 
 @torch.inference_mode()

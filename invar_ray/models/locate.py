@@ -1,7 +1,7 @@
-"""From a name to a model: the embedded base, a folder, or a model hub's name.
+"""From a name to a model: a built-in base, a folder, or a model hub's name.
 
-``builtin:tiny`` is built once and stored as an artifact of kind ``model``; folders and hub names are used where they
-are. Every model is loaded as a causal LM, so that both adapters fit the same base.
+A built-in base is written out once, as an artifact of kind ``model``; folders and hub names are used where they are.
+Every model is loaded as a causal LM, so that both adapters fit the same base.
 """
 
 from __future__ import annotations
@@ -19,10 +19,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 from invar_ray.artifacts import Artifact, Building, Plan, Store, digest, open_artifact
 from invar_ray.config import Config, ModelConfig, to_dict
 from invar_ray.errors import ModelError
+from invar_ray.models.smollm2 import PACKAGE, SHA256, load_smollm2
 from invar_ray.models.tiny import build_tiny
 from invar_ray.versions import STEPS
 
-BUILTIN = "builtin:tiny"
+SMOLLM2, TINY = "builtin:smollm2", "builtin:tiny"
+BUILTIN = (SMOLLM2, TINY)
 _ARTIFACT = "artifact:"
 
 
@@ -60,37 +62,49 @@ class BaseRef:
 
 
 def base_plan(config: Config) -> Plan:
-    """The artifact of the embedded base."""
+    """The artifact of a built-in base (``config.model.base`` is one of :data:`BUILTIN`)."""
+    seeded: dict[str, Any] = {"tiny": to_dict(config.model.tiny), "seed": config.seed}
+    smollm2 = config.model.base == SMOLLM2
     return Plan(
         kind="model",
-        name="tiny",
-        config={"tiny": to_dict(config.model.tiny), "seed": config.seed},
+        name=config.model.base.removeprefix("builtin:"),
+        config={"package": PACKAGE, "sha256": SHA256} if smollm2 else seeded,
         version=STEPS["model"].version,
     )
 
 
 def build_base(building: Building, config: Config) -> None:
-    """Write the embedded base into an artifact under construction."""
-    model, tokenizer = build_tiny(config.model.tiny, config.seed)
+    """Write a built-in base into an artifact under construction.
+
+    Raises:
+        ModelError: if the package that carries its weights is not installed.
+    """
+    if config.model.base == SMOLLM2:
+        model, tokenizer = load_smollm2()
+        model = model.bfloat16()  # half the bytes; far finer than the 4 bits that the weights come from
+    else:
+        model, tokenizer = build_tiny(config.model.tiny, config.seed)
     model.save_pretrained(building.path)
     tokenizer.save_pretrained(building.path)
     building.info["parameters"] = sum(parameter.numel() for parameter in model.parameters())
 
 
-def resolve_base(config: ModelConfig, tiny: Artifact | None) -> BaseRef:
+def resolve_base(config: ModelConfig, built: Artifact | None) -> BaseRef:
     """Find the base without loading it.
 
     Args:
         config: names it.
-        tiny: the artifact of the embedded base, where ``config.base`` is ``builtin:tiny``.
+        built: the artifact of a built-in base, where ``config.base`` is one.
 
     Raises:
         ModelError: if a folder lacks its files.
     """
-    if config.base == BUILTIN:
-        if tiny is None:
-            raise ModelError("the embedded base has not been built", action="run python -m jobs.run_pipeline")
-        return BaseRef(f"{_ARTIFACT}{tiny.ref}", None, tiny.fingerprint)
+    if config.base in BUILTIN:
+        if built is None:
+            raise ModelError(f"the base {config.base} has not been built", action="run python -m jobs.run_pipeline")
+        return BaseRef(f"{_ARTIFACT}{built.ref}", None, built.fingerprint)
+    if config.base.startswith("builtin:"):
+        raise ModelError(f"there is no base {config.base!r}", expected=" or ".join(BUILTIN))
     folder = Path(config.base).expanduser()
     if folder.is_dir():
         return BaseRef(str(folder.resolve()), None, folder_fingerprint(folder))
@@ -213,5 +227,5 @@ def _unresolved(source: str, error: Exception) -> ModelError:
         expected="a folder with config.json, tokenizer files and safetensors weights, or a hub name that is cached or "
         "reachable",
         action="download it on a machine with network (hf download NAME --local-dir DIR) and set model.base=DIR, "
-        "or use model.base=builtin:tiny; invar-ray doctor checks this",
+        "or use model.base=builtin:smollm2; invar-ray doctor checks this",
     )

@@ -21,7 +21,7 @@ from invar_ray.evaluation.report import RETRIEVAL_METRICS, VARIANCE_METRICS, rea
 from invar_ray.evaluation.tables import ANSWER_METRICS, print_name
 from invar_ray.models.adapters import load_adapter
 from invar_ray.models.batching import pad_right
-from invar_ray.models.encoder import PROJECTION_FILE, BiEncoder, EncoderSpec, load_projection
+from invar_ray.models.encoder import PROJECTION_FILE, BiEncoder, EncoderSpec, keep_first_layers, load_projection
 from invar_ray.models.locate import BaseRef, open_base
 
 MERGED = "merged"
@@ -110,8 +110,12 @@ def _merge(adapter: Artifact, place: Path) -> float:
     base = base_of(adapter)
     source = adapter.path("adapter")
     plain, tokenizer = open_base(base, adapter.store)
+    second, _ = open_base(base, adapter.store)
+    if adapter.manifest.kind == "retriever":
+        for model in (plain, second):
+            keep_first_layers(model, EncoderSpec.from_json(adapter.info["encoder"]).num_layers)
     unmerged = _outputs(adapter, load_adapter(plain, source), tokenizer)
-    whole = load_adapter(open_base(base, adapter.store)[0], source, merge=True)
+    whole = load_adapter(second, source, merge=True)
     merged = _outputs(adapter, whole, tokenizer)
     lowest = float(cosine_similarity(unmerged.double(), merged.double(), dim=-1).min())
     if not lowest >= MIN_COSINE:

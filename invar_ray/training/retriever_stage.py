@@ -24,7 +24,14 @@ from invar_ray.losses.masks import contrastive_allowed, copies_allowed
 from invar_ray.losses.risk import environment_risks, risk_variance
 from invar_ray.models.adapters import new_adapter
 from invar_ray.models.batching import pad_right
-from invar_ray.models.encoder import PROJECTION_FILE, BiEncoder, EncoderSpec, passage_ids, query_ids
+from invar_ray.models.encoder import (
+    PROJECTION_FILE,
+    BiEncoder,
+    EncoderSpec,
+    keep_first_layers,
+    passage_ids,
+    query_ids,
+)
 from invar_ray.models.locate import open_base
 from invar_ray.training.batches import StepPlan, Trainset
 from invar_ray.training.stage import HELDOUT, Chunking, Forward, Metrics, dtype_of, recompute, save_lora
@@ -45,9 +52,10 @@ class RetrieverStage:
         if self.measure_every:
             self.trainset.hold_out(config.retriever.heldout_share, config.seed)
         base, self.tokenizer = open_base(self.spec.base, store, dtype_of(config))
+        keep_first_layers(base, self.spec.num_layers)
         self._base_name = config.model.base
         recompute(base, config)
-        self._adapted = new_adapter(base, config.retriever.lora, config.seed)
+        self._adapted = new_adapter(base, config.retriever.lora, config.seed, num_layers=self.spec.num_layers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.module: nn.Module = BiEncoder(

@@ -177,6 +177,7 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("evaluation.num_rewrites", 1, AFTER_QUESTIONS),
     ("evaluation.provider", "rules", AFTER_QUESTIONS),
     ("model.pooling", "last", BASE_ENCODER),
+    ("model.retriever_layers", 1, BASE_ENCODER),
     ("model.query_prefix", "query: ", BASE_ENCODER),
     ("model.passage_max_tokens", 64, BASE_ENCODER),
     ("model.projection_dim", 32, AFTER_RETRIEVER),

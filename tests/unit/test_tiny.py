@@ -174,7 +174,7 @@ def test_folder_that_is_none_is_refused(small: World, tmp_path: Path) -> None:
 def test_model_that_cannot_be_loaded_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"cannot load .*hf download NAME"):
         load_causal_lm(str(tmp_path))
-    with pytest.raises(ModelError, match=r"cannot load .*model\.base=builtin:tiny"):
+    with pytest.raises(ModelError, match=r"cannot load .*model\.base=builtin:smollm2"):
         load_tokenizer(str(tmp_path))
 
 
