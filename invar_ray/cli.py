@@ -24,6 +24,9 @@ app = typer.Typer(
 
 app.add_typer(versions_app, name="index-versions")
 
+DEFAULT = "demo"
+"""The recipe of every command without ``--config``: what one command makes, the next one finds."""
+
 Recipe = Annotated[str, typer.Option("--config", help="Name of a recipe, or path of a YAML file.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Fields to change.")]
 
@@ -39,7 +42,7 @@ def _root(version: Annotated[bool, typer.Option("--version", help="Print the ver
 @clear_errors
 def demo(
     overrides: Overrides = None,
-    config: Recipe = "tiny",
+    config: Recipe = DEFAULT,
     question: Annotated[str | None, typer.Option(help="What to ask at the end.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Go on serving until Ctrl-C.")] = False,
 ) -> None:
@@ -54,14 +57,16 @@ def demo(
 def index(
     corpus: Annotated[str, typer.Argument(help="File, folder or URI of documents.")],
     overrides: Overrides = None,
-    config: Recipe = "tiny",
-    adapter: Annotated[str | None, typer.Option(help="URI of a stage-1 adapter; without it the bare base.")] = None,
+    config: Recipe = DEFAULT,
+    adapter: Annotated[
+        str | None, typer.Option(help="URI of a stage-1 adapter, or base; without it the newest that fits.")
+    ] = None,
 ) -> None:
     """Index documents, print the index's URI, and say what to try next."""
     from invar_ray.own import index_documents
 
     settings = load_config(config, [*(overrides or []), f"corpus.uri={json.dumps(corpus)}", "corpus.distractors=null"])
-    options = "" if config == "tiny" else f"--config {shlex.quote(config)} "
+    options = "" if config == DEFAULT else f"--config {shlex.quote(config)} "
     if settings.storage.root_uri != load_config(config).storage.root_uri:
         options += f"--root {shlex.quote(settings.storage.root_uri)} "
     print(index_documents(settings, adapter, options).uri)
@@ -72,7 +77,7 @@ def index(
 def questions(
     corpus: Annotated[str, typer.Argument(help="File, folder or URI of documents.")],
     overrides: Overrides = None,
-    config: Recipe = "tiny",
+    config: Recipe = DEFAULT,
     out: Annotated[str, typer.Option(help="Writes NAME.train.jsonl and NAME.dev.jsonl.")] = "questions.jsonl",
     per_document: Annotated[int, typer.Option(min=1, help="Most questions a document.")] = 8,
     endpoint: Annotated[
@@ -98,7 +103,7 @@ def questions(
 def train(
     stage: Annotated[str, typer.Argument(help="retriever (stage 1), generator (stage 2) or both.")] = "both",
     overrides: Overrides = None,
-    config: Recipe = "tiny",
+    config: Recipe = DEFAULT,
 ) -> None:
     """Train the adapters and print their URIs."""
     from invar_ray.pipeline import Pipeline
@@ -114,7 +119,7 @@ def train(
 
 @app.command()
 @clear_errors
-def evaluate(overrides: Overrides = None, config: Recipe = "tiny") -> None:
+def evaluate(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
     """Evaluate the systems that evaluation.systems names; print the tables and where the report is."""
     from invar_ray.pipeline import Pipeline
 
@@ -233,7 +238,7 @@ def export(
 @clear_errors
 def serve(
     overrides: Overrides = None,
-    config: Recipe = "tiny",
+    config: Recipe = DEFAULT,
     index_uri: Annotated[str | None, typer.Option("--index", help="URI of an index.")] = None,
     generator_uri: Annotated[str | None, typer.Option("--generator", help="URI of a stage-2 adapter.")] = None,
 ) -> None:
@@ -255,7 +260,7 @@ def ask(
     url: Annotated[
         str | None, typer.Option(help="Address of a running service; without it, answer right here.")
     ] = None,
-    config: Recipe = "tiny",
+    config: Recipe = DEFAULT,
     index_uri: Annotated[str | None, typer.Option("--index", help="URI of an index.")] = None,
     generator_uri: Annotated[str | None, typer.Option("--generator", help="URI of a stage-2 adapter.")] = None,
     top_k: Annotated[int | None, typer.Option(help="Number of passages.")] = None,
@@ -274,7 +279,7 @@ def ask(
 
 @app.command()
 @clear_errors
-def doctor(overrides: Overrides = None, config: Recipe = "tiny") -> None:
+def doctor(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
     """Check this machine: versions, GPUs, FAISS, memory, storage, models; says what to do for each fault."""
     from invar_ray.doctor import has_failures, render, run_checks
 

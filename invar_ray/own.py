@@ -8,7 +8,7 @@ import shlex
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from invar_ray.artifacts import Artifact, Store, open_artifact
 from invar_ray.config import Config
 from invar_ray.errors import DataError, InvarError, MissingArtifactError
 from invar_ray.indexing.passages import load_documents, load_skipped, read_corpus
+from invar_ray.models.encoder import EncoderSpec, llm_spec
 from invar_ray.pipeline import Pipeline
 from invar_ray.text.asked import ask_for_questions
 from invar_ray.text.chat import ChatEndpoint
@@ -31,15 +32,14 @@ def index_documents(config: Config, adapter_uri: str | None, options: str = "") 
 
     Args:
         config: the run.
-        adapter_uri: a stage-1 adapter; ``None`` embeds with the bare base.
+        adapter_uri: a stage-1 adapter; ``base`` embeds with the bare base; ``None`` takes the newest adapter below the
+            storage root that fits the recipe's model, and the bare base where there is none.
         options: what the user gave the command beyond the folder, repeated in the commands that are proposed.
     """
     started = time.monotonic()
     with Pipeline(config) as pipeline:
-        if adapter_uri is None:
-            index = pipeline.base_index
-        else:
-            index = pipeline.index_with(open_artifact(adapter_uri, "retriever"))
+        adapter = _adapter(pipeline, adapter_uri)
+        index = pipeline.base_index if adapter is None else pipeline.index_with(adapter)
         passages = pipeline.passages
         if "passages" in pipeline.reused:
             echo_lines(load_skipped(passages))
@@ -50,7 +50,9 @@ def index_documents(config: Config, adapter_uri: str | None, options: str = "") 
         f"indexed {info['documents']:,} documents from {info['files']:,} files as {info['passages']:,} passages, "
         f"left out {info['skipped']:,}; {seconds:.0f} s"
     )
-    if adapter_uri is None:
+    if adapter is not None and adapter_uri is None:
+        _say(f"with the retriever that was trained last below {config.storage.root_uri}: {adapter.ref}")
+    if adapter is None:
         _say("the base finds passages without having been trained on these documents")
     _say(f"\nask:    invar-ray ask {options}{shlex.quote(_some_question(passages))}")
     corpus = shlex.quote(config.corpus.uri)
@@ -155,6 +157,20 @@ def describe_index(index: Artifact) -> str:
     encoder = index.info["encoder"]
     retriever = f"retriever {encoder['adapter']}" if encoder["adapter"] else "the base as retriever (not trained)"
     return f"{info.get('source', index.uri)}: {info['passages']:,} passages, {retriever}"
+
+
+def _adapter(pipeline: Pipeline, wanted: str | None) -> Artifact | None:
+    if wanted is not None:
+        return None if wanted == "base" else open_artifact(wanted, "retriever")
+    bare = llm_spec(pipeline.config.model, pipeline.base)
+
+    def fits(artifact: Artifact) -> bool:
+        spec = EncoderSpec.from_json(artifact.info["encoder"])
+        same = replace(spec, base=bare.base, adapter=None, adapter_fingerprint=None, projection_dim=None) == bare
+        return same and spec.base.fingerprint == bare.base.fingerprint
+
+    found = [artifact for artifact in pipeline.store.list("retriever") if fits(artifact)]
+    return found[-1] if found else None
 
 
 def _some_question(passages: Artifact) -> str:

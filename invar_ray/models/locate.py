@@ -81,7 +81,6 @@ def build_base(building: Building, config: Config) -> None:
     """
     if config.model.base == SMOLLM2:
         model, tokenizer = load_smollm2()
-        model = model.bfloat16()  # half the bytes; far finer than the 4 bits that the weights come from
     else:
         model, tokenizer = build_tiny(config.model.tiny, config.seed)
     model.save_pretrained(building.path)

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
+from transformers.utils import logging
 
 from invar_ray.errors import ModelError
 
@@ -42,7 +43,7 @@ def smollm2_file() -> Path:
 
 
 def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Model (in float32, in evaluation mode) and tokenizer.
+    """Model (in bfloat16, which is far finer than the 4 bits that its weights come from; in evaluation mode) and tokenizer.
 
     Raises:
         ModelError: if the package is missing, or its file is not the one that this was written for.
@@ -55,14 +56,20 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     if found != SHA256:
         raise ModelError(f"{path} has SHA-256 {found}", expected=SHA256, action=_INSTALL)
     folder, name = str(path.parent), path.name
-    quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.float32)
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()  # seconds of work, and a line for each of its hundreds of updates in a log file
+    try:
+        quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
+    finally:
+        if shown:
+            logging.enable_progress_bar()
     # A model read from GGUF is marked as quantised and refuses to be saved, although its weights are plain by now.
     values = {
         key: value
         for key, value in quantised.config.to_dict().items()
         if key not in {"quantization_config", "_name_or_path"}
     }
-    model = LlamaForCausalLM(LlamaConfig(**values)).float()
+    model = LlamaForCausalLM(LlamaConfig(**values)).bfloat16()
     model.load_state_dict(quantised.state_dict())
     tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
     # GGUF names its pre-tokenizer ("smollm") and does not describe it: every digit is a token of its own.
