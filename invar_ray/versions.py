@@ -145,11 +145,21 @@ STEPS: dict[str, StepCode] = {
             "invar_ray.evaluating.hits",
         ),
     ),
+    "readings": StepCode(
+        1,
+        (
+            "invar_ray.evaluating.readings",
+            "invar_ray.text.windows",
+            "invar_ray.text.sentences",
+            "invar_ray.text.stable",
+            "invar_ray.text.answers",
+        ),
+    ),
     "baselines": StepCode(
         1, ("invar_ray.retrieval.bm25", "invar_ray.retrieval.fusion", "invar_ray.evaluating.baselines")
     ),
     "generator": StepCode(
-        2,
+        3,
         (
             *_TRAINING,
             "invar_ray.training.generator_stage",
