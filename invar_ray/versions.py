@@ -27,7 +27,7 @@ _ENCODING = (
     "invar_ray.models.adapters",
     "invar_ray.text.prompts",
 )
-_BENCHMARKS = ("invar_ray.text.benchmarks", "invar_ray.text.benchmark_formats")
+_BENCHMARKS = ("invar_ray.text.benchmarks", "invar_ray.text.benchmark_formats", "invar_ray.text.json_places")
 _READING = (
     "invar_ray.text.readers",
     "invar_ray.text.rowfiles",
@@ -172,7 +172,7 @@ STEPS: dict[str, StepCode] = {
         ),
     ),
     "report": StepCode(
-        3,
+        4,
         (
             "invar_ray.evaluating.evaluate",
             "invar_ray.evaluating.answering",
