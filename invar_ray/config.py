@@ -299,8 +299,20 @@ class GeneratorConfig:
     """Vary the number of passages between 1 and ``top_k``."""
     use_rewrites: bool = True
     """Train on the rewordings too."""
-    distractor_share: float = 0.1
-    """Share of examples that hold only distractors; their target is the fixed refusal."""
+    vary_windows: bool = True
+    """Show the passages of an example in one of their windows (``variants.num_windows`` other cuts of their documents),
+    as in stage 1; ``false`` shows them as indexed."""
+    distractor_share: float = 0.2
+    """Share of examples without an oracle (a passage that holds an answer): only distractors, and the target is the
+    fixed refusal.  RAFT (arXiv 2403.10131) leaves the oracle out as often, but keeps the answer as target: see
+    ``oracle_free_share``. [ours]"""
+    insert_oracle: bool = True
+    """Where retrieval found no oracle, put one in the place of the worst passage, so that the two shares are what they
+    say; ``false`` trains on what was retrieved, and each question that retrieval fails on teaches to refuse. [ours]"""
+    oracle_free_share: float = 0.0
+    """Share of examples that hold only distractors and whose target is the answer all the same, without a citation, as
+    in RAFT: the model learns the corpus by heart.  0 because a system that cites should not answer from memory, and
+    because the same prompts teach to refuse. [ours]"""
     max_tokens: int = 512
     """Longest training sequence in tokens; passages are dropped by rank to fit."""
     max_new_tokens: int = 24
@@ -744,6 +756,7 @@ def _cross_checks(config: Config) -> list[str]:
         "coarse.document_weight": config.coarse.document_weight,
         "evaluation.bm25_b": config.evaluation.bm25_b,
         "generator.distractor_share": config.generator.distractor_share,
+        "generator.oracle_free_share": config.generator.oracle_free_share,
         "retriever.pattern_share": config.retriever.pattern_share,
         "retriever.heldout_share": config.retriever.heldout_share,
         "corpus.max_malformed_share": config.corpus.max_malformed_share,
@@ -767,6 +780,9 @@ def _cross_checks(config: Config) -> list[str]:
     }.items():
         if tokens < 2:
             faults.append(f"{key}: must be 2 or more, one of them is the end token (got {tokens})")
+    shares = config.generator.distractor_share + config.generator.oracle_free_share
+    if shares > 1.0:
+        faults.append(f"generator.distractor_share, generator.oracle_free_share: together at most 1 (got {shares:g})")
     if config.generator.max_new_tokens >= config.generator.max_tokens:
         faults.append("generator.max_new_tokens: leaves no room for a prompt within generator.max_tokens")
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):

@@ -24,6 +24,7 @@ from invar_ray.errors import MixedArtifactsError
 from invar_ray.evaluating.baselines import bm25_plan, build_bm25_hits, build_fused_hits, fused_plan
 from invar_ray.evaluating.evaluate import SYSTEM_NAMES, Change, System, build_report, report_plan
 from invar_ray.evaluating.hits import PLAIN, SearchMode, build_hits, hits_plan
+from invar_ray.evaluating.readings import build_readings, readings_plan
 from invar_ray.evaluation.report import Report, read_report, write_report
 from invar_ray.indexing.embed import build_vectors, vectors_plan
 from invar_ray.indexing.passages import build_passages, document_ids, passages_plan
@@ -155,13 +156,23 @@ class Pipeline:
         return self._index("retriever", encoder_of(self.retriever), self.retriever)
 
     @cached_property
+    def readings(self) -> Artifact:
+        """What stage 2 trains on: what the training questions find in the served index, in all windows."""
+        hits = self.hits(self.index, "train")
+        return self._step(
+            "readings of train questions",
+            readings_plan(self.config, hits, self.passages),
+            lambda building: build_readings(building, hits, self.passages),
+        )
+
+    @cached_property
     def generator(self) -> Artifact:
         """The stage-2 adapter, trained on what the served index retrieves."""
-        hits, base = self.hits(self.index, "train"), self.base
+        readings, base = self.readings, self.base
         return self._step(
             "stage 2: generator",
-            generator_plan(self.config, base, hits),
-            lambda building: train_generator(building, self.config, base, hits),
+            generator_plan(self.config, base, readings),
+            lambda building: train_generator(building, self.config, base, readings),
             on_ray=True,
         )
 

@@ -79,7 +79,7 @@ class Example:
     Attributes:
         id: unique within its file.
         question: the wording in use as the anchor.
-        answers: gold answers, any of which is right; the first is the training target.
+        answers: gold answers, any of which is right; the first that stands in the passage cited is the training target.
         positive_ids: ids of *documents* (corpus rows) that answer the question.
         rewrites: wordings of the same question that came with the data (may be empty).
     """

@@ -27,7 +27,7 @@ _ENCODING = (
     "invar_ray.models.adapters",
     "invar_ray.text.prompts",
 )
-_BENCHMARKS = ("invar_ray.text.benchmarks", "invar_ray.text.benchmark_formats")
+_BENCHMARKS = ("invar_ray.text.benchmarks", "invar_ray.text.benchmark_formats", "invar_ray.text.json_places")
 _READING = (
     "invar_ray.text.readers",
     "invar_ray.text.rowfiles",
@@ -145,11 +145,21 @@ STEPS: dict[str, StepCode] = {
             "invar_ray.evaluating.hits",
         ),
     ),
+    "readings": StepCode(
+        1,
+        (
+            "invar_ray.evaluating.readings",
+            "invar_ray.text.windows",
+            "invar_ray.text.sentences",
+            "invar_ray.text.stable",
+            "invar_ray.text.answers",
+        ),
+    ),
     "baselines": StepCode(
         1, ("invar_ray.retrieval.bm25", "invar_ray.retrieval.fusion", "invar_ray.evaluating.baselines")
     ),
     "generator": StepCode(
-        2,
+        3,
         (
             *_TRAINING,
             "invar_ray.training.generator_stage",
@@ -162,7 +172,7 @@ STEPS: dict[str, StepCode] = {
         ),
     ),
     "report": StepCode(
-        3,
+        4,
         (
             "invar_ray.evaluating.evaluate",
             "invar_ray.evaluating.answering",

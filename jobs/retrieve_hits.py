@@ -1,4 +1,5 @@
-"""Materialise what the training and dev questions retrieve from the served index.
+"""Materialise what the training and dev questions retrieve from the served index, and what stage 2 reads of
+it (every passage in its windows).
 
 Command::
 
@@ -12,9 +13,10 @@ from jobs.entry import run_job
 
 
 def main(pipeline: Pipeline) -> None:
-    """Print both URIs."""
+    """Print their URIs."""
     for split in ("train", "dev"):
         print(f"{split} hits: {pipeline.hits(pipeline.index, split).uri}")
+    print(f"readings for stage 2: {pipeline.readings.uri}")
 
 
 if __name__ == "__main__":

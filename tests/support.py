@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,11 @@ def small_config(folder: Path, *overrides: str) -> Config:
             *overrides,
         ],
     )
+
+
+def changed_windows(config: Config, count: int) -> Config:
+    """The same run with another number of windows."""
+    return replace(config, variants=replace(config.variants, num_windows=count))
 
 
 class World:

@@ -56,7 +56,8 @@ class AnswerRule:
         """
         if not answers:
             raise ValueError("answers: got none, expected at least one")
-        return self._score(text, answers)
+        # A blank beside other answers is none: it would make saying nothing right.
+        return self._score(text, [answer for answer in answers if answer.strip()] or answers)
 
 
 def answer_rule(name: str) -> AnswerRule:

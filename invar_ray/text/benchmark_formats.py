@@ -11,79 +11,14 @@ from typing import Any
 
 from invar_ray.errors import DataError
 from invar_ray.schema import Document, Example
-from invar_ray.text.storage import InputFile, find_files, read_bytes, read_lines
+from invar_ray.text.json_places import as_object, json_entries, json_lines, json_members
+from invar_ray.text.rows import kind_of
+from invar_ray.text.storage import InputFile, find_files, read_lines
 
 Item = tuple[str, Example | None, Sequence[Document]]
 """Where it stands, the question (``None`` where only documents came), the documents that came with it."""
 
-_SPACE = re.compile(r"[\s,]*")
 _DESCRIPTION = re.compile(r'\(description (?:"((?:[^"\\]|\\.)*)"|([^()"]+))\)')
-
-
-# Reading JSON with places.
-
-
-def text_of(file: InputFile) -> str:
-    """The whole file as UTF-8 (a byte order mark is dropped).
-
-    Raises:
-        DataError: it cannot be read or is not UTF-8.
-    """
-    try:
-        return read_bytes(file).decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file.uri} is not UTF-8 text (byte {error.object[error.start]:#04x} at offset {error.start})",
-            action="convert it to UTF-8",
-        ) from error
-
-
-def malformed(file: InputFile, error: json.JSONDecodeError) -> DataError:
-    """What to raise for text that is not JSON."""
-    return DataError(f"{file.uri}, line {error.lineno}: malformed JSON ({error.msg})", action="download it again")
-
-
-def json_lines(file: InputFile) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Objects of a JSON lines file with their places."""
-    for number, line in read_lines(file):
-        place = f"{file.uri}, line {number}"
-        try:
-            yield place, _object(json.loads(line), place)
-        except UnicodeDecodeError as error:
-            raise DataError(f"{place}: not UTF-8 text", action="convert the file to UTF-8") from error
-        except json.JSONDecodeError as error:
-            raise DataError(f"{place}: malformed JSON ({error.msg})", expected="one JSON object a line") from error
-
-
-def json_entries(file: InputFile) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Objects of one JSON list with their places, read one by one so that a fault has a line."""
-    text = text_of(file)
-    start = _skip(text, 0)
-    if not text.startswith("[", start):
-        raise DataError(f"{file.uri}: is no JSON list", expected="[{..}, ..]")
-    decoder, position, number, line, counted = json.JSONDecoder(), start + 1, 0, 1, 0
-    while True:
-        position = _skip(text, position)
-        line, counted = line + text.count("\n", counted, position), position
-        if text.startswith("]", position):
-            return
-        number += 1
-        place = f"{file.uri}, entry {number} (line {line})"
-        try:
-            value, position = decoder.raw_decode(text, position)
-        except json.JSONDecodeError as error:
-            raise DataError(
-                f"{place}: malformed JSON ({error.msg} in line {error.lineno})", action="download it again"
-            ) from error
-        yield place, _object(value, place)
-
-
-def json_object(file: InputFile) -> dict[str, Any]:
-    """A file that is one JSON object."""
-    try:
-        return _object(json.loads(text_of(file)), file.uri)
-    except json.JSONDecodeError as error:
-        raise malformed(file, error) from error
 
 
 # One function a format.
@@ -100,7 +35,7 @@ def plain(file: InputFile) -> Iterator[Item]:
 def nq_open(file: InputFile) -> Iterator[Item]:
     """``{question, answer[]}`` a line."""
     for number, (place, row) in enumerate(json_lines(file)):
-        id = str(row.get("id", _counted(file, number)))
+        id = _text(row, "id", place) if row.get("id") is not None else _counted(file, number)
         yield place, Example(id, _text(row, "question", place), _texts(row, "answer", place), ()), ()
 
 
@@ -111,7 +46,7 @@ def dpr_qa(file: InputFile) -> Iterator[Item]:
             raise DataError(f"{place}: {len(cells)} columns", expected="2: the question and its list of answers")
         try:
             answers = ast.literal_eval(cells[1])
-        except (ValueError, SyntaxError) as error:
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
             raise DataError(f"{place}: the answers {cells[1][:80]!r} are no list", expected="['..', ..]") from error
         row = {"question": cells[0], "answers": answers}
         yield (
@@ -123,10 +58,8 @@ def dpr_qa(file: InputFile) -> Iterator[Item]:
 
 def triviaqa(file: InputFile) -> Iterator[Item]:
     """TriviaQA's own files; gold answers are the value, its aliases and human answers."""
-    for number, entry in enumerate(_list(json_object(file), "Data", file.uri)):
-        place = f"{file.uri}, Data[{number}]"
-        row = _object(entry, place)
-        answer = _object(row.get("Answer"), f"{place}, Answer")
+    for place, row in json_members(file, "Data"):
+        answer = as_object(row.get("Answer"), f"{place}, Answer")
         texts = [_text(answer, "Value", place), *_texts(answer, "Aliases", place)]
         texts += _texts(answer, "HumanAnswers", place) if "HumanAnswers" in answer else []
         answers = tuple(dict.fromkeys(text for text in texts if text.strip()))
@@ -154,21 +87,19 @@ def popqa(file: InputFile) -> Iterator[Item]:
 
 def squad(file: InputFile) -> Iterator[Item]:
     """SQuAD 1.1 and 2.0; questions of 2.0 that cannot be answered are left out (their answers would be blank)."""
-    for a, article in enumerate(_list(json_object(file), "data", file.uri)):
-        at = f"{file.uri}, data[{a}]"
-        article = _object(article, at)
+    for at, article in json_members(file, "data"):
         title = _text(article, "title", at)
         for p, paragraph in enumerate(_list(article, "paragraphs", at)):
             here = f"{at}.paragraphs[{p}]"
-            paragraph = _object(paragraph, here)
+            paragraph = as_object(paragraph, here)
             document = Document(f"{title}/{p}", title.replace("_", " "), _text(paragraph, "context", here), file.uri)
             yield here, None, (document,)
             for q, entry in enumerate(_list(paragraph, "qas", here)):
                 place = f"{here}.qas[{q}]"
-                row = _object(entry, place)
+                row = as_object(entry, place)
                 if row.get("is_impossible"):
                     continue
-                given = [_text(_object(answer, place), "text", place) for answer in _list(row, "answers", place)]
+                given = [_text(as_object(answer, place), "text", place) for answer in _list(row, "answers", place)]
                 answers = tuple(dict.fromkeys(given))
                 yield (
                     place,
@@ -202,7 +133,7 @@ def webquestions(file: InputFile) -> Iterator[Item]:
 def entityquestions(file: InputFile) -> Iterator[Item]:
     """``[{question, answers[]}]``."""
     for number, (place, row) in enumerate(json_entries(file)):
-        id = str(row.get("id", _counted(file, number)))
+        id = _text(row, "id", place) if row.get("id") is not None else _counted(file, number)
         yield place, Example(id, _text(row, "question", place), _texts(row, "answers", place), ()), ()
 
 
@@ -213,11 +144,11 @@ def dpr(file: InputFile) -> Iterator[Item]:
         for kind in ("positive_ctxs", "negative_ctxs", "hard_negative_ctxs"):
             carried[kind] = []
             for context in _list(row, kind, place) if kind == "positive_ctxs" or kind in row else []:
-                context = _object(context, f"{place}, {kind}")
+                context = as_object(context, f"{place}, {kind}")
                 id = context.get("passage_id", context.get("psg_id"))
                 if id is None:
                     raise DataError(f"{place}: a passage of {kind} has no id", expected="passage_id or psg_id")
-                text, title = _text(context, "text", place), str(context.get("title", ""))
+                text, title = _text(context, "text", place), str(context.get("title") or "")
                 carried[kind].append(Document(str(id), title, text, file.uri))
         gold = tuple(dict.fromkeys(document.id for document in carried["positive_ctxs"]))
         example = Example(_counted(file, number), _text(row, "question", place), _texts(row, "answers", place), gold)
@@ -230,15 +161,14 @@ def kilt(file: InputFile) -> Iterator[Item]:
         answers: list[str] = []
         gold: list[str] = []
         for output in _list(row, "output", place):
-            output = _object(output, f"{place}, output")
+            output = as_object(output, f"{place}, output")
             if isinstance(output.get("answer"), str):
                 answers.append(output["answer"])
-            sources = output.get("provenance", [])
-            gold += [str(source["wikipedia_id"]) for source in sources if "wikipedia_id" in source]
-        id = str(row.get("id", ""))
-        if not id:
-            raise DataError(f"{place}: 'id' is missing", expected="a row with an id")
-        question = _text(row, "input", place)
+            for source in _list(output, "provenance", place) if output.get("provenance") is not None else []:
+                source = as_object(source, f"{place}, provenance")
+                if source.get("wikipedia_id") is not None:
+                    gold.append(str(source["wikipedia_id"]))
+        id, question = _text(row, "id", place), _text(row, "input", place)
         yield place, Example(id, question, tuple(dict.fromkeys(answers)), tuple(dict.fromkeys(gold))), ()
 
 
@@ -254,7 +184,11 @@ def beir(uri: str, split: str) -> Iterator[Item]:
     root = uri.rstrip("/")
     for place, row in json_lines(_one(f"{root}/corpus.jsonl")):
         id = _text(row, "_id", place)
-        yield place, None, (Document(id, str(row.get("title", "")), _text(row, "text", place), f"{root}/corpus.jsonl"),)
+        yield (
+            place,
+            None,
+            (Document(id, str(row.get("title") or ""), _text(row, "text", place), f"{root}/corpus.jsonl"),),
+        )
     names = [split, "test"] if split == "dev" else [split]
     found = next((f"{root}/qrels/{name}.tsv" for name in names if _exists(f"{root}/qrels/{name}.tsv")), None)
     if found is None:
@@ -291,7 +225,8 @@ def _table(file: InputFile) -> Iterator[tuple[str, list[str]]]:
     for number, line in read_lines(file):
         place = f"{file.uri}, line {number}"
         try:
-            yield place, [_unquoted(cell) for cell in line.decode("utf-8").rstrip("\r\n").split("\t")]
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            yield place, [_unquoted(cell) for cell in text.rstrip("\r\n").split("\t")]
         except UnicodeDecodeError as error:
             raise DataError(f"{place}: not UTF-8 text", action="convert the file to UTF-8") from error
 
@@ -303,20 +238,9 @@ def _unquoted(cell: str) -> str:
     return cell
 
 
-def _skip(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
-    return match.end() if match else position
-
-
 def _counted(file: InputFile, number: int) -> str:
     """An id for a question that has none: the file's name and its place."""
     return f"{posixpath.basename(file.name).split('.')[0]}-{number}"
-
-
-def _object(value: Any, place: str) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise DataError(f"{place}: is a {type(value).__name__}", expected="a JSON object")
-    return value
 
 
 def _text(row: dict[str, Any], name: str, place: str) -> str:
@@ -340,7 +264,7 @@ def _texts(row: dict[str, Any], name: str, place: str) -> tuple[str, ...]:
 def _list(row: dict[str, Any], name: str, place: str) -> list[Any]:
     value = row.get(name)
     if not isinstance(value, list):
-        got = "is missing" if name not in row else f"is a {type(value).__name__}"
+        got = "is missing" if name not in row else f"is {kind_of(value)}"
         raise DataError(f"{place}: {name!r} {got}", expected="a list")
     return value
 

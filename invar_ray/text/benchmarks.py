@@ -33,6 +33,7 @@ from invar_ray.errors import DataError
 from invar_ray.schema import Document, Example
 from invar_ray.text import benchmark_formats as formats
 from invar_ray.text.benchmark_formats import Item
+from invar_ray.text.json_places import json_entries, json_lines, malformed, text_of
 from invar_ray.text.storage import InputFile, find_files, read_lines
 
 _LOG = logging.getLogger(__name__)
@@ -162,13 +163,13 @@ def _by_keys(file: InputFile, first: dict[str, Any]) -> str | None:
 def _first_object(file: InputFile, *, lines: bool) -> dict[str, Any]:
     """The first entry of a list, the first line, or the whole object's keys."""
     if lines:
-        first = next(iter(formats.json_lines(file)), None)
+        first = next(iter(json_lines(file)), None)
         if first is None:
             raise DataError(f"{file.uri} is empty", expected="at least one row")
         return first[1]
-    text = formats.text_of(file).lstrip()
+    text = text_of(file).lstrip()
     if text.startswith("["):
-        first = next(iter(formats.json_entries(file)), None)
+        first = next(iter(json_entries(file)), None)
         if first is None:
             raise DataError(f"{file.uri} is an empty list", expected="at least one entry")
         return first[1]
@@ -177,7 +178,9 @@ def _first_object(file: InputFile, *, lines: bool) -> dict[str, Any]:
     except json.JSONDecodeError as error:
         if error.msg == "Extra data":  # JSON lines under another name
             return _first_object(file, lines=True)
-        raise formats.malformed(file, error) from error
+        raise malformed(file, error) from error
+    except RecursionError as error:
+        raise DataError(f"{file.uri}, line 1: JSON nested too deep", action="download it again") from error
     return value if isinstance(value, dict) else {}
 
 
@@ -190,7 +193,10 @@ def _collect(uri: str, format: str, items: Iterator[Item], skip_unusable: bool) 
         for document in carried:
             known = documents.setdefault(document.id, document)
             if known.text != document.text:
-                raise DataError(f"{place}: the document {document.id!r} stands in the file with two texts")
+                raise DataError(
+                    f"{place}: the document {document.id!r} has another text here than before",
+                    expected="every document once, or each time the same",
+                )
         if example is None:
             continue
         without = format != "beir" and not any(answer.strip() for answer in example.answers)

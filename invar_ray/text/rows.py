@@ -21,7 +21,7 @@ def json_row(line: bytes, place: str) -> dict[str, Any]:
     except RecursionError as error:
         raise DataError(f"{place}: JSON nested too deep", expected="one JSON object a line") from error
     if not isinstance(row, dict):
-        raise DataError(f"{place}: holds {_kind(row)}", expected="one JSON object a line")
+        raise DataError(f"{place}: holds {kind_of(row)}", expected="one JSON object a line")
     return row
 
 
@@ -31,7 +31,7 @@ def string(row: dict[str, Any], name: str, place: str, *, filled: bool = False) 
         raise DataError(f"{place}: the field {name!r} is missing", expected=f"a row with {name!r}, got {sorted(row)}")
     value = row[name]
     if not isinstance(value, str):
-        raise DataError(f"{place}: {name!r} is {_kind(value)}", expected="a string")
+        raise DataError(f"{place}: {name!r} is {kind_of(value)}", expected="a string")
     if filled and not value.strip():
         raise DataError(f"{place}: {name!r} is blank", expected="a string with text")
     return value
@@ -43,14 +43,15 @@ def string_list(row: dict[str, Any], name: str, place: str) -> tuple[str, ...]:
         raise DataError(f"{place}: the field {name!r} is missing", expected=f"a row with {name!r}, got {sorted(row)}")
     value = row[name]
     if not isinstance(value, list):
-        raise DataError(f"{place}: {name!r} is {_kind(value)}", expected="a list of strings")
+        raise DataError(f"{place}: {name!r} is {kind_of(value)}", expected="a list of strings")
     for item in value:
         if not isinstance(item, str):
-            raise DataError(f"{place}: {name!r} holds {_kind(item)}", expected="a list of strings")
+            raise DataError(f"{place}: {name!r} holds {kind_of(item)}", expected="a list of strings")
     return tuple(dict.fromkeys(value))
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What a JSON value is, in words."""
     if value is None:
         return "null"
     names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}

@@ -15,7 +15,7 @@ from invar_ray.losses.answer import IGNORED, AnswerOutput, answer_loss
 from invar_ray.models.adapters import new_adapter
 from invar_ray.models.batching import length_batches
 from invar_ray.models.locate import BaseRef, open_base
-from invar_ray.training.sequences import HitSet, PromptAndTarget, pack_sequences, segment_inputs, tokenize_sequences
+from invar_ray.training.sequences import PromptAndTarget, ReadingSet, pack_sequences, segment_inputs, tokenize_sequences
 from invar_ray.training.stage import Chunking, Forward, Metrics, dtype_of, recompute, save_lora
 
 
@@ -76,7 +76,7 @@ class GeneratorStage:
         recompute(base, config)
         self._adapted = new_adapter(base, config.generator.lora, config.seed)
         self.module: nn.Module = _CausalLm(self._adapted.get_base_model())
-        self.hits = HitSet(store.open(inputs["hits"], "hits"))
+        self.readings = ReadingSet(store.open(inputs["readings"], "readings"))
 
     def loss(self, forward: Forward, step: int) -> tuple[Tensor, Metrics]:
         """See :class:`Stage`; METHOD "Stage 2"."""
@@ -117,9 +117,9 @@ class GeneratorStage:
     def _sequences(self, step: int) -> list[PromptAndTarget]:
         """The global batch."""
         settings = self.config.generator
-        rows = self.hits.step_rows(self.config.seed, step, settings.global_batch_size)
+        rows = self.readings.step_rows(self.config.seed, step, settings.global_batch_size)
         return [
-            self.hits.sequence(row, settings, self.tokenizer, random.Random(f"{self.config.seed}-{step}-{place}"))
+            self.readings.sequence(row, settings, self.tokenizer, random.Random(f"{self.config.seed}-{step}-{place}"))
             for place, row in enumerate(rows)
         ]
 

@@ -35,13 +35,28 @@ class PromptAndTarget:
     target: str
 
 
-class HitSet:
-    """A ``hits`` artifact in memory: for each training question its wordings and the passages each of them
-    retrieved.
+@dataclass(frozen=True)
+class _Shown:
+    """A passage as a prompt shows it.
+
+    Attributes:
+        answers: the question's gold answers that stand in it, in their order.
+        is_gold: it is of a gold document.
+    """
+
+    title: str
+    text: str
+    answers: tuple[str, ...]
+    is_gold: bool
+
+
+class ReadingSet:
+    """A ``readings`` artifact in memory: for each training question its wordings and the passages each of them
+    retrieved, in all windows.
     """
 
     def __init__(self, artifact: Artifact) -> None:
-        rows: list[dict[str, Any]] = pq.read_table(artifact.path("hits.parquet")).to_pylist()
+        rows: list[dict[str, Any]] = pq.read_table(artifact.path("readings.parquet")).to_pylist()
         self.rows = rows
 
     def __len__(self) -> int:
@@ -50,30 +65,44 @@ class HitSet:
     def sequence(
         self, number: int, config: GeneratorConfig, tokenizer: PreTrainedTokenizerBase, rng: random.Random
     ) -> PromptAndTarget:
-        """One training sequence; what varies (METHOD "Stage 2") is drawn from ``rng``.
+        """One training sequence; what varies (METHOD "Stage 2") is drawn from ``rng``: wording, window, whether an
+        oracle is among the passages, their number and their order.
 
-        The target names the first passage that holds the answer; where none does, the target is the fixed refusal.
+        The target is the answer that stands in the passage cited: one of a gold document, where any holds an answer.
+        Where none does, the target is the fixed refusal; in oracle-free examples, and where no passage fits, it is the
+        first answer, which cites nothing.
         """
         row = self.rows[number]
         wording = rng.randrange(len(row["wordings"])) if config.use_rewrites else 0
-        passages = [(hit["title"], hit["text"]) for hit in row["hits"][wording][: config.top_k]]
-        answers: list[str] = row["answers"]
-        distractors = [passage for passage in passages if not _holds(passage, answers)]
-        if rng.random() < config.distractor_share and distractors:
+        found = row["hits"][wording][: config.top_k]
+        window = rng.randrange(max((len(hit["texts"]) for hit in found), default=1)) if config.vary_windows else 0
+        passages = [_shown(hit, window, row) for hit in found]
+        distractors = [passage for passage in passages if not passage.answers]
+        draw = rng.random()
+        hides = draw < config.distractor_share + config.oracle_free_share and bool(distractors)
+        if hides:
             passages = distractors
-        elif config.vary_top_k and len(passages) > 1:
+        elif config.insert_oracle and row.get("oracle") and len(distractors) == len(passages):
+            oracle = _shown(row["oracle"], window, row)
+            passages = [*passages[: config.top_k - 1], oracle]
+        if config.vary_top_k and len(passages) > 1:
             keep = rng.randint(1, len(passages))
-            gold = next((passage for passage in passages if _holds(passage, answers)), None)
-            passages = passages[:keep]
-            if gold is not None and gold not in passages:
-                passages[-1] = gold
+            best = _best(passages)
+            passages, left = passages[:keep], passages[keep:]
+            if best in left:
+                passages[-1] = left[left.index(best)]
         question = row["wordings"][wording]
-        passages = _fitting(question, passages, answers, tokenizer, config.max_tokens - config.max_new_tokens)
+        passages = _fitting(question, passages, row["answers"], tokenizer, config.max_tokens - config.max_new_tokens)
         if config.shuffle_passages:
             rng.shuffle(passages)
-        place = next((index for index, passage in enumerate(passages, 1) if _holds(passage, answers)), None)
-        target = REFUSAL if place is None else format_target(answers[0], place)
-        return PromptAndTarget(format_answer_prompt(question, passages), target)
+        best = _best(passages)
+        if best is not None:
+            target = format_target(best.answers[0], passages.index(best) + 1)
+        elif not passages or (hides and draw >= config.distractor_share):
+            target = format_target(row["answers"][0], None)
+        else:
+            target = REFUSAL
+        return PromptAndTarget(format_answer_prompt(question, [(one.title, one.text) for one in passages]), target)
 
     def step_rows(self, seed: int, step: int, size: int) -> list[int]:
         """Numbers of the questions of a step: epochs of shuffled passes, without gaps."""
@@ -166,25 +195,48 @@ def segment_inputs(segments: Tensor) -> dict[str, Tensor]:
 
 def _fitting(
     question: str,
-    passages: list[tuple[str, str]],
+    passages: list[_Shown],
     answers: Sequence[str],
     tokenizer: PreTrainedTokenizerBase,
     budget: int,
-) -> list[tuple[str, str]]:
-    """What fits, dropped by rank; the first that holds the answer goes before all others, or its question would be
-    taught to be refused.
+) -> list[_Shown]:
+    """What fits, dropped by rank; the one to be cited goes before all others, or its question would be taught to be
+    refused.
     """
-    gold = next((passage for passage in passages if _holds(passage, answers)), None)
-    order = passages if gold is None else [gold, *(passage for passage in passages if passage is not gold)]
-    fitted = fit_prompt(question, order, lambda text: len(encode_prompt(tokenizer, text)), budget)
-    kept = list(fitted.passages)
-    return kept if gold is None else sorted(kept, key=lambda passage: _rank(passage, passages))
+    best = _best(passages)
+    first = [] if best is None else [passages.index(best)]
+    order = [*first, *(rank for rank in range(len(passages)) if rank not in first)]
+    given = [(passages[rank].title, passages[rank].text) for rank in order]
+    fitted = fit_prompt(question, given, lambda text: len(encode_prompt(tokenizer, text)), budget)
+    kept = {order[place]: text for place, (_, text) in zip(fitted.kept, fitted.passages, strict=True)}
+    # A first passage that alone is too long comes back cut, perhaps without its answer.
+    return [
+        passages[rank]
+        if kept[rank] == passages[rank].text
+        else _Shown(
+            passages[rank].title,
+            kept[rank],
+            _standing(passages[rank].title, kept[rank], answers),
+            passages[rank].is_gold,
+        )
+        for rank in sorted(kept)
+    ]
 
 
-def _rank(passage: tuple[str, str], passages: list[tuple[str, str]]) -> int:
-    # A first passage that alone is too long comes back cut: it is its own, and first.
-    return passages.index(passage) if passage in passages else 0
+def _shown(hit: dict[str, Any], window: int, row: dict[str, Any]) -> _Shown:
+    """A passage of a row in a window; a missing rendering falls back to the indexed cut, as in stage 1."""
+    texts: list[str] = hit["texts"]
+    text = texts[window] if window < len(texts) else texts[0]
+    return _Shown(
+        hit["title"], text, _standing(hit["title"], text, row["answers"]), hit["document_id"] in row["positive_ids"]
+    )
 
 
-def _holds(passage: tuple[str, str], answers: Sequence[str]) -> bool:
-    return contains_answer(f"{passage[0]} {passage[1]}", answers)
+def _best(passages: Sequence[_Shown]) -> _Shown | None:
+    """The passage to cite: the first of a gold document that holds an answer, else the first that does."""
+    holding = [passage for passage in passages if passage.answers]
+    return next((passage for passage in holding if passage.is_gold), holding[0] if holding else None)
+
+
+def _standing(title: str, text: str, answers: Sequence[str]) -> tuple[str, ...]:
+    return tuple(answer for answer in answers if contains_answer(f"{title} {text}", [answer]))

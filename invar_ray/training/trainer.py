@@ -54,7 +54,7 @@ def train_retriever(building: Building, config: Config, base: BaseRef, trainset:
     building.info |= {"encoder": spec.to_json()}
 
 
-def generator_plan(config: Config, base: BaseRef, hits: Artifact) -> Plan:
+def generator_plan(config: Config, base: BaseRef, readings: Artifact) -> Plan:
     """The stage-2 adapter."""
     return Plan(
         kind="generator",
@@ -65,15 +65,15 @@ def generator_plan(config: Config, base: BaseRef, hits: Artifact) -> Plan:
             "precision": config.model.precision,
             "seed": config.seed,
         },
-        parents={"hits": hits},
+        parents={"readings": readings},
         version=STEPS["generator"].version,
     )
 
 
-def train_generator(building: Building, config: Config, base: BaseRef, hits: Artifact) -> None:
+def train_generator(building: Building, config: Config, base: BaseRef, readings: Artifact) -> None:
     """Stage 2: fill an adapter artifact; errors as :func:`train_retriever`."""
     reference = {"location": base.location, "revision": base.revision, "fingerprint": base.fingerprint}
-    _train(building, config, "generator", {"hits": hits.ref, "base": reference}, hits.store.root_uri)
+    _train(building, config, "generator", {"readings": readings.ref, "base": reference}, readings.store.root_uri)
     building.info |= {
         "base": reference,
         "max_context": config.generator.max_tokens,

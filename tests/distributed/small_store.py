@@ -19,6 +19,7 @@ from invar_ray.artifacts import Artifact, Building
 from invar_ray.config import Config, load_config
 from invar_ray.evaluating import hits as hits_module
 from invar_ray.evaluating.hits import SearchBlock, hits_plan
+from invar_ray.evaluating.readings import build_readings, readings_plan
 from invar_ray.indexing.embed import EmbedShard, vectors_plan
 from invar_ray.indexing.questions import load_examples, load_variants
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec, open_encoder
@@ -49,7 +50,7 @@ class SmallStore:
 
     config: Config
     trainset: Artifact
-    hits: Artifact
+    readings: Artifact
     retriever_inputs: dict[str, Any]
     generator_inputs: dict[str, Any]
 
@@ -64,14 +65,17 @@ def small_store(root: Path | str, overrides: Sequence[str] = ()) -> SmallStore:
     pipeline = Pipeline(config, quiet=True)
     embed_here(pipeline, "minilm", coarse_spec(config.coarse))
     embed_here(pipeline, "base", llm_spec(config.model, pipeline.base))
-    hits = search_here(pipeline, pipeline.base_index, "train")
+    hits, passages = search_here(pipeline, pipeline.base_index, "train"), pipeline.passages
+    readings, _ = pipeline.store.get_or_build(
+        readings_plan(config, hits, passages), lambda building: build_readings(building, hits, passages)
+    )
     base = pipeline.base
     return SmallStore(
         config,
         pipeline.trainset,
-        hits,
+        readings,
         {"trainset": pipeline.trainset.ref, "encoder": llm_spec(config.model, base, ("retriever/x", "x")).to_json()},
-        {"hits": hits.ref, "base": {entry.name: getattr(base, entry.name) for entry in fields(base)}},
+        {"readings": readings.ref, "base": {entry.name: getattr(base, entry.name) for entry in fields(base)}},
     )
 
 

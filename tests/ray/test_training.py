@@ -95,10 +95,10 @@ def train(root: Path, stage: str, *overrides: str) -> Artifact:
     with Pipeline(config, quiet=True) as pipeline:
         if stage == "retriever":
             return pipeline.retriever
-        hits, base = small_store(root, OVERRIDES).hits, pipeline.base
-        plan = trainer.generator_plan(config, base, hits)
+        readings, base = small_store(root, OVERRIDES).readings, pipeline.base
+        plan = trainer.generator_plan(config, base, readings)
         return pipeline.store.get_or_build(
-            plan, lambda building: trainer.train_generator(building, config, base, hits)
+            plan, lambda building: trainer.train_generator(building, config, base, readings)
         )[0]
 
 

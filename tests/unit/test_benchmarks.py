@@ -192,7 +192,7 @@ FAULTS = [
     ("nq-open", "x.jsonl", '{"question": "a", "answer": "b"}', r"line 1: 'answer' is 'b'.*a list of strings"),
     ("nq-open", "x.jsonl", '{"question": "a", "answer": []}', r"line 1: the question has no answer"),
     ("nq-open", "x.jsonl", '{"question": " ", "answer": ["b"]}', r"line 1: 'question' is ' '"),
-    ("nq-open", "x.jsonl", "[1]", r"line 1: is a list.*JSON object"),
+    ("nq-open", "x.jsonl", "[1]", r"line 1: holds a list.*JSON object"),
     ("nq-open", "x.jsonl", "", r"holds no question"),
     ("kilt", "x.jsonl", lines(KILT[0], KILT[0]), r"line 2: the id 'k1' is taken by .*x\.jsonl, line 1"),
     (
@@ -212,16 +212,21 @@ FAULTS = [
         "squad",
         "x.json",
         '{"data": [{"title": "T", "paragraphs": [{"qas": []}]}]}',
-        r"data\[0\]\.paragraphs\[0\]: 'context'",
+        r"data\[0\] \(line 1\)\.paragraphs\[0\]: 'context'",
     ),
     ("squad", "x.json", '{"data"\n: x}', r"x\.json, line 2: malformed JSON"),
-    ("triviaqa", "x.json", '{"Data": [{"QuestionId": "1", "Question": "a"}]}', r"Data\[0\], Answer: is a NoneType"),
+    (
+        "triviaqa",
+        "x.json",
+        '{"Data": [{"QuestionId": "1", "Question": "a"}]}',
+        r"Data\[0\] \(line 1\), Answer: is null",
+    ),
     ("hotpotqa", "x.json", json.dumps([HOTPOT[0] | {"context": [["A"]]}]), r"a context is no pair"),
     (
         "hotpotqa",
         "x.json",
         json.dumps([HOTPOT[0], HOTPOT[0] | {"_id": "h2", "context": [["A", ["else"]]]}]),
-        r"two texts",
+        r"entry 2 \(line 1\): the document 'A' has another text",
     ),
     ("dpr", "x.json", json.dumps([DPR[0] | {"positive_ctxs": [{"text": "a"}]}]), r"has no id"),
     ("webquestions", "x.json", json.dumps([WEB[0] | {"targetValue": "(list)"}]), r"no answer"),
@@ -240,6 +245,173 @@ def test_faults_name_file_and_place(tmp_path: Path, format: str, name: str, text
     with pytest.raises(DataError, match=message) as caught:
         read_benchmark(str(tmp_path / name), format)
     assert name in str(caught.value)
+
+
+def changed_rows(name: str, change: Any) -> str:
+    """A format's file with its first question's row changed, pretty-printed where it is one JSON value."""
+    text = FILES[name][1]
+    if name in {"nq-open", "kilt", "jsonl"}:
+        return "".join(json.dumps(row) + "\n" for row in change(json.loads(text)))
+    value = json.loads(text)
+    if name == "squad":
+        value["data"][0]["paragraphs"][0]["qas"] = change(value["data"][0]["paragraphs"][0]["qas"][0])
+    elif name == "triviaqa":
+        value["Data"] = change(value["Data"][0])
+    else:
+        value = change(value[0])
+    return json.dumps(value, indent=1)
+
+
+NO_ANSWER: dict[str, tuple[Any, str]] = {
+    "squad": (lambda row: [row | {"answers": []}], r"data\[0\] \(line 4\).*qas\[0\]: the question has no answer"),
+    "triviaqa": (
+        lambda row: [row | {"Answer": {"Value": "", "Aliases": []}}],
+        r"Data\[0\] \(line 3\): 'Value' is ''",
+    ),
+    "hotpotqa": (lambda row: [row | {"answer": " "}], r"entry 1 \(line 2\): 'answer' is ' '"),
+    "dpr": (lambda row: [row | {"answers": [" "]}], r"entry 1 \(line 2\): the question has no answer"),
+    "webquestions": (lambda row: [row | {"targetValue": "(list)"}], r"entry 1 \(line 2\): the question has no answer"),
+    "entityquestions": (lambda row: [row | {"answers": []}], r"entry 1 \(line 2\): the question has no answer"),
+    "nq-open": (lambda row: [row, row | {"answer": []}], r"line 2: the question has no answer"),
+    "kilt": (lambda row: [row, row | {"id": "k2", "output": [{"answer": ""}]}], r"line 2: the question has no answer"),
+    "jsonl": (lambda row: [row | {"answers": [""]}], r"line 1: the question has no answer"),
+    "popqa": (POPQA.replace('"[""smith"", ""farrier""]"', "[]"), r"line 2: the question has no answer"),
+    "dpr-qa": ("how?\t['low']\nhow high?\t[]\n", r"line 2: the question has no answer"),
+}
+TWICE: dict[str, tuple[Any, str]] = {
+    "squad": (
+        lambda row: [row, row],
+        r"qas\[1\]: the id 's1' is taken by .*data\[0\] \(line 4\)\.paragraphs\[0\]\.qas\[0\]",
+    ),
+    "triviaqa": (lambda row: [row, row], r"Data\[1\] \(line \d+\): the id 'tc_1' is taken by .*Data\[0\] \(line 3\)"),
+    "hotpotqa": (lambda row: [row, row], r"entry 2 \(line \d\d\): the id 'h1' is taken by .*entry 1 \(line 2\)"),
+    "entityquestions": (lambda row: [row | {"id": 7}] * 2, r"entry 2 \(line \d+\): the id '7' is taken by"),
+    "nq-open": (lambda row: [row | {"id": "n"}] * 2, r"line 2: the id 'n' is taken by .*line 1"),
+    "kilt": (lambda row: [row, row], r"line 2: the id 'k1' is taken by .*line 1"),
+    "jsonl": (lambda row: [row, row], r"line 2: the id 'o1' is taken by .*line 1"),
+    "popqa": (POPQA + POPQA.splitlines()[1], r"line 3: the id '42' is taken by .*line 2"),
+}
+"""Not those whose questions have no id of their own: they are counted."""
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("fault", ["no answer", "twice"])
+def test_empty_answers_and_taken_ids_name_file_and_line(tmp_path: Path, name: str, fault: str) -> None:
+    cases = NO_ANSWER if fault == "no answer" else TWICE
+    if name not in cases:
+        assert name in {"dpr", "dpr-qa", "webquestions"}
+        assert fault == "twice"
+        return
+    change, message = cases[name]
+    path = tmp_path / FILES[name][0]
+    path.write_text(change if isinstance(change, str) else changed_rows(name, change))
+    with pytest.raises(DataError, match=message) as caught:
+        read_benchmark(str(path), name)
+    assert path.name in str(caught.value)
+    if fault == "twice":  # a run leaves the second one out, and says so
+        assert len(read_benchmark(str(path), name, skip_unusable=True).examples) == 1
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_cut_short_or_of_other_bytes_name_file_and_line(tmp_path: Path, name: str) -> None:
+    file, text, *_ = FILES[name]
+    whole = text if name in {"nq-open", "kilt", "jsonl", "popqa", "dpr-qa"} else json.dumps(json.loads(text), indent=1)
+    for number, content in enumerate(
+        [whole[: len(whole) * 2 // 3].encode(), whole.encode() + b"\xe9\n", b"\xff\xfe\x00"]
+    ):
+        path = tmp_path / str(number) / file
+        path.parent.mkdir()
+        path.write_bytes(content)
+        with pytest.raises(DataError, match=r"line \d+") as caught:
+            read_benchmark(str(path), name)
+        assert path.name in str(caught.value), content
+    (tmp_path / file).write_bytes(b"")
+    with pytest.raises(DataError, match=file.replace(".", r"\.")):
+        read_benchmark(str(tmp_path / file), name)
+    (tmp_path / "folder" / file).mkdir(parents=True)
+    with pytest.raises(DataError, match="folder"):
+        read_benchmark(str(tmp_path / "folder" / file), name)
+    packed = tmp_path / f"{file}.gz"
+    packed.write_bytes(gzip.compress(text.encode())[:-9])
+    with pytest.raises(DataError, match=r"\.gz cannot be read"):
+        read_benchmark(str(packed), name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_values_of_another_type_are_data_errors(tmp_path: Path, name: str) -> None:
+    """Each value anywhere in a row, turned into something else: read, or one clear error; never a traceback."""
+
+    def variants(value: Any) -> list[Any]:
+        others = [None, 7, 1.5, True, [], {}, [None], [[]], {"a": 1}, "", "x"]
+        if isinstance(value, dict):
+            changed = [value | {key: other} for key in value for other in variants(value[key])]
+            return [*others, *changed, *({k: v for k, v in value.items() if k != key} for key in value)]
+        if isinstance(value, list):
+            return [
+                *others,
+                *([*value[:i], other, *value[i + 1 :]] for i in range(len(value)) for other in variants(value[i])),
+            ]
+        return others
+
+    file, text, *_ = FILES[name]
+    if name in {"popqa", "dpr-qa"}:
+        contents = [text.replace("[", other) for other in ("", "{", "{{", "((", "[[", "{[]:")] + [
+            text.replace("\t", " ")
+        ]
+    elif name in {"nq-open", "kilt", "jsonl"}:
+        contents = [json.dumps(value) for value in variants(json.loads(text))]
+    else:
+        contents = [json.dumps(value) for value in variants(json.loads(text))]
+    faults = 0
+    for content in [*contents, "[" * 100_000, '{"data": ' * 20_000]:
+        (tmp_path / file).write_text(content)
+        fault = fault_of(tmp_path / file, name)
+        assert fault is None or file in fault
+        faults += fault is not None
+    assert faults > 3
+
+
+def fault_of(path: Path, name: str) -> str | None:
+    try:
+        read_benchmark(str(path), name)
+    except DataError as error:
+        return str(error)
+    return None
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_column(tmp_path: Path) -> None:
+    (tmp_path / "popQA.tsv").write_bytes(b"\xef\xbb\xbf" + POPQA.encode())
+    assert read_benchmark(str(tmp_path / "popQA.tsv"), "popqa").examples == [FILES["popqa"][2]]
+
+
+BEIR_FAULTS = [
+    ("corpus.jsonl", '{"_id": "d1", "text"', r"corpus\.jsonl, line 1: malformed JSON"),
+    (
+        "corpus.jsonl",
+        '{"_id": "d1", "text": "a"}\n{"_id": "d1", "text": "b"}',
+        r"corpus\.jsonl, line 2: the document 'd1'",
+    ),
+    ("corpus.jsonl", '{"_id": "d1", "title": "T"}', r"corpus\.jsonl, line 1: 'text' is missing"),
+    ("queries.jsonl", '{"_id": "q1", "text": ""}', r"queries\.jsonl, line 1: 'text' is ''"),
+    (
+        "queries.jsonl",
+        lines({"_id": "q1", "text": "a"}) * 2,
+        r"queries\.jsonl, line 2: the id 'q1' is taken by .*line 1",
+    ),
+    ("queries.jsonl", "[1]", r"queries\.jsonl, line 1: .*JSON object"),
+    ("qrels/test.tsv", "query-id\tcorpus-id\tscore\nq1\td1\tgood\n", r"test\.tsv, line 2"),
+]
+
+
+@pytest.mark.parametrize("name, text, message", BEIR_FAULTS)
+def test_faults_of_a_beir_folder_name_file_and_line(tmp_path: Path, name: str, text: str, message: str) -> None:
+    folder = beir(tmp_path / "set")
+    (folder / name).write_text(text)
+    with pytest.raises(DataError, match=message):
+        read_benchmark(str(folder), "beir")
+    (folder / name).write_bytes(b"\xff\xfe\n")
+    with pytest.raises(DataError, match=rf"{name}, line 1: not UTF-8"):
+        read_benchmark(str(folder), "beir")
 
 
 def test_what_cannot_be_read_is_one_clear_error(tmp_path: Path) -> None:

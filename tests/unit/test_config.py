@@ -163,6 +163,10 @@ def test_message_says_what_to_do() -> None:
         (["corpus.chunk_tokens=10", "corpus.chunk_stride=11"], "corpus.chunk_stride: larger than corpus.chunk_tokens"),
         (["evaluation.overlap_k=21"], "evaluation.overlap_k: larger than evaluation.top_k"),
         (["coarse.document_weight=1.5"], r"coarse.document_weight: must be in [0, 1] (got 1.5)"),
+        (
+            ["generator.distractor_share=0.6", "generator.oracle_free_share=0.5"],
+            "generator.distractor_share, generator.oracle_free_share: together at most 1 (got 1.1)",
+        ),
         (["generator.distractor_share=-0.1"], "generator.distractor_share: must be in [0, 1] (got -0.1)"),
         (["retriever.contrastive_temperature=0"], "retriever.contrastive_temperature: must be above 0 (got 0.0)"),
         (["scale.num_workers=0"], "scale.num_workers: must be above 0 (got 0)"),

@@ -134,6 +134,7 @@ ALL = {
     "hits minilm_bm25-dev",
     "hits stage1_bm25-dev",
     "hits retriever-dev rewrites",
+    "readings",
     "generator",
     "report",
 }
@@ -147,6 +148,7 @@ AFTER_RETRIEVER = {
     "hits retriever-dev",
     "hits stage1_bm25-dev",
     "hits retriever-dev rewrites",
+    "readings",
     "generator",
     "report",
 }
@@ -193,9 +195,10 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("generator.steps", 31, {"generator", "report"}),
     ("generator.lora.rank", 4, {"generator", "report"}),
     ("generator.optimizer.learning_rate", 0.1, {"generator", "report"}),
-    ("generator.distractor_share", 0.2, {"generator", "report"}),
+    ("generator.distractor_share", 0.3, {"generator", "report"}),
+    ("generator.vary_windows", False, {"generator", "report"}),
     ("generator.max_new_tokens", 8, {"generator", "report"}),
-    ("generator.top_k", 2, {"hits retriever-train", "generator", "report"}),
+    ("generator.top_k", 2, {"hits retriever-train", "readings", "generator", "report"}),
     ("index.num_probes", 5, AFTER_PASSAGES - {"passages", "hits bm25-dev"}),
     ("index.num_lists_searched", 5, set()),  # Flat has no lists
     (
@@ -353,7 +356,7 @@ def test_without_a_system_the_report_is_another(plans: Plans) -> None:
 
 def test_without_answers_no_generator_is_trained(plans: Plans) -> None:
     after = plans(changed(plans.config, ["evaluation", "num_answers"], 0))
-    assert not {"generator", "hits retriever-train"} & after.keys()
+    assert not {"generator", "readings", "hits retriever-train"} & after.keys()
     assert after["retriever"] == plans.first["retriever"]
 
 

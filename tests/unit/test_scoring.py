@@ -61,3 +61,10 @@ def test_calibration_by_hand() -> None:
     assert expected_calibration_error([]) is None
     with pytest.raises(ValueError, match=r"\[0, 1\]"):
         calibration_bins([1.2], [1.0])
+
+
+@pytest.mark.parametrize("rule", ["squad", "triviaqa", "hotpotqa", "regex"])
+def test_a_blank_gold_answer_does_not_make_silence_right(rule: str) -> None:
+    assert answer_rule(rule).score("", ["Ada", "", " "]).exact_match == 0.0
+    assert answer_rule(rule).score("other", ["Ada", ""]).accuracy == 0.0
+    assert answer_rule(rule).score("Ada", ["", "Ada"]).exact_match == 1.0

@@ -17,19 +17,33 @@ from hypothesis import strategies as st
 
 from invar_ray.artifacts import Building, Plan, Store
 from invar_ray.config import GeneratorConfig
+from invar_ray.evaluating.readings import READING_SCHEMA
 from invar_ray.losses.answer import IGNORED
 from invar_ray.text.prompts import REFUSAL, format_answer_prompt, parse_answer
-from invar_ray.training.sequences import HitSet, PromptAndTarget, tokenize_sequences
+from invar_ray.training.sequences import PromptAndTarget, ReadingSet, tokenize_sequences
 from tests.support import tiny_base
 
 PLAIN = GeneratorConfig(
-    top_k=4, shuffle_passages=False, vary_top_k=False, use_rewrites=False, distractor_share=0.0, max_tokens=400
+    top_k=4,
+    shuffle_passages=False,
+    vary_top_k=False,
+    use_rewrites=False,
+    vary_windows=False,
+    distractor_share=0.0,
+    insert_oracle=False,
+    max_tokens=400,
 )
 TEXTS = ["Salt is made there.", "The keeper was Mara Voss.", "Ferries leave at nine.", "Mara Voss wrote it.", "Ice."]
 
 
-def hit(number: int, text: str, title: str = "") -> dict[str, Any]:
-    return {"passage_id": f"p{number}", "title": title or f"title {number}", "text": text}
+def hit(number: int, *texts: str, title: str = "", document: str = "") -> dict[str, Any]:
+    """A passage in its windows."""
+    return {
+        "passage_id": f"p{number}",
+        "document_id": document or f"d{number}",
+        "title": title or f"title {number}",
+        "texts": list(texts),
+    }
 
 
 def question(number: int, **values: Any) -> dict[str, Any]:
@@ -38,6 +52,7 @@ def question(number: int, **values: Any) -> dict[str, Any]:
         "wordings": [f"Who kept light {number}?", f"The keeper of light {number}?", f"Light {number}: its keeper?"],
         "answers": ["Mara Voss", "Voss"],
         "positive_ids": ["d1"],
+        "oracle": hit(1, "The keeper was Mara Voss."),
     }
     row["hits"] = [[hit(place, text) for place, text in enumerate(TEXTS)] for _ in row["wordings"]]
     return row | values
@@ -48,17 +63,17 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Any:
     store = Store(str(tmp_path_factory.mktemp("hits")))
     counter = iter(range(1000))
 
-    def build(rows: list[dict[str, Any]]) -> HitSet:
+    def build(rows: list[dict[str, Any]]) -> ReadingSet:
         def body(building: Building) -> None:
-            pq.write_table(pa.Table.from_pylist(rows), building.path / "hits.parquet")
+            pq.write_table(pa.Table.from_pylist(rows, schema=READING_SCHEMA), building.path / "readings.parquet")
 
-        return HitSet(store.get_or_build(Plan("hits", "h", {"number": next(counter)}), body)[0])
+        return ReadingSet(store.get_or_build(Plan("readings", "h", {"number": next(counter)}), body)[0])
 
     return build
 
 
 @pytest.fixture(scope="module")
-def hits(make: Any) -> HitSet:
+def hits(make: Any) -> ReadingSet:
     return make([question(number) for number in range(7)])
 
 
@@ -67,7 +82,9 @@ def tokenizer() -> Any:
     return tiny_base()[1]
 
 
-def sequence(hits: HitSet, tokenizer: Any, config: GeneratorConfig, number: int = 0, seed: int = 0) -> PromptAndTarget:
+def sequence(
+    hits: ReadingSet, tokenizer: Any, config: GeneratorConfig, number: int = 0, seed: int = 0
+) -> PromptAndTarget:
     return hits.sequence(number, config, tokenizer, random.Random(seed))
 
 
@@ -77,16 +94,24 @@ def passages_in(prompt: str) -> list[str]:
     return [line.split(": ", 1)[1] for line in lines]
 
 
-def test_without_variation_the_prompt_is_the_served_one(hits: HitSet, tokenizer: Any) -> None:
+def test_without_variation_the_prompt_is_the_served_one(hits: ReadingSet, tokenizer: Any) -> None:
     found = sequence(hits, tokenizer, PLAIN)
     passages = [(f"title {place}", text) for place, text in enumerate(TEXTS[:4])]
     assert found.prompt == format_answer_prompt("Who kept light 0?", passages)
     assert found.target == "Mara Voss [2]"
 
 
-def test_target_is_the_first_answer_even_where_another_one_stands(make: Any, tokenizer: Any) -> None:
-    row = question(0, answers=["M. Voss", "Mara Voss"])
-    assert sequence(make([row]), tokenizer, PLAIN).target == "M. Voss [2]"
+def test_target_is_the_first_of_the_answers_that_stand_in_the_passage(make: Any, tokenizer: Any) -> None:
+    # One that stands nowhere would teach to answer from memory, with a citation that does not hold.
+    row = question(0, answers=["M. Voss", "Mara Voss", "Voss"])
+    assert sequence(make([row]), tokenizer, PLAIN).target == "Mara Voss [2]"
+
+
+def test_passage_of_a_gold_document_is_cited_before_one_that_happens_to_hold_the_answer(
+    make: Any, tokenizer: Any
+) -> None:
+    row = question(0, positive_ids=["d3"])
+    assert sequence(make([row]), tokenizer, PLAIN).target == "Mara Voss [4]"
 
 
 def test_title_can_hold_the_answer(make: Any, tokenizer: Any) -> None:
@@ -104,33 +129,34 @@ def test_refusal_when_no_passage_holds_the_answer(make: Any, tokenizer: Any) -> 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_citation_is_right_however_the_prompt_varies(hits: HitSet, tokenizer: Any, seed: int) -> None:
+def test_citation_is_right_however_the_prompt_varies(hits: ReadingSet, tokenizer: Any, seed: int) -> None:
     config = replace(PLAIN, shuffle_passages=True, vary_top_k=True, use_rewrites=True, distractor_share=0.3, top_k=5)
     found = sequence(hits, tokenizer, config, seed=seed)
     shown = passages_in(found.prompt)
     holding = [place for place, text in enumerate(shown, start=1) if "Voss" in text]
+    gold = [place for place in holding if shown[place - 1] == TEXTS[1]]
     parsed = parse_answer(found.target, len(shown))
     if holding:
-        assert (parsed.text, parsed.numbers) == ("Mara Voss", (holding[0],))
+        assert (parsed.text, parsed.numbers) == ("Mara Voss", ([*gold, *holding][0],))
     else:
         assert parsed.refused
 
 
-def test_shuffling_varies_the_order_and_nothing_else(hits: HitSet, tokenizer: Any) -> None:
+def test_shuffling_varies_the_order_and_nothing_else(hits: ReadingSet, tokenizer: Any) -> None:
     config = replace(PLAIN, shuffle_passages=True)
     orders = {tuple(passages_in(sequence(hits, tokenizer, config, seed=seed).prompt)) for seed in range(30)}
     assert len(orders) > 8
     assert {tuple(sorted(order)) for order in orders} == {tuple(sorted(TEXTS[:4]))}
 
 
-def test_same_randomness_same_sequence(hits: HitSet, tokenizer: Any) -> None:
+def test_same_randomness_same_sequence(hits: ReadingSet, tokenizer: Any) -> None:
     config = GeneratorConfig()
     first = [sequence(hits, tokenizer, config, seed=seed) for seed in range(20)]
     assert [sequence(hits, tokenizer, config, seed=seed) for seed in range(20)] == first
     assert len(set(first)) > 10
 
 
-def test_varied_k_keeps_a_passage_with_the_answer(hits: HitSet, tokenizer: Any) -> None:
+def test_varied_k_keeps_a_passage_with_the_answer(hits: ReadingSet, tokenizer: Any) -> None:
     config = replace(PLAIN, vary_top_k=True)
     sizes: Counter[int] = Counter()
     for seed in range(60):
@@ -150,7 +176,7 @@ def test_varied_k_without_any_answer_is_a_refusal(make: Any, tokenizer: Any) -> 
         assert sequence(hits, tokenizer, replace(PLAIN, vary_top_k=True), seed=seed).target == REFUSAL
 
 
-def test_distractors_only_always_refuse(hits: HitSet, tokenizer: Any) -> None:
+def test_distractors_only_always_refuse(hits: ReadingSet, tokenizer: Any) -> None:
     config = replace(GeneratorConfig(), distractor_share=1.0)
     for seed in range(30):
         found = sequence(hits, tokenizer, config, number=seed % len(hits), seed=seed)
@@ -159,7 +185,7 @@ def test_distractors_only_always_refuse(hits: HitSet, tokenizer: Any) -> None:
         assert passages_in(found.prompt)
 
 
-def test_share_of_distractors_is_met(hits: HitSet, tokenizer: Any) -> None:
+def test_share_of_distractors_is_met(hits: ReadingSet, tokenizer: Any) -> None:
     config = replace(PLAIN, distractor_share=0.25)
     refused = [sequence(hits, tokenizer, config, seed=seed).target == REFUSAL for seed in range(200)]
     assert 0.15 < sum(refused) / len(refused) < 0.35
@@ -188,7 +214,7 @@ def test_rewordings_bring_their_own_hits(make: Any, tokenizer: Any) -> None:
         assert "found by wording 0" in sequence(hits, tokenizer, PLAIN, seed=seed).prompt
 
 
-def test_top_k_is_the_most_passages(hits: HitSet, tokenizer: Any) -> None:
+def test_top_k_is_the_most_passages(hits: ReadingSet, tokenizer: Any) -> None:
     assert len(passages_in(sequence(hits, tokenizer, replace(PLAIN, top_k=1)).prompt)) == 1
     assert sequence(hits, tokenizer, replace(PLAIN, top_k=1)).target == REFUSAL
     assert len(passages_in(sequence(hits, tokenizer, replace(PLAIN, top_k=9)).prompt)) == 5
@@ -222,11 +248,89 @@ def test_target_that_a_cut_passage_no_longer_holds_is_a_refusal(make: Any, token
     assert found.target == REFUSAL
 
 
+# Windows and oracles
+
+
+def windowed(number: int = 0) -> dict[str, Any]:
+    hits = [
+        hit(0, "Salt is made there.", "Salt is made there, and tar."),
+        hit(1, "The keeper was Mara Voss.", "Mara Voss."),
+        hit(2, "Ferries leave at nine."),
+    ]
+    return question(number, hits=[hits] * 3, oracle=hits[1])
+
+
+def test_windows_vary_from_example_to_example(make: Any, tokenizer: Any) -> None:
+    config = replace(PLAIN, vary_windows=True)
+    seen = {tuple(passages_in(sequence(make([windowed()]), tokenizer, config, seed=seed).prompt)) for seed in range(20)}
+    # One window for the whole prompt; a passage that has no such cut stands as it is indexed.
+    assert seen == {
+        ("Salt is made there.", "The keeper was Mara Voss.", "Ferries leave at nine."),
+        ("Salt is made there, and tar.", "Mara Voss.", "Ferries leave at nine."),
+    }
+    hits = make([windowed()])
+    assert {sequence(hits, tokenizer, config, seed=seed).target for seed in range(20)} == {"Mara Voss [2]"}
+    fixed = {sequence(hits, tokenizer, PLAIN, seed=seed) for seed in range(20)}
+    assert len(fixed) == 1
+
+
+def test_both_windows_are_as_frequent(make: Any, tokenizer: Any) -> None:
+    hits, config = make([windowed()]), replace(PLAIN, vary_windows=True)
+    other = ["and tar" in sequence(hits, tokenizer, config, seed=seed).prompt for seed in range(200)]
+    assert 0.4 < sum(other) / len(other) < 0.6
+
+
+def missed(**values: Any) -> dict[str, Any]:
+    """A question whose hits hold no answer."""
+    hits = [hit(0, "Salt."), hit(2, "Ice."), hit(3, "Rope.")]
+    return question(0, hits=[hits] * 3, oracle=hit(1, "The keeper was Mara Voss.", "Voss."), **values)
+
+
+def test_an_oracle_takes_the_place_of_the_worst_passage_where_retrieval_missed(make: Any, tokenizer: Any) -> None:
+    config = replace(PLAIN, top_k=3, insert_oracle=True)
+    found = sequence(make([missed()]), tokenizer, config)
+    assert passages_in(found.prompt) == ["Salt.", "Ice.", "The keeper was Mara Voss."]
+    assert found.target == "Mara Voss [3]"
+    roomy = sequence(make([missed()]), tokenizer, replace(config, top_k=5))
+    assert passages_in(roomy.prompt) == ["Salt.", "Ice.", "Rope.", "The keeper was Mara Voss."]
+    # Not where retrieval found one, and not where there is none.
+    held = make([question(0, oracle=hit(9, "Voss it was."))])
+    assert "Voss it was" not in sequence(held, tokenizer, config).prompt
+    assert sequence(make([missed() | {"oracle": None}]), tokenizer, config).target == REFUSAL
+
+
+def test_shares_of_examples_without_an_oracle_are_what_they_say(make: Any, tokenizer: Any) -> None:
+    """Half of the questions are missed by retrieval, and yet the shares hold."""
+    hits = make([question(0), missed()])
+    config = GeneratorConfig(top_k=4, max_tokens=400, distractor_share=0.3, oracle_free_share=0.2)
+    kinds: Counter[str] = Counter()
+    for seed in range(600):
+        found = sequence(hits, tokenizer, config, number=seed % 2, seed=seed)
+        holds = any("Voss" in text for text in passages_in(found.prompt))
+        kind = "refuses" if found.target == REFUSAL else "cites" if found.target.endswith("]") else "knows"
+        assert holds == (kind == "cites")
+        if kind == "knows":
+            assert found.target == "Mara Voss"
+            assert passages_in(found.prompt)
+        kinds[kind] += 1
+    shares = {kind: count / 600 for kind, count in kinds.items()}
+    assert shares == pytest.approx({"refuses": 0.3, "knows": 0.2, "cites": 0.5}, abs=0.06)
+
+
+def test_as_published_four_of_five_examples_hold_an_oracle(make: Any, tokenizer: Any) -> None:
+    hits = make([question(0), missed()])
+    targets = [
+        sequence(hits, tokenizer, GeneratorConfig(top_k=4), number=seed % 2, seed=seed).target for seed in range(400)
+    ]
+    assert targets.count(REFUSAL) / 400 == pytest.approx(0.2, abs=0.05)
+    assert all(target == REFUSAL or target.endswith("]") for target in targets)
+
+
 # Order
 
 
 @pytest.mark.parametrize("size", [1, 3, 7, 10, 16])
-def test_steps_walk_epochs_without_gaps(hits: HitSet, size: int) -> None:
+def test_steps_walk_epochs_without_gaps(hits: ReadingSet, size: int) -> None:
     total, epochs = len(hits), 4
     steps = -(-epochs * total // size)
     walked = [row for step in range(steps) for row in hits.step_rows(3, step, size)]
