@@ -38,7 +38,7 @@ def index_documents(config: Config, adapter_uri: str | None, options: str = "") 
     """
     started = time.monotonic()
     with Pipeline(config) as pipeline:
-        adapter = _adapter(pipeline, adapter_uri)
+        adapter = choose_adapter(pipeline, adapter_uri)
         index = pipeline.base_index if adapter is None else pipeline.index_with(adapter)
         passages = pipeline.passages
         if "passages" in pipeline.reused:
@@ -159,7 +159,12 @@ def describe_index(index: Artifact) -> str:
     return f"{info.get('source', index.uri)}: {info['passages']:,} passages, {retriever}"
 
 
-def _adapter(pipeline: Pipeline, wanted: str | None) -> Artifact | None:
+def choose_adapter(pipeline: Pipeline, wanted: str | None) -> Artifact | None:
+    """The stage-1 adapter to index with, as :func:`index_documents` describes; ``None`` is the bare base.
+
+    Raises:
+        ArtifactError: ``wanted`` is no retriever.
+    """
     if wanted is not None:
         return None if wanted == "base" else open_artifact(wanted, "retriever")
     bare = llm_spec(pipeline.config.model, pipeline.base)

@@ -42,7 +42,15 @@ class Demo:
         self.seen: set[psutil.Process] = set()
         with open(log, "w") as stream:
             self.process = subprocess.Popen(
-                [str(Path(sys.executable).with_name("invar-ray")), "demo", *options, f"storage.root_uri={root}", *TINY],
+                [
+                    str(Path(sys.executable).with_name("invar-ray")),
+                    "demo",
+                    "--config",
+                    "tiny",
+                    *options,
+                    f"storage.root_uri={root}",
+                    *TINY,
+                ],
                 cwd=ROOT,
                 # Short, for Ray's sockets below it.
                 env=os.environ | {"TMPDIR": tempfile.mkdtemp(prefix="id", dir="/tmp"), "PYTHONUNBUFFERED": "1"},

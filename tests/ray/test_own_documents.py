@@ -16,6 +16,8 @@ from tests.own_documents import QUESTIONS, SOUND_DOCUMENTS, SOUND_FILES, write_f
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
+SMALL = ["model.base=builtin:tiny", "model.retriever_layers=null"]
+
 
 def test_indexed_asked_cited(local_ray: Any, tmp_path: Path) -> None:
     folder, root = tmp_path / "my docs", tmp_path / "runs"
@@ -23,7 +25,7 @@ def test_indexed_asked_cited(local_ray: Any, tmp_path: Path) -> None:
     write_sound(folder)
     faults = write_faulty(folder)
     # Shards so small that they are embedded on the cluster.
-    options = [f"storage.root_uri={root}", "scale.shard_rows=8", "scale.embed_workers=1"]
+    options = [f"storage.root_uri={root}", "scale.shard_rows=8", "scale.embed_workers=1", *SMALL]
     first = CliRunner().invoke(app, ["index", str(folder), *options])
     assert first.exit_code == 0, first.stderr
     assert f"indexed {SOUND_DOCUMENTS + 1} documents from {SOUND_FILES + 1} files" in first.stderr
@@ -32,7 +34,7 @@ def test_indexed_asked_cited(local_ray: Any, tmp_path: Path) -> None:
     assert f"ask:    invar-ray ask --root {root} " in first.stderr
 
     # The same documents in this process: the same vectors, hence the same hits.
-    at_home = CliRunner().invoke(app, ["index", str(folder), f"storage.root_uri={tmp_path / 'home'}"])
+    at_home = CliRunner().invoke(app, ["index", str(folder), f"storage.root_uri={tmp_path / 'home'}", *SMALL])
     assert at_home.exit_code == 0, at_home.stderr
     retriever, home = (open_retriever(result.stdout.strip().splitlines()[-1]) for result in (first, at_home))
     for question, (file, place) in QUESTIONS.items():

@@ -7,13 +7,16 @@ import os
 import shutil
 import tempfile
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from invar_ray.errors import DataError
+from invar_ray.errors import ArtifactError, DataError
 from invar_ray.indexing.passages import load_passages, load_skipped
 from invar_ray.indexing.sources import source_digest
+from invar_ray.own import choose_adapter
+from invar_ray.pipeline import Pipeline
 from invar_ray.schema import Document, Place
 from invar_ray.text.chunking import chunk_document
 from invar_ray.text.formats.html import parse_html
@@ -32,7 +35,7 @@ from tests.own_documents import (
     write_faulty,
     write_sound,
 )
-from tests.support import small_config, tiny_base
+from tests.support import World, small_config, tiny_base
 from tests.unit.test_passages_step import build
 
 
@@ -275,3 +278,21 @@ def test_pages_without_text_do_not_shift_the_others(tmp_path: Path) -> None:
     [document] = read_documents(str(tmp_path / "a.pdf"))
     assert document.places == (Place(0, "page 1"), Place(5, "page 3"))
     assert document.text[5:] == "three"
+
+
+def test_documents_are_indexed_with_the_newest_adapter_that_fits(tmp_path: Path) -> None:
+    small = World(tmp_path)
+    pipeline = Pipeline(small.config, quiet=True)
+    assert choose_adapter(pipeline, None) is None
+    first = small.make_adapter("first", seed=1)
+    found = choose_adapter(pipeline, None)
+    assert found is not None
+    assert found.ref == first.ref
+    other = Pipeline(replace(small.config, model=replace(small.config.model, query_prefix="ask: ")), quiet=True)
+    assert choose_adapter(other, None) is None  # its vectors of questions would not be those of the adapter
+    assert choose_adapter(pipeline, "base") is None
+    named = choose_adapter(pipeline, first.uri)
+    assert named is not None
+    assert named.ref == first.ref
+    with pytest.raises(ArtifactError, match="retriever"):
+        choose_adapter(pipeline, small.base_artifact.uri)
