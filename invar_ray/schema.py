@@ -147,8 +147,8 @@ class Citation:
 
     Attributes:
         number: the [n] of the answer, 1-based position of the passage in the prompt.
-        source: ``generated`` when the model wrote the [n]; ``matched`` when it wrote none and the answer's text
-            was found in the passage.
+        source: ``generated`` when the model wrote the [n]; ``matched`` when it wrote none, or only some without the
+            answer's text, and that was found in the passage.
         place: file and place in it; empty where the document has no file.
     """
 

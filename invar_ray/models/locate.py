@@ -183,7 +183,9 @@ def open_generator(generator_uri: str, *, open_base_tree: BaseOpener | None = No
     artifact.verify()
     base = BaseRef(**artifact.info["base"])
     model, tokenizer = (open_base_tree or open_base)(base, artifact.store)
-    generator = Generator(load_adapter(model, artifact.path("adapter")), tokenizer, artifact.info["max_context"])
+    # Merged, a token costs a third less; a tree that others share must stay as it is.
+    adapted = load_adapter(model, artifact.path("adapter"), merge=open_base_tree is None)
+    generator = Generator(adapted, tokenizer, artifact.info["max_context"])
     generator.version = artifact.fingerprint
     return generator
 

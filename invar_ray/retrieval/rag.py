@@ -165,7 +165,8 @@ def read_answer(question: str, prompt: AnswerPrompt, generation: Generation) -> 
     """An answer from what the model wrote: its text, and citations of passages that were really in the prompt.
 
     Where a model cites nothing, the passages that hold the answer's text are cited for it, with
-    ``source="matched"``.
+    ``source="matched"``.  Where it cites only passages without that text, and another one has it, the first such one
+    is cited instead, in the same way and with a note.
     """
     parsed = parse_answer(generation.text, len(prompt.hits))
     notes = list(prompt.notes)
@@ -180,9 +181,13 @@ def read_answer(question: str, prompt: AnswerPrompt, generation: Generation) -> 
     if not parsed.refused:
         source = "generated"
         numbers = list(dict.fromkeys(parsed.numbers))
+        holding = [n for n, shown in enumerate(prompt.shown, start=1) if contains_answer(shown, [parsed.text])]
         if not numbers:
-            source = "matched"
-            numbers = [n for n, shown in enumerate(prompt.shown, start=1) if contains_answer(shown, [parsed.text])]
+            source, numbers = "matched", holding
+        elif holding and not set(numbers) & set(holding):
+            marks = ", ".join(f"[{number}]" for number in numbers)
+            notes.append(f"the model cited {marks}, where the answer does not stand; it stands in [{holding[0]}]")
+            source, numbers = "matched", holding[:1]
         citations = tuple(_citation(n, prompt.hits[n - 1], source) for n in numbers)
     return Answer(
         question=question,

@@ -83,6 +83,16 @@ def test_only_a_citation_that_was_removed_still_falls_back_to_matching() -> None
     assert [(citation.number, citation.source) for citation in answer.citations] == [(3, "matched")]
 
 
+def test_a_citation_of_a_passage_without_the_answer_gives_way_to_one_with_it() -> None:
+    answer = ask("Mara Voss [3]")
+    assert [(citation.number, citation.source) for citation in answer.citations] == [(1, "matched")]
+    assert answer.notes == ("the model cited [3], where the answer does not stand; it stands in [1]",)
+    mixed = ask("Mara Voss [3] [2]")  # one of them holds it: the model's own choice stays
+    assert [(citation.number, citation.source) for citation in mixed.citations] == [(3, "generated"), (2, "generated")]
+    elsewhere = ask("the keeper's sister [3]")  # said in other words than the passages'
+    assert [(citation.number, citation.source) for citation in elsewhere.citations] == [(3, "generated")]
+
+
 def test_a_refusal_cites_nothing() -> None:
     answer = ask(f"{REFUSAL} [1]")
     assert answer.refused
