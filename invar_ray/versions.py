@@ -172,7 +172,7 @@ STEPS: dict[str, StepCode] = {
         ),
     ),
     "report": StepCode(
-        4,
+        5,
         (
             "invar_ray.evaluating.evaluate",
             "invar_ray.evaluating.answering",
