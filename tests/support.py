@@ -23,7 +23,7 @@ from invar_ray.indexing.passages import build_passages, passages_plan
 from invar_ray.indexing.questions import build_questions, questions_plan
 from invar_ray.indexing.trainset import build_trainset, trainset_plan
 from invar_ray.models.adapters import new_adapter, save_adapter
-from invar_ray.models.encoder import Encoder, EncoderSpec, coarse_spec, llm_spec, open_encoder
+from invar_ray.models.encoder import Encoder, EncoderSpec, coarse_spec, keep_first_layers, llm_spec, open_encoder
 from invar_ray.models.locate import BaseRef, base_plan, build_base, load_tokenizer, open_base, resolve_base
 from invar_ray.models.tiny import build_tiny
 from invar_ray.retrieval.building import build_index
@@ -180,7 +180,8 @@ class World:
         plan = Plan("retriever", name, {"seed": seed, "projection_dim": projection_dim}, {"base": self.base_artifact})
 
         def body(building: Building) -> None:
-            write_adapter(building.path / "adapter", self.base, self.store, seed)
+            layers = self.config.model.retriever_layers
+            write_adapter(building.path / "adapter", self.base, self.store, seed, num_layers=layers)
             spec = llm_spec(self.config.model, self.base, (plan.ref, plan.fingerprint))
             building.info["encoder"] = spec.to_json()
 
@@ -239,9 +240,11 @@ class World:
         return self.store.get_or_build(plan, body)[0]
 
 
-def write_adapter(folder: Path, base: BaseRef, store: Store, seed: int) -> None:
+def write_adapter(folder: Path, base: BaseRef, store: Store, seed: int, *, num_layers: int | None = None) -> None:
     """A PEFT folder for ``base`` with random weights (a fresh LoRA adapter alone would change nothing)."""
-    model = new_adapter(open_base(base, store)[0], LoraConfig(), seed)
+    plain = open_base(base, store)[0]
+    keep_first_layers(plain, num_layers)
+    model = new_adapter(plain, LoraConfig(), seed, num_layers=num_layers)
     generator = torch.Generator().manual_seed(seed)
     state = {
         name: torch.randn(value.shape, generator=generator) * 0.2

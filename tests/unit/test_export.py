@@ -104,3 +104,32 @@ def test_the_command(world: support.World, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert "lowest cosine with the unmerged outputs 0.99999" in found.output or "1.0000000" in found.output
     assert (tmp_path / "out" / "merged" / "model.safetensors").is_file()
+
+
+def test_a_retriever_of_the_first_layers_is_exported_as_such(tmp_path: Path) -> None:
+    small = support.World(tmp_path / "world", "model.tiny.num_layers=3", "model.retriever_layers=2")
+    made = export_adapter(small.adapter, tmp_path / "out", merged=True)
+    base = small.base.folder_or_name(small.store)
+    spec = EncoderSpec.from_json(small.adapter.info["encoder"])
+    [wanted] = torch.from_numpy(open_encoder(spec, small.store).encode_queries(["in the north sound"]))
+    row = torch.tensor([[*small.tokenizer("in the north sound")["input_ids"], small.tokenizer.eos_token_id]])
+
+    merged = AutoModelForCausalLM.from_pretrained(made.merged, dtype=torch.float32).model
+    assert len(merged.layers) == 2
+    # PEFT on the whole base: the adapter lies on the first two layers only, and their states are the same.
+    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), made.folder)
+    body = whole.get_base_model().model
+    assert not any("lora" in name for name, _ in body.layers[2].named_parameters())
+    with torch.inference_mode():
+        states = [merged(row).last_hidden_state, body.norm(body(row, output_hidden_states=True).hidden_states[2])]
+    for state in states:
+        found = torch.nn.functional.normalize(state[0].mean(dim=0), dim=-1)
+        torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert made.lowest_cosine is not None
+    assert made.lowest_cosine > 0.99999
+
+
+def test_more_layers_than_the_base_has_are_refused(tmp_path: Path) -> None:
+    small = support.World(tmp_path, "model.tiny.num_layers=1", "model.retriever_layers=2")
+    with pytest.raises(ModelError, match=r"retriever_layers is 2.*between 1 and the base's 1 layers"):
+        open_encoder(small.base_spec, small.store)
