@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from invar_ray.artifacts import Store, digest
 from invar_ray.config import CoarseConfig, ModelConfig
+from invar_ray.errors import ModelError
 from invar_ray.models.adapters import load_adapter, load_merged
 from invar_ray.models.batching import DEFAULT_TOKENS_PER_BATCH, EncodeStats, Vectors, encode_in_batches, pad_right
 from invar_ray.models.coarse import CoarseEncoder, coarse_passage_ids, coarse_tokenizer
@@ -67,6 +68,7 @@ class EncoderSpec:
         base: the resolved base; for ``coarse`` its location is the model's name.
         adapter: ref of the adapter artifact below the store's root, or ``None`` for the bare base.
         adapter_fingerprint: of that artifact.
+        dimensions: how many values of each vector are kept, at unit norm; ``None`` for all.
     """
 
     kind: str
@@ -79,6 +81,7 @@ class EncoderSpec:
     passage_prefix: str
     query_max_tokens: int
     passage_max_tokens: int
+    dimensions: int | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -86,6 +89,8 @@ class EncoderSpec:
         values = asdict(self)
         values["base"] = self.base.fingerprint
         del values["adapter"]
+        if self.dimensions is None:  # whole vectors keep the fingerprint from before they could be cut
+            del values["dimensions"]
         return digest(values)
 
     def to_json(self) -> dict[str, Any]:
@@ -165,7 +170,7 @@ def open_encoder(
             model = load_adapter(model, folder)
         if spec.projection_dim is not None:
             projection = load_projection(folder)
-    module = BiEncoder(model, spec.pooling, spec.projection_dim)
+    module = BiEncoder(model, spec.pooling, spec.projection_dim, spec.dimensions)
     if projection is not None and module.projection is not None:
         module.projection.weight.data.copy_(projection)
     if open_base_tree is None:
@@ -203,18 +208,40 @@ def load_projection(folder: Path) -> Tensor:
 
 
 class BiEncoder(nn.Module):
-    """Base (with or without adapter) -> pooled, optionally projected, unit vectors.
+    """Base (with or without adapter) -> pooled, optionally projected, optionally cut, unit vectors.
 
     Queries and passages share all weights (METHOD "Bi-encoder").  Encoding goes through ``causal_lm.model``: no logits.
+
+    Args:
+        causal_lm: the base.
+        pooling: how token states become one vector.
+        projection_dim: of a projection after that; ``None`` for none.
+        dimensions: keep the first values of each vector; ``None`` keeps all.
+
+    Raises:
+        ModelError: the vectors have fewer values than are to be kept.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, pooling: Pooling, projection_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        pooling: Pooling,
+        projection_dim: int | None = None,
+        dimensions: int | None = None,
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.pooling: Pooling = pooling
         width = int(causal_lm.config.hidden_size)
         self.projection = None if projection_dim is None else nn.Linear(width, projection_dim, bias=False)
-        self.dimension = projection_dim or width
+        whole = projection_dim or width
+        if dimensions is not None and not 1 <= dimensions <= whole:
+            raise ModelError(
+                f"{dimensions} values of each vector are to be kept, and it has {whole}",
+                expected=f"1 to {whole}",
+                action="set index.dimensions accordingly",
+            )
+        self.dimension = dimensions or whole
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[N, T] token ids and mask -> [N, D] unit rows in float32."""
@@ -224,7 +251,8 @@ class BiEncoder(nn.Module):
         pooled = pool(hidden, attention_mask, self.pooling)  # [N, H]
         if self.projection is not None:
             pooled = self.projection(pooled)
-        return functional.normalize(pooled.float(), dim=-1)
+        # The prefix of a unit vector at unit norm is the prefix of the vector itself at unit norm.
+        return functional.normalize(pooled[:, : self.dimension].float(), dim=-1)
 
 
 class Encoder:

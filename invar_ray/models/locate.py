@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from invar_ray.artifacts import Artifact, Building, Plan, Store, digest, open_artifact
 from invar_ray.config import Config, ModelConfig, to_dict
@@ -135,6 +135,19 @@ def load_causal_lm(source: str, *, revision: str | None = None, dtype: torch.dty
             expected="a LLaMA-family causal LM (LLaMA, SmolLM, Mistral, Qwen ..)",
         )
     return model.eval()
+
+
+def hidden_size(ref: BaseRef, store: Store) -> int:
+    """H of a resolved base, without its weights.
+
+    Raises:
+        ModelError: if its description cannot be loaded.
+    """
+    source = ref.folder_or_name(store)
+    try:
+        return int(AutoConfig.from_pretrained(source, revision=ref.revision).hidden_size)
+    except (OSError, ValueError) as error:
+        raise _unresolved(source, error) from error
 
 
 def open_base(uri_or_ref: BaseRef, store: Store, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:

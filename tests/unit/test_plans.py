@@ -185,6 +185,12 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("coarse.document_weight", 0.5, AFTER_TRAINSET),
     ("retriever.num_hard_negatives", 3, AFTER_TRAINSET),
     ("retriever.mining_depth", 9, AFTER_TRAINSET),
+    ("retriever.mining_bm25", True, AFTER_TRAINSET),
+    ("retriever.mining_first_rank", 2, AFTER_TRAINSET),
+    ("retriever.refresh_every", 5, AFTER_RETRIEVER),
+    ("retriever.matryoshka_dims", (64,), AFTER_RETRIEVER),
+    ("model.quantize", "nf4", AFTER_RETRIEVER),
+    ("index.dimensions", 64, AFTER_RETRIEVER - {"retriever"}),
     ("retriever.steps", 61, AFTER_RETRIEVER),
     ("retriever.lora.rank", 4, AFTER_RETRIEVER),
     ("retriever.optimizer.learning_rate", 0.1, AFTER_RETRIEVER),
@@ -252,7 +258,7 @@ def other(value: Any, kind: Any) -> Any:
         options = getattr(kind, "__args__", ())
         return next((option for option in options if option != value), f"{value}-other")
     if isinstance(value, tuple):
-        return (*value[:-1], other(value[-1], None))
+        return (*value[:-1], other(value[-1], None)) if value else (1,)
     return "other"
 
 
