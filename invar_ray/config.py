@@ -101,6 +101,10 @@ class QuestionsConfig:
     """Use at most this many training questions (a seeded sample); ``null`` uses all."""
     dev_limit: int | None = None
     """Evaluate on at most this many questions (a seeded sample); ``null`` uses all."""
+    near_duplicates: float | None = None
+    """Drop training questions a wording of which resembles a dev question's by this much or more, in (0, 1] (common
+    words count little; 0.8 is nearly the same question), and list the pairs.  ``null`` drops those with an equal
+    wording only."""
 
 
 @dataclass(frozen=True)
@@ -811,6 +815,8 @@ def _cross_checks(config: Config) -> list[str]:
     }.items():
         if not 0.0 <= value <= 1.0:
             faults.append(f"{key}: must be in [0, 1] (got {value})")
+    if config.questions.near_duplicates is not None and not 0.0 < config.questions.near_duplicates <= 1.0:
+        faults.append(f"questions.near_duplicates: must be in (0, 1] (got {config.questions.near_duplicates})")
     faults += _stage_one_faults(config)
     if config.index.recall_target is not None and not 0.0 < config.index.recall_target <= 1.0:
         faults.append(f"index.recall_target: must be in (0, 1] (got {config.index.recall_target})")

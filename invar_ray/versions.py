@@ -22,6 +22,7 @@ class StepCode:
 _ENCODING = (
     "invar_ray.models.batching",
     "invar_ray.models.locate",
+    "invar_ray.models.quantized",
     "invar_ray.models.encoder",
     "invar_ray.models.pooling",
     "invar_ray.models.adapters",
@@ -81,6 +82,7 @@ STEPS: dict[str, StepCode] = {
                     "lexicon",
                     "stable",
                     "chat",
+                    "contamination",
                     "endpoint",
                 )
             ),

@@ -42,7 +42,7 @@ class RetrieverStage:
         self._store = store
         self.trainset = self._open_trainset(inputs["trainset"])
         self._measured = self.trainset  # measurements stay comparable when negatives are refreshed
-        base, self.tokenizer = open_base(self.spec.base, store, dtype_of(config))
+        base, self.tokenizer = open_base(self.spec.base, store, dtype_of(config), config.model.quantize)
         self._base_name = config.model.base
         recompute(base, config)
         self._adapted = new_adapter(base, config.retriever.lora, config.seed)

@@ -173,6 +173,7 @@ def test_message_says_what_to_do() -> None:
         (["generator.top_k=0"], "generator.top_k: must be above 0 (got 0)"),
         (["name=a/b"], "name: "),
         (["scale.num_workers=[3, 2]"], "scale.num_workers: expected [fewest, most] with 1 <= fewest <= most"),
+        (["questions.near_duplicates=0"], "questions.near_duplicates: must be in (0, 1] (got 0.0)"),
         (["scale.keep_checkpoints=1"], "scale.keep_checkpoints: must be 2 or more (got 1)"),
         (["retriever.matryoshka_dims=[8, 8]"], "matryoshka_dims: expected different sizes of 1 or more (got [8, 8])"),
         (["retriever.matryoshka_dims=[8]", "retriever.matryoshka_weights=[1, 2]"], "weights: 2 for 1 sizes"),

@@ -170,6 +170,7 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("corpus.limit", 5, AFTER_PASSAGES),
     ("questions.train_limit", 4, AFTER_QUESTIONS),
     ("questions.dev_limit", 4, AFTER_QUESTIONS),
+    ("questions.near_duplicates", 0.8, AFTER_QUESTIONS),
     ("variants.num_rewrites", 1, AFTER_QUESTIONS),
     ("variants.provider", "rules", AFTER_QUESTIONS),
     ("variants.num_windows", 2, AFTER_TRAINSET),
