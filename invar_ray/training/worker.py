@@ -97,6 +97,8 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
             norm = engine.step(rate)
             averaged = _mean_over_ranks(metrics, device)
             record = {"step": step + 1, "learning_rate": rate, "gradient_norm": norm, **averaged}
+            if not isinstance(config.scale.num_workers, int):
+                record["workers"] = world_size
             if refresh is not None:
                 record["negatives_version"] = refresh.version
             record["padding_share"] = 1.0 - averaged["tokens"] / record.pop("padded_tokens")
