@@ -220,18 +220,22 @@ def export(
     folder: Annotated[str, typer.Argument(help="New folder to write.")],
     report: Annotated[str | None, typer.Option(help="URI of a report, for the model card's tables.")] = None,
     merged: Annotated[bool, typer.Option("--merged", help="Write base and adapter as one model, too.")] = False,
+    push: Annotated[str | None, typer.Option(help="Upload it to this repository of a hub, owner/name.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see a repository that --push makes.")] = False,
 ) -> None:
     """Write an adapter as a plain PEFT folder with a model card."""
     from pathlib import Path
 
     from invar_ray.artifacts import open_artifact
-    from invar_ray.training.export import export_adapter, open_adapter
+    from invar_ray.training.export import export_adapter, open_adapter, push_folder
 
     measured = open_artifact(report, "report") if report else None
     made = export_adapter(open_adapter(adapter), Path(folder), report=measured, merged=merged)
     print(made.folder)
     if made.merged is not None:
         print(f"{made.merged} (lowest cosine with the unmerged outputs {made.lowest_cosine:.7f})")
+    if push is not None:
+        print(push_folder(made.folder, push, private=not public))
 
 
 @app.command()

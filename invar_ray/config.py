@@ -21,6 +21,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from invar_ray.errors import ConfigError
 
 _FORBID = ConfigDict(extra="forbid")
+_LATER = {"later": True}
+"""Metadata of a science field that came after artifacts had been made: :func:`science` leaves it out where it has its
+default, which computes what was computed before, so that those artifacts keep their names."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,10 @@ class QuestionsConfig:
     """Use at most this many training questions (a seeded sample); ``null`` uses all."""
     dev_limit: int | None = None
     """Evaluate on at most this many questions (a seeded sample); ``null`` uses all."""
+    near_duplicates: float | None = None
+    """Drop training questions a wording of which resembles a dev question's by this much or more, in (0, 1] (common
+    words count little; 0.8 is nearly the same question), and list the pairs.  ``null`` drops those with an equal
+    wording only."""
 
 
 @dataclass(frozen=True)
@@ -172,6 +179,9 @@ class ModelConfig:
     """Longest query in tokens, end token included; longer ones are cut and still end in the end token."""
     passage_max_tokens: int = 192
     """Longest passage in tokens, prefix, title and end token included."""
+    quantize: Literal["nf4"] | None = field(default=None, metadata=_LATER)
+    """``nf4`` trains both adapters on a base whose linear weights are held in 4 bits (QLoRA; needs bitsandbytes and
+    GPUs); encoding and answering take the base in ``precision``.  ``null`` trains on that, too."""
 
 
 @dataclass(frozen=True)
@@ -240,6 +250,25 @@ class RetrieverConfig:
     """Mined negatives per question (published: 5)."""
     mining_depth: int = 20
     """Negatives are taken from the union of the top ``mining_depth`` lists of a question's rewordings."""
+    mining_first_rank: int = field(default=1, metadata=_LATER)
+    """Leave the ranks above this one out of every list: the best hits are often right answers that nobody marked."""
+    mining_bm25: bool = field(default=False, metadata=_LATER)
+    """Join BM25's lists of the rewordings (``evaluation.bm25_k1``, ``bm25_b``) to the retriever's."""
+    refresh_every: int | None = field(default=None, metadata=_LATER)
+    """Steps between new versions of the hard negatives (ANCE): the adapter of that moment embeds the corpus and mines
+    by the same rules, as a job beside the training.  ``null`` mines once, before it."""
+    refresh_delay: int = field(default=0, metadata=_LATER)
+    """Steps from that moment to the one from which on the version is used; the training waits for it there, so that
+    runs repeat.  0 waits at once, more lets the job run meanwhile."""
+    refresh_async: bool = field(default=False, metadata=_LATER)
+    """Use a version from the first step on at which it stands, and never wait: faster, but runs do not repeat."""
+    refresh_share: float = field(default=1.0, metadata=_LATER)
+    """Share of the passages that a refresh embeds, in (0, 1]: a seeded sample, and whatever the training set holds."""
+    matryoshka_dims: tuple[int, ...] = field(default=(), metadata=_LATER)
+    """Sizes to which vectors may be cut: the losses are the weighted mean over these and the full size, each taken from
+    the vectors' first values at unit norm.  None trains the full size alone."""
+    matryoshka_weights: tuple[float, ...] = field(default=(), metadata=_LATER)
+    """A weight for each of ``matryoshka_dims``; none is 1 for all.  The full size has 1, unless it is listed."""
     contrastive_temperature: float = 0.05
     """tau_nce."""
     false_negative_margin: float = 0.05
@@ -336,6 +365,9 @@ class IndexConfig:
     adapter_uri: str | None = None
     """For ``retriever``: a stage-1 adapter that stands already; ``null`` takes this run's own, and trains it where it
     is missing."""
+    dimensions: int | None = None
+    """Keep this many values of each stage-1 vector, at unit norm (see ``retriever.matryoshka_dims``); ``null`` keeps
+    all."""
     num_probes: int = 64
     """Probe texts stored with the index; an encoder that does not reproduce their vectors is refused."""
     recall_target: float | None = None
@@ -449,8 +481,11 @@ class ScaleConfig:
     local Ray for the run and stops it afterwards."""
     local_num_cpus: int = 4
     """Logical CPUs of a local Ray (Ray schedules by these numbers; they may exceed the machine's cores)."""
-    num_workers: int = 2
-    """Training workers."""
+    num_workers: int | tuple[int, int] = 2
+    """Training workers; ``[fewest, most]`` takes what the cluster has and follows it (elastic): the group restarts from
+    its last checkpoint with another size, and the global batch stays the same."""
+    resize_every_s: float = 60.0
+    """For elastic workers: seconds between looks at whether the cluster has room for more."""
     use_gpu: bool = False
     """One GPU per training worker."""
     cpus_per_worker: float = 0.5
@@ -473,6 +508,11 @@ class ScaleConfig:
     """Steps between checkpoints."""
     max_failures: int = 2
     """How many times a training run is restarted from its last checkpoint."""
+    keep_checkpoints: int = 2
+    """How many checkpoints of a training run are kept, the newest ones; 2 or more, because the newest may be lost with
+    its node."""
+    refresh_timeout_s: float = 7200.0
+    """How long a training step waits for refreshed negatives, before the run is given up."""
     incremental: bool = True
     """Take what is unchanged from the version before: where documents were cut, vectors of passages.  ``false`` makes
     everything anew."""
@@ -577,9 +617,13 @@ def load_config(recipe: str = "tiny", overrides: Sequence[str] = ()) -> Config:
     try:
         config = _ADAPTER.validate_python(values)
     except ValidationError as error:
+        of_field: dict[str, str] = {}
         for fault in error.errors(include_url=False):
             path = ".".join(str(part) for part in fault["loc"] if not _is_union_tag(part))
-            faults.append(f"{path}: {fault['msg']} (got {fault['input']!r})")
+            # A field of several types has a fault for each of them.
+            message = f"{fault['msg']} (got {fault['input']!r})"
+            of_field[path] = f"{of_field[path]}, or: {message}" if path in of_field else message
+        faults += [f"{path}: {message}" for path, message in of_field.items()]
         config = None
     if config is not None:
         faults += _cross_checks(config)
@@ -595,6 +639,19 @@ def load_config(recipe: str = "tiny", overrides: Sequence[str] = ()) -> Config:
 def to_dict(config: Any) -> dict[str, Any]:
     """A (part of a) config as plain JSON-able values, for manifests and fingerprints."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in _plain(asdict(config)).items()}
+
+
+def science(section: Any) -> dict[str, Any]:
+    """As :func:`to_dict`, for a fingerprint: without fields that came later and are switched off."""
+    return {name: value for name, value in to_dict(section).items() if name not in _switched_off(section)}
+
+
+def _switched_off(section: Any) -> set[str]:
+    return {
+        entry.name
+        for entry in fields(section)
+        if entry.metadata.get("later") and getattr(section, entry.name) == entry.default
+    }
 
 
 def config_keys() -> list[str]:
@@ -672,7 +729,7 @@ def _known_only(values: Mapping[str, Any], known: Sequence[str], prefix: str, fa
 
 
 def _is_union_tag(part: Any) -> bool:
-    return isinstance(part, str) and part in {"int", "str", "none", "float"}
+    return isinstance(part, str) and (part in {"int", "str", "none", "float"} or part.startswith("tuple["))
 
 
 def _cross_checks(config: Config) -> list[str]:
@@ -696,7 +753,6 @@ def _cross_checks(config: Config) -> list[str]:
         "retriever.invariance_temperature": config.retriever.invariance_temperature,
         "retriever.pattern_kappa": config.retriever.pattern_kappa,
         "evaluation.top_k": config.evaluation.top_k,
-        "scale.num_workers": config.scale.num_workers,
         "scale.embed_workers": config.scale.embed_workers,
         "scale.shard_rows": config.scale.shard_rows,
         "scale.checkpoint_every": config.scale.checkpoint_every,
@@ -708,6 +764,9 @@ def _cross_checks(config: Config) -> list[str]:
         "retriever.optimizer.learning_rate": config.retriever.optimizer.learning_rate,
         "generator.optimizer.learning_rate": config.generator.optimizer.learning_rate,
         "retriever.mining_depth": config.retriever.mining_depth,
+        "retriever.mining_first_rank": config.retriever.mining_first_rank,
+        "scale.resize_every_s": config.scale.resize_every_s,
+        "scale.refresh_timeout_s": config.scale.refresh_timeout_s,
         "retriever.heldout_every": config.retriever.heldout_every,
         "retriever.pattern_top_m": config.retriever.pattern_top_m,
         "generator.top_k": config.generator.top_k,
@@ -735,6 +794,10 @@ def _cross_checks(config: Config) -> list[str]:
         "retriever.num_hard_negatives": (config.retriever.num_hard_negatives, 0),
         "retriever.optimizer.warmup_steps": (config.retriever.optimizer.warmup_steps, 0),
         "retriever.heldout_patience": (config.retriever.heldout_patience, 1),
+        "retriever.refresh_every": (config.retriever.refresh_every, 1),
+        "retriever.refresh_delay": (config.retriever.refresh_delay, 0),
+        "index.dimensions": (config.index.dimensions, 1),
+        "scale.keep_checkpoints": (config.scale.keep_checkpoints, 2),
         "scale.cut_workers": (config.scale.cut_workers, 0),
         "scale.tokenize_workers": (config.scale.tokenize_workers, 0),
         "scale.embed_workers_max": (config.scale.embed_workers_max, config.scale.embed_workers),
@@ -744,7 +807,11 @@ def _cross_checks(config: Config) -> list[str]:
     for key, (given, least) in at_least.items():
         if given is not None and given < least:
             faults.append(f"{key}: must be {least} or more (got {given})")
+    workers = config.scale.num_workers
+    if isinstance(workers, int) and workers < 1:
+        faults.append(f"scale.num_workers: must be above 0 (got {workers})")
     for key, (fewest, most) in {
+        **({} if isinstance(workers, int) else {"scale.num_workers": workers}),
         "serve.retriever_replicas": config.serve.retriever_replicas,
         "serve.generator_replicas": config.serve.generator_replicas,
     }.items():
@@ -764,6 +831,9 @@ def _cross_checks(config: Config) -> list[str]:
     }.items():
         if not 0.0 <= value <= 1.0:
             faults.append(f"{key}: must be in [0, 1] (got {value})")
+    if config.questions.near_duplicates is not None and not 0.0 < config.questions.near_duplicates <= 1.0:
+        faults.append(f"questions.near_duplicates: must be in (0, 1] (got {config.questions.near_duplicates})")
+    faults += _stage_one_faults(config)
     if config.index.recall_target is not None and not 0.0 < config.index.recall_target <= 1.0:
         faults.append(f"index.recall_target: must be in (0, 1] (got {config.index.recall_target})")
     for key, limit in {
@@ -794,4 +864,26 @@ def _cross_checks(config: Config) -> list[str]:
         faults.append("evaluation.systems: names no system")
     if config.evaluation.overlap_k > config.evaluation.top_k:
         faults.append("evaluation.overlap_k: larger than evaluation.top_k")
+    return faults
+
+
+def _stage_one_faults(config: Config) -> list[str]:
+    settings, faults = config.retriever, []
+    dims, weights = settings.matryoshka_dims, settings.matryoshka_weights
+    if any(size < 1 for size in dims) or len(set(dims)) != len(dims):
+        faults.append(f"retriever.matryoshka_dims: expected different sizes of 1 or more (got {list(dims)})")
+    if weights and len(weights) != len(dims):
+        faults.append(f"retriever.matryoshka_weights: {len(weights)} for {len(dims)} sizes, expected one for each")
+    if any(not weight > 0 for weight in weights):
+        faults.append(f"retriever.matryoshka_weights: must be above 0 (got {list(weights)})")
+    if settings.mining_first_rank > settings.mining_depth:
+        faults.append("retriever.mining_first_rank: below retriever.mining_depth, no rank is left")
+    if not 0.0 < settings.refresh_share <= 1.0:
+        faults.append(f"retriever.refresh_share: must be in (0, 1] (got {settings.refresh_share})")
+    if settings.refresh_every is not None and settings.refresh_delay >= settings.refresh_every:
+        faults.append("retriever.refresh_delay: must be below retriever.refresh_every, versions follow each other")
+    if config.model.quantize and config.scale.zero_stage == 3:
+        faults.append("scale.zero_stage: 3 cannot shard a base in 4 bits; use 2 with model.quantize")
+    if config.model.quantize and not config.scale.use_gpu:
+        faults.append("model.quantize: needs GPUs; set scale.use_gpu to true, or model.quantize to null")
     return faults

@@ -65,7 +65,7 @@ def collect(
     removed = []
     for ref in refs:
         if ref not in published.need().index:  # somebody may have published it anew
-            _remove(store, ref)
+            remove(store, ref)
             removed.append(ref)
     return Collected(gone, tuple(removed))
 
@@ -111,7 +111,10 @@ def _exists(store: Store, ref: str) -> bool:
     return bool(store.filesystem.get_file_info(f"{store.location(ref)}/{MANIFEST}").type == fs.FileType.File)
 
 
-def _remove(store: Store, ref: str) -> None:
+def remove(store: Store, ref: str) -> None:
+    """Remove an artifact; nothing happens where there is none."""
+    if not _exists(store, ref):
+        return
     # Without its manifest the folder is refused by everyone, however far the removal gets.
     store.filesystem.delete_file(f"{store.location(ref)}/{MANIFEST}")
     store.filesystem.delete_dir(store.location(ref))

@@ -30,6 +30,7 @@ from invar_ray.indexing.embed import build_vectors, vectors_plan
 from invar_ray.indexing.passages import build_passages, document_ids, passages_plan
 from invar_ray.indexing.previous import earlier_passages
 from invar_ray.indexing.questions import build_questions, load_examples, questions_plan, refuse_unanswerable
+from invar_ray.indexing.refresh import refresh_negatives
 from invar_ray.indexing.trainset import build_trainset, trainset_plan
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec
 from invar_ray.models.locate import BUILTIN, BaseRef, base_plan, build_base, load_tokenizer, resolve_base
@@ -146,14 +147,14 @@ class Pipeline:
         return self._step(
             "stage 1: retriever",
             retriever_plan(self.config, base, trainset),
-            lambda building: train_retriever(building, self.config, base, trainset),
+            lambda building: train_retriever(building, self.config, base, trainset, mine=refresh_negatives),
             on_ray=True,
         )
 
     @cached_property
     def index(self) -> Artifact:
         """The index that is served: all passages under the stage-1 adapter."""
-        return self._index("retriever", encoder_of(self.retriever), self.retriever)
+        return self.index_with(self.retriever)
 
     @cached_property
     def readings(self) -> Artifact:
@@ -246,7 +247,9 @@ class Pipeline:
             return self.hits(self._index_of(system), "dev", SearchMode(precision=other))
         recut = self._recut
         if system == "stage1":
-            return self.hits(self._index("recut-retriever", encoder_of(self.retriever), self.retriever, recut), "dev")
+            return self.hits(
+                self._index("recut-retriever", self._spec_of(self.retriever), self.retriever, recut), "dev"
+            )
         return self.hits(self._index("recut-base", llm_spec(self.config.model, self.base), None, recut), "dev")
 
     def _index_of(self, encoder: str) -> Artifact:
@@ -271,7 +274,17 @@ class Pipeline:
 
     def index_with(self, adapter: Artifact) -> Artifact:
         """An index of this run's passages under a given stage-1 adapter."""
-        return self._index("retriever", encoder_of(adapter), adapter)
+        return self._index("retriever", self._spec_of(adapter), adapter)
+
+    def _spec_of(self, adapter: Artifact) -> EncoderSpec:
+        """The encoder of a stage-1 adapter, its vectors cut where the config says so."""
+        size = self.config.index.dimensions
+        trained = adapter.manifest.config.get("retriever", {}).get("matryoshka_dims", ())
+        if size is not None and size not in trained:
+            self._say(
+                f"  vectors are cut to {size} values, a size that {adapter.ref} was not trained at: {list(trained)}"
+            )
+        return replace(encoder_of(adapter), dimensions=size)
 
     def run(self) -> Report:
         """Everything up to the report; times of the steps that ran are in it."""

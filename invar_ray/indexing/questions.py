@@ -1,11 +1,12 @@
 """Questions with their rewordings: the ``questions`` artifact.
 
 Files: ``train.parquet``, ``dev.parquet`` (examples), ``train_variants.parquet``, ``dev_variants.parquet`` (rewordings;
-number 0 is the anchor).
+number 0 is the anchor); with ``questions.near_duplicates`` ``contamination.json``, the pairs that were too much alike.
 """
 
 from __future__ import annotations
 
+import json
 import random
 import sys
 from collections.abc import Collection, Sequence
@@ -21,10 +22,12 @@ from invar_ray.errors import DataError
 from invar_ray.indexing.sources import source_digest
 from invar_ray.schema import EXAMPLE_SCHEMA, VARIANT_SCHEMA, Example, Variant, from_table, to_table
 from invar_ray.text.benchmarks import detect_format, read_benchmark
+from invar_ray.text.contamination import near_duplicates
 from invar_ray.text.readers import read_examples
 from invar_ray.text.variants import Rewriter, comparison_key, make_rewriter
 from invar_ray.versions import STEPS
 
+CONTAMINATION = "contamination.json"
 Split = Literal["train", "dev"]
 _DEV_SEED_OFFSET = 1_000_003
 _NOT_OURS = {"endpoint_key_env", "num_windows"}  # a secret's name; a setting of the training set
@@ -47,6 +50,9 @@ def questions_plan(config: Config) -> Plan:
             "variants": {key: value for key, value in asdict(config.variants).items() if key not in _NOT_OURS},
             "evaluation": {"provider": config.evaluation.provider, "num_rewrites": config.evaluation.num_rewrites},
             "seed": config.seed,
+            # What is off has no part in the name.
+            **({"near_duplicates": limit} if (limit := config.questions.near_duplicates) is not None else {}),
+            **({"answer_type": "kept"} if config.variants.provider == "endpoint" else {}),
         },
         version=STEPS["questions"].version,
     )
@@ -91,6 +97,14 @@ def build_questions(building: Building, config: Config) -> None:
             flush=True,
         )
     building.info["dropped_for_leaking"] = len(leaking)
+    if config.questions.near_duplicates is not None:
+        leaking |= _near_duplicates(building, train_rows, dev_rows, config.questions.near_duplicates, leaking)
+        if len(leaking) == len(train):
+            raise DataError(
+                f"all {len(train)} training questions resemble dev questions",
+                expected="other questions to train on than to report on",
+                action="raise questions.near_duplicates, or look at the pairs with it set to null",
+            )
     kept = [example for example in train if example.id not in leaking]
     _write(building, "train", kept, [variant for variant in train_rows if variant.question_id not in leaking])
     _write(building, "dev", dev, dev_rows)
@@ -156,6 +170,32 @@ def _reword(examples: Sequence[Example], rewriter: Rewriter, count: int, seed: i
         rows.append(Variant(example.id, 0, example.question, "anchor", "data"))
         rows += rewriter.rewrite(example, count, seed)
     return rows
+
+
+def _near_duplicates(
+    building: Building, train: list[Variant], dev: list[Variant], threshold: float, known: Collection[str]
+) -> set[str]:
+    """Ids of training questions that resemble dev questions; the pairs go to ``contamination.json``."""
+    families: tuple[dict[str, list[str]], dict[str, list[str]]] = {}, {}
+    for of_split, rows in zip(families, (train, dev), strict=True):
+        for variant in rows:
+            of_split.setdefault(variant.question_id, []).append(variant.text)
+    found = [pair for pair in near_duplicates(*families, threshold) if pair.train not in known]
+    pairs = [
+        {**asdict(pair), "train_question": families[0][pair.train][0], "dev_question": families[1][pair.dev][0]}
+        for pair in found
+    ]
+    text = json.dumps(pairs, ensure_ascii=False, indent=1)
+    (building.path / CONTAMINATION).write_text(text, encoding="utf-8")
+    building.info["dropped_as_near_duplicates"] = len(found)
+    if found:
+        print(
+            f"  dropped {len(found)} of {len(families[0])} training questions as near duplicates of dev questions "
+            f"(first: {pairs[0]['train_question']!r}, of {pairs[0]['dev_question']!r})",
+            file=sys.stderr,
+            flush=True,
+        )
+    return {pair.train for pair in found}
 
 
 def _write(building: Building, split: Split, examples: list[Example], rows: list[Variant]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,6 +27,7 @@ from invar_ray.losses.alignment import mean_document_vectors
 from invar_ray.models.encoder import coarse_spec, open_encoder
 from invar_ray.progress import Progress
 from invar_ray.retrieval.blocks import read_vectors
+from invar_ray.retrieval.bm25 import Bm25
 from invar_ray.retrieval.mining import MiningReport, select_negatives, union_by_best_rank
 from invar_ray.retrieval.retriever import open_retriever
 from invar_ray.schema import Document, Example, Passage
@@ -39,6 +41,11 @@ _QUERIES_PER_BATCH = 512
 
 def trainset_plan(config: Config, passages: Artifact, questions: Artifact, index: Artifact, teacher: Artifact) -> Plan:
     """The artifact; ``index`` is what negatives are mined from, ``teacher`` MiniLM's passage vectors."""
+    later: dict[str, Any] = {}  # what is off has no part in the name
+    if config.retriever.mining_first_rank > 1:
+        later["first_rank"] = config.retriever.mining_first_rank
+    if config.retriever.mining_bm25:
+        later["bm25"] = [config.evaluation.bm25_k1, config.evaluation.bm25_b]
     return Plan(
         kind="trainset",
         name=config.name,
@@ -49,6 +56,7 @@ def trainset_plan(config: Config, passages: Artifact, questions: Artifact, index
             "num_windows": config.variants.num_windows,
             "document_weight": config.coarse.document_weight,
             "seed": config.seed,
+            **later,
         },
         parents={"passages": passages, "questions": questions, "index": index, "teacher": teacher},
         version=STEPS["trainset"].version,
@@ -72,18 +80,30 @@ def build_trainset(
     question_vectors = coarse.encode_queries([example.question for example in examples])
 
     retriever = open_retriever(index.uri)
+    bm25 = _bm25(config, rows) if config.retriever.mining_bm25 else None
     report = MiningReport()
     progress = Progress("mine", len(examples), "questions")
-    g, depth = config.coarse.document_weight, config.retriever.mining_depth
+    g, depth, first_rank = (
+        config.coarse.document_weight,
+        config.retriever.mining_depth,
+        config.retriever.mining_first_rank,
+    )
     negatives: list[list[int]] = []
     row_of = {passage.id: row for row, passage in enumerate(rows)}
     for start in range(0, len(examples), _QUERIES_PER_BATCH):
         block = examples[start : start + _QUERIES_PER_BATCH]
         wordings = [[variant.text for variant in variants[example.id]] for example in block]
-        hits = retriever.retrieve([text for family in wordings for text in family], depth)
+        texts = [text for family in wordings for text in family]
+        hits = retriever.retrieve(texts, depth)
         ranked = iter([[row_of[hit.passage_id] for hit in found] for found in hits])
+        by_words = iter([[row for row, _ in found] for found in bm25.search(texts, depth)] if bm25 else [])
         for offset, example in enumerate(block):
-            candidates = union_by_best_rank([next(ranked) for _ in wordings[offset]])
+            lists = [next(ranked) for _ in wordings[offset]]
+            if bm25:
+                lists += [next(by_words) for _ in wordings[offset]]
+            candidates = union_by_best_rank(lists, first_rank)
+            if first_rank > 1:
+                report.dropped["rank too high"] += len(union_by_best_rank(lists)) - len(candidates)
             number = start + offset
             scored = [*candidates, positives[number]]
             scores = (1 - g) * passage_vectors[scored] @ question_vectors[number]
@@ -142,6 +162,11 @@ def build_trainset(
     mined = {"kept": report.kept, "dropped": dict(sorted(report.dropped.items()))}
     (building.path / "mining.json").write_text(json.dumps(mined, indent=2), encoding="utf-8")
     building.info |= {"questions": len(examples), "slots": len(slots), "mining": mined}
+
+
+def _bm25(config: Config, rows: Sequence[Passage]) -> Bm25:
+    texts = [f"{passage.title} {passage.text}" for passage in rows]
+    return Bm25(texts, k1=config.evaluation.bm25_k1, b=config.evaluation.bm25_b)
 
 
 def find_positives(examples: Sequence[Example], passages: Sequence[Passage]) -> list[int]:

@@ -69,6 +69,7 @@ class EncoderSpec:
         adapter: ref of the adapter artifact below the store's root, or ``None`` for the bare base.
         adapter_fingerprint: of that artifact.
         num_layers: of the base's first layers; ``None`` is all of them.
+        dimensions: how many values of each vector are kept, at unit norm; ``None`` for all.
     """
 
     kind: str
@@ -82,6 +83,7 @@ class EncoderSpec:
     query_max_tokens: int
     passage_max_tokens: int
     num_layers: int | None = None
+    dimensions: int | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -91,6 +93,8 @@ class EncoderSpec:
         del values["adapter"]
         if self.num_layers is None:  # as it was before there was a choice
             del values["num_layers"]
+        if self.dimensions is None:  # whole vectors keep the fingerprint from before they could be cut
+            del values["dimensions"]
         return digest(values)
 
     def to_json(self) -> dict[str, Any]:
@@ -172,7 +176,7 @@ def open_encoder(
             model = load_adapter(model, folder)
         if spec.projection_dim is not None:
             projection = load_projection(folder)
-    module = BiEncoder(model, spec.pooling, spec.projection_dim)
+    module = BiEncoder(model, spec.pooling, spec.projection_dim, spec.dimensions)
     if projection is not None and module.projection is not None:
         module.projection.weight.data.copy_(projection)
     if open_base_tree is None:
@@ -229,18 +233,40 @@ def load_projection(folder: Path) -> Tensor:
 
 
 class BiEncoder(nn.Module):
-    """Base (with or without adapter) -> pooled, optionally projected, unit vectors.
+    """Base (with or without adapter) -> pooled, optionally projected, optionally cut, unit vectors.
 
     Queries and passages share all weights (METHOD "Bi-encoder").  Encoding goes through ``causal_lm.model``: no logits.
+
+    Args:
+        causal_lm: the base.
+        pooling: how token states become one vector.
+        projection_dim: of a projection after that; ``None`` for none.
+        dimensions: keep the first values of each vector; ``None`` keeps all.
+
+    Raises:
+        ModelError: the vectors have fewer values than are to be kept.
     """
 
-    def __init__(self, causal_lm: PreTrainedModel, pooling: Pooling, projection_dim: int | None = None) -> None:
+    def __init__(
+        self,
+        causal_lm: PreTrainedModel,
+        pooling: Pooling,
+        projection_dim: int | None = None,
+        dimensions: int | None = None,
+    ) -> None:
         super().__init__()
         self.causal_lm = causal_lm
         self.pooling: Pooling = pooling
         width = int(causal_lm.config.hidden_size)
         self.projection = None if projection_dim is None else nn.Linear(width, projection_dim, bias=False)
-        self.dimension = projection_dim or width
+        whole = projection_dim or width
+        if dimensions is not None and not 1 <= dimensions <= whole:
+            raise ModelError(
+                f"{dimensions} values of each vector are to be kept, and it has {whole}",
+                expected=f"1 to {whole}",
+                action="set index.dimensions accordingly",
+            )
+        self.dimension = dimensions or whole
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[N, T] token ids and mask -> [N, D] unit rows in float32."""
@@ -250,7 +276,8 @@ class BiEncoder(nn.Module):
         pooled = pool(hidden, attention_mask, self.pooling)  # [N, H]
         if self.projection is not None:
             pooled = self.projection(pooled)
-        return functional.normalize(pooled.float(), dim=-1)
+        # The prefix of a unit vector at unit norm is the prefix of the vector itself at unit norm.
+        return functional.normalize(pooled[:, : self.dimension].float(), dim=-1)
 
 
 class Encoder:

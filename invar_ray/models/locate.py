@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from invar_ray.artifacts import Artifact, Building, Plan, Store, digest, open_artifact
 from invar_ray.config import Config, ModelConfig, to_dict
 from invar_ray.errors import ModelError
+from invar_ray.models.quantized import Quantize, check_quantize, quantization
 from invar_ray.models.smollm2 import PACKAGE, SHA256, load_smollm2
 from invar_ray.models.tiny import build_tiny
 from invar_ray.versions import STEPS
@@ -131,15 +132,32 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
     return tokenizer
 
 
-def load_causal_lm(source: str, *, revision: str | None = None, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+def load_causal_lm(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantize | None = None,
+) -> PreTrainedModel:
     """A LLaMA-family causal LM in evaluation mode, in exactly ``dtype`` (weights stored as bf16 would otherwise stay
     so, which is about ten times slower on CPUs).
 
+    Args:
+        source: folder or hub name.
+        revision: commit of a hub name.
+        dtype: of weights and products.
+        quantize: hold the linear weights in 4 bits.
+
     Raises:
         ModelError: if it cannot be loaded, or has no ``.model`` that gives hidden states.
+        ResourceError: if ``quantize`` is set and bitsandbytes or a GPU is missing.
     """
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True}
+    if quantize is not None:
+        check_quantize()
+        options["quantization_config"] = quantization(quantize, dtype)
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, revision=revision, dtype=dtype, use_safetensors=True)
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise _unresolved(source, error) from error
     if not hasattr(model, "model") or not hasattr(model.model, "embed_tokens"):
@@ -150,11 +168,26 @@ def load_causal_lm(source: str, *, revision: str | None = None, dtype: torch.dty
     return model.eval()
 
 
-def open_base(uri_or_ref: BaseRef, store: Store, dtype: torch.dtype = torch.float32) -> tuple[PreTrainedModel, Any]:
+def hidden_size(ref: BaseRef, store: Store) -> int:
+    """H of a resolved base, without its weights.
+
+    Raises:
+        ModelError: if its description cannot be loaded.
+    """
+    source = ref.folder_or_name(store)
+    try:
+        return int(AutoConfig.from_pretrained(source, revision=ref.revision).hidden_size)
+    except (OSError, ValueError) as error:
+        raise _unresolved(source, error) from error
+
+
+def open_base(
+    uri_or_ref: BaseRef, store: Store, dtype: torch.dtype = torch.float32, quantize: Quantize | None = None
+) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer of a resolved base; errors as :func:`load_causal_lm`."""
     source = uri_or_ref.folder_or_name(store)
     return (
-        load_causal_lm(source, revision=uri_or_ref.revision, dtype=dtype),
+        load_causal_lm(source, revision=uri_or_ref.revision, dtype=dtype, quantize=quantize),
         load_tokenizer(source, uri_or_ref.revision),
     )
 

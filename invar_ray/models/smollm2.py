@@ -43,7 +43,7 @@ def smollm2_file() -> Path:
 
 
 def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
-    """Model (in bfloat16, which is far finer than the 4 bits that its weights come from; in evaluation mode) and tokenizer.
+    """Model and tokenizer; in bfloat16, far finer than the 4 bits that its weights come from, in evaluation mode.
 
     Raises:
         ModelError: if the package is missing, or its file is not the one that this was written for.

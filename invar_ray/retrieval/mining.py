@@ -25,13 +25,16 @@ class MiningReport:
     kept: int = 0
 
 
-def union_by_best_rank(lists: Sequence[Sequence[int]]) -> list[int]:
-    """Rows of several ranked lists, each once, by best rank; ties by the order of the lists."""
+def union_by_best_rank(lists: Sequence[Sequence[int]], first_rank: int = 1) -> list[int]:
+    """Rows of several ranked lists, each once, by best rank, ties by the order of the lists; without those whose best
+    rank is above ``first_rank`` (ranks count from 1).
+    """
     best: dict[int, int] = {}
     for ranked in lists:
         for rank, row in enumerate(ranked):
             best[row] = min(rank, best.get(row, rank))
-    return sorted(best, key=best.__getitem__)  # stable: insertion order breaks ties
+    ordered = sorted(best, key=best.__getitem__)  # stable: insertion order breaks ties
+    return [row for row in ordered if best[row] >= first_rank - 1]
 
 
 def select_negatives(

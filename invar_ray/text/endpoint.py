@@ -13,6 +13,15 @@ from invar_ray.text.chat import ChatEndpoint
 from invar_ray.text.rules import RuleRewriter, comparison_key
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
+# "what" and "which" ask for anything, unless a noun says for what.
+_ASKS = re.compile(
+    r"\b(?:(?P<person>who|whom|whose|(?:what|which) (?:person|man|woman))"
+    r"|(?P<time>when|(?:what|which) (?:year|date|day|month|century|time))"
+    r"|(?P<place>where|(?:what|which) (?:place|city|town|country|location))"
+    r"|(?P<number>how (?:many|much|old|tall|long|far|big|large|deep|high|often))"
+    r"|(?P<reason>why))\b",
+    re.IGNORECASE,
+)
 _LIST_MARK = re.compile(r"^\s*(?:[-*•]|\(?\d{1,2}[.):])\s+")
 _PROMPT = (
     "Rewrite the question below in {count} different ways. Each rewording must ask for the same answer, keep every name"
@@ -25,7 +34,8 @@ class EndpointRewriter(ChatEndpoint):
     """Asks a server for rewordings, checks them, and fills up from the rules what the server's lack.
 
     A rewording is dropped if it equals the question or another one (case and punctuation ignored), lacks a number of
-    the question, brings in an answer, or is more than four times as long.  With a cache, the same arguments give the
+    the question, brings in an answer, asks for another type of answer (who for when), or is more than four times as
+    long.  With a cache, the same arguments give the
     same variants.  The arguments are those of :class:`ChatEndpoint`.
     """
 
@@ -66,6 +76,14 @@ def _parse_list(reply: str) -> list[str]:
     return [line for line in lines if line and not line.startswith("```") and not line.endswith(":")]
 
 
+def answer_type(question: str) -> str | None:
+    """What kind of thing a question asks for, by its first question word; ``None`` where that does not say."""
+    found = _ASKS.search(question)
+    if found is None:
+        return None
+    return next(name for name, text in found.groupdict().items() if text)
+
+
 def _checked(example: Example, texts: list[str]) -> list[str]:
     question = example.question
     numbers = Counter(_NUMBER.findall(question))
@@ -76,7 +94,8 @@ def _checked(example: Example, texts: list[str]) -> list[str]:
         key = comparison_key(clean)
         loses_numbers = numbers - Counter(_NUMBER.findall(clean))
         gives_away = contains_answer(clean, example.answers) and not contains_answer(question, example.answers)
-        if key in taken or loses_numbers or gives_away or len(clean) > 4 * len(question) + 40:
+        types = {answer_type(question), answer_type(clean)} - {None}
+        if key in taken or loses_numbers or gives_away or len(types) > 1 or len(clean) > 4 * len(question) + 40:
             continue
         taken.add(key)
         kept.append(clean)

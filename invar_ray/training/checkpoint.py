@@ -2,8 +2,8 @@
 
 A checkpoint folder holds ``parameters.safetensors``, ``moments.safetensors``, ``state.json`` (step, Adam's step,
 fingerprint of the run), ``log.jsonl`` (the metrics so far, so that a resumed run's log is whole) and, where steps are
-measured, ``best.safetensors``.  Data position
-and dropout need no state: both are functions of (seed, step, rank).
+measured, ``best.safetensors``; where negatives are refreshed, ``negatives.json``.  Data position and dropout need no
+state: both are functions of (seed, step, rank).
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from invar_ray.errors import MixedArtifactsError
 from invar_ray.training.engine import EngineState
+from invar_ray.training.stage import NEGATIVES_FILE
 
 SCHEMA_VERSION = 1
 
@@ -31,6 +32,8 @@ class Checkpoint:
     log: list[dict[str, Any]]
     best: dict[str, Tensor] | None = None
     """Parameters of the best step so far, where steps are measured."""
+    negatives: dict[str, Any] | None = None
+    """Which version of the negatives is in use, and which is under way; ``None`` where they are not refreshed."""
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, run: str) -> None:
@@ -38,6 +41,8 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, run: str) -> None:
     save_file(checkpoint.engine.parameters, str(folder / "parameters.safetensors"))
     if checkpoint.best is not None:
         save_file(checkpoint.best, str(folder / "best.safetensors"))
+    if checkpoint.negatives is not None:
+        (folder / NEGATIVES_FILE).write_text(json.dumps(checkpoint.negatives, indent=1), encoding="utf-8")
     flat = {f"{key}/{name}": value for key, group in checkpoint.engine.moments.items() for name, value in group.items()}
     save_file(flat, str(folder / "moments.safetensors"))
     (folder / "log.jsonl").write_text("".join(json.dumps(record) + "\n" for record in checkpoint.log), encoding="utf-8")
@@ -70,4 +75,6 @@ def load_checkpoint(folder: Path, run: str) -> Checkpoint:
     log = [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     engine = EngineState(load_file(folder / "parameters.safetensors"), moments, int(state["adam_step"]))
     best = load_file(folder / "best.safetensors") if (folder / "best.safetensors").is_file() else None
-    return Checkpoint(int(state["step"]), engine, log, best)
+    place = folder / NEGATIVES_FILE
+    negatives = json.loads(place.read_text(encoding="utf-8")) if place.is_file() else None
+    return Checkpoint(int(state["step"]), engine, log, best, negatives)

@@ -57,6 +57,20 @@ def largest_over_ranks(count: int) -> int:
     return int(largest)
 
 
+def broadcast_text(text: str) -> str:
+    """Rank 0's text, on all ranks; every rank must call it."""
+    if torch.distributed.get_world_size() == 1:
+        return text
+    device = torch.device("cuda") if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
+    content = torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8, device=device)
+    size = torch.tensor(len(content), device=device)
+    torch.distributed.broadcast(size, src=0)
+    if torch.distributed.get_rank() != 0:
+        content = torch.empty(int(size), dtype=torch.uint8, device=device)
+    torch.distributed.broadcast(content, src=0)
+    return bytes(content.tolist()).decode("utf-8")
+
+
 class Engine:
     """A module under DeepSpeed with AdamW.
 

@@ -16,7 +16,7 @@ from torch.nn.functional import cosine_similarity
 
 from invar_ray import __version__
 from invar_ray.artifacts import Artifact, open_artifact
-from invar_ray.errors import DataError, MixedArtifactsError, ModelError
+from invar_ray.errors import DataError, MixedArtifactsError, ModelError, ResourceError
 from invar_ray.evaluation.report import RETRIEVAL_METRICS, VARIANCE_METRICS, read_report, render_table
 from invar_ray.evaluation.tables import ANSWER_METRICS, print_name
 from invar_ray.models.adapters import load_adapter
@@ -84,6 +84,43 @@ def export_adapter(
         lowest = _merge(adapter, place)
     (folder / "README.md").write_text(_card(adapter, report, folder, lowest), encoding="utf-8")
     return Exported(folder, place, lowest)
+
+
+def push_folder(folder: Path, repo: str, *, private: bool = True, endpoint: str | None = None) -> str:
+    """Upload an exported folder to a model hub, as one commit; a repository that is not there is made.
+
+    Args:
+        folder: of :func:`export_adapter`.
+        repo: ``owner/name``.
+        private: of a repository that is made.
+        endpoint: address of the hub; ``None`` is what ``HF_ENDPOINT`` names, or Hugging Face.  The token comes from
+            ``HF_TOKEN`` or from ``hf auth login``.
+
+    Returns:
+        The address of the commit.
+
+    Raises:
+        DataError: ``repo`` is no name of a repository.
+        ResourceError: the hub cannot be reached or refuses.
+    """
+    # Not at the top: nothing else here needs the network.
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+
+    api = HfApi(endpoint=endpoint)
+    try:
+        api.create_repo(repo, private=private, exist_ok=True)
+        commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"invar_ray {__version__}")
+    except HFValidationError as error:
+        raise DataError(f"{repo!r} is no name of a repository", expected="owner/name") from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
+        lines = [line for line in str(error).splitlines() if line.strip()]
+        raise ResourceError(
+            f"{api.endpoint} did not take {repo} ({lines[0] if lines else error!r})",
+            action="check the network and the token (HF_TOKEN, or hf auth login); the folder stands as it is",
+        ) from error
+    return str(commit.commit_url)
 
 
 def open_adapter(uri: str) -> Artifact:

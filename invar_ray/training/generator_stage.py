@@ -71,7 +71,7 @@ class GeneratorStage:
         self.steps = config.generator.steps
         self.measure_every = 0
         reference = BaseRef(**inputs["base"])
-        base, self.tokenizer = open_base(reference, store, dtype_of(config))
+        base, self.tokenizer = open_base(reference, store, dtype_of(config), config.model.quantize)
         self._base_name = config.model.base
         recompute(base, config)
         self._adapted = new_adapter(base, config.generator.lora, config.seed)

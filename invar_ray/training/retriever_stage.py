@@ -1,6 +1,6 @@
 """Stage 1 as the training loop sees it.
 
-Shape legend: b local rows, C candidate slots, R wordings, N windows, E = R * N environments, D embedding size.
+Shape legend: b local rows, C candidate slots, R wordings, N windows, D embedding size.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ from torch import Tensor, nn
 
 from invar_ray.artifacts import Store
 from invar_ray.config import Config
-from invar_ray.losses.alignment import alignment_loss
-from invar_ray.losses.contrastive import contrastive_loss
 from invar_ray.losses.gather import gather_rows
 from invar_ray.losses.gradcache import RepresentationCache
-from invar_ray.losses.invariance import invariance_loss
 from invar_ray.losses.masks import contrastive_allowed, copies_allowed
-from invar_ray.losses.risk import environment_risks, risk_variance
+from invar_ray.losses.matryoshka import size_weights, unit_prefix
 from invar_ray.models.adapters import new_adapter
 from invar_ray.models.batching import pad_right
 from invar_ray.models.encoder import (
@@ -34,6 +31,7 @@ from invar_ray.models.encoder import (
 )
 from invar_ray.models.locate import open_base
 from invar_ray.training.batches import StepPlan, Trainset
+from invar_ray.training.objective import Rows, objective
 from invar_ray.training.stage import HELDOUT, Chunking, Forward, Metrics, dtype_of, recompute, save_lora
 
 HELDOUT_QUESTIONS = 200
@@ -47,20 +45,20 @@ class RetrieverStage:
         self.config, self.rank, self.world_size = config, rank, world_size
         self.steps = config.retriever.steps
         self.spec = EncoderSpec.from_json(inputs["encoder"])
-        self.trainset = Trainset(store.open(inputs["trainset"], "trainset"))
         self.measure_every = config.retriever.heldout_every if config.retriever.heldout_share > 0 else 0
-        if self.measure_every:
-            self.trainset.hold_out(config.retriever.heldout_share, config.seed)
-        base, self.tokenizer = open_base(self.spec.base, store, dtype_of(config))
+        self._store = store
+        self.trainset = self._open_trainset(inputs["trainset"])
+        self._measured = self.trainset  # measurements stay comparable when negatives are refreshed
+        base, self.tokenizer = open_base(self.spec.base, store, dtype_of(config), config.model.quantize)
         keep_first_layers(base, self.spec.num_layers)
         self._base_name = config.model.base
         recompute(base, config)
         self._adapted = new_adapter(base, config.retriever.lora, config.seed, num_layers=self.spec.num_layers)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            self.module: nn.Module = BiEncoder(
-                self._adapted.get_base_model(), self.spec.pooling, config.model.projection_dim
-            )
+            module = BiEncoder(self._adapted.get_base_model(), self.spec.pooling, config.model.projection_dim)
+        self.module: nn.Module = module
+        self._dimension = module.dimension
 
     def loss(self, forward: Forward, step: int) -> tuple[Tensor, Metrics]:
         """See :class:`Stage`; METHOD "Stage 1" names the terms."""
@@ -72,16 +70,12 @@ class RetrieverStage:
         mine = slice(self.rank * share, (self.rank + 1) * share)
         queries, seen = self._encode_queries(forward, plan, mine)  # [b, R, D]
         candidates, missing, also_seen = self._encode_candidates(forward, plan)  # [C, N, D]
-        cosines = torch.einsum("brd,cnd->brnc", queries, candidates).flatten(1, 2)  # [b, E, C], (0, 0) first
 
-        device = cosines.device
-        positive = torch.tensor(plan.positive[mine], device=device)
+        device = candidates.device
         weights = torch.tensor(plan.weights[mine], device=device)
         normaliser = sum(plan.weights) / self.world_size
-        environments = trainset.environment_mask(plan)[mine].to(device)
         slots, teacher = trainset.slot_metadata(plan), trainset.teacher_scores(plan, self.config.coarse.document_weight)
         positives = torch.tensor(plan.positive)
-        no_copies = copies_allowed(slots, positives)[mine].to(device)
         no_answers = contrastive_allowed(
             slots,
             positives,
@@ -89,58 +83,17 @@ class RetrieverStage:
             holds_answer=trainset.holds_answer(plan),
             teacher_margin=settings.false_negative_margin,
         )[mine].to(device)
-
-        nce = contrastive_loss(
-            cosines,
-            positive,
-            no_answers,
-            temperature=settings.contrastive_temperature,
+        rows = Rows(
+            positive=torch.tensor(plan.positive[mine], device=device),
             weights=weights,
             normaliser=normaliser,
-            environment_mask=environments,
+            environments=trainset.environment_mask(plan)[mine].to(device),
+            teacher=teacher[mine].to(device),
+            no_copies=copies_allowed(slots, positives)[mine].to(device),
+            no_answers=no_answers,
         )
-        total = nce.loss
-        metrics = {"loss_contrastive": nce.loss.item(), "accuracy": nce.accuracy.item()}
-        alignment_weight = self.alignment_weight(step)
-        if settings.alignment_weight > 0:
-            aligned = alignment_loss(
-                cosines[:, 0],
-                teacher[mine].to(device),
-                no_copies,
-                temperature=settings.contrastive_temperature,
-                teacher_temperature=settings.alignment_temperature,
-                weights=weights,
-                normaliser=normaliser,
-            )
-            total = total + alignment_weight * aligned.loss
-            metrics |= {"loss_alignment": aligned.loss.item(), "teacher_agreement": aligned.agreement.item()}
-        if settings.invariance_weight > 0:
-            steady = invariance_loss(
-                cosines,
-                positive,
-                no_copies,
-                temperature=settings.invariance_temperature,
-                pattern=settings.invariance_pattern,
-                top_m=settings.pattern_top_m,
-                share=settings.pattern_share,
-                kappa=settings.pattern_kappa,
-                weights=weights,
-                normaliser=normaliser,
-                environment_mask=environments,
-            )
-            total = total + self.invariance_weight(step) * steady.loss
-            metrics |= {
-                "loss_invariance": steady.loss.item(),
-                "pattern_share": steady.pattern_share.item(),
-                "consensus_perplexity": steady.perplexity.item(),
-                "wrong_consensus_share": steady.wrong_consensus_share.item(),
-            }
-        if settings.risk_variance_weight > 0:
-            variance = risk_variance(*environment_risks(nce))
-            total = total + settings.risk_variance_weight * variance
-            metrics["loss_risk_variance"] = variance.item()
+        total, metrics = objective(queries, candidates, rows, settings, step)
         metrics |= {
-            "loss": total.item(),
             "candidates": float(sum(plan.present)),
             # Of real rows and slots: padding depends on the number of ranks, what is logged must not.
             "masked_share": float((~no_answers[:, plan.present]).float().mean(dim=1) @ weights) / normaliser,
@@ -159,7 +112,7 @@ class RetrieverStage:
 
     def measure(self, forward: Forward, chunking: Chunking) -> Metrics:
         """See :class:`Stage`: Recall@5 of held-out questions, among their passages and a sample of the others."""
-        trainset = self.trainset
+        trainset = self._measured
         draw = random.Random(f"{self.config.seed}-measure")
         rows = sorted(draw.sample(trainset.heldout, min(HELDOUT_QUESTIONS, len(trainset.heldout))))
         own = sorted({trainset.positives[row] for row in rows})
@@ -173,18 +126,31 @@ class RetrieverStage:
             wordings = [text for family in families for text in family]
             queries = self._gathered(forward, query_ids(self.tokenizer, wordings, self.spec), chunking)
         self.module.train()
-        cosines = iter(queries @ passages.T)  # [C] each
-        contents = trainset.contents_of(slots)
-        anchor, worst = 0.0, 0.0
-        for row, family in zip(rows, families, strict=True):
-            place = slots.index(trainset.positives[row])
-            others = torch.as_tensor(contents != contents[place], device=passages.device)  # copies are no rivals
-            hits = []
-            for _ in family:
-                scores = next(cosines)
-                hits.append(int((scores[others] >= scores[place]).sum()) < 5)
-            anchor, worst = anchor + hits[0], worst + all(hits)
-        return {"heldout_recall_at_5": anchor / len(rows), HELDOUT: worst / len(rows)}
+        contents = torch.as_tensor(trainset.contents_of(slots), device=passages.device)
+        gold = [slots.index(trainset.positives[row]) for row in rows]
+        metrics: Metrics = {}
+        sizes = self._sizes()
+        for size in sizes:
+            cosines = unit_prefix(queries, size) @ unit_prefix(passages, size).T
+            anchor, worst = _recall_at_5(cosines, gold, [len(family) for family in families], contents)
+            of_size = "" if size == sizes[0] else f"_{size}"
+            metrics |= {f"heldout_recall_at_5{of_size}": anchor, f"{HELDOUT}{of_size}": worst}
+        return metrics
+
+    def adopt(self, trainset_ref: str) -> None:
+        """Take candidates from another training set of the same questions from now on."""
+        self.trainset = self._open_trainset(trainset_ref)
+
+    def _open_trainset(self, ref: str) -> Trainset:
+        trainset = Trainset(self._store.open(ref, "trainset"))
+        if self.measure_every:
+            trainset.hold_out(self.config.retriever.heldout_share, self.config.seed)
+        return trainset
+
+    def _sizes(self) -> list[int]:
+        """The sizes that vectors are trained at, the full one first."""
+        settings = self.config.retriever
+        return list(size_weights(self._dimension, settings.matryoshka_dims, settings.matryoshka_weights))
 
     def _gathered(self, forward: Forward, ids: list[list[int]], chunking: Chunking) -> Tensor:
         """Vectors [N, D] of all rows, each rank having encoded its share."""
@@ -212,16 +178,6 @@ class RetrieverStage:
                 for column in range(len(plan.slots))
             ],
         }
-
-    def alignment_weight(self, step: int) -> float:
-        """a(t) = a0 max(0, 1 - t / T_a)."""
-        settings = self.config.retriever
-        return settings.alignment_weight * max(0.0, 1.0 - step / max(1, settings.alignment_decay_steps))
-
-    def invariance_weight(self, step: int) -> float:
-        """b(t) = b0 min(1, t / T_b)."""
-        settings = self.config.retriever
-        return settings.invariance_weight * min(1.0, step / max(1, settings.invariance_ramp_steps))
 
     def save(self, parameters: dict[str, Tensor], folder: Path) -> None:
         """See :class:`Stage`; an optional projection goes beside the PEFT folder's files."""
@@ -252,3 +208,24 @@ class RetrieverStage:
         device = next(self.module.parameters()).device
         tokens, mask = pad_right(ids, int(self.tokenizer.pad_token_id))
         return forward(tokens.to(device), mask.to(device)), (int(mask.sum()), mask.numel())
+
+
+def _recall_at_5(cosines: Tensor, gold: list[int], counts: list[int], contents: Tensor) -> tuple[float, float]:
+    """Share of questions whose anchor has its passage in the top 5, and of those with it there for every wording.
+
+    Args:
+        cosines: [sum of counts, C], a question's wordings behind each other, the anchor first.
+        gold: column of each question's passage.
+        counts: wordings of each question.
+        contents: [C], equal numbers mark equal texts, which are no rivals.
+    """
+    scores_of = iter(cosines)
+    anchor, worst = 0.0, 0.0
+    for place, count in zip(gold, counts, strict=True):
+        others = contents != contents[place]
+        hits = []
+        for _ in range(count):
+            scores = next(scores_of)
+            hits.append(int((scores[others] >= scores[place]).sum()) < 5)
+        anchor, worst = anchor + hits[0], worst + all(hits)
+    return anchor / len(gold), worst / len(gold)

@@ -15,6 +15,11 @@ from invar_ray.models.adapters import save_adapter
 HELDOUT = "heldout_worst_recall_at_5"
 Forward = Callable[..., Tensor]
 Metrics = dict[str, float]
+Mine = Callable[[Config, str, str, str, str], dict[str, Any]]
+"""Makes new negatives: (config, root URI, ref of an adapter, ref of the run's training set, ref of the one in use) ->
+``trainset``, the ref of the new one, and numbers about it."""
+NEGATIVES_FILE = "negatives.json"
+"""Of a checkpoint and of an adapter: the versions of the negatives."""
 
 
 class Chunking(NamedTuple):

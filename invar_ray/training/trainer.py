@@ -12,13 +12,15 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchTrainer
 
-from invar_ray.artifacts import Artifact, Building, Plan, join_uri
-from invar_ray.config import Config, to_dict
-from invar_ray.errors import DataError, InvarError, ResourceError
+from invar_ray.artifacts import Artifact, Building, Plan, Store, join_uri
+from invar_ray.config import Config, science
+from invar_ray.errors import ConfigError, DataError, InvarError, ResourceError
 from invar_ray.evaluation.plots import plot_losses
+from invar_ray.garbage import remove
 from invar_ray.models.encoder import EncoderSpec, llm_spec
-from invar_ray.models.locate import BaseRef
+from invar_ray.models.locate import BaseRef, hidden_size
 from invar_ray.training.schedule import best_step
+from invar_ray.training.stage import NEGATIVES_FILE, Mine
 from invar_ray.training.tracking import check_trackers
 from invar_ray.versions import STEPS
 
@@ -31,7 +33,7 @@ def retriever_plan(config: Config, base: BaseRef, trainset: Artifact) -> Plan:
         config={
             "base": base.fingerprint,
             "model": _model_science(config),
-            "retriever": to_dict(config.retriever),
+            "retriever": science(config.retriever),
             "document_weight": config.coarse.document_weight,
             "precision": config.model.precision,
             "seed": config.seed,
@@ -41,16 +43,33 @@ def retriever_plan(config: Config, base: BaseRef, trainset: Artifact) -> Plan:
     )
 
 
-def train_retriever(building: Building, config: Config, base: BaseRef, trainset: Artifact) -> None:
+def train_retriever(
+    building: Building, config: Config, base: BaseRef, trainset: Artifact, *, mine: Mine | None = None
+) -> None:
     """Stage 1: fill an adapter artifact.
 
+    Args:
+        building: gets it.
+        config: the run.
+        base: what is adapted.
+        trainset: questions, candidates, negatives.
+        mine: makes new negatives while it trains; needed where ``retriever.refresh_every`` is set.
+
     Raises:
+        ConfigError: if ``matryoshka_dims`` are larger than the vectors.
         ResourceError: if the cluster cannot run the workers, or they keep failing.
     """
+    _check_sizes(config, base, trainset.store)
     # The spec of the adapter to be: its fingerprint is the plan's, known before training.
     spec = llm_spec(config.model, base, (building.plan.ref, building.plan.fingerprint))
     inputs = {"trainset": trainset.ref, "encoder": spec.to_json()}
-    _train(building, config, "retriever", inputs, trainset.store.root_uri)
+    if config.retriever.refresh_every is None:
+        mine = None
+    elif mine is None:
+        raise ConfigError("retriever.refresh_every is set and nothing here mines", action="train with jobs or the CLI")
+    _train(building, config, "retriever", inputs, trainset.store.root_uri, mine)
+    if mine is not None:
+        _tidy(building, trainset.store)
     building.info |= {"encoder": spec.to_json()}
 
 
@@ -61,7 +80,8 @@ def generator_plan(config: Config, base: BaseRef, readings: Artifact) -> Plan:
         name=config.name,
         config={
             "base": base.fingerprint,
-            "generator": to_dict(config.generator),
+            "generator": science(config.generator),
+            **({"quantize": config.model.quantize} if config.model.quantize else {}),
             "precision": config.model.precision,
             "seed": config.seed,
         },
@@ -86,7 +106,9 @@ def encoder_of(adapter: Artifact) -> EncoderSpec:
     return EncoderSpec.from_json(adapter.info["encoder"])
 
 
-def _train(building: Building, config: Config, stage: str, inputs: dict[str, Any], root_uri: str) -> None:
+def _train(
+    building: Building, config: Config, stage: str, inputs: dict[str, Any], root_uri: str, mine: Mine | None = None
+) -> None:
     scale, plan = config.scale, building.plan
     check_trackers(scale.trackers)
     trainer = TorchTrainer(
@@ -97,16 +119,18 @@ def _train(building: Building, config: Config, stage: str, inputs: dict[str, Any
             "root_uri": root_uri,
             "inputs": inputs,
             "run": plan.fingerprint,
+            "mine": mine,
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=scale.num_workers,
+            elastic_resize_monitor_interval_s=scale.resize_every_s,
             use_gpu=scale.use_gpu,
             resources_per_worker={"CPU": scale.cpus_per_worker} | ({"GPU": 1} if scale.use_gpu else {}),
         ),
         run_config=RunConfig(
             name=f"{plan.kind}-{plan.fingerprint}",
             storage_path=join_uri(root_uri, ".train"),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            checkpoint_config=CheckpointConfig(num_to_keep=scale.keep_checkpoints),
             failure_config=FailureConfig(max_failures=scale.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
@@ -127,12 +151,32 @@ def _train(building: Building, config: Config, stage: str, inputs: dict[str, Any
         folder = Path(name)
         shutil.copytree(folder / "adapter", building.path / "adapter", dirs_exist_ok=True)
         shutil.copy(folder / "log.jsonl", building.path / "log.jsonl")
+        if (folder / NEGATIVES_FILE).is_file():
+            shutil.copy(folder / NEGATIVES_FILE, building.path / NEGATIVES_FILE)
     log = [json.loads(line) for line in (building.path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     plot_losses(log, building.path / "losses.png")
     building.info |= {"steps": len(log), "final": log[-1]}
     best = best_step(log)
     if best is not None:
         building.info |= {"best_step": best, "best": next(record for record in log if record["step"] == best)}
+
+
+def _tidy(building: Building, store: Store) -> None:
+    """Note the versions of the negatives; remove the vectors and indexes that they were mined from."""
+    refreshes = json.loads((building.path / NEGATIVES_FILE).read_text(encoding="utf-8"))["history"]
+    building.info |= {"refreshes": refreshes}
+    for refresh in refreshes:
+        for ref in refresh["scratch"]:
+            remove(store, ref)
+
+
+def _check_sizes(config: Config, base: BaseRef, store: Store) -> None:
+    dims = config.retriever.matryoshka_dims
+    if dims and max(dims) > (full := config.model.projection_dim or hidden_size(base, store)):
+        raise ConfigError(
+            f"retriever.matryoshka_dims asks for {max(dims)} values, and the vectors have {full}",
+            expected=f"sizes of at most {full}",
+        )
 
 
 def _fit(trainer: TorchTrainer) -> ray.train.Result:
@@ -180,7 +224,7 @@ def _explain(error: Exception, stage: str) -> InvarError:
 
 
 def _model_science(config: Config) -> dict[str, Any]:
-    model = to_dict(config.model)
+    model = science(config.model)
     for key in ("base", "revision", "tiny"):  # they are in the base's fingerprint
         del model[key]
     if model["retriever_layers"] is None:  # as it was before there was a choice

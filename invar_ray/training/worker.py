@@ -7,7 +7,7 @@ import math
 import tempfile
 import time
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, cast
 
 import ray.train
 import torch
@@ -19,6 +19,7 @@ from invar_ray.files import join_uri, resolve_uri
 from invar_ray.progress import Progress
 from invar_ray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from invar_ray.training.engine import Engine, init_distributed, largest_over_ranks
+from invar_ray.training.refresh import Refresh, Refreshed
 from invar_ray.training.schedule import best_step, is_exhausted, learning_rate
 from invar_ray.training.stage import Chunking, Metrics, Stage
 from invar_ray.training.stages import STAGES
@@ -45,7 +46,8 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
     """Train from the last checkpoint to the last step.
 
     Args:
-        payload: ``stage``, ``config``, ``root_uri``, ``inputs`` (refs of artifacts) and ``run`` (fingerprint).
+        payload: ``stage``, ``config``, ``root_uri``, ``inputs`` (refs of artifacts), ``run`` (fingerprint) and ``mine``
+            (what makes new negatives; ``None`` where they are not refreshed).
 
     Returns:
         The same on every rank.
@@ -73,6 +75,7 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
         engine.load_state(resumed.engine)
     first, log = (resumed.step, resumed.log) if resumed is not None else (0, [])
     best = resumed.best if resumed is not None else None
+    refresh = _open_refresh(stage, payload, rank, resumed)
     patience = config.retriever.heldout_patience
     chunking = Chunking(config.scale.train_tokens_per_chunk or _MEASURE_TOKENS, largest_over_ranks, engine.backward)
     stage.module.train()
@@ -84,6 +87,9 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
     try:
         for step in range(first, first if is_exhausted(log, patience) else stage.steps):
             started = time.monotonic()
+            fault = refresh.before(step, lambda: engine.state().parameters) if refresh is not None else None
+            if fault is not None:
+                return Outcome(first=first, fault=fault)
             # Dropout is a function of (seed, step, rank): a resumed run repeats the masks of the one that was cut off.
             torch.manual_seed(config.seed * _SEED_STRIDE + step * 1009 + rank)
             rate = learning_rate(optimizer, step, stage.steps)
@@ -91,6 +97,10 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
             norm = engine.step(rate)
             averaged = _mean_over_ranks(metrics, device)
             record = {"step": step + 1, "learning_rate": rate, "gradient_norm": norm, **averaged}
+            if not isinstance(config.scale.num_workers, int):
+                record["workers"] = world_size
+            if refresh is not None:
+                record["negatives_version"] = refresh.version
             record["padding_share"] = 1.0 - averaged["tokens"] / record.pop("padded_tokens")
             fault = _fault(record)
             if fault is not None:
@@ -110,10 +120,14 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
                 progress.advance(1, f"loss {averaged['loss']:.4f}")
             if (step + 1) % config.scale.checkpoint_every == 0 or last:
                 _flush(trackers)
-                _report(stage, Checkpoint(step + 1, engine.state(), log, best), payload["run"], rank, last=last)
+                negatives = refresh.state if refresh is not None else None
+                checkpoint = Checkpoint(step + 1, engine.state(), log, best, negatives)
+                _report(stage, checkpoint, payload["run"], rank, last=last)
             if last:
                 break
     finally:
+        if refresh is not None:
+            refresh.close()
         for tracker in trackers:
             tracker.close()
     return Outcome(first=first, fault=None)
@@ -139,6 +153,17 @@ def _resume(run: str) -> Checkpoint | None:
         return None
     with checkpoint.as_directory() as folder:
         return load_checkpoint(Path(folder), run)
+
+
+def _open_refresh(stage: Stage, payload: dict[str, Any], rank: int, resumed: Checkpoint | None) -> Refresh | None:
+    if payload.get("mine") is None:
+        return None
+    trainset = payload["inputs"]["trainset"]
+    state = resumed.negatives if resumed is not None else None
+    refreshed = cast(Refreshed, stage)
+    return Refresh(
+        refreshed, payload["config"], payload["mine"], payload["root_uri"], payload["run"], trainset, rank, state
+    )
 
 
 def _put(stage: Stage, parameters: dict[str, Tensor]) -> None:

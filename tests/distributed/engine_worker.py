@@ -44,6 +44,13 @@ RETRIEVER_CASES: dict[str, dict[str, Any]] = {
     "all": {"alignment_weight": 1.0, "invariance_weight": 3.0, "risk_variance_weight": 0.5},
     # 5 questions on 2 ranks: one rank holds a padded row, and perhaps a padded slot.
     "all_odd": {"alignment_weight": 1.0, "invariance_weight": 3.0, "risk_variance_weight": 0.5, "global_batch_size": 5},
+    "matryoshka": {
+        "alignment_weight": 1.0,
+        "invariance_weight": 3.0,
+        "risk_variance_weight": 0.5,
+        "matryoshka_dims": (16, 64),
+        "matryoshka_weights": (2.0, 1.0),
+    },
 }
 GENERATOR_CASES: dict[str, dict[str, Any]] = {
     "answer": {},

@@ -32,13 +32,13 @@ OVERRIDES = (
 )
 
 
-def work_that_dies(folder: Path, *, deaths: int) -> Callable[[dict[str, Any]], Any]:
-    """The training function with a stage that notes its steps, and on rank 1 ends the process before step DIES_AT, at
-    most ``deaths`` times.
+def work_that_dies(folder: Path, *, deaths: int, dies_at: tuple[int, ...] = (DIES_AT,)) -> Callable[..., Any]:
+    """The training function with a stage that notes its steps, and on rank 1 ends the process before step
+    ``dies_at[n]`` (the last one from there on) the n-th time, at most ``deaths`` times.
 
     A nested function: Ray sends its code, so that the workers need not import this file.
     """
-    place, dies_at = str(folder), DIES_AT
+    place = str(folder)
 
     def work(payload: dict[str, Any]) -> Any:
         import os
@@ -56,7 +56,8 @@ def work_that_dies(folder: Path, *, deaths: int) -> Callable[[dict[str, Any]], A
 
             def loss(forward: Any, step: int) -> Any:
                 marks = sorted(Path(place).glob("died-*"))
-                if rank == 1 and step == dies_at and len(marks) < deaths:
+                at = dies_at[min(len(marks), len(dies_at) - 1)]
+                if rank == 1 and step == at and len(marks) < deaths:
                     # A checkpoint whose report is in flight when its worker dies may be lost; this is about the others.
                     deadline = time.monotonic() + 60
                     while not list(Path(store.root).glob(".train/*/checkpoint_manager_snapshot.json")):

@@ -12,7 +12,8 @@ from typing import Any, get_type_hints
 import pytest
 
 from invar_ray import config as config_module
-from invar_ray.config import Config, config_keys, load_config, recipe_names, to_dict
+from invar_ray.artifacts import digest
+from invar_ray.config import Config, config_keys, load_config, recipe_names, science, to_dict
 from invar_ray.errors import ConfigError
 
 
@@ -175,10 +176,38 @@ def test_message_says_what_to_do() -> None:
         (["retriever.mining_depth=0"], "retriever.mining_depth: must be above 0 (got 0)"),
         (["generator.top_k=0"], "generator.top_k: must be above 0 (got 0)"),
         (["name=a/b"], "name: "),
+        (["scale.num_workers=[3, 2]"], "scale.num_workers: expected [fewest, most] with 1 <= fewest <= most"),
+        (["questions.near_duplicates=0"], "questions.near_duplicates: must be in (0, 1] (got 0.0)"),
+        (["scale.keep_checkpoints=1"], "scale.keep_checkpoints: must be 2 or more (got 1)"),
+        (["retriever.matryoshka_dims=[8, 8]"], "matryoshka_dims: expected different sizes of 1 or more (got [8, 8])"),
+        (["retriever.matryoshka_dims=[8]", "retriever.matryoshka_weights=[1, 2]"], "weights: 2 for 1 sizes"),
+        (["retriever.matryoshka_dims=[8]", "retriever.matryoshka_weights=[0]"], "weights: must be above 0 (got [0.0])"),
+        (["retriever.mining_first_rank=99"], "retriever.mining_first_rank: below retriever.mining_depth"),
+        (["retriever.refresh_share=0"], "retriever.refresh_share: must be in (0, 1] (got 0.0)"),
+        (["retriever.refresh_every=5", "retriever.refresh_delay=5"], "refresh_delay: must be below retriever.refresh_"),
+        (["retriever.refresh_every=0"], "retriever.refresh_every: must be 1 or more (got 0)"),
+        (["model.quantize=nf4"], "model.quantize: needs GPUs; set scale.use_gpu to true"),
+        (["model.quantize=nf4", "scale.zero_stage=3"], "scale.zero_stage: 3 cannot shard a base in 4 bits"),
     ],
 )
 def test_settings_that_cannot_work_are_refused_before_a_run(overrides: list[str], fault: str) -> None:
     assert fault in "\n".join(faults("tiny", *overrides))
+
+
+def test_fields_that_came_later_are_in_no_fingerprint_while_they_are_off() -> None:
+    config = load_config("tiny")
+    # Recorded before matryoshka_dims, refresh_every, quantize and the like: what was trained then keeps its name.
+    assert digest(science(config.retriever)) == "b5d7415a4de7167c"
+    assert digest(science(config.model)) == "f241a55b7abcbff1"
+    assert digest(science(config.generator)) == "aa925dec4cc182cb"
+    assert science(config.retriever).keys() < to_dict(config.retriever).keys()
+    on = load_config("tiny", ["retriever.matryoshka_dims=[64]"]).retriever
+    assert science(on)["matryoshka_dims"] == [64]
+
+
+def test_workers_are_a_number_or_a_range() -> None:
+    assert load_config("tiny", ["scale.num_workers=3"]).scale.num_workers == 3
+    assert load_config("tiny", ["scale.num_workers=[1, 3]"]).scale.num_workers == (1, 3)
 
 
 # Documentation

@@ -357,6 +357,26 @@ def test_projection_beside_the_adapter_is_used(small: World) -> None:
     assert np.abs(encoder.encode_passages(PASSAGES) - expected).max() < 1e-5
 
 
+def test_cut_vectors_are_unit_prefixes_of_the_whole_ones(small: World) -> None:
+    spec = EncoderSpec.from_json(small.adapter.info["encoder"])
+    whole, cut = open_encoder(spec, small.store), open_encoder(replace(spec, dimensions=24), small.store)
+    assert (whole.dimension, cut.dimension) == (384, 24)
+    prefix = whole.encode_passages(PASSAGES)[:, :24]
+    expected = prefix / np.linalg.norm(prefix, axis=1, keepdims=True)
+    assert np.abs(cut.encode_passages(PASSAGES) - expected).max() < 1e-6
+    assert cut.fingerprint != whole.fingerprint
+    with pytest.raises(ModelError, match="385 values of each vector are to be kept, and it has 384"):
+        open_encoder(replace(spec, dimensions=385), small.store)
+
+
+def test_fingerprint_of_whole_vectors_is_the_one_from_before_they_could_be_cut() -> None:
+    spec = EncoderSpec("llm", BaseRef("a", None, "f"), "retriever/x", "y", "mean", None, "q", "p", 8, 9)
+    assert spec.fingerprint == "7d2526a99b68e897"  # recorded before there were dimensions
+    described = spec.to_json()
+    del described["dimensions"]  # as indexes of that time describe their encoder
+    assert EncoderSpec.from_json(described) == spec
+
+
 # Memory
 
 

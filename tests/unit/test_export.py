@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +18,11 @@ from typer.testing import CliRunner
 
 from invar_ray.artifacts import Artifact, Building, Plan
 from invar_ray.cli import app
-from invar_ray.errors import DataError, MixedArtifactsError, ModelError
+from invar_ray.errors import DataError, MixedArtifactsError, ModelError, ResourceError
 from invar_ray.evaluation.report import Report, Row, write_report
 from invar_ray.models.encoder import EncoderSpec, open_encoder
 from invar_ray.training import export
-from invar_ray.training.export import export_adapter, open_adapter
+from invar_ray.training.export import export_adapter, open_adapter, push_folder
 from tests import support
 
 
@@ -104,6 +109,92 @@ def test_the_command(world: support.World, tmp_path: Path) -> None:
     assert found.exit_code == 0, found.output
     assert "lowest cosine with the unmerged outputs 0.99999" in found.output or "1.0000000" in found.output
     assert (tmp_path / "out" / "merged" / "model.safetensors").is_file()
+
+
+class Hub(ThreadingHTTPServer):
+    """Speaks as much of a model hub's protocol as an upload of small files takes."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Answers)
+        self.asked: list[tuple[str, Any]] = []
+        self.files: dict[str, bytes] = {}
+        self.refuses = False
+
+    @property
+    def address(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Answers(BaseHTTPRequestHandler):
+    server: Hub
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+    def do_GET(self) -> None:
+        self._send(404, {"error": "not here"})
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        lines = [json.loads(line) for line in body.splitlines() if line.strip()]
+        self.server.asked.append((self.path, lines))
+        if self.server.refuses:
+            self._send(403, {"error": "no"})
+        elif self.path == "/api/repos/create":
+            self._send(200, {"url": f"{self.server.address}/me/mine"})
+        elif "/preupload/" in self.path:
+            paths = [entry["path"] for entry in lines[0]["files"]]
+            self._send(200, {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
+        elif "/commit/" in self.path:
+            for line in lines:
+                if line["key"] == "file":
+                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            place = f"{self.server.address}/me/mine/commit/{'0' * 40}"
+            self._send(200, {"success": True, "commitOid": "0" * 40, "commitUrl": place})
+        else:
+            self._send(200, {})
+
+    def _send(self, status: int, value: Any) -> None:
+        content = json.dumps(value).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", "hf_of_the_test")
+    server = Hub()
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_folder_is_pushed_as_it_is(world: support.World, tmp_path: Path, hub: Hub) -> None:
+    made = export_adapter(world.adapter, tmp_path / "out")
+    place = push_folder(made.folder, "me/mine", endpoint=hub.address)
+    assert place.endswith("/me/mine/commit/" + "0" * 40)
+    wanted = {path.relative_to(made.folder).as_posix(): path.read_bytes() for path in made.folder.rglob("*.*")}
+    assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= wanted.keys()
+    assert hub.files == wanted
+    created = next(lines[0] for path, lines in hub.asked if path == "/api/repos/create")
+    assert created["name"] == "mine"
+    assert created.get("private") or created.get("visibility") == "private", "nobody else sees it unless asked"
+
+
+def test_a_push_that_cannot_be_is_one_error(tmp_path: Path, hub: Hub) -> None:
+    (tmp_path / "README.md").write_text("x")
+    hub.refuses = True
+    with pytest.raises(ResourceError, match="did not take me/mine") as caught:
+        push_folder(tmp_path, "me/mine", endpoint=hub.address)
+    assert "HF_TOKEN" in str(caught.value)
+    with pytest.raises(DataError, match="is no name of a repository"):
+        push_folder(tmp_path, "me/mine/too/long", endpoint=hub.address)
 
 
 def test_a_retriever_of_the_first_layers_is_exported_as_such(tmp_path: Path) -> None:

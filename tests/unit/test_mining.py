@@ -59,6 +59,11 @@ def test_union_is_by_best_rank(lists: list[list[int]], expected: list[int]) -> N
     assert union_by_best_rank(lists) == expected
 
 
+@pytest.mark.parametrize("first, expected", [(1, [3, 5, 1, 2, 7]), (2, [1, 2, 7]), (3, [2, 7]), (4, [])])
+def test_what_ranks_above_the_first_rank_anywhere_is_left_out(first: int, expected: list[int]) -> None:
+    assert union_by_best_rank([[3, 1, 2], [5, 3, 7]], first) == expected  # 3 is first in one list, second in the other
+
+
 @given(st.lists(st.lists(st.integers(0, 20), max_size=8, unique=True), max_size=4))
 def test_union_has_every_row_once_with_falling_rank(lists: list[list[int]]) -> None:
     union = union_by_best_rank(lists)

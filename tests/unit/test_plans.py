@@ -172,6 +172,7 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("corpus.limit", 5, AFTER_PASSAGES),
     ("questions.train_limit", 4, AFTER_QUESTIONS),
     ("questions.dev_limit", 4, AFTER_QUESTIONS),
+    ("questions.near_duplicates", 0.8, AFTER_QUESTIONS),
     ("variants.num_rewrites", 1, AFTER_QUESTIONS),
     ("variants.provider", "rules", AFTER_QUESTIONS),
     ("variants.num_windows", 2, AFTER_TRAINSET),
@@ -188,6 +189,12 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("coarse.document_weight", 0.5, AFTER_TRAINSET),
     ("retriever.num_hard_negatives", 3, AFTER_TRAINSET),
     ("retriever.mining_depth", 9, AFTER_TRAINSET),
+    ("retriever.mining_bm25", True, AFTER_TRAINSET),
+    ("retriever.mining_first_rank", 2, AFTER_TRAINSET),
+    ("retriever.refresh_every", 5, AFTER_RETRIEVER),
+    ("retriever.matryoshka_dims", (64,), AFTER_RETRIEVER),
+    ("model.quantize", "nf4", AFTER_RETRIEVER),
+    ("index.dimensions", 64, AFTER_RETRIEVER - {"retriever"}),
     ("retriever.steps", 61, AFTER_RETRIEVER),
     ("retriever.lora.rank", 4, AFTER_RETRIEVER),
     ("retriever.optimizer.learning_rate", 0.1, AFTER_RETRIEVER),
@@ -256,7 +263,7 @@ def other(value: Any, kind: Any) -> Any:
         options = getattr(kind, "__args__", ())
         return next((option for option in options if option != value), f"{value}-other")
     if isinstance(value, tuple):
-        return (*value[:-1], other(value[-1], None))
+        return (*value[:-1], other(value[-1], None)) if value else (1,)
     return "other"
 
 

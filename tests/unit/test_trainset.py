@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -10,12 +12,14 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
+from invar_ray.artifacts import Artifact
 from invar_ray.errors import DataError
 from invar_ray.indexing.passages import load_documents, load_passages
 from invar_ray.indexing.questions import load_examples, load_variants
-from invar_ray.indexing.trainset import find_positives, mean_by_document
+from invar_ray.indexing.trainset import build_trainset, find_positives, mean_by_document, trainset_plan
 from invar_ray.losses.masks import contrastive_allowed
 from invar_ray.models.coarse import CoarseEncoder
+from invar_ray.retrieval.bm25 import Bm25
 from invar_ray.schema import Example, Passage
 from invar_ray.text.answers import contains_answer
 from invar_ray.training.batches import Trainset
@@ -174,6 +178,37 @@ def test_mined_negatives_pass_the_contrastive_mask(small: World) -> None:
         texts = trainset.slot_texts[plan.slots[column]]
         other_cut = any(contains_answer(text, trainset.answers[plan.rows[i]]) for text in texts[1:])
         assert bool(allowed[i, column]) != other_cut
+
+
+def test_bm25_joins_and_the_rank_range_is_reported(small: World) -> None:
+    def mined(**settings: Any) -> tuple[Artifact, list[set[str]]]:
+        config = replace(small.config, retriever=replace(small.config.retriever, **settings))
+        parents = small.passages, small.questions, small.base_index, small.coarse_index.parent("vectors")
+        artifact, _ = small.store.get_or_build(
+            trainset_plan(config, *parents), lambda building: build_trainset(building, config, *parents)
+        )
+        ids = pq.read_table(artifact.path("slots.parquet")).column("passage_id").to_pylist()
+        rows = pq.read_table(artifact.path("questions.parquet")).column("negatives").to_pylist()
+        return artifact, [{ids[slot] for slot in row} for row in rows]
+
+    rows = load_passages(small.passages)
+    bm25 = Bm25([f"{row.title} {row.text}" for row in rows])
+    variants = load_variants(small.questions, "train")
+    few = {"mining_depth": 8, "num_hard_negatives": 40}
+    (plain, dense), (_, both) = mined(**few), mined(**few, mining_bm25=True)
+    assert plain.ref != small.trainset.ref
+    joined = 0
+    for item, old, new in zip(load_examples(small.questions, "train"), dense, both, strict=True):
+        lists = bm25.search([variant.text for variant in variants[item.id]], 8)
+        by_words = {rows[row].id for found in lists for row, _ in found}
+        assert old <= new <= old | by_words
+        joined += len(new - old)
+    assert joined > 0
+
+    ranged, later = mined(**few, mining_first_rank=2)
+    assert all(new <= old for old, new in zip(dense, later, strict=True))
+    assert ranged.info["mining"]["dropped"]["rank too high"] >= len(dense)
+    assert "rank too high" not in plain.info["mining"]["dropped"]
 
 
 def test_mining_is_reported(small: World) -> None:

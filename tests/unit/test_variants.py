@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from invar_ray.errors import ConfigError, DataError, ResourceError
 from invar_ray.schema import Document, Example
 from invar_ray.text.answers import contains_answer, find_answer
-from invar_ray.text.endpoint import EndpointRewriter
+from invar_ray.text.endpoint import EndpointRewriter, answer_type
 from invar_ray.text.noise import case, speech, typo
 from invar_ray.text.numbers import numbers_to_words
 from invar_ray.text.parsing import parse_question
@@ -364,6 +364,33 @@ def test_endpoint_checks_what_it_gets(server: Server, monkeypatch: pytest.Monkey
     assert (body["model"], body["seed"]) == ("m", 0)
     assert ASKED.question in body["messages"][0]["content"]
     rewriter.close()
+
+
+@pytest.mark.parametrize(
+    "question, expected",
+    [
+        ("Who built it?", "person"),
+        ("which woman built it", "person"),
+        ("In what year was it built?", "time"),
+        ("When was it built, and where?", "time"),
+        ("where is it", "place"),
+        ("How many ships came?", "number"),
+        ("How old is it?", "number"),
+        ("Why did it burn?", "reason"),
+        ("What did they grow?", None),
+        ("name of the lighthouse", None),
+        ("the whole thing", None),
+    ],
+)
+def test_type_of_the_answer(question: str, expected: str | None) -> None:
+    assert answer_type(question) == expected
+
+
+def test_endpoint_drops_a_rewording_that_asks_for_something_else(server: Server) -> None:
+    server.says(json.dumps(["Where did Mara go in 1841?", "In 1841, when did Mara leave?"]))
+    texts = [variant.text for variant in client(server).rewrite(ASKED, 2, 0)]
+    assert "In 1841, when did Mara leave?" in texts
+    assert "Where did Mara go in 1841?" not in texts
 
 
 def test_endpoint_reads_lines_too_and_sends_no_empty_key(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
