@@ -166,7 +166,7 @@ class ModelConfig:
     fingerprints; vectors of either precision agree within the tolerance of an index's probes."""
     pooling: Literal["last", "mean"] = "last"
     """How token states become one vector: the last token's (published) or their mean (for the embedded base)."""
-    retriever_layers: int | None = None
+    retriever_layers: int | None = field(default=None, metadata=_LATER)
     """Encode with this many of the base's first layers, under its last norm; ``null`` uses all.  The generator always
     uses all.  Passages and questions cost that much less, in training, indexing and serving. [ours]"""
     projection_dim: int | None = None

@@ -227,6 +227,4 @@ def _model_science(config: Config) -> dict[str, Any]:
     model = science(config.model)
     for key in ("base", "revision", "tiny"):  # they are in the base's fingerprint
         del model[key]
-    if model["retriever_layers"] is None:  # as it was before there was a choice
-        del model["retriever_layers"]
     return model
