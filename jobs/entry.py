@@ -6,6 +6,7 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from types import FrameType
 
 from invar_ray.config import load_config
@@ -33,7 +34,9 @@ def run_job(doc: str, body: Callable[..., None], options: Mapping[str, str] | No
         given = [text.partition("=") for text in arguments.overrides]
         own |= {key: value for key, separator, value in given if separator and key in own}
         overrides = [text for text in arguments.overrides if text.partition("=")[0] not in own]
-        with Pipeline(load_config(arguments.config, overrides)) as pipeline:
+        config = load_config(arguments.config, overrides)
+        _warn_of_a_store_in_the_upload(config.storage.root_uri, Path.cwd())
+        with Pipeline(config) as pipeline:
             body(pipeline, own) if options else body(pipeline)
     except InvarError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -41,6 +44,18 @@ def run_job(doc: str, body: Callable[..., None], options: Mapping[str, str] | No
     except KeyboardInterrupt:
         print("interrupted; what was finished stands, run again to go on", file=sys.stderr)
         sys.exit(130)
+
+
+def _warn_of_a_store_in_the_upload(root_uri: str, folder: Path) -> None:
+    """Ray unpacks ``ray job submit --working-dir`` into a folder of its own, on each node, that it clears at will."""
+    unpacked = any(part.startswith("_ray_pkg_") for part in folder.parts)
+    if unpacked and "://" not in root_uri and not Path(root_uri).is_absolute():
+        print(
+            f"note: storage.root_uri={root_uri} is relative: it lies in the job's copy of the working directory"
+            f" ({folder}), on this node only, and goes when Ray clears it. To keep it, name an absolute path or a URI"
+            " that every node can reach",
+            file=sys.stderr,
+        )
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import platform
+import resource
 import sys
 import tempfile
 import time
@@ -75,8 +76,13 @@ def errors_of(folder: Path, world: int) -> dict[tuple[str, str, int], float]:
     return found
 
 
-def table(errors: dict[int, dict[tuple[str, str, int], float]], seconds: float) -> str:
-    """The page: one table per mode, a row per loss, a column per ranks and ZeRO stage."""
+def table(errors: dict[int, dict[tuple[str, str, int], float]], seconds: float, cpu_seconds: float) -> str:
+    """The page: one table per mode, a row per loss, a column per ranks and ZeRO stage.
+
+    Args:
+        errors: number of ranks -> what :func:`errors_of` found.
+        seconds: by the clock; ``cpu_seconds`` of all ranks together, which other work on the machine stretches less.
+    """
     cells = {(world, *key): value for world, found in errors.items() for key, value in found.items()}
     plain = {key: value for key, value in cells.items() if key[1] not in PLANTED}
     packages = ", ".join(f"{name} {version(name)}" for name in ("torch", "deepspeed", "peft", "transformers"))
@@ -90,7 +96,8 @@ def table(errors: dict[int, dict[tuple[str, str, int], float]], seconds: float) 
         "not zero. Losses other than the contrastive one carry weights at which they stand out from it.",
         "",
         f"{len(plain)} cells, largest {max(plain.values()):.1e}, tolerance {TOLERANCE:.0e}. Written by `{COMMAND}` on "
-        f"{date.today().isoformat()} in {seconds:.0f} s: Python {platform.python_version()}, {packages}.",
+        f"{date.today().isoformat()} in {seconds:.0f} s ({cpu_seconds:.0f} s of CPU time): Python "
+        f"{platform.python_version()}, {packages}.",
     ]
     titles = {
         "plain,keep": "Neither GradCache nor gradient checkpointing",
@@ -131,7 +138,8 @@ def main() -> int:
             launch(Path(name), world, "full")
             errors[world] = errors_of(Path(name), world)
             print(f"{world} rank(s): {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    out.write_text(table(errors, time.monotonic() - started), encoding="utf-8")
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    out.write_text(table(errors, time.monotonic() - started, used.ru_utime + used.ru_stime), encoding="utf-8")
     faults = []
     for world, found in errors.items():
         for (case, mode, zero_stage), error in found.items():
