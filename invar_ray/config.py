@@ -38,6 +38,12 @@ class StorageConfig:
     """
 
 
+METADATA_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.\-]{0,63}")
+"""What a column of metadata may be called."""
+PASSAGE_FIELDS = ("id", "document_id", "title", "text", "start", "end", "uri", "place", "metadata")
+"""Names that it may not take: those of passages' own fields."""
+
+
 @dataclass(frozen=True)
 class CorpusConfig:
     """The documents to index."""
@@ -61,6 +67,10 @@ class CorpusConfig:
     distractors: int | None = None
     """Beyond the documents that the questions need, keep this many others (in file order); ``null`` keeps all.  Makes a
     stated part of a large corpus in which every kept question can still be answered."""
+    metadata: tuple[str, ...] = ()
+    """Fields of rows (columns of tables) that passages keep, e.g. ``[tenant, language]``: texts, whole numbers and
+    truth values, by which searches and API keys can be narrowed (``where``).  A row without one has no value; any
+    other value makes the row malformed."""
     chunk_tokens: int = 128
     """Longest passage in tokens of the base's tokenizer, without title and special tokens; it ends with a sentence,
     unless that is longer."""
@@ -779,6 +789,14 @@ def _cross_checks(config: Config) -> list[str]:
         "serve.top_k": config.serve.top_k,
     }
     faults += [f"{key}: must be above 0 (got {value})" for key, value in positive.items() if value <= 0]
+    names = config.corpus.metadata
+    for name in names:
+        if name in PASSAGE_FIELDS:
+            faults.append(f"corpus.metadata: passages have a field {name!r} of their own, leave it out")
+        elif not METADATA_NAME.fullmatch(name):
+            faults.append(f"corpus.metadata: {name!r} is no name (letters, digits and _.-, at most 64, a letter first)")
+    if len(set(names)) < len(names):
+        faults.append(f"corpus.metadata: a name stands twice (got {', '.join(names)})")
     if config.corpus.chunk_stride > config.corpus.chunk_tokens:
         faults.append("corpus.chunk_stride: larger than corpus.chunk_tokens, text between passages would be lost")
     at_least = {

@@ -8,7 +8,7 @@ Names follow the field: a *document* is raw, a *passage* is the indexed unit, a 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import pyarrow as pa
@@ -40,6 +40,7 @@ class Document:
         places: pages, headings or rows, ascending by ``start``.
         unit: what is counted in the text beside that: ``line`` (apart by a line break), ``paragraph`` (by an empty
             line), or empty.
+        metadata: (name, value) of the fields that ``corpus.metadata`` names, where the document has them.
     """
 
     id: str
@@ -49,6 +50,7 @@ class Document:
     file: str = ""
     places: tuple[Place, ...] = ()
     unit: str = ""
+    metadata: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,7 @@ class Passage:
         document_id: the document it was cut from.
         start, end: character offsets into the document's text, half open.
         place: file and place in it, for people (``manual.pdf, page 3``); empty where the document has no file.
+        metadata: its document's; a column of its own for each name in the passages table.
     """
 
     id: str
@@ -70,6 +73,7 @@ class Passage:
     end: int
     uri: str = ""
     place: str = ""
+    metadata: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +210,13 @@ PASSAGE_SCHEMA = pa.schema(
         ("place", pa.string()),
     ]
 )
+
+
+def passage_schema(metadata: Iterable[str] = ()) -> pa.Schema:
+    """Arrow schema of passages with a text column for each name of ``metadata``."""
+    return pa.schema([*PASSAGE_SCHEMA, *(pa.field(name, pa.string()) for name in metadata)])
+
+
 EXAMPLE_SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -246,11 +257,14 @@ def shard_schema(dimension: int) -> pa.Schema:
 
 
 def to_table(records: Iterable[Any], schema: pa.Schema) -> pa.Table:
-    """Records (dataclasses of this module) as an Arrow table with ``schema``; fields the schema lacks are dropped."""
+    """Records (dataclasses of this module) as an Arrow table with ``schema``; fields the schema lacks are dropped, and
+    a column that no field is named after holds that name of ``metadata``.
+    """
     rows = list(records)
     columns = []
     for entry in schema:
-        values = [getattr(row, entry.name) for row in rows]
+        own = not rows or hasattr(rows[0], entry.name)
+        values: list[Any] = [getattr(row, entry.name) if own else dict(row.metadata).get(entry.name) for row in rows]
         if pa.types.is_list(entry.type) and pa.types.is_struct(entry.type.value_type):
             values = [[asdict(item) for item in value] for value in values]
         columns.append(pa.array(values, entry.type))
@@ -260,9 +274,18 @@ def to_table(records: Iterable[Any], schema: pa.Schema) -> pa.Table:
 def from_table(table: pa.Table, record: type[Any]) -> list[Any]:
     """Rows of ``table`` as instances of ``record``; lists become tuples, their structs :class:`Place`.
 
-    A column that an older release did not write takes the record's default.
+    A column that an older release did not write takes the record's default; one that no field is named after is
+    ``metadata``.
     """
-    return [record(**{key: _plain(value) for key, value in row.items()}) for row in table.to_pylist()]
+    own = {each.name for each in fields(record)}
+    others = [name for name in table.column_names if name not in own]
+    found = []
+    for row in table.to_pylist():
+        values = {key: _plain(value) for key, value in row.items() if key in own}
+        if others:
+            values["metadata"] = tuple((name, row[name]) for name in others if row[name] is not None)
+        found.append(record(**values))
+    return found
 
 
 def _plain(value: Any) -> Any:

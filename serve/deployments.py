@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from invar_ray.errors import ConfigError
+from invar_ray.retrieval.filters import Where
 from serve.answering import GeneratorCore
 from serve.api import make_api
 from serve.args import EngineOptions, IngressOptions, RetrieverOptions
@@ -45,9 +46,11 @@ class RetrieverReplica:
             raise ConfigError("user_config has no index_uri", expected="user_config: {index_uri: <index artifact>}")
         await self._retriever.configure(uri)
 
-    async def retrieve(self, question: str | Vectors, top_k: int, left_s: float, trace: dict[str, str]) -> Found:
+    async def retrieve(
+        self, question: str | Vectors, top_k: int, left_s: float, trace: dict[str, str], where: Where | None = None
+    ) -> Found:
         """See :class:`serve.retrieving.RetrieverCore`."""
-        return await self._retriever.retrieve(question, top_k, left_s, trace)
+        return await self._retriever.retrieve(question, top_k, left_s, trace, where)
 
     async def embed(self, texts: list[str], kind: Literal["query", "passage"], trace: dict[str, str]) -> Embedded:
         """See :class:`serve.retrieving.RetrieverCore`."""

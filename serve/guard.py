@@ -13,6 +13,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from invar_ray.errors import RequestError
+from invar_ray.retrieval.filters import Where
 from serve.keys import ApiKey, KeyRing
 from serve.limits import ErrorResponse, Limits, request_id
 from serve.metrics import Meter
@@ -108,7 +109,7 @@ class Guard:
             self._in_flight += guarded
             self._meter.record("invar_in_flight", self._in_flight)
             try:
-                await self._answer(scope, headers, receive, exchange, identifier)
+                await self._answer(scope, headers, receive, exchange, identifier, key)
             finally:
                 self._in_flight -= guarded
         except _Gone:
@@ -149,7 +150,13 @@ class Guard:
         return key, None
 
     async def _answer(
-        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, exchange: _Exchange, identifier: str
+        self,
+        scope: Scope,
+        headers: dict[bytes, bytes],
+        receive: Receive,
+        exchange: _Exchange,
+        identifier: str,
+        key: ApiKey | None,
     ) -> None:
         async def refuse(status: int, code: str, message: str) -> None:
             await error_response(status, code, message, identifier)(scope, receive, exchange.send)
@@ -167,7 +174,8 @@ class Guard:
             return await refuse(413, "body_too_large", f"the body is longer than {most} bytes")
         parent = {"traceparent": headers[b"traceparent"].decode("latin-1")} if b"traceparent" in headers else None
         with self._tracer.span("request", parent, route=scope["path"]) as trace:
-            scope["invar_context"] = Context(identifier, time.monotonic() + timeout_s, trace)
+            bound = key.where.to_where() if key is not None else Where()
+            scope["invar_context"] = Context(identifier, time.monotonic() + timeout_s, trace, bound)
             await _until_gone(self._app, scope, body, receive, exchange.send)
 
     async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:

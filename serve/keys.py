@@ -12,6 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from invar_ray.errors import ConfigError
+from serve.conditions import Conditions
 
 KEY_ENV, KEYS_ENV = "INVAR_API_KEY", "INVAR_API_KEYS"
 Scope = Literal["query", "admin"]
@@ -26,13 +27,19 @@ class ApiKey(BaseModel):
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Hex SHA-256 of the key: printf %s KEY | sha256sum")
     scopes: tuple[Scope, ...] = Field(("query",), min_length=1, description="What it is for.")
     requests_per_minute: int = Field(0, ge=0, description="Of one HTTP replica; 0 sets no limit.")
+    where: Conditions = Field(
+        Conditions(),
+        description="The only passages that this key may find, e.g. {equals: {tenant: [acme]}}: on top of what a "
+        "request asks for, which cannot widen it.",
+    )
 
 
 def keys_from_environment(environment: Mapping[str, str]) -> list[ApiKey]:
     """The keys of ``INVAR_API_KEY`` (one, in the clear, for queries) and ``INVAR_API_KEYS``.
 
-    ``INVAR_API_KEYS`` holds ``name:sha256:scopes[:requests per minute]``, separated by commas or line breaks, scopes
-    joined by ``+``, e.g. ``ops:9f86...:query+admin:600``.
+    ``INVAR_API_KEYS`` holds ``name:sha256:scopes[:requests per minute[:conditions]]``, separated by commas or line
+    breaks, scopes joined by ``+``, e.g. ``ops:9f86...:query+admin:600``.  Conditions bind the key to passages:
+    ``column=value`` or ``column^=beginning``, joined by ``&``, e.g. ``acme:9f86...:query:0:tenant=acme``.
 
     Raises:
         ConfigError: if an entry is malformed; it never prints the entry's hash.
@@ -43,18 +50,19 @@ def keys_from_environment(environment: Mapping[str, str]) -> list[ApiKey]:
         keys.append(ApiKey(name="default", sha256=hashlib.sha256(plain.encode()).hexdigest()))
     entries = [entry.strip() for entry in re.split(r"[,\n]", environment.get(KEYS_ENV, ""))]
     for number, entry in enumerate((entry for entry in entries if entry), start=1):
-        parts = entry.split(":")
+        parts = entry.split(":", 4)  # a condition's value may hold colons
         try:
             rate = int(parts[3]) if len(parts) > 3 else 0
-            if len(parts) not in (3, 4):
+            if len(parts) < 3:
                 raise ValueError
             scopes = tuple(parts[2].split("+"))
             values = {"name": parts[0], "sha256": parts[1].lower(), "scopes": scopes, "requests_per_minute": rate}
-            keys.append(ApiKey.model_validate(values))
+            bound = {"where": Conditions.parse(parts[4])} if len(parts) > 4 else {}
+            keys.append(ApiKey.model_validate(values | bound))
         except ValueError:
             raise ConfigError(
                 f"entry {number} of {KEYS_ENV} is malformed",
-                expected="name:sha256 in hex:query or admin or query+admin[:requests per minute]",
+                expected="name:sha256 in hex:query or admin or query+admin[:requests per minute[:column=value&..]]",
             ) from None
     return keys
 

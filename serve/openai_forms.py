@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from invar_ray.errors import RequestError
+from serve.conditions import Conditions
 from serve.protocol import AnswerResponse, clean_text
 
 CHAT_MODEL, EMBEDDING_MODEL = "invar-rag", "invar-encoder"
@@ -85,6 +86,9 @@ class ChatRequest(BaseModel):
     frequency_penalty: float | None = Field(None, ge=0, le=0, description="0 only.")
     user: str | None = Field(None, description="Has no effect.")
     top_k: int | None = Field(None, strict=True, description="Number of passages; an extension (`extra_body`).")
+    where: Conditions = Field(
+        Conditions(), description="Only passages that meet these conditions are found; an extension (`extra_body`)."
+    )
 
     @field_validator("stop")
     @classmethod

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from invar_ray.schema import Answer, Citation, Hit
+from serve.conditions import Conditions
 from serve.limits import SERVICE, Limits
 
 
@@ -26,6 +27,11 @@ class _Request(BaseModel):
 
     question: str = Field(description="The question in plain words.", examples=["Who keeps the lighthouse?"])
     top_k: int | None = Field(None, strict=True, description="Number of passages; null takes the service's default.")
+    where: Conditions = Field(
+        Conditions(),
+        description="Only passages that meet these conditions are found; a key may be bound to conditions of its own, "
+        "which hold as well.",
+    )
 
     @field_validator("question")
     @classmethod

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from invar_ray.retrieval.filters import Where
 from invar_ray.schema import Answer, Hit
 
 Vectors = npt.NDArray[np.float32]
@@ -22,16 +23,22 @@ class Context:
         request_id: for logs.
         deadline: when it has to be answered, on this process's ``time.monotonic``.
         trace: the span that later ones are children of.
+        where: the only passages that it may find: what the caller's key is bound to, and what the request asks for.
     """
 
     request_id: str = ""
     deadline: float = float("inf")
     trace: dict[str, str] = field(default_factory=dict)
+    where: Where = field(default_factory=Where)
 
     @property
     def left_s(self) -> float:
         """Seconds until the deadline; clocks differ between machines, so this is what is sent."""
         return self.deadline - time.monotonic()
+
+    def narrowed(self, where: Where) -> Context:
+        """With these conditions on top of those that hold already: none can be taken away again."""
+        return replace(self, where=self.where.also(where))
 
 
 @dataclass(frozen=True, slots=True)

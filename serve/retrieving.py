@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from invar_ray.errors import InvarError
+from invar_ray.errors import InvarError, RequestError
+from invar_ray.retrieval.filters import Where
 from serve.batching import Batcher, Worker
 from serve.limits import ServiceError
 from serve.metrics import Meter
@@ -24,6 +25,7 @@ if TYPE_CHECKING:  # imports torch: only replicas pay for that
 
 logger = logging.getLogger("ray.serve")
 RetrieverLoader = Callable[[str], "Retriever"]
+Request = tuple[str | Vectors, int, Where | None]
 PROBE = "is anyone there?"
 # Transformers builds models on a device that it sets for the whole process: two loads at once break each other.
 loading = threading.Lock()
@@ -72,9 +74,7 @@ class RetrieverCore:
         self._configured, self.replica = configured, replica
         self._meter, self._tracer = meter or Meter(), tracer or Tracer()
         self._worker = Worker()
-        self._search: Batcher[tuple[str | Vectors, int], Found] = Batcher(
-            self._search_batch, max_batch_size, batch_wait_s, self._seen
-        )
+        self._search: Batcher[Request, Found] = Batcher(self._search_batch, max_batch_size, batch_wait_s, self._seen)
         self._changing = asyncio.Lock()
         self._retriever: Retriever | None = None
         self._staged: dict[str, Retriever] = {}
@@ -86,16 +86,22 @@ class RetrieverCore:
 
     # Searching
 
-    async def retrieve(self, question: str | Vectors, top_k: int, left_s: float, trace: dict[str, str]) -> Found:
+    async def retrieve(
+        self, question: str | Vectors, top_k: int, left_s: float, trace: dict[str, str], where: Where | None = None
+    ) -> Found:
         """The best passages for a question, or for a [D] vector that another shard's encoder made.
 
+        Args:
+            where: only passages that meet these conditions.
+
         Raises:
+            RequestError: a condition names no column of the passages.
             ServiceError: 504 if it is not done in ``left_s`` seconds.
         """
         start = time.perf_counter()
         with self._tracer.span("search", trace, top_k=top_k, shard=self._shard):
             try:
-                found = await asyncio.wait_for(self._search((question, top_k)), max(0.0, left_s))
+                found = await asyncio.wait_for(self._search((question, top_k, where)), max(0.0, left_s))
             except TimeoutError:
                 raise ServiceError(504, "timeout", "the search took longer than the request may", 1.0) from None
         self._meter.record("invar_stage_seconds", time.perf_counter() - start, stage="search")
@@ -116,24 +122,36 @@ class RetrieverCore:
         tokens = sum(len(row) for row in encoder.tokenizer(texts)["input_ids"])
         return Embedded(vectors, tokens, dict(self._loaded().versions))
 
-    async def _search_batch(self, requests: list[tuple[str | Vectors, int]]) -> list[Found]:
+    async def _search_batch(self, requests: list[Request]) -> list[Found | Exception]:
         return await self._worker.run(self.search, requests)
 
-    def search(self, requests: Sequence[tuple[str | Vectors, int]]) -> list[Found]:
-        """Passages for each (question or vector, top_k): all encoded together, all from one version."""
+    def search(self, requests: Sequence[Request]) -> list[Found | Exception]:
+        """Passages for each (question or vector, top_k, conditions): all encoded together, all from one version.
+
+        Requests of the same conditions are searched together.  In the place of a request whose conditions name no
+        column stands the error: the others of the batch are answered.
+        """
         retriever = self._loaded()
         versions = dict(retriever.versions)
-        texts = [question for question, _ in requests if isinstance(question, str)]
+        texts = [question for question, _, _ in requests if isinstance(question, str)]
         encoded = iter(retriever.encoder.encode_queries(texts)) if texts else iter(())
-        queries = np.stack([next(encoded) if isinstance(question, str) else question for question, _ in requests])
-        most = max(top_k for _, top_k in requests)
-        hits = retriever.retrieve_vectors(queries, most)
-        found = []
-        for (_, top_k), each in zip(requests, hits, strict=True):
-            if each:
-                self._meter.record("invar_top_score", each[0].score)
-            found.append(Found(tuple(each[:top_k]), versions))
-        return found
+        queries = np.stack([next(encoded) if isinstance(question, str) else question for question, _, _ in requests])
+        groups: dict[Where | None, list[int]] = {}
+        for number, (_, _, where) in enumerate(requests):
+            groups.setdefault(where, []).append(number)
+        found: dict[int, Found | Exception] = {}
+        for where, numbers in groups.items():
+            most = max(requests[number][1] for number in numbers)
+            try:
+                hits = retriever.retrieve_vectors(queries[numbers], most, where=where)
+            except RequestError as error:
+                found |= dict.fromkeys(numbers, error)
+                continue
+            for number, each in zip(numbers, hits, strict=True):
+                if each:
+                    self._meter.record("invar_top_score", each[0].score)
+                found[number] = Found(tuple(each[: requests[number][1]]), versions)
+        return [found[number] for number in range(len(requests))]
 
     def _seen(self, size: int, waiting: int) -> None:
         self._meter.record("invar_batch_size", size, engine="retriever")

@@ -56,7 +56,7 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
 
     @routes.post("/v1/retrieve", response_model=RetrieveResponse, summary="Passages for a question")
     async def retrieve(body: RetrieveRequest, request: Request) -> RetrieveResponse:
-        start, context = time.perf_counter(), request.scope["invar_context"]
+        start, context = time.perf_counter(), request.scope["invar_context"].narrowed(body.where.to_where())
         question, top_k = limits.check_question(body.question), limits.check_top_k(body.top_k)
         note_for_audit(request, question, audit_text)
         found = await service.retrieve(question, top_k, context)
@@ -77,7 +77,7 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         responses={200: {"content": {"text/event-stream": {}}, "description": "The answer, or a stream of events."}},
     )
     async def answer(body: AnswerRequest, request: Request) -> Response:
-        start, context = time.perf_counter(), request.scope["invar_context"]
+        start, context = time.perf_counter(), request.scope["invar_context"].narrowed(body.where.to_where())
         question, top_k = limits.check_question(body.question), limits.check_top_k(body.top_k)
         max_new_tokens = limits.check_max_new_tokens(body.max_new_tokens)
         note_for_audit(request, question, audit_text)
@@ -115,7 +115,7 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
 
     @routes.post("/v1/stability", response_model=StabilityResponse, summary="Does the wording matter?")
     async def stability(body: StabilityRequest, request: Request) -> StabilityResponse:
-        start, context = time.perf_counter(), request.scope["invar_context"]
+        start, context = time.perf_counter(), request.scope["invar_context"].narrowed(body.where.to_where())
         question, top_k = limits.check_question(body.question), limits.check_top_k(body.top_k)
         rewrites, length = limits.check_rewrites(body.rewrites), limits.check_max_new_tokens(body.max_new_tokens)
         note_for_audit(request, question, audit_text)

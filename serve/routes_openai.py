@@ -54,7 +54,7 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
     )
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The last user message is searched with and answered; earlier messages are not used (a note says so)."""
-        start, context = time.perf_counter(), request.scope["invar_context"]
+        start, context = time.perf_counter(), request.scope["invar_context"].narrowed(body.where.to_where())
         _known(body.model, CHAT_MODEL)
         text, notes = body.question()
         question, top_k = limits.check_question(text), limits.check_top_k(body.top_k)

@@ -63,15 +63,21 @@ class Service:
     # Requests
 
     async def retrieve(self, question: str, top_k: int, context: Context) -> Found:
-        """The best passages for a question, from all shards that answer in time."""
+        """The best passages for a question among those that ``context.where`` allows, from all shards that answer in
+        time.
+
+        Raises:
+            RequestError: a condition names no column of the passages.
+        """
+        where = context.where or None
         if len(self._shards) == 1:
-            arguments = question, top_k, context.left_s, context.trace
+            arguments = question, top_k, context.left_s, context.trace, where
             found: Found = await self._shards[0].call("retrieve", *arguments, left_s=context.left_s)
             return found
         embedded = await self.embed([question], "query", context)
         left_s = min(self._shard_timeout_s, context.left_s)
         calls = [
-            shard.call("retrieve", embedded.vectors[0], top_k, left_s, context.trace, left_s=left_s)
+            shard.call("retrieve", embedded.vectors[0], top_k, left_s, context.trace, where, left_s=left_s)
             for shard in self._shards
         ]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
@@ -80,6 +86,9 @@ class Service:
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, BaseException):
                 logger.warning("request %s: shard %d did not answer: %r", context.request_id, number, outcome)
+        refused = [outcome for outcome in outcomes if isinstance(outcome, RequestError)]
+        if refused:  # the request's fault, not the shard's: it must not pass for one that is missing
+            raise refused[0]
         if not good:
             raise ServiceError(503, "unavailable", "no shard of the index answered", self._retry_after_s)
         return merge(good, top_k, missing, embedded.versions)
@@ -100,7 +109,7 @@ class Service:
         """The answer to a question from its passages."""
         sent = replace(question, left_s=context.left_s, trace=context.trace)
         reply: Reply = await self._generator.call("answer", sent, left_s=context.left_s)
-        self._sample_stability(question)
+        self._sample_stability(question, context)
         return reply
 
     async def stream(self, question: Question, context: Context) -> AsyncIterator[str | Reply]:
@@ -112,7 +121,7 @@ class Service:
                 yield item
         finally:
             await items.aclose()  # type: ignore[attr-defined]
-        self._sample_stability(question)
+        self._sample_stability(question, context)
 
     # State
 
@@ -233,17 +242,17 @@ class Service:
 
     # Live stability
 
-    def _sample_stability(self, question: Question) -> None:
+    def _sample_stability(self, question: Question, asked: Context) -> None:
         if random.random() < self._stability_share and not self._background:  # one at a time: it is not worth a queue
-            task = asyncio.create_task(self._measure_stability(question))
+            task = asyncio.create_task(self._measure_stability(question, asked))
             self._background.add(task)
             task.add_done_callback(self._background.discard)
 
-    async def _measure_stability(self, question: Question) -> None:
+    async def _measure_stability(self, question: Question, asked: Context) -> None:
         with contextlib.suppress(InvarError, ServiceError):
             other = reword(question.text, 1, random.randrange(1 << 30))
             if other:
-                context = Context("stability", time.monotonic() + 30)
+                context = Context("stability", time.monotonic() + 30, where=asked.where)
                 top_k = max(1, len(question.hits))
                 mine = await self.retrieve(question.text, top_k, context)
                 found = await self.retrieve(other[0].text, top_k, context)

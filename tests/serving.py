@@ -23,7 +23,7 @@ from invar_ray.models.encoder import llm_spec, open_encoder
 from invar_ray.models.locate import base_plan, build_base, open_base, resolve_base
 from invar_ray.retrieval.building import build_index
 from invar_ray.retrieval.probes import write_probes
-from invar_ray.schema import PASSAGE_SCHEMA, Passage, to_table, vector_schema
+from invar_ray.schema import Passage, passage_schema, to_table, vector_schema
 from serve.answering import AnswerEngine, GeneratorCore, TransformersEngine, load_generator
 from serve.api import make_api
 from serve.limits import Limits
@@ -43,6 +43,7 @@ TEXTS = {
     "Orchard": "Pears and plums grow in the orchard behind the chapel.",
     "Mill": "The water mill grinds oats for three villages.",
 }
+TENANTS = {"Gorse Island": "sea", "Harbour": "sea", "Ferry": "sea", "Orchard": "land", "Mill": "land"}
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Artifacts:
     scrambled_index_uri: str
     left_index_uri: str
     right_index_uri: str
+    tenants_index_uri: str
     generator_uri: str
 
 
@@ -65,11 +67,24 @@ def make_artifacts(folder: Path) -> Artifacts:
     spec = llm_spec(config.model, base)
     encoder = open_encoder(spec, store)
 
-    def index(name: str, titles: list[str], shuffled: bool = False) -> str:
-        rows = [Passage(f"{t}:0", t, t, TEXTS[t], 0, len(TEXTS[t])) for t in titles]
+    def index(name: str, titles: list[str], shuffled: bool = False, tenants: bool = False) -> str:
+        rows = [
+            Passage(
+                f"{t}:0",
+                t,
+                t,
+                TEXTS[t],
+                0,
+                len(TEXTS[t]),
+                uri=f"s3://corpus/{TENANTS[t]}/{t}.txt",
+                metadata=(("tenant", TENANTS[t]),) if tenants else (),
+            )
+            for t in titles
+        ]
 
         def passages(building: Any) -> None:
-            pq.write_table(to_table(rows, PASSAGE_SCHEMA), building.path / "passages.parquet")
+            schema = passage_schema(["tenant"] if tenants else [])
+            pq.write_table(to_table(rows, schema), building.path / "passages.parquet")
 
         passages_artifact, _ = store.get_or_build(Plan("passages", name, {"titles": titles}), passages)
 
@@ -107,6 +122,7 @@ def make_artifacts(folder: Path) -> Artifacts:
         index("scrambled", titles, shuffled=True),
         index("left", titles[:3]),
         index("right", titles[3:]),
+        index("tenants", titles, tenants=True),
         adapter.uri,
     )
 

@@ -24,7 +24,7 @@ from invar_ray.indexing.questions import load_examples
 from invar_ray.indexing.sources import source_digest
 from invar_ray.models.locate import BaseRef
 from invar_ray.progress import Progress
-from invar_ray.schema import DIGEST_SCHEMA, DOCUMENT_SCHEMA, PASSAGE_SCHEMA, Document, Passage, from_table
+from invar_ray.schema import DIGEST_SCHEMA, DOCUMENT_SCHEMA, Document, Passage, from_table, passage_schema
 from invar_ray.text.readers import read_documents
 from invar_ray.text.readlog import Quarantine, ReadLog
 from invar_ray.versions import STEPS
@@ -51,6 +51,8 @@ def passages_plan(config: Config, base: BaseRef, questions: Artifact | None) -> 
             "chunk_tokens": corpus.chunk_tokens,
             "chunk_stride": corpus.chunk_stride,
             "tokenizer": base.fingerprint,
+            # Only where there is any: the passages of other runs keep their names.
+            **({"metadata": list(corpus.metadata)} if corpus.metadata else {}),
         },
         parents={"questions": questions} if questions is not None and corpus.distractors is not None else {},
         version=STEPS["passages"].version,
@@ -97,7 +99,7 @@ def build_passages(
     files: set[str] = set()
     with (
         GroupWriter(building.path / "documents.parquet", DOCUMENT_SCHEMA) as documents,
-        GroupWriter(building.path / "passages.parquet", PASSAGE_SCHEMA) as passages,
+        GroupWriter(building.path / "passages.parquet", passage_schema(corpus.metadata)) as passages,
         GroupWriter(building.path / DIGESTS, DIGEST_SCHEMA) as digests,
     ):
         try:
@@ -190,6 +192,7 @@ def read_corpus(config: Config, log: ReadLog) -> Iterator[Document]:
         max_file_mb=corpus.max_file_mb,
         log=log,
         exclude=_own_results(config),
+        metadata=corpus.metadata,
     )
 
 

@@ -38,6 +38,15 @@ class Where:
         """From plain mappings; a single value may stand for a sequence of one."""
         return Where(_pairs(equals), _pairs(starts), frozenset(without))
 
+    def __bool__(self) -> bool:
+        """Whether it asks for anything at all."""
+        return bool(self.equals or self.starts or self.without)
+
+    def also(self, other: Where) -> Where:
+        """The conditions of both: a passage has to meet all of them, also where both name one column."""
+        equals = tuple(sorted({*self.equals, *other.equals}))
+        return Where(equals, tuple(sorted({*self.starts, *other.starts})), self.without | other.without)
+
 
 def allowed_rows(table: pa.Table, where: Where) -> Mask:
     """[N] True for the rows of a passages table that meet all conditions; a missing value meets none.

@@ -189,4 +189,5 @@ def _passage(document: Document, start: int, end: int, place: str) -> Passage:
         end=end,
         uri=document.uri,
         place=place,
+        metadata=document.metadata,
     )

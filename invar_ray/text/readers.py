@@ -7,7 +7,7 @@ documents  ``.jsonl(.gz|.zst)`` and ``.parquet``, a document a row with ``text``
 questions  ``.jsonl(.gz)`` with ``id, question, answers[], positive_ids[]`` and maybe ``rewrites[]``; ``builtin:facts``
 =========  ===========================================================================================================
 
-Other fields are ignored.
+Other fields are ignored, but for those that ``metadata`` names.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from invar_ray.errors import DataError
@@ -39,6 +39,7 @@ def read_documents(
     max_file_mb: float = 32.0,
     log: ReadLog | None = None,
     exclude: str = "",
+    metadata: Sequence[str] = (),
 ) -> Iterator[Document]:
     """Documents of a corpus, in file order; files of a folder by name.
 
@@ -55,6 +56,7 @@ def read_documents(
         log: of a folder, leave out what cannot be read and say so there; ``None`` raises at the first fault.  With a
             quarantine malformed rows go there, also those of a file that was named itself.
         exclude: see :func:`invar_ray.text.storage.find_files`.
+        metadata: fields of rows that documents keep; whole files have none.
 
     Raises:
         DataError: at the call, if there is nothing to read; while iterating, at the first fault (but see ``log``), and
@@ -70,7 +72,7 @@ def read_documents(
     strict = files[0].uri == uri  # a file that was named itself
     if strict and log is not None and log.quarantine is None:
         log = None
-    return itertools.islice(_documents(uri, files, round(max_file_mb * 2**20), log, strict), limit)
+    return itertools.islice(_documents(uri, files, round(max_file_mb * 2**20), log, strict, metadata), limit)
 
 
 def read_examples(
@@ -157,7 +159,7 @@ class _SeenIds:
 
 
 def _documents(
-    uri: str, files: list[InputFile], max_bytes: int, log: ReadLog | None, strict: bool
+    uri: str, files: list[InputFile], max_bytes: int, log: ReadLog | None, strict: bool, metadata: Sequence[str]
 ) -> Iterator[Document]:
     seen = _SeenIds([file.uri for file in files])
     quarantine = log.quarantine if log is not None else None
@@ -168,7 +170,7 @@ def _documents(
         rows = bad = 0
         first: DataError | None = None
         try:
-            for row in _of_file(file, max_bytes, log):
+            for row in _of_file(file, max_bytes, log, metadata):
                 rows += 1
                 if quarantine is not None and file.format in ROW_FORMATS:
                     quarantine.rows += 1
@@ -207,9 +209,9 @@ def _brief(error: DataError, file: InputFile) -> str:
     return str(error).replace(file.uri, file.name)
 
 
-def _of_file(file: InputFile, max_bytes: int, log: ReadLog | None) -> Iterator[Row]:
+def _of_file(file: InputFile, max_bytes: int, log: ReadLog | None, metadata: Sequence[str]) -> Iterator[Row]:
     if file.format in ROW_FORMATS:
-        yield from read_rows_of(file, max_bytes)
+        yield from read_rows_of(file, max_bytes, metadata)
     else:
         yield Row(1, file.uri, read_whole(file, max_bytes, log))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from invar_ray.errors import DataError
 from invar_ray.schema import Document, Place
 from invar_ray.text.formats.parsed import clean_text
-from invar_ray.text.rows import json_row, string
+from invar_ray.text.rows import json_row, metadata, string
 from invar_ray.text.storage import InputFile, read_lines
 from invar_ray.text.whole import too_large
 
@@ -37,36 +37,37 @@ class Row:
     excerpt: str = ""
 
 
-def read_rows_of(file: InputFile, max_bytes: int) -> Iterator[Row]:
+def read_rows_of(file: InputFile, max_bytes: int, kept: Sequence[str] = ()) -> Iterator[Row]:
     """The rows of a file of a row format, in order.
 
     Args:
         file: its format is one of :data:`invar_ray.text.storage.ROW_FORMATS`.
         max_bytes: a larger row is faulty.
+        kept: fields that documents keep beside their own.
 
     Raises:
         DataError: the file itself cannot be read.
     """
     if file.format == "parquet":
-        yield from _parquet(file, max_bytes)
+        yield from _parquet(file, max_bytes, kept)
     elif file.format == "tsv":
-        yield from _tsv(file, max_bytes)
+        yield from _tsv(file, max_bytes, kept)
     else:
-        yield from _jsonl(file, max_bytes)
+        yield from _jsonl(file, max_bytes, kept)
 
 
-def _jsonl(file: InputFile, max_bytes: int) -> Iterator[Row]:
+def _jsonl(file: InputFile, max_bytes: int, kept: Sequence[str]) -> Iterator[Row]:
     for number, line in read_lines(file, max_bytes):
         place = f"{file.uri}, line {number}"
         try:
             if len(line) > max_bytes:
                 raise too_large(place, len(line), max_bytes)
-            yield Row(number, place, _document(json_row(line, place), place, file, "L", number))
+            yield Row(number, place, _document(json_row(line, place), place, file, "L", number, kept))
         except DataError as error:
             yield Row(number, place, error, _excerpt(line))
 
 
-def _tsv(file: InputFile, max_bytes: int) -> Iterator[Row]:
+def _tsv(file: InputFile, max_bytes: int, kept: Sequence[str]) -> Iterator[Row]:
     """``id<TAB>text<TAB>title``, in this order or as a first line names them; cells may be in quotes, as CSV writers
     put them.
     """
@@ -88,7 +89,8 @@ def _tsv(file: InputFile, max_bytes: int) -> Iterator[Row]:
                 raise DataError(
                     f"{place}: {len(cells)} columns", expected=f"{len(names)}: {', '.join(names)}, parted by tabs"
                 )
-            yield Row(number, place, _document(dict(zip(names, cells, strict=True)), place, file, "L", number))
+            row = dict(zip(names, cells, strict=True))
+            yield Row(number, place, _document(row, place, file, "L", number, kept))
         except DataError as error:
             yield Row(number, place, error, _excerpt(line))
     else:
@@ -107,20 +109,19 @@ def _cells(line: bytes, place: str) -> list[str]:
     return [cell[1:-1].replace('""', '"') if len(cell) >= 2 and cell[0] == cell[-1] == '"' else cell for cell in cells]
 
 
-def _parquet(file: InputFile, max_bytes: int) -> Iterator[Row]:
+def _parquet(file: InputFile, max_bytes: int, kept: Sequence[str]) -> Iterator[Row]:
     try:
         with file.filesystem.open_input_file(file.path) as stream:
             table = pq.ParquetFile(stream)
             names = table.schema_arrow.names
             number = 0
-            for batch in table.iter_batches(
-                256, columns=[name for name in ("id", "_id", "title", "text", "uri") if name in names]
-            ):
+            wanted = [name for name in ("id", "_id", "title", "text", "uri", *kept) if name in names]
+            for batch in table.iter_batches(256, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
                     place = f"{file.uri}, row {number}"
                     try:
-                        document = _document(row, place, file, "row", number)
+                        document = _document(row, place, file, "row", number, kept)
                         if len(document.text) > max_bytes:
                             raise too_large(place, len(document.text), max_bytes)
                         yield Row(number, place, document)
@@ -135,7 +136,9 @@ def _excerpt(line: bytes) -> str:
     return line[:_EXCERPT].decode("utf-8", "replace").rstrip("\r\n")
 
 
-def _document(row: dict[str, Any], place: str, file: InputFile, mark: str, number: int) -> Document:
+def _document(
+    row: dict[str, Any], place: str, file: InputFile, mark: str, number: int, names: Sequence[str]
+) -> Document:
     own = f"#{mark}{number}"
     id_name = "id" if "id" in row or "_id" not in row else "_id"  # BEIR's name for it
     return Document(
@@ -145,4 +148,5 @@ def _document(row: dict[str, Any], place: str, file: InputFile, mark: str, numbe
         uri=clean_text(string(row, "uri", place)) if row.get("uri") is not None else f"{file.uri}{own}",
         file=file.name,
         places=(Place(0, f"row {number}"),),
+        metadata=metadata(row, names, place),
     )

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any
 
 from invar_ray.errors import DataError
+from invar_ray.text.formats.parsed import clean_text
 
 
 def json_row(line: bytes, place: str) -> dict[str, Any]:
@@ -48,6 +50,29 @@ def string_list(row: dict[str, Any], name: str, place: str) -> tuple[str, ...]:
         if not isinstance(item, str):
             raise DataError(f"{place}: {name!r} holds {kind_of(item)}", expected="a list of strings")
     return tuple(dict.fromkeys(value))
+
+
+def metadata(row: dict[str, Any], names: Iterable[str], place: str) -> tuple[tuple[str, str], ...]:
+    """(name, value as text) of those fields that a row has; raises :class:`DataError` for a value that is no text,
+    whole number or truth value.
+    """
+    found = []
+    for name in names:
+        value = row.get(name)
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            value = str(value).lower()
+        elif isinstance(value, int):
+            value = str(value)
+        elif not isinstance(value, str):
+            raise DataError(
+                f"{place}: the metadata {name!r} is {kind_of(value)}",
+                expected="a string, a whole number, a truth value or null",
+                action="change the row, or leave the name out of corpus.metadata",
+            )
+        found.append((name, clean_text(value)))
+    return tuple(found)
 
 
 def kind_of(value: Any) -> str:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from invar_ray.artifacts import Artifact, Store
-from invar_ray.config import Config
-from invar_ray.errors import DataError
+from invar_ray.config import PASSAGE_FIELDS, Config
+from invar_ray.errors import ConfigError, DataError
 from invar_ray.indexing.passages import build_passages, load_documents, load_passages, passages_plan
 from invar_ray.indexing.questions import build_questions, questions_plan
 from invar_ray.models.locate import BaseRef
+from invar_ray.schema import PASSAGE_SCHEMA, Passage
 from tests.support import documents, small_config, tiny_base, write_lines
 
 BASE = BaseRef("x", None, "0" * 16)
@@ -151,3 +155,62 @@ def test_questions_are_parents_only_where_they_count(tmp_path: Path) -> None:
     assert passages_plan(config, BASE, questions).parents == {}
     with_distractors = small_config(tmp_path, "corpus.distractors=1")
     assert set(passages_plan(with_distractors, BASE, questions).parents) == {"questions"}
+
+
+TENANT_ROWS = [
+    {"id": "a", "title": "A", "text": "The harbour was dug by hand.", "tenant": "north", "year": 1841, "public": True},
+    {"id": "b", "title": "B", "text": "The mill grinds oats.", "tenant": "south", "year": None},
+    {"id": "c", "title": "C", "text": "The orchard is old.", "tenant": ["north", "south"]},
+]
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_passages_keep_the_metadata_that_is_named(tmp_path: Path, form: str) -> None:
+    uri = write_lines(tmp_path / "rows.jsonl", TENANT_ROWS[:2])
+    if form == "parquet":
+        uri = tmp_path / "rows.parquet"
+        pq.write_table(pa.Table.from_pylist(TENANT_ROWS[:2]), uri)
+    plain = build(small_config(tmp_path / "plain", f"corpus.uri={uri}"))
+    named = build(small_config(tmp_path / "named", f"corpus.uri={uri}", "corpus.metadata=[tenant,year,public]"))
+    assert named.fingerprint != plain.fingerprint
+    table = pq.read_table(named.path("passages.parquet"))
+    assert table.column_names == [*PASSAGE_SCHEMA.names, "tenant", "year", "public"]
+    assert table.column("tenant").to_pylist() == ["north", "south"]
+    assert table.column("year").to_pylist() == ["1841", None]
+    assert table.column("public").to_pylist() == ["true", None]
+    assert load_passages(named)[0].metadata == (("tenant", "north"), ("year", "1841"), ("public", "true"))
+    assert load_passages(named)[1].metadata == (("tenant", "south"),)
+    assert pq.read_table(plain.path("passages.parquet")).column_names == PASSAGE_SCHEMA.names
+    assert [passage.id for passage in load_passages(plain)] == [passage.id for passage in load_passages(named)]
+
+
+def test_a_document_that_moves_to_another_tenant_moves_in_the_next_version(tmp_path: Path) -> None:
+    """Its text is unchanged, so it is cut where it was; its tenant must not be what it was."""
+    options = ("corpus.metadata=[tenant]", f"corpus.uri={tmp_path / 'rows.jsonl'}")
+    write_lines(tmp_path / "rows.jsonl", TENANT_ROWS[:2])
+    config = small_config(tmp_path, *options)
+    before = build(config)
+    write_lines(tmp_path / "rows.jsonl", [{**TENANT_ROWS[0], "tenant": "south"}, TENANT_ROWS[1]])
+    after, _ = Store(config.storage.root_uri).get_or_build(
+        passages_plan(config, BASE, None),
+        lambda building: build_passages(building, config, tiny_base()[1], None, earlier=before),
+    )
+    assert after.info["changes"]["unchanged"] == 2
+    assert [dict(passage.metadata)["tenant"] for passage in load_passages(after)] == ["south", "south"]
+
+
+def test_a_row_whose_metadata_is_no_value_is_malformed(tmp_path: Path) -> None:
+    uri = write_lines(tmp_path / "rows.jsonl", TENANT_ROWS)
+    options = (f"corpus.uri={uri}", "corpus.metadata=[tenant]")
+    with pytest.raises(DataError, match="'tenant' is a list"):
+        build(small_config(tmp_path, *options))
+    kept = build(small_config(tmp_path, *options, "corpus.max_malformed_share=0.5"))
+    assert [passage.document_id for passage in load_passages(kept)] == ["a", "b"]
+    assert "'tenant' is a list" in kept.path("quarantine.jsonl").read_text()
+
+
+def test_metadata_may_not_take_a_field_s_name(tmp_path: Path) -> None:
+    assert set(PASSAGE_FIELDS) == {*PASSAGE_SCHEMA.names, "metadata"} == {each.name for each in fields(Passage)}
+    for wrong in ("[uri]", "[metadata]", "[a b]", "[tenant,tenant]", "['']"):
+        with pytest.raises(ConfigError, match=r"corpus\.metadata"):
+            small_config(tmp_path, f"corpus.metadata={wrong}")

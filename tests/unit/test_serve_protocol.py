@@ -18,6 +18,7 @@ import pytest
 
 import serve.pages
 from invar_ray.errors import ConfigError, RequestError
+from invar_ray.retrieval.filters import Where
 from invar_ray.schema import Answer, Citation, Hit
 from serve.api import make_api
 from serve.batching import Batcher, Worker
@@ -41,7 +42,9 @@ class Backend:
         self.error: Exception | None = None
         self.gate: asyncio.Event | None = None
 
-    async def retrieve(self, question: str, top_k: int, left_s: float, trace: dict[str, str]) -> Found:
+    async def retrieve(
+        self, question: str, top_k: int, left_s: float, trace: dict[str, str], where: Where | None = None
+    ) -> Found:
         if self.gate is not None:
             await self.gate.wait()
         if self.error is not None:
