@@ -154,7 +154,7 @@ def _stream(todo: list[ShardTask], arguments: dict[str, Any], config: Config) ->
     most = min(scale.embed_workers_max or scale.embed_workers, len(todo))
     return stream.map_batches(
         EmbedShard,
-        fn_constructor_kwargs=arguments,
+        fn_constructor_kwargs={**arguments, "own_process": True},
         batch_size=1,
         num_cpus=1 if on_gpu else scale.cpus_per_worker,
         num_gpus=scale.embed_gpus_per_worker or None,

@@ -21,6 +21,7 @@ from pyarrow import fs
 
 from invar_ray.artifacts import Artifact, Store, resolve_uri
 from invar_ray.config import ScaleConfig
+from invar_ray.indexing.heap import keep_freed_memory
 from invar_ray.indexing.previous import passage_digest
 from invar_ray.models.batching import EncodeStats
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder, open_tokenizer
@@ -130,7 +131,8 @@ class TokenizeShard:
 class EmbedShard:
     """Ray Data actor: loads the encoder once, then turns passages into shard files.
 
-    A shard that stands is left as it is: Ray may hand a task out twice, e.g. after it lost a node.
+    A shard that stands is left as it is: Ray may hand a task out twice, e.g. after it lost a node.  With
+    ``own_process`` nothing else runs in this process, and its heap is set for encoding.
     """
 
     def __init__(
@@ -144,7 +146,10 @@ class EmbedShard:
         precision: str,
         earlier_ref: str | None = None,
         copies_only: bool = False,
+        own_process: bool = False,
     ) -> None:
+        if own_process:
+            keep_freed_memory()
         store = Store(root_uri)
         self._passages = PassageRows(store.open(passages_ref, "passages"))
         self._earlier: VectorStore | None = None

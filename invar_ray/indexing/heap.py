@@ -1,0 +1,23 @@
+"""The heap of an embedding actor: blocks that it frees stay with it."""
+
+from __future__ import annotations
+
+import ctypes
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+LARGEST, KEPT = 32 * 2**20, 512 * 2**20
+
+
+def keep_freed_memory() -> bool:
+    """Serve blocks of up to 32 MiB from this process's heap, and give none of it back below 512 MiB.
+
+    A local Ray's workers map each block of 1 MiB or more by itself and give it back at once
+    (:mod:`invar_ray.session`): training, whose batches have ever other shapes, is left with half of the memory that
+    way.  Encoding goes through the same few shapes again and again, by a budget of tokens; there the kernel would have
+    to clear the pages of every activation anew.
+
+    Returns:
+        Whether this process's ``malloc`` understands it: glibc's does.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    return mallopt is not None and bool(mallopt(_MMAP_THRESHOLD, LARGEST) and mallopt(_TRIM_THRESHOLD, KEPT))
