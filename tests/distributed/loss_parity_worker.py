@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
+from invar_ray.config import RetrieverConfig
 from invar_ray.losses import gather
 from invar_ray.losses.alignment import alignment_loss, blend_teacher_scores
 from invar_ray.losses.answer import answer_loss
@@ -25,6 +26,7 @@ from invar_ray.losses.contrastive import ContrastiveOutput, contrastive_loss
 from invar_ray.losses.gather import gather_rows
 from invar_ray.losses.invariance import invariance_loss
 from invar_ray.losses.risk import environment_risks, risk_variance
+from invar_ray.training.objective import Rows, objective
 
 SHARES, ROWS, SLOTS, REWRITES, WINDOWS, FEATURES, HIDDEN, SIZE, TOKENS, WORDS = 2, 4, 6, 2, 2, 12, 16, 8, 5, 11
 
@@ -144,6 +146,30 @@ def all_together(batch: Batch, model: Encoder) -> Tensor:
     )
 
 
+def matryoshka(batch: Batch, model: Encoder) -> Tensor:
+    """The stage's own objective at three sizes, every term on."""
+    settings = RetrieverConfig(
+        invariance_ramp_steps=1,
+        invariance_weight=3.0,
+        risk_variance_weight=0.5,
+        contrastive_temperature=0.2,
+        invariance_temperature=0.3,
+        matryoshka_dims=(2, 5),
+        matryoshka_weights=(2.0, 0.5),
+    )
+    rows = Rows(
+        positive=batch.positive[batch.mine],
+        weights=batch.weights[batch.mine],
+        normaliser=batch.normaliser,
+        environments=batch.environments[batch.mine],
+        teacher=batch.teacher[batch.mine],
+        no_copies=batch.allowed[batch.mine],
+        no_answers=batch.allowed[batch.mine],
+    )
+    queries, passages = model(batch.all_queries[batch.mine]), gather_rows(model(batch.all_passages[batch.my_slots]))
+    return objective(queries, passages, rows, settings, 3)[0]
+
+
 def through_older_names(batch: Batch, model: Encoder, name: str | None) -> Tensor:
     """The contrastive loss through another rung of the gather's fallback chain."""
     newest = gather._functional_all_gather
@@ -203,6 +229,7 @@ CASES: dict[str, Callable[[Batch, Encoder], Tensor]] = {
     ),
     "answer": answer,
     "all": all_together,
+    "matryoshka": matryoshka,
     # The same right answer by other ways.
     "contrastive@all_gather_tensor_autograd": lambda batch, model: through_older_names(
         batch, model, "all_gather_tensor_autograd"

@@ -24,6 +24,7 @@ RIGHT = [
     "risk_of_averaged_losses",
     "answer",
     "all",
+    "matryoshka",
     "contrastive@all_gather_tensor_autograd",
     "contrastive@torch.distributed.nn",
     "contrastive@detached_times_world",
