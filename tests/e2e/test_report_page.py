@@ -1,6 +1,6 @@
 """The report's page in a real Chromium, wide and narrow, light and dark: readable, and nothing is fetched.
 
-Needs the package ``selenium`` and the programs ``chromium`` and ``chromedriver``, as ``test_page.py``.  ``INVAR_REPORT``
+Needs ``selenium``, ``chromium`` and ``chromedriver``, as ``test_page.py`` does.  ``INVAR_REPORT``
 may name a ``report.json`` to look at instead of the small one made here; pictures go to the folder that ``INVAR_SHOTS``
 names, if any.
 """
