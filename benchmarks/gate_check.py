@@ -70,13 +70,6 @@ def gate(baseline: Artifact, candidate: Artifact, limits: list[str]) -> int:
     files = [str(report.path("report.json")) for report in (baseline, candidate)]
     invar = str(Path(sys.executable).with_name("invar-ray"))
     command = [invar, "gate", "--baseline", files[0], "--candidate", files[1]]
-        str(Path(sys.executable).with_name("invar-ray")),
-        "gate",
-        "--baseline",
-        files[0],
-        "--candidate",
-        files[1],
-    ]
     command += ["--system", ROW, *limits]
     return subprocess.run(command, check=False).returncode
 

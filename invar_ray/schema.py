@@ -175,6 +175,7 @@ class Answer:
         notes: anything the user must know: passages dropped for the context budget, citations removed, ...
         confidence: mean log-probability of the answer's tokens (nats); ``None`` where the engine gives none.
         refused: True where the model said that the passages do not answer.
+        removed_citations: how often it cited a number that no passage of the prompt has; those marks are gone.
     """
 
     question: str
@@ -184,6 +185,7 @@ class Answer:
     notes: tuple[str, ...] = ()
     confidence: float | None = None
     refused: bool = False
+    removed_citations: int = 0
     timings: dict[str, float] = field(default_factory=dict)
 
 

@@ -47,6 +47,7 @@ class Answered:
         cited: documents of the passages that it cited, without repeats.
         shown: documents of the passages in its prompt, without repeats.
         seconds: its even share of its batch's time.
+        removed: citations that pointed nowhere and were removed.
     """
 
     text: str
@@ -55,6 +56,7 @@ class Answered:
     cited: tuple[str, ...]
     shown: tuple[str, ...]
     seconds: float
+    removed: int = 0
 
 
 Prompts = list[list[tuple[str, list[Hit]]]]
@@ -139,6 +141,7 @@ class AnswerBlock:
                 "cited": list(dict.fromkeys(citation.document_id for citation in answer.citations)),
                 "shown": list(dict.fromkeys(hit.document_id for hit in answer.hits)),
                 "seconds": answer.timings["generate_s"],
+                "removed": answer.removed_citations,
             }
             for answer in answers
         ]
@@ -207,6 +210,7 @@ def _answer_with(
                 tuple(answer["cited"]),
                 tuple(answer["shown"]),
                 float(answer["seconds"]),
+                int(answer["removed"]),
             )
             for answer in row["answers"]
         ]

@@ -258,9 +258,12 @@ def _write_answers(
                     "question_id": family.question_id,
                     "question": family.wordings[0],
                     "answers": list(family.answers),
+                    "positive_ids": list(family.positive_ids),
                     "texts": [answer.text for answer in texts],
                     "refused": [answer.refused for answer in texts],
                     "confidences": [answer.confidence for answer in texts],
                     "cited": [list(answer.cited) for answer in texts],
+                    "shown": [list(answer.shown) for answer in texts],
+                    "removed_citations": [answer.removed for answer in texts],
                 }
                 stream.write(json.dumps(record, ensure_ascii=False) + "\n")

@@ -87,7 +87,8 @@ def answer_columns(families: Sequence[FoundFamily], answers: Sequence[Sequence[A
     """Everything about answers: of the anchors', and the flip rate where rewordings were answered too.
 
     ``citation_precision`` is the share of cited documents that are gold, of answers that cite; ``citation_recall`` the
-    share of the gold documents in the prompt that are cited, where there are any.
+    share of the gold documents in the prompt that are cited, where there are any; ``removed_citations`` the number of
+    marks that pointed to no passage of the prompt.
     """
     columns: Columns = {}
     for family, texts in zip(families, answers, strict=True):
@@ -103,6 +104,7 @@ def answer_columns(families: Sequence[FoundFamily], answers: Sequence[Sequence[A
             "abstained": float(anchor.refused),
             "flip_rate": fmean(not value for value in right[1:]) if len(right) > 1 and right[0] else None,
             "citation_precision": fmean(name in gold for name in anchor.cited) if anchor.cited and gold else None,
+            "removed_citations": float(anchor.removed),
             "citation_recall": len(shown.intersection(anchor.cited)) / len(shown) if shown else None,
         }
         for name, value in row.items():

@@ -17,7 +17,7 @@ from invar_ray.evaluation.svg import Bar, bar_chart, column_chart, line_chart
 from invar_ray.evaluation.tables import ANSWER_METRICS, Row, finite, print_name, render_table
 
 CAUSES = {"rewrite": "other wording", "window": "other windows", "index": "approximate index", "precision": "precision"}
-LOWER_IS_BETTER = ("flip_rate", "calibration_error", "change_by", "_std")
+LOWER_IS_BETTER = ("flip_rate", "removed_citations", "calibration_error", "change_by", "_std")
 
 
 def retrieval_columns(k: int) -> list[str]:
@@ -29,7 +29,7 @@ def retrieval_columns(k: int) -> list[str]:
 
 def answer_columns() -> list[str]:
     """Columns of the answer table."""
-    return [*ANSWER_METRICS, "citation_precision", "citation_recall"]
+    return [*ANSWER_METRICS, "citation_precision", "citation_recall", "removed_citations"]
 
 
 def findings(report: Report, k: int = 5) -> list[str]:
@@ -203,7 +203,7 @@ def _figure(
 ) -> str:
     keys = "".join(f'<li class="k{(colours or {})[name]}">{escape(name)}</li>' for name in legend)
     return (
-        f"<figure><figcaption><b>{escape(title)}</b> {escape(text)}</figcaption>{chart}"
+        f"<figure><figcaption><b>{escape(title)}</b> {escape(text)}</figcaption><div class=chart>{chart}</div>"
         + (f"<ul class=legend>{keys}</ul>" if keys else "")
         + "</figure>"
     )

@@ -197,6 +197,7 @@ def read_answer(question: str, prompt: AnswerPrompt, generation: Generation) -> 
         notes=tuple(notes),
         confidence=generation.confidence,
         refused=parsed.refused,
+        removed_citations=len(unknown),
     )
 
 

@@ -79,7 +79,7 @@ def small_store(root: Path | str, overrides: Sequence[str] = ()) -> SmallStore:
     )
 
 
-def embed_here(pipeline: Pipeline, name: str, spec: EncoderSpec) -> Artifact:
+def embed_here(pipeline: Pipeline, name: str, spec: EncoderSpec, adapter: Artifact | None = None) -> Artifact:
     """The vectors of all passages, as ``build_vectors`` makes them, with one actor's code run in this process."""
     config, passages = pipeline.config, pipeline.passages
 
@@ -94,13 +94,13 @@ def embed_here(pipeline: Pipeline, name: str, spec: EncoderSpec) -> Artifact:
         write_probes(building.path / "probes.parquet", open_encoder(spec, passages.store), texts)
         building.info |= {"encoder": spec.to_json(), "rows": rows}
 
-    plan = vectors_plan(config, passages, spec, name, None)
+    plan = vectors_plan(config, passages, spec, name, adapter)
     return pipeline.store.get_or_build(plan, body)[0]
 
 
 def search_here(pipeline: Pipeline, index: Artifact, split: str) -> Artifact:
     """The hits of a split, as ``build_hits`` makes them, in this process."""
-    top_k = pipeline.config.generator.top_k
+    top_k = pipeline.config.evaluation.top_k if split == "dev" else pipeline.config.generator.top_k
 
     def body(building: Building) -> None:
         examples, variants = load_examples(pipeline.questions, split), load_variants(pipeline.questions, split)

@@ -76,14 +76,14 @@ def test_change_by_hand() -> None:
         change_column(first, second[::-1], 3)
 
 
-def said(text: str, cited: str = "", shown: str = "ga", refused: bool = False) -> Answered:
-    return Answered(text, refused, -0.5, tuple(cited), tuple(shown), 0.1)
+def said(text: str, cited: str = "", shown: str = "ga", refused: bool = False, removed: int = 0) -> Answered:
+    return Answered(text, refused, -0.5, tuple(cited), tuple(shown), 0.1, removed)
 
 
 def test_answers_by_hand() -> None:
     families = [family("p", "ga", "ag", "ag"), family("q", "ab", "ab"), family("r", "ab", gold="")]
     answers = [
-        [said("G", "ga"), said("g"), said("other")],
+        [said("G", "ga", removed=2), said("g"), said("other", removed=1)],
         [said("I do not know", shown="ab", refused=True), said("g")],
         [said("the g is it", "a", shown="ab")],
     ]
@@ -93,6 +93,7 @@ def test_answers_by_hand() -> None:
     assert columns["abstained"] == [0.0, 1.0, 0.0]
     assert columns["flip_rate"] == [0.5, None, None]  # the second's anchor is wrong, the third has no rewording
     assert columns["citation_precision"] == [0.5, None, None]
+    assert columns["removed_citations"] == [2.0, 0.0, 0.0]
     assert columns["citation_recall"] == [1.0, None, None]
     assert probability(said("x")) == pytest.approx(math.exp(-0.5))
     assert probability(Answered("x", False, None, (), (), 0.1)) is None
