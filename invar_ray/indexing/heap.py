@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import ctypes
 
-_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
+_TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 LARGEST, KEPT = 32 * 2**20, 512 * 2**20
+_PAD = 128 * 2**20  # more than two of the 64 MiB heaps of a thread, which would be given back when empty
 
 
 def keep_freed_memory() -> bool:
@@ -20,4 +21,8 @@ def keep_freed_memory() -> bool:
         Whether this process's ``malloc`` understands it: glibc's does.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    return mallopt is not None and bool(mallopt(_MMAP_THRESHOLD, LARGEST) and mallopt(_TRIM_THRESHOLD, KEPT))
+    if mallopt is None:
+        return False
+    # Ray Data calls an actor's function in a thread of its own, whose heap is not the main one: hence the padding.
+    settings = ((_MMAP_THRESHOLD, LARGEST), (_TRIM_THRESHOLD, KEPT), (_TOP_PAD, _PAD))
+    return all(mallopt(option, value) for option, value in settings)

@@ -125,6 +125,7 @@ EXEMPT = {
     "invar_ray.doctor": "a shell",
     "invar_ray.errors": "messages",
     "invar_ray.files": "stores what steps make",
+    "invar_ray.indexing.heap": "where memory lies, not what is in it",
     "invar_ray.garbage": "removes artifacts",
     "invar_ray.manifest": "stores what steps make, with a schema version of its own",
     "invar_ray.own": "a shell",
