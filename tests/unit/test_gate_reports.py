@@ -1,0 +1,146 @@
+"""The gate on reports that were really measured: stage 1 trained here in one process, with and without the invariance
+loss, and with its weights broken."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
+
+from invar_ray.artifacts import Artifact, Building, Plan
+from invar_ray.cli import app
+from invar_ray.config import Config, load_config
+from invar_ray.evaluating.evaluate import System, build_report, report_plan
+from invar_ray.evaluation.questions import compare_reports, open_report
+from invar_ray.models.encoder import coarse_spec, llm_spec
+from invar_ray.pipeline import Pipeline
+from invar_ray.training.retriever_stage import RetrieverStage
+from invar_ray.training.schedule import learning_rate
+from invar_ray.training.trainer import encoder_of, retriever_plan
+from tests.distributed.small_store import embed_here, search_here
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+ROW = "stage 1"
+OVERRIDES = (
+    "model.tiny.num_layers=1",
+    "model.tiny.intermediate_size=64",
+    "questions.train_limit=80",
+    "questions.dev_limit=80",
+    "corpus.distractors=0",
+    "retriever.global_batch_size=8",
+    "retriever.steps=30",
+    "retriever.invariance_weight=4.0",
+    "retriever.invariance_ramp_steps=5",
+    "index.num_probes=4",
+    "evaluation.num_answers=0",
+)
+
+
+class Bench:
+    """Stage-1 adapters and their reports over one small store, made in this process."""
+
+    def __init__(self, root: Path) -> None:
+        self.config = load_config("tiny", [f"storage.root_uri={root}", *OVERRIDES])
+        pipeline = self.pipeline(self.config)
+        embed_here(pipeline, "minilm", coarse_spec(self.config.coarse))
+        embed_here(pipeline, "base", llm_spec(self.config.model, pipeline.base))
+
+    def pipeline(self, config: Config) -> Pipeline:
+        return Pipeline(config, quiet=True)
+
+    def train(self, **settings: float) -> Artifact:
+        """An adapter, trained by plain torch."""
+        config = replace(self.config, retriever=replace(self.config.retriever, **settings))
+        pipeline = self.pipeline(config)
+        plan = retriever_plan(config, pipeline.base, pipeline.trainset)
+        spec = llm_spec(config.model, pipeline.base, (plan.ref, plan.fingerprint))
+
+        def body(building: Building) -> None:
+            inputs = {"trainset": pipeline.trainset.ref, "encoder": spec.to_json()}
+            stage = RetrieverStage(config, pipeline.store, inputs, 0, 1)
+            trained = {name: p for name, p in stage.module.named_parameters() if p.requires_grad}
+            optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
+            for step in range(config.retriever.steps):
+                for group in optimizer.param_groups:
+                    group["lr"] = learning_rate(config.retriever.optimizer, step, config.retriever.steps)
+                optimizer.zero_grad()
+                stage.loss(stage.module, step)[0].backward()
+                torch.nn.utils.clip_grad_norm_(trained.values(), config.retriever.optimizer.max_grad_norm)
+                optimizer.step()
+            stage.save({name: p.detach() for name, p in trained.items()}, building.path / "adapter")
+            building.info |= {"encoder": spec.to_json()}
+
+        return pipeline.store.get_or_build(plan, body)[0]
+
+    def broken(self, whole: Artifact) -> Artifact:
+        """An adapter with noise on its weights."""
+        pipeline = self.pipeline(self.config)
+        plan = Plan("retriever", "broken", {"noise": 3.0}, {"retriever": whole})
+
+        def body(building: Building) -> None:
+            shutil.copytree(whole.path("adapter"), building.path / "adapter")
+            file = building.path / "adapter" / "adapter_model.safetensors"
+            draw = torch.Generator().manual_seed(0)
+            noisy = {n: v + 3.0 * v.std() * torch.randn(v.shape, generator=draw) for n, v in load_file(file).items()}
+            save_file(noisy, file)
+            spec = llm_spec(self.config.model, pipeline.base, (plan.ref, plan.fingerprint))
+            building.info |= {"encoder": spec.to_json()}
+
+        return pipeline.store.get_or_build(plan, body)[0]
+
+    def report(self, adapter: Artifact) -> Path:
+        """The report of an adapter on the dev questions."""
+        pipeline = self.pipeline(self.config)
+        pipeline.__dict__["retriever"] = adapter
+        embed_here(pipeline, "retriever", encoder_of(adapter), adapter)
+        systems = [System(ROW, search_here(pipeline, pipeline.index, "dev"), None)]
+        made, _ = pipeline.store.get_or_build(
+            report_plan(self.config, systems),
+            lambda building: build_report(building, self.config, pipeline.base, systems, "facts", pipeline.passages),
+        )
+        return made.path("report.json")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    return Bench(tmp_path_factory.mktemp("gate") / "s")
+
+
+@pytest.fixture(scope="module")
+def served(bench: Bench) -> Artifact:
+    """Trained with the invariance loss."""
+    return bench.train()
+
+
+def gate(baseline: Path, candidate: Path, *limits: str) -> tuple[int, str]:
+    arguments = ["gate", "--baseline", str(baseline), "--candidate", str(candidate), "--system", ROW, *limits]
+    result = CliRunner().invoke(app, arguments)
+    return result.exit_code, result.output
+
+
+def test_a_better_candidate_passes(bench: Bench, served: Artifact) -> None:
+    earlier = bench.train(steps=5)
+    code, text = gate(bench.report(earlier), bench.report(served))
+    assert code == 0, text
+
+
+def test_without_the_invariance_loss_variance_is_higher_and_stops_it(bench: Bench, served: Artifact) -> None:
+    without = bench.train(invariance_weight=0.0)
+    found = compare_reports(open_report(bench.report(served))[1], open_report(bench.report(without))[1])
+    (overlap,) = [entry for entry in found if entry.metric == "overlap_at_5"]
+    assert overlap.second_mean < overlap.first_mean
+    code, text = gate(bench.report(served), bench.report(without))
+    assert code == 1, text
+    assert "FAIL  1 - overlap@5" in text
+    assert "pass  recall@5" in text
+
+
+def test_a_candidate_broken_on_purpose_is_stopped_for_its_recall(bench: Bench, served: Artifact) -> None:
+    code, text = gate(bench.report(served), bench.report(bench.broken(served)))
+    assert code == 1, text
+    assert "FAIL  recall@5" in text
