@@ -14,7 +14,8 @@ from invar_ray.training.batches import Trainset
 from tests.distributed.small_store import small_store
 from tests.ray.test_training import OVERRIDES, adapter_files, copied, log_of, train, work_that_dies
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(900)]
+# Slow: every version of the negatives starts actors of its own.  tests/unit/test_refresh_schedule.py is the fast part.
+pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS, EVERY, DELAY = 6, 2, 1
 PLAIN = (f"retriever.steps={STEPS}", "retriever.optimizer.learning_rate=0.01")
