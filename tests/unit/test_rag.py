@@ -68,7 +68,7 @@ def test_citation_out_of_range_is_removed_with_a_note() -> None:
     answer = ask("Mara Voss [7] [1] [7]")
     assert [citation.number for citation in answer.citations] == [1]
     assert answer.notes == ("removed [7]: the prompt had 3 passages",)
-    assert answer.removed_citations == 1
+    assert answer.removed_citations == 2
 
 
 def test_without_citations_the_passages_that_hold_the_answer_are_cited() -> None:
