@@ -16,7 +16,12 @@ from tests.own_documents import QUESTIONS, SOUND_DOCUMENTS, SOUND_FILES, write_f
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
-SMALL = ["model.base=builtin:tiny", "model.retriever_layers=null"]
+SMALL = [
+    "model.base=builtin:tiny",
+    "model.retriever_layers=null",
+    "corpus.chunk_tokens=96",
+    "corpus.chunk_stride=96",
+]
 
 
 def test_indexed_asked_cited(local_ray: Any, tmp_path: Path) -> None:
@@ -70,7 +75,7 @@ def test_indexed_asked_cited(local_ray: Any, tmp_path: Path) -> None:
 
 def test_nothing_to_index_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    result = CliRunner().invoke(app, ["index", str(tmp_path), f"storage.root_uri={tmp_path / 'runs'}"])
+    result = CliRunner().invoke(app, ["index", str(tmp_path), f"storage.root_uri={tmp_path / 'runs'}", *SMALL])
     assert result.exit_code == 1
     assert "holds no file to read (1 entries seen)" in result.stderr
     assert "Traceback" not in result.stderr
