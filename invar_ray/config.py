@@ -3,6 +3,8 @@
 Fields fall in two kinds.  *Science* fields say what is computed (model, pooling, losses, seeds, global batch); they
 enter the fingerprints of artifacts.  *Scale* fields say on what (workers, GPUs, micro batch); they live in
 :class:`ScaleConfig`, :class:`StorageConfig` and :class:`ServeConfig` only, and never enter a fingerprint.
+
+The file is long because every setting stands here with its meaning; the code that reads them is its last third.
 """
 
 from __future__ import annotations

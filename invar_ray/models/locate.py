@@ -216,7 +216,7 @@ def open_generator(generator_uri: str, *, open_base_tree: BaseOpener | None = No
     artifact.verify()
     base = BaseRef(**artifact.info["base"])
     model, tokenizer = (open_base_tree or open_base)(base, artifact.store)
-    # Merged, a token costs a third less; a tree that others share must stay as it is.
+    # Merged, a token takes fewer products; a tree that others share must stay as it is.
     adapted = load_adapter(model, artifact.path("adapter"), merge=open_base_tree is None)
     generator = Generator(adapted, tokenizer, artifact.info["max_context"])
     generator.version = artifact.fingerprint

@@ -60,7 +60,6 @@ def test_a_version_counts_from_its_step_on_and_not_before(refreshed: Artifact, p
     assert not [artifact.ref for artifact in refreshed.store.list("index") if artifact.manifest.name == "refresh"]
 
 
-@pytest.mark.slow
 def test_a_run_that_died_twice_equals_an_uninterrupted_one(
     refreshed: Artifact, prepared: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -86,7 +85,6 @@ def test_a_run_that_died_twice_equals_an_uninterrupted_one(
     assert (len(kept[5]["history"]), kept[5]["pending"]["step"]) == (1, 4)
 
 
-@pytest.mark.slow
 def test_asynchronous_versions_count_when_they_stand(local_ray: Any, prepared: Path) -> None:
     found = train(
         copied(prepared, "asynchronous"),

