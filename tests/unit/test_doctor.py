@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import http.server
+import importlib.util
 import os
 import socket
 import subprocess
