@@ -226,6 +226,9 @@ class LoraConfig:
     """Dropout on the adapter's input (published: 0.05)."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Projections that get an adapter (published: attention)."""
+    first_layer: int = field(default=0, metadata=_LATER)
+    """Only layers from this one on (counted from 0) get an adapter: nothing is back-propagated below it (12 of
+    30 took 28 % off a step's time)."""
 
 
 @dataclass(frozen=True)
@@ -516,6 +519,9 @@ class ScaleConfig:
     pack_tokens: int | None = None
     """Stage 2: put short sequences behind each other in rows of up to this many tokens, so that less is padding; they
     do not see each other, and loss and gradients stay the same.  ``null`` pads each sequence by itself."""
+    keep_freed_memory: bool = False
+    """Training workers keep the memory that they free instead of giving it back: about a fifth faster on CPUs, where
+    the kernel would clear every page anew, for up to 1.4 times the memory."""
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     max_failures: int = 2
@@ -549,6 +555,9 @@ class ScaleConfig:
     that does not fit into memory is halved."""
     shard_rows: int = 512
     """Passages per shard: the unit that is embedded, checked and resumed."""
+    in_process_below: int = 0
+    """Searches and answers for fewer questions than this run in the job's own process: starting actors would take
+    longer than they do.  For models that fit there."""
     index_workers: int = 1
     """Threads that build an index, each a part of it; graphs (HNSW) are built by one."""
     worker_timeout_s: float = 300.0
@@ -655,7 +664,11 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def science(section: Any) -> dict[str, Any]:
     """As :func:`to_dict`, for a fingerprint: without fields that came later and are switched off."""
-    return {name: value for name, value in to_dict(section).items() if name not in _switched_off(section)}
+    plain = to_dict(section)
+    nested = {
+        e.name: science(getattr(section, e.name)) for e in fields(section) if is_dataclass(getattr(section, e.name))
+    }
+    return {name: nested.get(name, value) for name, value in plain.items() if name not in _switched_off(section)}
 
 
 def _switched_off(section: Any) -> set[str]:

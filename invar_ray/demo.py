@@ -49,6 +49,7 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
             url = start_service(pipeline.index, pipeline.generator, config.serve, log_level="WARNING")
             answer = ask_service(url, asked, None, None)
             seconds = {**report.seconds, "serve and answer": round(time.monotonic() - served, 2)}
+            print(f"question: {asked}")
             print_answer(answer)
             written = finish_report(replace(report, seconds=seconds, answer=_for_report(asked, answer)), folder)
             report_uri = os.path.relpath(pipeline.report.uri) if pipeline.store.is_local else pipeline.report.uri

@@ -37,10 +37,10 @@ _WORKER_ENV = {
 
 def quieten_worker() -> None:
     """Runs first in each worker of a local Ray: drops a warning a second that its dashboard, which is off, would
-    prevent.
+    prevent, and what repeats a training's own lines.
     """
-    name = "ray.train.v2._internal.execution.controller.placement_group_cleaner"
-    logging.getLogger(name).setLevel(logging.ERROR)
+    for name in ("controller.placement_group_cleaner", "context"):
+        logging.getLogger(f"ray.train.v2._internal.execution.{name}").setLevel(logging.ERROR)
 
 
 def quieten_libraries() -> None:
@@ -134,6 +134,8 @@ class RaySession:
 
     def _start_local(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="invar-ray-")
+        # That clients need a token concerns no one: this Ray has no other clients.
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         ray.init(
             address="local",  # never one that somebody else left an address of
             num_cpus=self._scale.local_num_cpus,

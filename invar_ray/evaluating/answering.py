@@ -8,10 +8,10 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from invar_ray.artifacts import Artifact, Store
 from invar_ray.config import Config
+from invar_ray.evaluating.blocks import map_blocks
 from invar_ray.evaluating.hits import HIT_TYPE, FoundFamily
 from invar_ray.models.locate import BaseRef, open_base, open_generator
 from invar_ray.progress import Progress
@@ -102,7 +102,9 @@ def load_gold(passages: Artifact, families: Sequence[FoundFamily]) -> dict[str, 
 def answer_all(
     config: Config, base: BaseRef, store: Store, tasks: Sequence[AnswerTask]
 ) -> dict[str, list[list[Answered]]]:
-    """Every task's answers: label -> question -> wording; one Ray Data job for each generator."""
+    """Every task's answers: label -> question -> wording; one job for each generator (few questions: in this
+    process).
+    """
     answers: dict[str, list[list[Answered]]] = {}
     for uri in dict.fromkeys(task.generator_uri for task in tasks):
         answers |= _answer_with(config, base, store, uri, [task for task in tasks if task.generator_uri == uri])
@@ -187,21 +189,9 @@ def _answer_with(
         for number, start in enumerate(range(0, len(flat), size))
     ]
     progress = Progress(f"answer ({'stage 2' if generator_uri else 'base'})", len(flat), "questions")
-    table = pa.Table.from_pylist(blocks, schema=_BLOCK)
-    stream = ray.data.from_arrow([table.slice(number, 1) for number in range(len(blocks))]).map(
-        AnswerBlock,
-        fn_constructor_kwargs={
-            "root_uri": store.root_uri,
-            "base": asdict(base),
-            "generator_uri": generator_uri,
-            "config": config,
-        },
-        num_cpus=config.scale.cpus_per_worker,
-        num_gpus=config.scale.embed_gpus_per_worker or None,
-        compute=ray.data.ActorPoolStrategy(size=min(config.scale.embed_workers, len(blocks))),
-    )
+    arguments = {"root_uri": store.root_uri, "base": asdict(base), "generator_uri": generator_uri, "config": config}
     found: dict[int, list[Answered]] = {}
-    for row in stream.iter_rows():
+    for row in map_blocks(AnswerBlock, arguments, blocks, _BLOCK, len(flat), config.scale):
         found[int(row["block"])] = [
             Answered(
                 answer["text"],

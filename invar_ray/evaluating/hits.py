@@ -12,10 +12,10 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 
 from invar_ray.artifacts import Artifact, Building, Plan
 from invar_ray.config import Config
+from invar_ray.evaluating.blocks import map_blocks
 from invar_ray.progress import Progress
 from invar_ray.retrieval.fusion import fuse_hits, query_rewrites
 from invar_ray.retrieval.retriever import open_exact_retriever, open_retriever
@@ -36,6 +36,7 @@ HIT_TYPE = pa.struct(
     ]
 )
 """Arrow type of a :class:`invar_ray.schema.Hit` inside a row."""
+_BLOCK = pa.schema([("block", pa.int64()), ("wordings", pa.list_(pa.list_(pa.string())))])
 _ROW = pa.schema(
     [
         ("question_id", pa.string()),
@@ -97,7 +98,9 @@ def hits_plan(
 def build_hits(
     building: Building, config: Config, index: Artifact, questions: Artifact, mode: SearchMode = PLAIN
 ) -> None:
-    """Search every wording of every question, on ``scale.embed_workers`` actors of the running Ray."""
+    """Search every wording of every question, on ``scale.embed_workers`` actors of the running Ray (a few questions:
+    in this process).
+    """
     split, top_k = building.plan.config["split"], building.plan.config["top_k"]
     examples, families = load_wordings(questions, split)
     starts = list(range(0, len(examples), _QUESTIONS_PER_BATCH))
@@ -109,23 +112,17 @@ def build_hits(
         for number, start in enumerate(starts)
     ]
     progress = Progress(f"search {split}", len(examples), "questions")
-    stream = ray.data.from_items(blocks, override_num_blocks=len(blocks)).map(
-        SearchBlock,
-        fn_constructor_kwargs={
-            "index_uri": index.uri,
-            "top_k": top_k,
-            "precision": mode.precision or config.model.precision,
-            "device": "cuda" if config.scale.embed_gpus_per_worker > 0 else "cpu",
-            "num_rewrites": mode.num_rewrites,
-            "seed": config.seed,
-            "exact": mode.exact,
-        },
-        num_gpus=config.scale.embed_gpus_per_worker or None,
-        num_cpus=config.scale.cpus_per_worker,
-        compute=ray.data.ActorPoolStrategy(size=min(config.scale.embed_workers, len(blocks))),
-    )
+    arguments = {
+        "index_uri": index.uri,
+        "top_k": top_k,
+        "precision": mode.precision or config.model.precision,
+        "device": "cuda" if config.scale.embed_gpus_per_worker > 0 else "cpu",
+        "num_rewrites": mode.num_rewrites,
+        "seed": config.seed,
+        "exact": mode.exact,
+    }
     found: dict[int, list[list[list[dict[str, Any]]]]] = {}
-    for row in stream.iter_rows():
+    for row in map_blocks(SearchBlock, arguments, blocks, _BLOCK, len(examples), config.scale):
         found[int(row["block"])] = row["hits"]
         progress.advance(len(row["hits"]))
     write_hits(building, examples, families, [hits for number in sorted(found) for hits in found[number]])

@@ -21,7 +21,7 @@ from pyarrow import fs
 
 from invar_ray.artifacts import Artifact, Store, resolve_uri
 from invar_ray.config import ScaleConfig
-from invar_ray.indexing.heap import keep_freed_memory
+from invar_ray.heap import keep_freed_memory
 from invar_ray.indexing.previous import passage_digest
 from invar_ray.models.batching import EncodeStats
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder, open_tokenizer

@@ -45,7 +45,7 @@ def new_adapter(base: PreTrainedModel, config: LoraConfig, seed: int, *, num_lay
         lora_dropout=config.dropout,
         target_modules=list(config.target_modules),
         task_type="CAUSAL_LM",
-        layers_to_transform=None if num_layers is None else list(range(num_layers)),
+        layers_to_transform=_layers(base, config.first_layer, num_layers),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -56,6 +56,16 @@ def new_adapter(base: PreTrainedModel, config: LoraConfig, seed: int, *, num_lay
                 f"no LoRA adapter fits {type(base).__name__}: {str(error).splitlines()[0]}",
                 action="set lora.target_modules to names of its linear layers",
             ) from error
+
+
+def _layers(base: PreTrainedModel, first: int, count: int | None) -> list[int] | None:
+    """Numbers of the adapted layers; ``None`` for all."""
+    if first == 0 and count is None:
+        return None
+    last = int(base.config.num_hidden_layers) if count is None else count
+    if not 0 <= first < last:
+        raise ModelError(f"lora.first_layer is {first}", expected=f"0 to {last - 1}: there are {last} layers")
+    return list(range(first, last))
 
 
 def load_adapter(base: PreTrainedModel, folder: Path, *, merge: bool = False) -> PreTrainedModel:

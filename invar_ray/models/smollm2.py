@@ -6,14 +6,15 @@ transformers format.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib.util
+import io
 from pathlib import Path
 
 import torch
 from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerBase
-from transformers.utils import logging
 
 from invar_ray.errors import ModelError
 
@@ -56,13 +57,9 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     if found != SHA256:
         raise ModelError(f"{path} has SHA-256 {found}", expected=SHA256, action=_INSTALL)
     folder, name = str(path.parent), path.name
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # seconds of work, and a line for each of its hundreds of updates in a log file
-    try:
+    # Seconds of work, and a line for each of its hundreds of updates in a log file.
+    with contextlib.redirect_stderr(io.StringIO()):
         quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
-    finally:
-        if shown:
-            logging.enable_progress_bar()
     # A model read from GGUF is marked as quantised and refuses to be saved, although its weights are plain by now.
     values = {
         key: value

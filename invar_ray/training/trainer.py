@@ -17,6 +17,7 @@ from invar_ray.config import Config, science
 from invar_ray.errors import ConfigError, DataError, InvarError, ResourceError
 from invar_ray.evaluation.plots import plot_losses
 from invar_ray.garbage import remove
+from invar_ray.heap import keep_freed_memory
 from invar_ray.models.encoder import EncoderSpec, llm_spec
 from invar_ray.models.locate import BaseRef, hidden_size
 from invar_ray.training.schedule import best_step
@@ -203,6 +204,8 @@ def _work(payload: dict[str, Any]) -> dict[str, Any]:
     # Imported on the workers only: DeepSpeed takes seconds to load and speaks up while it does.
     from invar_ray.training.worker import train_worker
 
+    if payload["config"].scale.keep_freed_memory:
+        keep_freed_memory()
     return dict(train_worker(payload))
 
 

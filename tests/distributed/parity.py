@@ -36,6 +36,7 @@ NAMES = {
     "invariance_hard": "+ invariance, hard patterns",
     "risk_variance": "+ risk variance",
     "all": "all of them",
+    "matryoshka": "all, at three sizes",
     "all_odd": "all, 5 questions (padded rows)",
     "answer": "stage 2: answer",
     "answer_odd": "stage 2, 3 sequences",

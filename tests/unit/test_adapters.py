@@ -237,3 +237,23 @@ def test_generator_is_refused_when_its_base_changed(small: World, tmp_path: Path
     build_tiny(replace(TINY, intermediate_size=16), seed=1)[0].save_pretrained(folder)
     with pytest.raises(ModelError):
         open_generator(artifact.uri)
+
+
+def test_layers_below_the_first_get_no_adapter_and_no_gradient(tmp_path: Path) -> None:
+    config = LoraConfig(dropout=0.0, first_layer=1)
+    model = new_adapter(random_llama(layers=3), config, 0)
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert {name.split(".layers.")[1][0] for name in trained} == {"1", "2"}
+    tops = model(input_ids=IDS % 50, output_hidden_states=True).hidden_states
+    assert not tops[1].requires_grad, "something would be back-propagated through layer 0"
+    assert tops[2].requires_grad
+
+    saved = save_random(random_llama(layers=3), tmp_path / "adapter", config)
+    loaded = load_adapter(random_llama(layers=3), tmp_path / "adapter", merge=True)
+    torch.testing.assert_close(logits(loaded, IDS % 50), logits(saved.eval(), IDS % 50))
+
+
+@pytest.mark.parametrize("first", [-1, 3])
+def test_first_layer_must_be_a_layer(first: int) -> None:
+    with pytest.raises(ModelError, match="0 to 2"):
+        new_adapter(random_llama(layers=3), LoraConfig(first_layer=first), 0)

@@ -13,7 +13,7 @@ from invar_ray.session import _WORKER_ENV
 
 SCRIPT = """
 import resource, torch
-from invar_ray.indexing.heap import keep_freed_memory
+from invar_ray.heap import keep_freed_memory
 
 def faults():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

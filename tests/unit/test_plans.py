@@ -197,6 +197,8 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("index.dimensions", 64, AFTER_RETRIEVER - {"retriever"}),
     ("retriever.steps", 61, AFTER_RETRIEVER),
     ("retriever.lora.rank", 4, AFTER_RETRIEVER),
+    ("retriever.lora.first_layer", 1, AFTER_RETRIEVER),
+    ("generator.lora.first_layer", 1, {"generator", "report"}),
     ("retriever.optimizer.learning_rate", 0.1, AFTER_RETRIEVER),
     ("retriever.invariance_weight", 0.0, AFTER_RETRIEVER),
     ("generator.steps", 31, {"generator", "report"}),

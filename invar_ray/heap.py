@@ -1,4 +1,4 @@
-"""The heap of an embedding actor: blocks that it frees stay with it."""
+"""The heap of a process that computes on CPUs: blocks that it frees stay with it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ def keep_freed_memory() -> bool:
     """Serve blocks of up to 32 MiB from this process's heap, and give none of it back below 512 MiB.
 
     A local Ray's workers map each block of 1 MiB or more by itself and give it back at once
-    (:mod:`invar_ray.session`): training, whose batches have ever other shapes, is left with half of the memory that
-    way.  Encoding goes through the same few shapes again and again, by a budget of tokens; there the kernel would have
-    to clear the pages of every activation anew.
+    (:mod:`invar_ray.session`): training, whose batches have ever other shapes, holds less memory that way, and waits
+    longer.  Encoding goes through the same few shapes again and again, by a budget of tokens; there the kernel would
+    have to clear the pages of every activation anew.
 
     Returns:
         Whether this process's ``malloc`` understands it: glibc's does.

@@ -1,0 +1,29 @@
+"""Small jobs run in the process that asks (what larger ones do on Ray is tested in tests/ray)."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import pyarrow as pa
+import ray
+
+from invar_ray.config import ScaleConfig
+from invar_ray.evaluating.blocks import map_blocks
+
+
+class Times:
+    def __init__(self, factor: int) -> None:
+        self.factor = factor
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        return {"block": row["block"], "product": row["value"] * self.factor, "pid": os.getpid()}
+
+
+def test_few_questions_start_no_actor() -> None:
+    blocks = [{"block": number, "value": number + 1} for number in range(3)]
+    schema = pa.schema([("block", pa.int64()), ("value", pa.int64())])
+    found = list(map_blocks(Times, {"factor": 10}, blocks, schema, 3, ScaleConfig(in_process_below=4)))
+    assert [row["product"] for row in found] == [10, 20, 30]
+    assert {row["pid"] for row in found} == {os.getpid()}
+    assert not ray.is_initialized()
