@@ -17,6 +17,7 @@ from invar_ray.config import Config
 from invar_ray.evaluation.page import findings
 from invar_ray.evaluation.tables import render_tables
 from invar_ray.indexing.questions import load_examples
+from invar_ray.indexing.sources import BUILTIN_FACTS
 from invar_ray.models.encoder import EncoderSpec
 from invar_ray.models.locate import BaseRef, open_base_generator, open_generator
 from invar_ray.own import describe_index, latest_index, remember_index
@@ -25,6 +26,8 @@ from invar_ray.retrieval.rag import answer_question
 from invar_ray.retrieval.retriever import open_retriever
 
 _SHOWN_CHARS = 160
+_ASKED = "Who painted Las Meninas?"
+"""Of the built-in corpus, where no question is given: about a painting that no training question is about."""
 
 
 def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
@@ -32,7 +35,7 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
 
     Args:
         config: the run; ``serve.port`` 0 takes a free port.
-        question: what to ask; ``None`` asks the first dev question.
+        question: what to ask; ``None`` takes one about the built-in corpus, or the first dev question of another one.
         keep: go on serving until Ctrl-C.
     """
     started = time.monotonic()
@@ -42,7 +45,8 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
         folder = Path(pipeline.store.root) if pipeline.store.is_local else Path("runs") / config.name
         print(f"\n{render_tables(report.rows, config.evaluation.overlap_k)}\n")
         print("".join(f"{text}\n" for text in findings(report, config.evaluation.overlap_k)))
-        asked = question or load_examples(pipeline.questions, "dev")[0].question
+        builtin = config.corpus.uri == BUILTIN_FACTS
+        asked = question or (_ASKED if builtin else load_examples(pipeline.questions, "dev")[0].question)
         pipeline.session.ensure()
         try:
             served = time.monotonic()
