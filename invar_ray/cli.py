@@ -121,11 +121,13 @@ def train(
 @clear_errors
 def evaluate(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
     """Evaluate the systems that evaluation.systems names; print the tables and where the report is."""
-    from invar_ray.pipeline import Pipeline
+    from invar_ray.pipeline import Pipeline, keep_numbers
 
     with Pipeline(load_config(config, overrides or [])) as pipeline:
         print(pipeline.report.path("table.txt").read_text(encoding="utf-8"))
         print(f"{pipeline.report.uri}\n{pipeline.report.path('report.html')}")
+        if written := keep_numbers(pipeline):
+            print(written)
 
 
 @app.command()

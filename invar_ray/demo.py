@@ -45,15 +45,14 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
         folder = Path(pipeline.store.root) if pipeline.store.is_local else Path("runs") / config.name
         print(f"\n{render_tables(report.rows, config.evaluation.overlap_k)}\n")
         print("".join(f"{text}\n" for text in findings(report, config.evaluation.overlap_k)))
-        builtin = config.corpus.uri == BUILTIN_FACTS
-        asked = question or (_ASKED if builtin else load_examples(pipeline.questions, "dev")[0].question)
+        asked = question or _default_question(pipeline)
         pipeline.session.ensure()
         try:
             served = time.monotonic()
             url = start_service(pipeline.index, pipeline.generator, config.serve, log_level="WARNING")
+            print(f"question: {asked}", flush=True)
             answer = ask_service(url, asked, None, None)
             seconds = {**report.seconds, "serve and answer": round(time.monotonic() - served, 2)}
-            print(f"question: {asked}")
             print_answer(answer)
             written = finish_report(replace(report, seconds=seconds, answer=_for_report(asked, answer)), folder)
             report_uri = os.path.relpath(pipeline.report.uri) if pipeline.store.is_local else pipeline.report.uri
@@ -68,6 +67,13 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
         finally:
             stop_service()
     print(f"everything is shut down\n\n{what_next(config, report_uri)}")
+
+
+def _default_question(pipeline: Pipeline) -> str:
+    corpus, questions = pipeline.config.corpus, pipeline.config.questions
+    if corpus.uri == BUILTIN_FACTS and corpus.limit is None and questions.train_uri == BUILTIN_FACTS:
+        return _ASKED
+    return load_examples(pipeline.questions, "dev")[0].question
 
 
 def what_next(config: Config, report_uri: str) -> str:

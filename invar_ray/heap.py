@@ -14,8 +14,8 @@ def keep_freed_memory() -> bool:
 
     A local Ray's workers map each block of 1 MiB or more by itself and give it back at once
     (:mod:`invar_ray.session`): training, whose batches have ever other shapes, holds less memory that way, and waits
-    longer.  Encoding goes through the same few shapes again and again, by a budget of tokens; there the kernel would
-    have to clear the pages of every activation anew.
+    longer (``scale.keep_freed_memory`` decides).  Encoding goes through the same few shapes again and again, by a
+    budget of tokens; there the kernel would have to clear the pages of every activation anew.
 
     Returns:
         Whether this process's ``malloc`` understands it: glibc's does.

@@ -418,6 +418,17 @@ def finish_report(report: Report, folder: Path) -> Path:
     return write_report(report, folder / "report.json")
 
 
+def keep_numbers(pipeline: Pipeline) -> Path | None:
+    """``report.json`` of the pipeline's report at the top of its store, where ``compare`` and ``gate`` look for it; not
+    in a remote store, whose reports have URIs.
+    """
+    if not pipeline.store.is_local:
+        return None
+    measured = read_report(pipeline.report.path("report.json"))
+    meta = {"report": pipeline.report.uri, "seed": pipeline.config.seed}
+    return finish_report(replace(measured, meta=meta), Path(pipeline.store.root))
+
+
 def _service() -> Any:
     # serve/ is a top level package of its own, above this one: it is started by name.
     return importlib.import_module("serve.app")

@@ -37,10 +37,11 @@ _WORKER_ENV = {
 
 def quieten_worker() -> None:
     """Runs first in each worker of a local Ray: drops a warning a second that its dashboard, which is off, would
-    prevent, and what repeats a training's own lines.
+    prevent, and Ray Train's own line for each report.
     """
-    for name in ("controller.placement_group_cleaner", "context"):
-        logging.getLogger(f"ray.train.v2._internal.execution.{name}").setLevel(logging.ERROR)
+    place = "ray.train.v2._internal.execution"
+    logging.getLogger(f"{place}.controller.placement_group_cleaner").setLevel(logging.ERROR)
+    logging.getLogger(f"{place}.context").setLevel(logging.WARNING)
 
 
 def quieten_libraries() -> None:
@@ -134,8 +135,8 @@ class RaySession:
 
     def _start_local(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="invar-ray-")
-        # That clients need a token concerns no one: this Ray has no other clients.
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+        # Without this Ray decides the same, and says so in a warning: its token lies in ~/.ray/auth_token.
+        os.environ.setdefault("RAY_AUTH_MODE", "token")
         ray.init(
             address="local",  # never one that somebody else left an address of
             num_cpus=self._scale.local_num_cpus,

@@ -9,6 +9,7 @@ import pyarrow as pa
 import ray
 
 from invar_ray.config import ScaleConfig
+from invar_ray.errors import InvarError, ResourceError
 
 Block = Mapping[str, Any]
 
@@ -18,7 +19,7 @@ def map_blocks(
     arguments: Mapping[str, Any],
     blocks: Sequence[Block],
     schema: pa.Schema,
-    questions: int,
+    texts: int,
     scale: ScaleConfig,
 ) -> Iterator[dict[str, Any]]:
     """What the actor makes of each block; in no order where several of them run.
@@ -28,12 +29,15 @@ def map_blocks(
         arguments: of its constructor.
         blocks: plain rows.
         schema: of a block: Arrow would guess a wrong type from empty lists.
-        questions: how many the blocks hold together; fewer than ``scale.in_process_below`` start no actors.
+        texts: how many questions or prompts the blocks hold together; fewer than ``scale.in_process_below`` start no
+            actors, unless these need GPUs, which are Ray's to give.
         scale: ``embed_workers`` actors at most, each with its share of CPUs and GPUs.
+
+    Raises:
+        ResourceError: if the work fails in this process otherwise than by an error of this package's own.
     """
-    if questions < scale.in_process_below:
-        work = actor(**arguments)
-        yield from (work(dict(block)) for block in blocks)
+    if texts < scale.in_process_below and not scale.embed_gpus_per_worker:
+        yield from _here(actor, arguments, blocks)
         return
     table = pa.Table.from_pylist([dict(block) for block in blocks], schema=schema)
     stream = ray.data.from_arrow([table.slice(number, 1) for number in range(len(blocks))]).map(
@@ -44,3 +48,30 @@ def map_blocks(
         compute=ray.data.ActorPoolStrategy(size=min(scale.embed_workers, len(blocks))),
     )
     yield from stream.iter_rows()
+
+
+def _here(
+    actor: Callable[..., Callable[[dict[str, Any]], dict[str, Any]]],
+    arguments: Mapping[str, Any],
+    blocks: Sequence[Block],
+) -> Iterator[dict[str, Any]]:
+    try:
+        work = actor(**arguments)
+    except (RuntimeError, MemoryError) as error:
+        raise _failed(error) from error
+    for block in blocks:
+        try:
+            made = work(dict(block))
+        except (RuntimeError, MemoryError) as error:
+            raise _failed(error) from error
+        yield made
+
+
+def _failed(error: Exception) -> Exception:
+    if isinstance(error, InvarError):
+        return error
+    last = (str(error).splitlines() or [""])[-1]
+    return ResourceError(
+        f"{type(error).__name__}: {last}",
+        action="close other programs, or set scale.in_process_below to 0: actors are restarted where they fail",
+    )

@@ -31,13 +31,13 @@ def new_adapter(base: PreTrainedModel, config: LoraConfig, seed: int, *, num_lay
 
     Args:
         base: the model.
-        config: rank, scale and target modules.
+        config: rank, scale, target modules and layers.
         seed: of the weights.
         num_layers: where ``base`` is only the first layers of its model: how many, so that the folder fits the whole
             model, too.
 
     Raises:
-        ModelError: if the base has none of the target modules.
+        ModelError: if the base has none of the target modules, or no layer ``first_layer``.
     """
     peft_config = PeftLoraConfig(
         r=config.rank,
@@ -64,7 +64,11 @@ def _layers(base: PreTrainedModel, first: int, count: int | None) -> list[int] |
         return None
     last = int(base.config.num_hidden_layers) if count is None else count
     if not 0 <= first < last:
-        raise ModelError(f"lora.first_layer is {first}", expected=f"0 to {last - 1}: there are {last} layers")
+        raise ModelError(
+            f"lora.first_layer is {first}",
+            expected=f"0 to {last - 1}: {type(base).__name__} has {last} layers",
+            action="lower retriever.lora.first_layer or generator.lora.first_layer",
+        )
     return list(range(first, last))
 
 

@@ -7,9 +7,11 @@ transformers format.
 from __future__ import annotations
 
 import contextlib
+import functools
 import hashlib
+import importlib
 import importlib.util
-import io
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -57,8 +59,7 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     if found != SHA256:
         raise ModelError(f"{path} has SHA-256 {found}", expected=SHA256, action=_INSTALL)
     folder, name = str(path.parent), path.name
-    # Seconds of work, and a line for each of its hundreds of updates in a log file.
-    with contextlib.redirect_stderr(io.StringIO()):
+    with _no_bar():
         quantised = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
     # A model read from GGUF is marked as quantised and refuses to be saved, although its weights are plain by now.
     values = {
@@ -72,3 +73,18 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     # GGUF names its pre-tokenizer ("smollm") and does not describe it: every digit is a token of its own.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
     return model.eval(), tokenizer
+
+
+@contextlib.contextmanager
+def _no_bar() -> Iterator[None]:
+    """Without the reader's progress bar: some seconds, and in a log file a line for each of its hundreds of updates."""
+    reader = importlib.import_module("transformers.modeling_gguf_pytorch_utils")
+    bar = getattr(reader, "tqdm", None)
+    if bar is None:  # another version of transformers
+        yield
+        return
+    setattr(reader, "tqdm", functools.partial(bar, disable=True))  # noqa: B010
+    try:
+        yield
+    finally:
+        setattr(reader, "tqdm", bar)  # noqa: B010

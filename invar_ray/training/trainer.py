@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import pyarrow.fs as fs
 import ray.train
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchTrainer
@@ -16,6 +17,7 @@ from invar_ray.artifacts import Artifact, Building, Plan, Store, join_uri
 from invar_ray.config import Config, science
 from invar_ray.errors import ConfigError, DataError, InvarError, ResourceError
 from invar_ray.evaluation.plots import plot_losses
+from invar_ray.files import resolve_uri
 from invar_ray.garbage import remove
 from invar_ray.heap import keep_freed_memory
 from invar_ray.models.encoder import EncoderSpec, llm_spec
@@ -24,6 +26,9 @@ from invar_ray.training.schedule import best_step
 from invar_ray.training.stage import NEGATIVES_FILE, Mine
 from invar_ray.training.tracking import check_trackers
 from invar_ray.versions import STEPS
+
+_RECORD = "checkpoint_manager_snapshot.json"
+"""Ray Train's list of a run's checkpoints."""
 
 
 def retriever_plan(config: Config, base: BaseRef, trainset: Artifact) -> Plan:
@@ -112,6 +117,7 @@ def _train(
 ) -> None:
     scale, plan = config.scale, building.plan
     check_trackers(scale.trackers)
+    storage, name = join_uri(root_uri, ".train"), f"{plan.kind}-{plan.fingerprint}"
     trainer = TorchTrainer(
         _work,
         train_loop_config={
@@ -121,6 +127,7 @@ def _train(
             "inputs": inputs,
             "run": plan.fingerprint,
             "mine": mine,
+            "unrecorded": unrecorded_checkpoints(join_uri(storage, name)),
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=scale.num_workers,
@@ -129,8 +136,8 @@ def _train(
             resources_per_worker={"CPU": scale.cpus_per_worker} | ({"GPU": 1} if scale.use_gpu else {}),
         ),
         run_config=RunConfig(
-            name=f"{plan.kind}-{plan.fingerprint}",
-            storage_path=join_uri(root_uri, ".train"),
+            name=name,
+            storage_path=storage,
             checkpoint_config=CheckpointConfig(num_to_keep=scale.keep_checkpoints),
             failure_config=FailureConfig(max_failures=scale.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
@@ -198,6 +205,29 @@ def _fit(trainer: TorchTrainer) -> ray.train.Result:
         raise outcome["error"]
     result: ray.train.Result = outcome["result"]
     return result
+
+
+def unrecorded_checkpoints(run_uri: str) -> list[str]:
+    """URIs of a run's checkpoints, newest first, where Ray's own record of them is cut off; else none.
+
+    Ray writes the record in place: a kill in that moment leaves half of it, which no run could start from.  It is
+    removed, and the workers look at the checkpoints themselves.
+    """
+    filesystem, folder = resolve_uri(run_uri)
+    record = f"{folder}/{_RECORD}"
+    if filesystem.get_file_info(record).type != fs.FileType.File:
+        return []
+    with filesystem.open_input_stream(record) as stream:
+        text = bytes(stream.read())
+    try:
+        json.loads(text)
+    except ValueError:
+        filesystem.delete_file(record)
+    else:
+        return []
+    found = filesystem.get_file_info(fs.FileSelector(folder))
+    names = sorted((entry.base_name for entry in found if entry.base_name.startswith("checkpoint_")), reverse=True)
+    return [join_uri(run_uri, name) for name in names]
 
 
 def _work(payload: dict[str, Any]) -> dict[str, Any]:

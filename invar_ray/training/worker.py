@@ -6,11 +6,13 @@ import json
 import math
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
 import ray.train
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from invar_ray.artifacts import Store
@@ -46,8 +48,9 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
     """Train from the last checkpoint to the last step.
 
     Args:
-        payload: ``stage``, ``config``, ``root_uri``, ``inputs`` (refs of artifacts), ``run`` (fingerprint) and ``mine``
-            (what makes new negatives; ``None`` where they are not refreshed).
+        payload: ``stage``, ``config``, ``root_uri``, ``inputs`` (refs of artifacts), ``run`` (fingerprint), ``mine``
+            (what makes new negatives; ``None`` where they are not refreshed) and ``unrecorded`` (URIs of checkpoints
+            that Ray has no record of, newest first).
 
     Returns:
         The same on every rank.
@@ -61,7 +64,7 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
     device = ray.train.torch.get_device() if config.scale.use_gpu else torch.device("cpu")
     stage.module.to(device)
 
-    resumed = _resume(payload["run"])
+    resumed = _resume(payload["run"], payload.get("unrecorded", ()))
     if resumed is not None:
         _put(stage, resumed.engine.parameters)
     engine = Engine(
@@ -147,12 +150,20 @@ def step_gradients(stage: Stage, engine: Engine, step: int, tokens_per_chunk: in
         return stage.accumulate(engine, step, Chunking(tokens_per_chunk, largest_over_ranks, engine.backward))
 
 
-def _resume(run: str) -> Checkpoint | None:
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is None:
-        return None
-    with checkpoint.as_directory() as folder:
-        return load_checkpoint(Path(folder), run)
+def _resume(run: str, unrecorded: Sequence[str]) -> Checkpoint | None:
+    """The checkpoint to go on from: Ray's; without one the first of ``unrecorded`` that is whole."""
+    recorded = ray.train.get_checkpoint()
+    if recorded is not None:
+        with recorded.as_directory() as folder:
+            return load_checkpoint(Path(folder), run)
+    for uri in unrecorded:
+        filesystem, path = resolve_uri(uri)
+        with ray.train.Checkpoint(path, filesystem).as_directory() as folder:
+            try:
+                return load_checkpoint(Path(folder), run)
+            except (OSError, ValueError, KeyError, SafetensorError) as error:  # its upload was cut off
+                print(f"{uri} is not whole ({type(error).__name__}); trying the one before", flush=True)
+    return None
 
 
 def _open_refresh(stage: Stage, payload: dict[str, Any], rank: int, resumed: Checkpoint | None) -> Refresh | None:

@@ -152,16 +152,27 @@ def test_a_run_whose_worker_died_equals_an_uninterrupted_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("torn", [False, True], ids=["as it was left", "record and newest checkpoint cut off"])
 def test_a_failed_run_is_one_error_and_the_next_goes_on(
-    prepared: Path, uninterrupted: Callable[[str], Artifact], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    torn: bool,
+    prepared: Path,
+    uninterrupted: Callable[[str], Artifact],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     whole = uninterrupted("retriever")
-    root = copied(prepared, "failed")
+    root = copied(prepared, f"failed-{torn}")
     with monkeypatch.context() as patch:
         patch.setattr(trainer, "_work", work_that_dies(tmp_path, deaths=1))
         with pytest.raises(ResourceError, match="training of the retriever failed"):
             train(root, "retriever", "scale.max_failures=0")
     assert not list(root.glob("retriever/*")), "a failed training published something"
+    if torn:
+        (record,) = root.glob(".train/*/checkpoint_manager_snapshot.json")
+        record.write_text(record.read_text()[:50])
+        (whole_one,) = record.parent.glob("checkpoint_*")
+        half = shutil.copytree(whole_one, record.parent / "checkpoint_2999-01-01_00-00-00.000000")
+        (half / "state.json").unlink()
     # A second try, as a user would: the same command, in what may be another process.
     monkeypatch.setattr(trainer, "_work", work_that_dies(tmp_path, deaths=1))
     found = train(root, "retriever", "scale.max_failures=0")

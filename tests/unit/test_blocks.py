@@ -6,9 +6,11 @@ import os
 from typing import Any
 
 import pyarrow as pa
+import pytest
 import ray
 
 from invar_ray.config import ScaleConfig
+from invar_ray.errors import DataError, ResourceError
 from invar_ray.evaluating.blocks import map_blocks
 
 
@@ -27,3 +29,24 @@ def test_few_questions_start_no_actor() -> None:
     assert [row["product"] for row in found] == [10, 20, 30]
     assert {row["pid"] for row in found} == {os.getpid()}
     assert not ray.is_initialized()
+
+
+class Fails:
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        raise self.error
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (RuntimeError("context\nnot enough memory"), (ResourceError, "RuntimeError: not enough memory")),
+        (DataError("row 3 is empty"), (DataError, "row 3 is empty")),
+    ],
+)
+def test_a_failure_here_is_one_clear_error(raised: Exception, expected: tuple[type[Exception], str]) -> None:
+    schema = pa.schema([("block", pa.int64())])
+    with pytest.raises(expected[0], match=expected[1]):
+        list(map_blocks(Fails, {"error": raised}, [{"block": 0}], schema, 1, ScaleConfig(in_process_below=2)))

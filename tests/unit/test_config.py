@@ -185,6 +185,12 @@ def test_message_says_what_to_do() -> None:
         (["retriever.mining_first_rank=99"], "retriever.mining_first_rank: below retriever.mining_depth"),
         (["retriever.refresh_share=0"], "retriever.refresh_share: must be in (0, 1] (got 0.0)"),
         (["retriever.refresh_every=5", "retriever.refresh_delay=5"], "refresh_delay: must be below retriever.refresh_"),
+        (["generator.lora.first_layer=-1"], "generator.lora.first_layer: must be 0 or more (got -1)"),
+        (["scale.in_process_below=-3"], "scale.in_process_below: must be 0 or more (got -3)"),
+        (
+            ["model.retriever_layers=4", "retriever.lora.first_layer=4"],
+            "retriever.lora.first_layer: model.retriever_layers keeps layers 0 to 3 (got 4)",
+        ),
         (["retriever.refresh_every=0"], "retriever.refresh_every: must be 1 or more (got 0)"),
         (["model.quantize=nf4"], "model.quantize: needs GPUs; set scale.use_gpu to true"),
         (["model.quantize=nf4", "scale.zero_stage=3"], "scale.zero_stage: 3 cannot shard a base in 4 bits"),
