@@ -52,7 +52,7 @@ demo: $(STAMP) ## corpus to served answer on this machine, nothing else needed (
 	@$(BIN)/invar-ray demo
 
 test: $(STAMP) ## every test that needs no GPU, no network and no data of yours
-	@$(BIN)/python -m pytest -m "not slow and not gpu and not realdata" $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not realdata" --durations=25 $(PYTEST_ARGS)
 
 check: $(STAMP) ## format, lint, import contracts, types
 	@$(BIN)/ruff format --check .

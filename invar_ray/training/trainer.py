@@ -225,7 +225,9 @@ def unrecorded_checkpoints(run_uri: str) -> list[str]:
         filesystem.delete_file(record)
     else:
         return []
-    found = filesystem.get_file_info(fs.FileSelector(folder))
+    found = [
+        entry for entry in filesystem.get_file_info(fs.FileSelector(folder)) if entry.type == fs.FileType.Directory
+    ]
     names = sorted((entry.base_name for entry in found if entry.base_name.startswith("checkpoint_")), reverse=True)
     return [join_uri(run_uri, name) for name in names]
 

@@ -170,7 +170,7 @@ def test_a_failed_run_is_one_error_and_the_next_goes_on(
     if torn:
         (record,) = root.glob(".train/*/checkpoint_manager_snapshot.json")
         record.write_text(record.read_text()[:50])
-        (whole_one,) = record.parent.glob("checkpoint_*")
+        (whole_one,) = (path for path in record.parent.glob("checkpoint_*") if path.is_dir())
         half = shutil.copytree(whole_one, record.parent / "checkpoint_2999-01-01_00-00-00.000000")
         (half / "state.json").unlink()
     # A second try, as a user would: the same command, in what may be another process.
