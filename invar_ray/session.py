@@ -104,6 +104,20 @@ def _own_sigterm() -> Iterator[None]:
             signal.signal(signal.SIGTERM, handler)
 
 
+@contextlib.contextmanager
+def _no_token_notice() -> Iterator[None]:
+    """Drop Ray's warning that it asks its clients for a token (it lies in ``~/.ray/auth_token``): a local Ray has none
+    but those of the README, which speaks of it.
+    """
+    logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
 class RaySession:
     """Connects to Ray when first needed, and stops what it started.
 
@@ -124,7 +138,7 @@ class RaySession:
         # 60 s, Ray's default, is exceeded on loaded machines; the controller reads it from this environment.
         os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(self._scale.worker_timeout_s))
         address = self._scale.ray_address or os.environ.get("RAY_ADDRESS")
-        with _own_sigterm():
+        with _own_sigterm(), _no_token_notice():
             if address:
                 ray.init(address=address, ignore_reinit_error=True, log_to_driver=True)
             else:
@@ -135,8 +149,6 @@ class RaySession:
 
     def _start_local(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="invar-ray-")
-        # Without this Ray decides the same, and says so in a warning: its token lies in ~/.ray/auth_token.
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
         ray.init(
             address="local",  # never one that somebody else left an address of
             num_cpus=self._scale.local_num_cpus,
