@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from invar_ray.artifacts import Artifact, Building, Plan, Store, open_artifact
 from invar_ray.config import Config, ServeConfig
-from invar_ray.errors import MixedArtifactsError
+from invar_ray.errors import ArtifactError, MixedArtifactsError
 from invar_ray.evaluating.baselines import bm25_plan, build_bm25_hits, build_fused_hits, fused_plan
 from invar_ray.evaluating.evaluate import SYSTEM_NAMES, Change, System, build_report, report_plan
 from invar_ray.evaluating.hits import PLAIN, SearchMode, build_hits, hits_plan
@@ -420,13 +420,17 @@ def finish_report(report: Report, folder: Path) -> Path:
 
 def keep_numbers(pipeline: Pipeline) -> Path | None:
     """``report.json`` of the pipeline's report at the top of its store, where ``compare`` and ``gate`` look for it; not
-    in a remote store, whose reports have URIs.
+    in a remote store, whose reports have URIs.  Numbers of the same report that stand there stay: a demo adds its
+    answer and its times.
     """
     if not pipeline.store.is_local:
         return None
+    folder, uri = Path(pipeline.store.root), pipeline.report.uri
+    with contextlib.suppress(ArtifactError):  # there is none, or it is of another version
+        if read_report(folder / "report.json").meta.get("report") == uri:
+            return folder / "report.json"
     measured = read_report(pipeline.report.path("report.json"))
-    meta = {"report": pipeline.report.uri, "seed": pipeline.config.seed}
-    return finish_report(replace(measured, meta=meta), Path(pipeline.store.root))
+    return finish_report(replace(measured, meta={"report": uri, "seed": pipeline.config.seed}), folder)
 
 
 def _service() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import pyarrow as pa
 import ray
 
 from invar_ray.config import ScaleConfig
-from invar_ray.errors import InvarError, ResourceError
+from invar_ray.errors import ResourceError
 
 Block = Mapping[str, Any]
 
@@ -37,7 +38,12 @@ def map_blocks(
         ResourceError: if the work fails in this process otherwise than by an error of this package's own.
     """
     if texts < scale.in_process_below and not scale.embed_gpus_per_worker:
-        yield from _here(actor, arguments, blocks)
+        with _clear_failures():
+            work = actor(**arguments)
+        for block in blocks:
+            with _clear_failures():
+                made = work(dict(block))
+            yield made
         return
     table = pa.Table.from_pylist([dict(block) for block in blocks], schema=schema)
     stream = ray.data.from_arrow([table.slice(number, 1) for number in range(len(blocks))]).map(
@@ -50,28 +56,13 @@ def map_blocks(
     yield from stream.iter_rows()
 
 
-def _here(
-    actor: Callable[..., Callable[[dict[str, Any]], dict[str, Any]]],
-    arguments: Mapping[str, Any],
-    blocks: Sequence[Block],
-) -> Iterator[dict[str, Any]]:
+@contextlib.contextmanager
+def _clear_failures() -> Iterator[None]:
     try:
-        work = actor(**arguments)
+        yield
     except (RuntimeError, MemoryError) as error:
-        raise _failed(error) from error
-    for block in blocks:
-        try:
-            made = work(dict(block))
-        except (RuntimeError, MemoryError) as error:
-            raise _failed(error) from error
-        yield made
-
-
-def _failed(error: Exception) -> Exception:
-    if isinstance(error, InvarError):
-        return error
-    last = (str(error).splitlines() or [""])[-1]
-    return ResourceError(
-        f"{type(error).__name__}: {last}",
-        action="close other programs, or set scale.in_process_below to 0: actors are restarted where they fail",
-    )
+        last = (str(error).splitlines() or [""])[-1]
+        raise ResourceError(
+            f"{type(error).__name__}: {last}",
+            action="close other programs, or set scale.in_process_below to 0: actors are restarted where they fail",
+        ) from error
