@@ -5,6 +5,7 @@ repeatable.
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ import pytest
 from invar_ray.artifacts import Artifact
 from invar_ray.config import load_config
 from invar_ray.errors import ConfigError, DataError
+from invar_ray.evaluation.questions import open_report
 from invar_ray.evaluation.report import Report
-from invar_ray.pipeline import Pipeline
+from invar_ray.pipeline import Pipeline, finish_report, keep_numbers
 from invar_ray.session import RaySession
 from tests.distributed.small_store import small_config
 
@@ -139,6 +141,19 @@ def test_a_second_run_re_uses_everything_without_ray(first: tuple[Pipeline, Repo
     assert again.seconds == {}, "steps were run again"
     assert len(again.reused) == len(set(again.reused)) == len(pipeline.seconds)
     assert repeated.rows == report.rows
+
+
+def test_a_report_s_numbers_lie_at_the_top_and_a_run_s_own_stay(first: tuple[Pipeline, Report, dict[str, str]]) -> None:
+    pipeline, report, _ = first
+    top = Path(pipeline.store.root) / "report.json"
+    top.unlink(missing_ok=True)
+    assert keep_numbers(pipeline) == top
+    found, tables = open_report(top)  # where compare and gate look
+    assert found.rows == report.rows
+    assert tables
+    finish_report(replace(report, seconds={"serve and answer": 1.0}), top.parent)
+    keep_numbers(pipeline)
+    assert open_report(top)[0].seconds == {"serve and answer": 1.0}
 
 
 @pytest.mark.usefixtures("no_ray")
