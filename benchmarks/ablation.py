@@ -20,7 +20,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,16 +28,19 @@ from typing import Any
 import torch
 from ablation_data import SPLITS, EvalSet, ablation_config, eval_set, prepare
 from ablation_measure import DEPTH, OVERLAP_K, QUESTION_FIELDS, measure, question_values
+from torch import Tensor
 
 from invar_ray.artifacts import Artifact, digest
 from invar_ray.config import Config, to_dict
 from invar_ray.evaluation.variance import Family, summarise_families
+from invar_ray.models.batching import length_batches
 from invar_ray.models.encoder import Encoder, llm_spec
 from invar_ray.pipeline import Pipeline
 from invar_ray.training.retriever_stage import RetrieverStage
 from invar_ray.training.schedule import learning_rate
 
 SEEDS = (0, 1, 2)
+GROUP_TOKENS = 1536
 
 
 @dataclass(frozen=True)
@@ -161,6 +164,7 @@ def train(
         _keep_anchors(stage)
     b0 = config.retriever.invariance_weight if system.heavy else 0.0
     parameters = [parameter for parameter in stage.module.parameters() if parameter.requires_grad]
+    forward = _by_length(stage.module)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=settings.optimizer.weight_decay)
     stage.module.train()
     log.parent.mkdir(parents=True, exist_ok=True)
@@ -168,7 +172,7 @@ def train(
     with open(log, "w", encoding="utf-8") as stream:
         for step in range(stage.steps):
             torch.manual_seed(seed * 1_000_003 + step)
-            loss, metrics = stage.loss(stage.module, step)
+            loss, metrics = stage.loss(forward, step)
             # The schedule of the invariance loss on the contrastive one.
             (loss * (1.0 + b0 * min(1.0, step / max(1, settings.invariance_ramp_steps)))).backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, settings.optimizer.max_grad_norm or float("inf"))
@@ -185,6 +189,19 @@ def train(
                     flush=True,
                 )
     return stage, time.monotonic() - started
+
+
+def _by_length(module: torch.nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+    """The encoder over groups of rows of like length: the same vectors with a third of the tokens less to compute."""
+
+    def forward(ids: Tensor, mask: Tensor) -> Tensor:
+        lengths: list[int] = mask.sum(dim=1).tolist()
+        groups = list(length_batches(lengths, GROUP_TOKENS))
+        widths = [max(lengths[row] for row in rows) for rows in groups]
+        parts = [module(ids[rows, :width], mask[rows, :width]) for rows, width in zip(groups, widths, strict=True)]
+        return torch.cat(parts)[torch.tensor([row for rows in groups for row in rows]).argsort()]
+
+    return forward
 
 
 def _keep_anchors(stage: RetrieverStage) -> None:
