@@ -20,7 +20,8 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,13 +32,15 @@ from ablation_measure import DEPTH, OVERLAP_K, QUESTION_FIELDS, measure, questio
 from torch import Tensor
 
 from invar_ray.artifacts import Artifact, digest
-from invar_ray.config import Config, to_dict
+from invar_ray.config import Config, RetrieverConfig, to_dict
 from invar_ray.evaluation.variance import Family, summarise_families
 from invar_ray.models.batching import length_batches
 from invar_ray.models.encoder import Encoder, llm_spec
 from invar_ray.pipeline import Pipeline
+from invar_ray.training.objective import invariance_weight
 from invar_ray.training.retriever_stage import RetrieverStage
 from invar_ray.training.schedule import learning_rate
+from invar_ray.training.stage import Forward
 
 SEEDS = (0, 1, 2)
 GROUP_TOKENS = 1536
@@ -51,7 +54,8 @@ class System:
         trained: False for the bare base.
         anchor_only: only each question's own wording and each passage's own cut.
         alignment, invariance: whether the loss keeps its configured weight (else 0).
-        heavy: the contrastive loss is multiplied by 1 + b(t), as if the invariance loss were a second one.
+        heavy: the contrastive loss is multiplied by 1 + b(t).
+        second: instead of the invariance loss a second contrastive one, with its weight, ramp and temperature.
         fused: also measured with reciprocal rank fusion over rewordings at query time.
     """
 
@@ -60,6 +64,7 @@ class System:
     alignment: bool = False
     invariance: bool = False
     heavy: bool = False
+    second: bool = False
     fused: bool = False
 
 
@@ -68,6 +73,7 @@ SYSTEMS = {
     "anchor": System(anchor_only=True, fused=True),
     "environments": System(),
     "environments_heavy": System(heavy=True),
+    "second_contrastive": System(second=True),
     "alignment": System(alignment=True),
     "invariance": System(invariance=True),
     "all": System(alignment=True, invariance=True),
@@ -126,9 +132,8 @@ def run_one(arguments: argparse.Namespace) -> None:
     system = SYSTEMS[name]
     config = ablation_config(arguments.data, arguments.folder, arguments.overrides)
     pipeline, trainset = prepare(config)
-    stage, seconds = train(
-        system, config, pipeline, trainset, seed, _results(arguments) / "logs" / f"{name}-s{seed}.jsonl"
-    )
+    log = _results(arguments) / "logs" / f"{name}-s{seed}-{_key(arguments, config, name)}.jsonl"
+    stage, seconds = train(system, config, pipeline, trainset, seed, log)
     encoder = Encoder(stage.module, stage.tokenizer, stage.spec)  # type: ignore[arg-type]
     for split in arguments.splits:
         data = eval_set(
@@ -145,16 +150,21 @@ def run_one(arguments: argparse.Namespace) -> None:
             _keep(arguments, config, f"{name}{label}", seed, data, ranked, seconds, of=name)
 
 
-def train(
-    system: System, config: Config, pipeline: Pipeline, trainset: Artifact, seed: int, log: Path
-) -> tuple[RetrieverStage, float]:
-    """Stage 1 with plain AdamW in this process; the stage and the seconds of its steps."""
+def used_settings(system: System, config: Config) -> RetrieverConfig:
+    """The stage's settings with the weights of what the system leaves out at 0."""
     settings = config.retriever
-    settings = replace(
+    return replace(
         settings,
         alignment_weight=settings.alignment_weight if system.alignment else 0.0,
         invariance_weight=settings.invariance_weight if system.invariance else 0.0,
     )
+
+
+def train(
+    system: System, config: Config, pipeline: Pipeline, trainset: Artifact, seed: int, log: Path
+) -> tuple[RetrieverStage, float]:
+    """Stage 1 with plain AdamW in this process; the stage and the seconds of its steps."""
+    settings = used_settings(system, config)
     spec = llm_spec(config.model, pipeline.base, ("retriever/ablation", "ablation"))
     inputs = {"trainset": trainset.ref, "encoder": spec.to_json()}
     stage = RetrieverStage(replace(config, retriever=settings, seed=seed), pipeline.store, inputs, 0, 1)
@@ -162,7 +172,6 @@ def train(
         return stage, 0.0
     if system.anchor_only:
         _keep_anchors(stage)
-    b0 = config.retriever.invariance_weight if system.heavy else 0.0
     parameters = [parameter for parameter in stage.module.parameters() if parameter.requires_grad]
     forward = _by_length(stage.module)
     optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=settings.optimizer.weight_decay)
@@ -172,9 +181,13 @@ def train(
     with open(log, "w", encoding="utf-8") as stream:
         for step in range(stage.steps):
             torch.manual_seed(seed * 1_000_003 + step)
-            loss, metrics = stage.loss(forward, step)
-            # The schedule of the invariance loss on the contrastive one.
-            (loss * (1.0 + b0 * min(1.0, step / max(1, settings.invariance_ramp_steps)))).backward()
+            b, once = invariance_weight(config.retriever, step), _Once(forward)
+            loss, metrics = stage.loss(once, step)
+            if system.heavy:
+                loss = loss * (1.0 + b)
+            if system.second:
+                loss = loss + b * _at_temperature(stage, settings.invariance_temperature, once.again, step)
+            loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(parameters, settings.optimizer.max_grad_norm or float("inf"))
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings.optimizer, step, stage.steps)
@@ -191,7 +204,7 @@ def train(
     return stage, time.monotonic() - started
 
 
-def _by_length(module: torch.nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
+def _by_length(module: torch.nn.Module) -> Forward:
     """The encoder over groups of rows of like length: the same vectors with a third of the tokens less to compute."""
 
     def forward(ids: Tensor, mask: Tensor) -> Tensor:
@@ -202,6 +215,29 @@ def _by_length(module: torch.nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
         return torch.cat(parts)[torch.tensor([row for rows in groups for row in rows]).argsort()]
 
     return forward
+
+
+class _Once:
+    """A forward whose results can be had again, in the order of the calls."""
+
+    def __init__(self, forward: Forward) -> None:
+        self._forward, self._kept = forward, deque[Tensor]()
+
+    def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
+        self._kept.append(self._forward(ids, mask))
+        return self._kept[-1]
+
+    def again(self, ids: Tensor, mask: Tensor) -> Tensor:
+        return self._kept.popleft()
+
+
+def _at_temperature(stage: RetrieverStage, temperature: float, forward: Forward, step: int) -> Tensor:
+    """The stage's loss, contrastive alone here, of the same batch at another temperature."""
+    own = stage.config
+    stage.config = replace(own, retriever=replace(own.retriever, contrastive_temperature=temperature))
+    loss, _ = stage.loss(forward, step)
+    stage.config = own
+    return loss
 
 
 def _keep_anchors(stage: RetrieverStage) -> None:
@@ -217,9 +253,19 @@ def _results(arguments: argparse.Namespace) -> Path:
     return folder
 
 
-def _key(arguments: argparse.Namespace, config: Config) -> str:
-    settings = {"retriever": to_dict(config.retriever), "model": to_dict(config.model)}
-    return digest({**settings, "passages": arguments.passages, "questions": arguments.questions or 0})[:10]
+def _key(arguments: argparse.Namespace, config: Config, name: str) -> str:
+    """Of what the system used: a choice of the invariance loss's weight runs none of the others again."""
+    system = SYSTEMS[name]
+    settings = to_dict(used_settings(system, config))
+    plain = to_dict(RetrieverConfig())
+    unused = [] if system.invariance else [field for field in settings if field.startswith(("invariance_", "pattern_"))]
+    unused += [] if system.alignment else [field for field in settings if field.startswith("alignment_")]
+    settings |= {field: plain[field] for field in unused}
+    if system.heavy or system.second:
+        kept = ("invariance_weight", "invariance_temperature", "invariance_ramp_steps")
+        settings |= {field: getattr(config.retriever, field) for field in kept}
+    of_all = {"model": to_dict(config.model), "passages": arguments.passages, "questions": arguments.questions or 0}
+    return digest({**of_all, "retriever": settings})[:10]
 
 
 def _done(arguments: argparse.Namespace, config: Config, system: str, seed: int, split: str) -> bool:
@@ -228,7 +274,7 @@ def _done(arguments: argparse.Namespace, config: Config, system: str, seed: int,
         return False
     with open(path, encoding="utf-8", newline="") as stream:
         rows = list(csv.DictReader(stream))
-    wanted = {"of": system, "seed": str(seed), "split": split, "settings": _key(arguments, config)}
+    wanted = {"of": system, "seed": str(seed), "split": split, "settings": _key(arguments, config, system)}
     found = {row["system"] for row in rows if all(row[name] == value for name, value in wanted.items())}
     return len(found) == 1 + SYSTEMS[system].fused
 
@@ -245,7 +291,7 @@ def _keep(
     of: str,
 ) -> None:
     """The questions' numbers in a file of their own first, then the run's row, in one write."""
-    folder, key = _results(arguments), _key(arguments, config)
+    folder, key = _results(arguments), _key(arguments, config, of)
     name = f"{label.replace(' + ', '-')}-s{seed}-{data.name}-{key}.csv"
     values = [question_values(lists, gold) for lists, gold in zip(ranked, data.gold, strict=True)]
     rows = [

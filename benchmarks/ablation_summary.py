@@ -25,7 +25,7 @@ Questions = list[dict[str, str]]
 def write_summary(folder: Path) -> str:
     """Write ``summary.md`` and ``summary-<split>.png`` into ``folder`` from ``runs.csv``; the text.
 
-    Runs of several settings (a choice of weights) are kept apart.
+    A system that ran with several settings (a choice of weights) has a row for each.
 
     Raises:
         SystemExit: there are no results.
@@ -37,23 +37,38 @@ def write_summary(folder: Path) -> str:
         runs = list(csv.DictReader(stream))
     lines = ["# Ablation of the losses", ""]
     lines += ["Intervals: 95 %, paired cluster bootstrap by gold document, values averaged over seeds first.", ""]
-    for settings in dict.fromkeys(run["settings"] for run in runs):
-        for split in dict.fromkeys(run["split"] for run in runs):
-            chosen = [run for run in runs if run["settings"] == settings and run["split"] == split]
-            if chosen:
-                lines += _section(folder, settings, split, chosen)
+    for split, questions, passages in dict.fromkeys(_set_of(run) for run in runs):
+        lines += _section(folder, split, [run for run in runs if _set_of(run) == (split, questions, passages)])
     text = "\n".join(lines) + "\n"
     (folder / "summary.md").write_text(text, encoding="utf-8")
     return text
 
 
-def _section(folder: Path, settings: str, split: str, runs: list[Run]) -> list[str]:
-    first = runs[0]
-    title = f"## {split}, settings {settings}" + (f" ({first['overrides']})" if first["overrides"] else "")
-    lines = [title, "", f"{first['questions']} questions, {first['passages']} passages.", ""]
-    of_system: dict[str, dict[int, Questions]] = {}
+def _set_of(run: Run) -> tuple[str, str, str]:
+    return run["split"], run["questions"], run["passages"]
+
+
+def _labels(runs: list[Run]) -> list[str]:
+    """A name for each run's row: its system, and where that ran with several settings, those."""
+    shared = set.intersection(*(set(run["overrides"].split()) for run in runs))
+    settings: dict[str, set[str]] = {}
     for run in runs:
-        of_system.setdefault(run["system"], {})[int(run["seed"])] = _questions(folder, run)
+        settings.setdefault(run["system"], set()).add(run["settings"])
+    labels = []
+    for run in runs:
+        own = [one.removeprefix("retriever.") for one in run["overrides"].split() if one not in shared]
+        several = len(settings[run["system"]]) > 1
+        labels.append(f"{run['system']} ({', '.join(own) or 'as configured'})" if several else run["system"])
+    return labels
+
+
+def _section(folder: Path, split: str, runs: list[Run]) -> list[str]:
+    first = runs[0]
+    lines = [f"## {split}", "", f"{first['questions']} questions, {first['passages']} passages.", ""]
+    labels = _labels(runs)
+    of_system: dict[str, dict[int, Questions]] = {}
+    for label, run in zip(labels, runs, strict=True):
+        of_system.setdefault(label, {})[int(run["seed"])] = _questions(folder, run)
     names = [name for name, _, _ in MEASURES]
     lines.append(f"| system | seeds | {' | '.join(names)} | overlap@10 between questions |")
     lines.append("|---|" + "---|" * (len(names) + 2))
@@ -64,8 +79,8 @@ def _section(folder: Path, settings: str, split: str, runs: list[Run]) -> list[s
             cells.append(f"{fmean(means):.3f}" + (f" ± {pstdev(means):.3f}" if len(means) > 1 else ""))
         between = [
             float(run["overlap_between_questions_at_10"])
-            for run in runs
-            if run["system"] == system and run.get("overlap_between_questions_at_10")
+            for label, run in zip(labels, runs, strict=True)
+            if label == system and run.get("overlap_between_questions_at_10")
         ]
         cells.append(f"{fmean(between):.4f}" if between else "")
         lines.append(f"| {system} | {len(seeds)} | {' | '.join(cells)} |")
@@ -89,7 +104,7 @@ def _section(folder: Path, settings: str, split: str, runs: list[Run]) -> list[s
             lines.append(f"| {system} | {' | '.join(cells)} |")
         lines.append("")
         if drawn and label == "all questions":
-            _plot(drawn, folder / f"summary-{split}-{settings}.png", split)
+            _plot(drawn, folder / f"summary-{split}.png", split)
     return lines
 
 
