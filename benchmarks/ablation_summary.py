@@ -10,7 +10,7 @@ from statistics import fmean, pstdev
 from invar_ray.evaluation.plots import COLOURS, _figure, _save, _tidy
 from invar_ray.evaluation.significance import Interval, paired_cluster_bootstrap
 
-REFERENCE = "anchor"
+REFERENCES = ("anchor", "environments")  # what the others are compared with; the first one's differences are drawn
 # name in the tables, column of the questions' files, how a reader wants it
 MEASURES: tuple[tuple[str, Callable[[dict[str, str]], float], str], ...] = (
     ("recall@5", lambda row: float(row["recall_at_5"]), "higher"),
@@ -85,27 +85,38 @@ def _section(folder: Path, split: str, runs: list[Run]) -> list[str]:
         cells.append(f"{fmean(between):.4f}" if between else "")
         lines.append(f"| {system} | {len(seeds)} | {' | '.join(cells)} |")
     lines.append("")
-    if REFERENCE not in of_system:
-        return lines
-    parts: list[tuple[str, Callable[[dict[str, str]], bool]]] = [("all questions", lambda row: True)]
-    seen = sum(row["seen"] == "1" for row in next(iter(of_system[REFERENCE].values())))
-    if seen > 0:
-        parts.append((f"without the {seen} whose passage or title occurs in train", lambda row: row["seen"] == "0"))
-    for label, keep in parts:
-        lines += [f"Difference from `{REFERENCE}`, {label}:", "", f"| system | {' | '.join(names)} |"]
-        lines.append("|---|" + "---|" * len(names))
-        drawn: dict[str, list[Interval]] = {}
-        for system, seeds in of_system.items():
-            if system == REFERENCE:
-                continue
-            found = [_difference(seeds, of_system[REFERENCE], value, keep) for _, value, _ in MEASURES]
-            drawn[system] = found
-            cells = [f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" for one in found]
-            lines.append(f"| {system} | {' | '.join(cells)} |")
-        lines.append("")
-        if drawn and label == "all questions":
-            _plot(drawn, folder / f"summary-{split}.png", split)
+    for reference in (name for name in REFERENCES if name in of_system):
+        parts: list[tuple[str, Callable[[dict[str, str]], bool]]] = [("all questions", lambda row: True)]
+        seen = sum(row["seen"] == "1" for row in next(iter(of_system[reference].values())))
+        if seen > 0:
+            parts.append((f"without the {seen} whose passage or title occurs in train", lambda row: row["seen"] == "0"))
+        for label, keep in parts:
+            drawn = {
+                system: [_difference(seeds, of_system[reference], value, keep) for _, value, _ in MEASURES]
+                for system, seeds in of_system.items()
+                if system != reference
+            }
+            lines += _differences(reference, label, drawn, _mean(of_system[reference], MEASURES[-1][1], keep))
+            if drawn and reference == REFERENCES[0] and label == "all questions":
+                _plot(drawn, folder / f"summary-{split}.png", split)
     return lines
+
+
+def _differences(reference: str, label: str, drawn: dict[str, list[Interval]], variance: float) -> list[str]:
+    """``variance``: the reference's last measure, of which the last column is a share."""
+    names = [name for name, _, _ in MEASURES]
+    lines = [f"Difference from `{reference}`, {label}:", "", f"| system | {' | '.join(names)} | relative |"]
+    lines.append("|---|" + "---|" * (len(names) + 1))
+    for system, found in drawn.items():
+        cells = [f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" for one in found]
+        lines.append(f"| {system} | {' | '.join(cells)} | {found[-1].mean / variance:+.1%} |")
+    return [*lines, ""]
+
+
+def _mean(
+    seeds: dict[int, Questions], value: Callable[[dict[str, str]], float], keep: Callable[[dict[str, str]], bool]
+) -> float:
+    return fmean(value(row) for questions in seeds.values() for row in questions if keep(row))
 
 
 def _difference(
@@ -143,7 +154,7 @@ def _plot(drawn: dict[str, list[Interval]], path: Path, split: str) -> None:
         axes.set_yticks(range(len(systems)), systems if number == 0 else [""] * len(systems))
         axes.invert_yaxis()
         axes.set_title(f"{name} ({split})")
-        axes.set_xlabel(f"difference from {REFERENCE}; {better} is better")
+        axes.set_xlabel(f"difference from {REFERENCES[0]}; {better} is better")
         _tidy(axes, grid="x")
     _save(figure, path)
 
