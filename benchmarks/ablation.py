@@ -33,7 +33,8 @@ from torch import Tensor
 
 from invar_ray.artifacts import Artifact, digest
 from invar_ray.config import Config, RetrieverConfig, to_dict
-from invar_ray.evaluation.variance import Family, summarise_families
+from invar_ray.evaluation.metrics import recall_at_k
+from invar_ray.evaluation.variance import Family, overlap_at_k, summarise_families
 from invar_ray.models.batching import length_batches
 from invar_ray.models.encoder import Encoder, llm_spec
 from invar_ray.pipeline import Pipeline
@@ -44,6 +45,7 @@ from invar_ray.training.stage import Forward
 
 SEEDS = (0, 1, 2)
 GROUP_TOKENS = 1536
+WORDING_FIELDS = ["id", "cluster", "kind", "overlap_at_10", "recall_at_5"]
 
 
 @dataclass(frozen=True)
@@ -302,6 +304,20 @@ def _keep(
     temporary = folder / "questions" / f".{name}"
     temporary.write_text(_csv([["id", "cluster", "seen", *QUESTION_FIELDS], *rows]), encoding="utf-8")
     temporary.replace(folder / "questions" / name)
+
+    (folder / "wordings").mkdir(exist_ok=True)
+    by_wording = [
+        [
+            data.ids[number],
+            data.clusters[number],
+            kind,
+            overlap_at_k(lists[0], other, OVERLAP_K),
+            recall_at_k(other, gold, 5),
+        ]
+        for number, (lists, gold) in enumerate(zip(ranked, data.gold, strict=True))
+        for kind, other in zip(data.kinds[number], lists[1:], strict=True)
+    ]
+    (folder / "wordings" / name).write_text(_csv([WORDING_FIELDS, *by_wording]), encoding="utf-8")
 
     families = [Family(lists, gold) for lists, gold in zip(ranked, data.gold, strict=True)]
     summary = summarise_families(families, overlap_k=OVERLAP_K, ks=(1, 5, 20), depth=DEPTH)

@@ -20,7 +20,7 @@ from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec, open_en
 from invar_ray.pipeline import Pipeline
 from invar_ray.retrieval.probes import write_probes
 from invar_ray.retrieval.retriever import Passages
-from invar_ray.schema import Document, Example
+from invar_ray.schema import Document, Example, Variant
 from invar_ray.text.chunking import chunk_document
 from invar_ray.text.readers import read_documents, read_examples
 from invar_ray.text.rules import RuleRewriter
@@ -57,6 +57,7 @@ class EvalSet:
         name: of the split.
         ids, families, gold, clusters: one entry per question: id, wordings (anchor first), gold document ids, and what
             the bootstrap draws (the gold document).
+        kinds: of each question's wordings behind the anchor.
         seen: whether the gold document or its title occurs among the training questions' ones.
         passages: (title, text) of each passage; documents: the document of each passage.
         rewrites: rule-based rewordings of each wording, for fusion at query time (empty where not asked for).
@@ -65,6 +66,7 @@ class EvalSet:
     name: str
     ids: list[str]
     families: list[list[str]]
+    kinds: list[list[str]]
     gold: list[list[str]]
     clusters: list[str]
     seen: list[bool]
@@ -161,12 +163,13 @@ def eval_set(
     titles = {documents[name].title for name in trained if name in documents}
     rewriter = RuleRewriter()
 
-    def reworded(text: str, seed: int, count: int = NUM_REWORDINGS) -> list[str]:
+    def reworded(text: str, seed: int, count: int = NUM_REWORDINGS) -> list[Variant]:
         example = Example(id=text, question=text, answers=("",), positive_ids=(), rewrites=())
-        return [variant.text for variant in rewriter.rewrite(example, count, seed)]
+        return rewriter.rewrite(example, count, seed)
 
     ids: list[str] = []
     families: list[list[str]] = []
+    kinds: list[list[str]] = []
     gold: list[list[str]] = []
     if split == "squad":
         of_question: dict[str, list[dict[str, Any]]] = {}
@@ -175,12 +178,15 @@ def eval_set(
         for name, variants in of_question.items():
             ids.append(name)
             families.append([variants[0]["original"], *(row["question"] for row in variants)])
+            kinds.append([row["kind"] for row in variants])
             gold.append(list(variants[0]["positive_ids"]))
     else:
         source = folder / "heldout.jsonl" if split == "heldout" else data / "nq" / "questions-dev.jsonl.gz"
         for example in read_examples(str(source), skip_unusable=True):
             ids.append(example.id)
-            families.append([example.question, *reworded(example.question, config.seed + 7)])
+            variants_of = reworded(example.question, config.seed + 7)
+            families.append([example.question, *(variant.text for variant in variants_of)])
+            kinds.append([variant.kind for variant in variants_of])
             gold.append(list(example.positive_ids))
     ids, families, gold = ids[:limit], families[:limit], gold[:limit]
     wanted = {name for names in gold for name in names}
@@ -207,12 +213,16 @@ def eval_set(
         split,
         ids,
         families,
+        kinds[:limit],
         gold,
         [names[0] for names in gold],
         [any(name in trained or documents[name].title in titles for name in names) for names in gold],
         passages,
         owners,
-        [[reworded(text, config.seed + 13) for text in family] if rewrites else [] for family in families],
+        [
+            [[variant.text for variant in reworded(text, config.seed + 13)] for text in family] if rewrites else []
+            for family in families
+        ],
     )
 
 

@@ -85,6 +85,7 @@ def _section(folder: Path, split: str, runs: list[Run]) -> list[str]:
         cells.append(f"{fmean(between):.4f}" if between else "")
         lines.append(f"| {system} | {len(seeds)} | {' | '.join(cells)} |")
     lines.append("")
+    lines += _by_kind(folder, labels, runs)
     for reference in (name for name in REFERENCES if name in of_system):
         parts: list[tuple[str, Callable[[dict[str, str]], bool]]] = [("all questions", lambda row: True)]
         seen = sum(row["seen"] == "1" for row in next(iter(of_system[reference].values())))
@@ -100,6 +101,25 @@ def _section(folder: Path, split: str, runs: list[Run]) -> list[str]:
             if drawn and reference == REFERENCES[0] and label == "all questions":
                 _plot(drawn, folder / f"summary-{split}.png", split)
     return lines
+
+
+def _by_kind(folder: Path, labels: list[str], runs: list[Run]) -> list[str]:
+    """1 - overlap@10 with the question as asked, of each kind of rewording (identical ones included)."""
+    values: dict[str, dict[str, list[float]]] = {}
+    for label, run in zip(labels, runs, strict=True):
+        path = folder / "wordings" / run["file"]
+        for row in _rows(path) if path.exists() else ():
+            values.setdefault(label, {}).setdefault(row["kind"], []).append(1.0 - float(row["overlap_at_10"]))
+    kinds = sorted({kind for of_kind in values.values() for kind in of_kind})
+    if not kinds:
+        return []
+    lines = ["1 - overlap@10 by kind of rewording:", "", f"| system | {' | '.join(kinds)} |"]
+    lines.append("|---|" + "---|" * len(kinds))
+    for label, of_kind in values.items():
+        lines.append(
+            f"| {label} | {' | '.join(f'{fmean(of_kind[kind]):.3f}' if kind in of_kind else '' for kind in kinds)} |"
+        )
+    return [*lines, ""]
 
 
 def _differences(reference: str, label: str, drawn: dict[str, list[Interval]], variance: float) -> list[str]:
@@ -160,5 +180,9 @@ def _plot(drawn: dict[str, list[Interval]], path: Path, split: str) -> None:
 
 
 def _questions(folder: Path, run: Run) -> Questions:
-    with open(folder / "questions" / run["file"], encoding="utf-8", newline="") as stream:
+    return _rows(folder / "questions" / run["file"])
+
+
+def _rows(path: Path) -> list[dict[str, str]]:
+    with open(path, encoding="utf-8", newline="") as stream:
         return list(csv.DictReader(stream))
