@@ -38,7 +38,8 @@ class InvarError(Exception):
             parts.append(f"Expected: {expected.rstrip('.')}")
         if action:
             parts.append(f"To do: {action.rstrip('.')}")
-        super().__init__(". ".join(parts) + ".")
+        # What is listed line by line goes on with a line of its own.
+        super().__init__(("\n" if "\n" in got else ". ").join(parts) + ".")
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
         # Ray sends exceptions between processes; the keyword-only arguments need help to survive that.

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from peft.tuners.lora.layer import Linear as PeftLinear
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
@@ -88,6 +89,45 @@ def test_fresh_adapter_is_seeded() -> None:
     assert not any(torch.equal(a, b) for a, b in zip(weights(1), weights(2), strict=True))
 
 
+def peft_own(model: PeftModel) -> PeftModel:
+    for module in model.modules():
+        if isinstance(module, PeftLinear):
+            module.__class__ = PeftLinear
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("partitioned", [False, True])
+def test_the_fused_update_is_pefts_in_values_and_gradients(
+    tmp_path: Path, dtype: torch.dtype, partitioned: bool
+) -> None:
+    config = LoraConfig(rank=4, alpha=12, dropout=0.0, target_modules=("q_proj", "o_proj", "down_proj"))
+    found: dict[str, tuple[Tensor, Tensor, list[Tensor]]] = {}
+    for side in ("ours", "peft"):
+        adapted = save_random(random_llama(layers=2).to(dtype), tmp_path / side, config)
+        assert {type(module).__name__ for module in adapted.modules() if isinstance(module, PeftLinear)} == {
+            "_FusedLinear"
+        }
+        if side == "peft":
+            peft_own(adapted)
+        own = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
+        if partitioned:
+            for parameter in own:
+                parameter.ds_id = 1  # as DeepSpeed marks what ZeRO 3 has shared out
+        ids = torch.tensor([[5, 6, 7, 8], [9, 10, 11, 1]])
+        out = adapted(input_ids=ids).logits
+        out.float().square().sum().backward()
+        found[side] = out.detach(), logits(adapted, ids), [parameter.grad for parameter in own]
+        plain = logits(random_llama(layers=2).to(dtype), ids)
+        with adapted.disable_adapter():
+            assert torch.equal(logits(adapted, ids), plain)
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    (ours, searched, gradients), (theirs, also, wanted) = found["ours"], found["peft"]
+    assert float((theirs - plain).abs().max()) > 0.1, "the adapter changes nothing"
+    for one, other in [(ours, theirs), (searched, also), *zip(gradients, wanted, strict=True)]:
+        assert float((one - other).abs().max()) <= tolerance * float(other.abs().max())
+
+
 def test_target_modules_that_are_not_there() -> None:
     with pytest.raises(ModelError, match=r"no LoRA adapter fits LlamaForCausalLM.*set lora\.target_modules"):
         new_adapter(random_llama(), LoraConfig(target_modules=("c_attn",)), seed=0)
@@ -109,7 +149,7 @@ def test_saved_folder_is_plain_peft(tmp_path: Path) -> None:
 
     ids = torch.tensor([[3, 4, 5, 6]])
     read = PeftModel.from_pretrained(random_llama(), str(tmp_path / "adapter")).eval()
-    assert torch.equal(logits(read, ids), logits(adapted, ids))
+    torch.testing.assert_close(logits(read, ids), logits(adapted, ids), rtol=0, atol=1e-6)
     assert not torch.allclose(logits(read, ids), logits(random_llama(), ids), atol=1e-3)
 
 
