@@ -27,7 +27,7 @@ from invar_ray.text.rules import RuleRewriter
 
 HELD_OUT = 600
 NUM_REWORDINGS = 2
-SPLITS = ("heldout", "nq", "squad")
+SPLITS = ("heldout", "nq", "squad", "squad_rules")
 # What one CPU core trains in some ten minutes a run.
 OVERRIDES = (
     "model.tiny.num_layers=2",
@@ -154,10 +154,12 @@ def eval_set(
     rewrites: bool = False,
 ) -> EvalSet:
     """One of ``SPLITS``: held-out train questions or dev questions of nq with rule-based rewordings, or SQuAD's dev
-    questions with NoiseQA's six.  Documents that hold the positives, then others until there are ``num_passages``.
+    questions with NoiseQA's six, or the same ones with rule-based rewordings.
+
+    The passages are the documents that hold the positives, then others until there are ``num_passages``.
     """
     rows = _rows(folder / "train.jsonl")
-    corpus_file = data / ("squad" if split == "squad" else "nq") / "corpus.jsonl.gz"
+    corpus_file = data / ("squad" if split.startswith("squad") else "nq") / "corpus.jsonl.gz"
     documents = {document.id: document for document in read_documents(str(corpus_file))}
     trained = {name for row in rows for name in row["positive_ids"]}
     titles = {documents[name].title for name in trained if name in documents}
@@ -171,14 +173,18 @@ def eval_set(
     families: list[list[str]] = []
     kinds: list[list[str]] = []
     gold: list[list[str]] = []
-    if split == "squad":
+    if split.startswith("squad"):
         of_question: dict[str, list[dict[str, Any]]] = {}
         for row in _rows(data / "squad" / "variants-noiseqa.jsonl.gz"):
             of_question.setdefault(row["base_id"], []).append(row)
         for name, variants in of_question.items():
             ids.append(name)
-            families.append([variants[0]["original"], *(row["question"] for row in variants)])
-            kinds.append([row["kind"] for row in variants])
+            asked = variants[0]["original"]
+            others = [(row["question"], row["kind"]) for row in variants]
+            if split == "squad_rules":
+                others = [(variant.text, variant.kind) for variant in reworded(asked, config.seed + 7)]
+            families.append([asked, *(text for text, _ in others)])
+            kinds.append([kind for _, kind in others])
             gold.append(list(variants[0]["positive_ids"]))
     else:
         source = folder / "heldout.jsonl" if split == "heldout" else data / "nq" / "questions-dev.jsonl.gz"
@@ -191,8 +197,8 @@ def eval_set(
     ids, families, gold = ids[:limit], families[:limit], gold[:limit]
     wanted = {name for names in gold for name in names}
     chosen = [document for document in documents.values() if document.id in wanted]
-    others = [document for document in documents.values() if document.id not in wanted]
-    random.Random(1).shuffle(others)
+    rest = [document for document in documents.values() if document.id not in wanted]
+    random.Random(1).shuffle(rest)
     passages: list[tuple[str, str]] = []
     owners: list[str] = []
 
@@ -205,7 +211,7 @@ def eval_set(
 
     for document in chosen:
         add(document)
-    for document in others:
+    for document in rest:
         if len(passages) >= num_passages:
             break
         add(document)
