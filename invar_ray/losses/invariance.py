@@ -26,8 +26,8 @@ class InvarianceOutput(NamedTuple):
         loss: scalar, nats.
         pattern_share: mean of w over the allowed slots: the share of slots that are invariant patterns (hard), or their
             mean weight (soft).
-        perplexity: exp of the entropy of the consensus c: how many slots it is spread over.  Choose the temperature so
-            that it is 3-10.  0 for a row without patterns.
+        perplexity: exp of the entropy of the consensus c: how many slots it is spread over; 0 for a row without
+            patterns.
         wrong_consensus_share: share of rows with at least 2 environments whose positive is not in the top m of c.
     """
 
