@@ -295,8 +295,8 @@ class RetrieverConfig:
     alignment_decay_steps: int = 1000
     """T_a: the weight falls linearly from a0 to 0 over this many steps."""
     invariance_weight: float = 0.5
-    """b0; 0 switches the invariance loss off.  Published: 0.5, which shows no effect at these temperatures; on Natural
-    Questions 160 at 0.1 took 28 % off the variance, with recall as it was (docs/ablation.md)."""
+    """b0; 0 switches the invariance loss off.  Published: 0.5, which showed no effect on Natural Questions; 160 at a
+    temperature of 0.1 took 18 % off the variance that training on several wordings left (docs/ablation.md)."""
     invariance_temperature: float = 0.1
     """tau_inv: sharp ones look at the few best slots, flat ones at all, and need more weight (it counts as weight /
     tau_inv^2).  Flat was better (docs/ablation.md); the log's ``consensus_perplexity`` says how flat."""

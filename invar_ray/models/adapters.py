@@ -162,6 +162,8 @@ class _FusedLinear(PeftLinear):
 def _fused(model: PeftModel) -> PeftModel:
     for module in model.modules():
         if type(module) is PeftLinear:  # not its kin: quantised layers keep PEFT's own way
+            # PEFT makes the layers, with weights in them; it can be told another class for a new adapter, but not for
+            # one that it loads.
             module.__class__ = _FusedLinear
     return model
 

@@ -152,6 +152,7 @@ def test_message_says_what_to_do() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("tiny", ["seed=x", "name=[]"])
     assert "2 faults in recipe 'tiny' and its overrides" in str(caught.value)
+    assert "\nTo do: correct them all" in str(caught.value), "what to do is a line of its own"
     assert "correct them all and run again" in str(caught.value)
 
 
