@@ -6,9 +6,9 @@ import contextlib
 import os
 import shutil
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,13 @@ def slow_work(folder: Path) -> Callable[[dict[str, Any]], Any]:
     return work
 
 
+def begun(folder: Path) -> int:
+    """Steps that workers began so far."""
+    with contextlib.suppress(FileNotFoundError):
+        return len((folder / "steps").read_text().split())
+    return 0
+
+
 def test_a_node_that_joins_is_used_and_the_curve_stays(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -97,20 +104,14 @@ def test_a_node_that_joins_is_used_and_the_curve_stays(
     fixed = log_of(train(copied(prepared, "fixed"), "retriever", *OVERRIDES, "scale.num_workers=1"))
     assert all("workers" not in record for record in fixed)
 
-    def join() -> None:
-        deadline = time.monotonic() + 300
-        while time.monotonic() < deadline:
-            with contextlib.suppress(FileNotFoundError):
-                if len((tmp_path / "steps").read_text().split()) >= 5:
-                    cluster.add_node(num_cpus=1, **_NODE)
-                    return
-            time.sleep(0.5)
-
-    joining = threading.Thread(target=join, daemon=True)
-    joining.start()
     monkeypatch.setattr(trainer, "_work", slow_work(tmp_path))
-    found = log_of(train(copied(prepared, "elastic"), "retriever", *OVERRIDES, "scale.num_workers=[1, 2]"))
-    joining.join()
+    place = copied(prepared, "elastic")
+    with ThreadPoolExecutor(1) as pool:  # the training's thread: Ray starts nodes in the main one only
+        training = pool.submit(train, place, "retriever", *OVERRIDES, "scale.num_workers=[1, 2]")
+        while not training.done() and begun(tmp_path) < 5:
+            time.sleep(0.5)
+        cluster.add_node(num_cpus=1, **_NODE)
+        found = log_of(training.result())
 
     workers = [int(record["workers"]) for record in found]
     assert workers == sorted(workers), workers
