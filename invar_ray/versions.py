@@ -27,6 +27,7 @@ _ENCODING = (
     "invar_ray.models.pooling",
     "invar_ray.models.adapters",
     "invar_ray.text.prompts",
+    "invar_ray.text.tokens",
 )
 _BENCHMARKS = ("invar_ray.text.benchmarks", "invar_ray.text.benchmark_formats", "invar_ray.text.json_places")
 _READING = (
@@ -60,6 +61,7 @@ STEPS: dict[str, StepCode] = {
             *_READING,
             *_PARSING,
             "invar_ray.text.chunking",
+            "invar_ray.text.tokens",
             "invar_ray.indexing.cutting",
             "invar_ray.indexing.passages",
             "invar_ray.indexing.previous",
@@ -175,6 +177,7 @@ STEPS: dict[str, StepCode] = {
             "invar_ray.models.adapters",
             "invar_ray.losses.answer",
             "invar_ray.text.prompts",
+            "invar_ray.text.tokens",
             "invar_ray.text.answers",
         ),
     ),
@@ -197,6 +200,7 @@ STEPS: dict[str, StepCode] = {
             "invar_ray.evaluation.variance",
             "invar_ray.text.answers",
             "invar_ray.text.prompts",
+            "invar_ray.text.tokens",
             "invar_ray.retrieval.rag",
             "invar_ray.models.generator",
             "invar_ray.models.decoding",

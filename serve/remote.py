@@ -8,16 +8,20 @@ import os
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import httpx
 
 from invar_ray.errors import ConfigError, RequestError
+from invar_ray.text.tokens import plain_text
 from serve.limits import ServiceError
 from serve.metrics import Meter
 from serve.records import Question, Reply
 from serve.retrieving import PROBE
 from serve.tracing import Tracer
+
+if TYPE_CHECKING:  # imports torch: only replicas pay for that
+    from invar_ray.retrieval.rag import AnswerPrompt
 
 _BUSY = {408, 409, 425, 429, 500, 502, 503, 504}
 _TRIES = 3
@@ -32,7 +36,7 @@ class _Budget:
     def count_tokens(self, text: str) -> int:
         from invar_ray.models.generator import encode_prompt
 
-        return len(encode_prompt(self.tokenizer, text))
+        return len(encode_prompt(self.tokenizer, plain_text(self.tokenizer, text)))
 
 
 class OpenAIEngine:
@@ -102,12 +106,9 @@ class OpenAIEngine:
     async def stream(self, question: Question) -> AsyncIterator[str | Reply]:
         """See :class:`serve.answering.AnswerEngine`."""
         from invar_ray.models.generator import Generation
-        from invar_ray.retrieval.rag import build_prompt, read_answer
+        from invar_ray.retrieval.rag import read_answer
 
-        budget: Any = self._budget
-        prompt = await asyncio.to_thread(
-            build_prompt, budget, question.text, question.hits, max_new_tokens=question.max_new_tokens
-        )
+        prompt = await asyncio.to_thread(self._prompt, question)
         start = time.perf_counter()
         deadline = time.monotonic() + question.left_s
         pieces: list[str] = []
@@ -142,6 +143,14 @@ class OpenAIEngine:
             finish="length" if finish == "length" else "stop",
             versions=self.describe()["versions"],
         )
+
+    def _prompt(self, question: Question) -> AnswerPrompt:
+        from invar_ray.retrieval.rag import build_prompt
+
+        budget: Any = self._budget
+        prompt = build_prompt(budget, question.text, question.hits, max_new_tokens=question.max_new_tokens)
+        # The server tokenises by itself, and takes what looks like a control token for one.
+        return replace(prompt, text=plain_text(self._budget.tokenizer, prompt.text))
 
     def _body(self, prompt: str, question: Question) -> dict[str, Any]:
         from invar_ray.retrieval.rag import STOP_STRINGS

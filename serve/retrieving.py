@@ -13,6 +13,7 @@ import numpy as np
 
 from invar_ray.errors import InvarError, RequestError
 from invar_ray.retrieval.filters import Where
+from invar_ray.text.tokens import text_ids
 from serve.batching import Batcher, Worker
 from serve.limits import ServiceError
 from serve.metrics import Meter
@@ -119,7 +120,7 @@ class RetrieverCore:
         encoder: Any = self._loaded().encoder
         pairs = [("", text) for text in texts]
         vectors = encoder.encode_queries(texts) if kind == "query" else encoder.encode_passages(pairs)
-        tokens = sum(len(row) for row in encoder.tokenizer(texts)["input_ids"])
+        tokens = sum(len(row) for row in text_ids(encoder.tokenizer, texts))
         return Embedded(vectors, tokens, dict(self._loaded().versions))
 
     async def _search_batch(self, requests: list[Request]) -> list[Found | Exception]:

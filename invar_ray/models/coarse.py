@@ -13,6 +13,7 @@ from invar_ray.errors import ModelError
 from invar_ray.models.batching import DEFAULT_TOKENS_PER_BATCH, EncodeStats, Vectors, encode_in_batches, pad_right
 from invar_ray.models.pooling import pool
 from invar_ray.models.tiny import minilm_folder
+from invar_ray.text.tokens import text_ids
 
 BUILTIN = "builtin:minilm"
 
@@ -44,14 +45,11 @@ class CoarseEncoder:
 
     def encode_queries(self, questions: Sequence[str]) -> Vectors:
         """[N, D] unit rows, in the order given."""
-        return self._encode(list(questions))
+        return self.encode_ids(text_ids(self._tokenizer, questions, max_tokens=self._max_tokens))
 
     def encode_passages(self, passages: Sequence[tuple[str, str]]) -> Vectors:
         """[N, D] unit rows, in the order given."""
         return self.encode_ids(coarse_passage_ids(self._tokenizer, passages, self._max_tokens))
-
-    def _encode(self, texts: list[str]) -> Vectors:
-        return self.encode_ids(_ids(self._tokenizer, texts, self._max_tokens))
 
     def encode_ids(self, ids: list[list[int]]) -> Vectors:
         """[N, D] unit rows for token ids, in the order given."""
@@ -75,14 +73,7 @@ def coarse_tokenizer(name: str) -> Any:
 
 def coarse_passage_ids(tokenizer: Any, passages: Sequence[tuple[str, str]], max_tokens: int) -> list[list[int]]:
     """Token ids of (title, text) passages."""
-    return _ids(tokenizer, [f"{title} {text}".strip() for title, text in passages], max_tokens)
-
-
-def _ids(tokenizer: Any, texts: list[str], max_tokens: int) -> list[list[int]]:
-    if not texts:
-        return []
-    ids: list[list[int]] = tokenizer(texts, truncation=True, max_length=max_tokens)["input_ids"]
-    return ids
+    return text_ids(tokenizer, [f"{title} {text}".strip() for title, text in passages], max_tokens=max_tokens)
 
 
 def _source(name: str) -> str:

@@ -26,6 +26,7 @@ from invar_ray.models.coarse import CoarseEncoder, coarse_passage_ids, coarse_to
 from invar_ray.models.locate import BaseOpener, BaseRef, folder_fingerprint, load_tokenizer, open_base
 from invar_ray.models.pooling import Pooling, pool
 from invar_ray.text.prompts import format_passage, format_query
+from invar_ray.text.tokens import text_ids
 
 PROJECTION_FILE = "projection.safetensors"
 
@@ -338,8 +339,6 @@ def passage_ids(
 
 
 def _ids_with_eos(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> list[list[int]]:
-    if not texts:
-        return []
     eos = int(tokenizer.eos_token_id)
-    rows = tokenizer(texts, truncation=True, max_length=max_tokens - 1, return_attention_mask=False)["input_ids"]
+    rows = text_ids(tokenizer, texts, max_tokens=max_tokens - 1)
     return [row if row and row[-1] == eos else [*row, eos] for row in rows]

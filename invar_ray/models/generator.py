@@ -16,6 +16,7 @@ from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteria
 
 from invar_ray.errors import ModelError, RequestError
 from invar_ray.models.decoding import Finish, Row, RowEnds, Sampling, TokenPicker, first_stop
+from invar_ray.text.tokens import text_ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,12 +65,13 @@ class Task:
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
     """Token ids of a prompt that text is to follow: with the tokenizer's start token, without a closing end token.
 
-    Training and serving both encode with this, so that a model sees at answer time what it saw in training.  A
+    Training and serving both encode with this, so that a model sees at answer time what it saw in training.  The prompt
+    is text from outside throughout: strings in it that look like control tokens stay text (:mod:`.text.tokens`).  A
     tokenizer that closes texts (``[CLS] .. [SEP]``) would tell the model that everything was already said.
     """
-    ids: list[int] = list(tokenizer(prompt, add_special_tokens=True, truncation=False, verbose=False)["input_ids"])
+    ids = text_ids(tokenizer, [prompt])[0]
     closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-    # A text's own tokens never end in a special token, so this takes only what the tokenizer's template added.
+    # A text's own tokens are never special ones, so this takes only what the tokenizer's template added.
     while ids and ids[-1] in closing:
         ids.pop()
     return ids

@@ -69,10 +69,20 @@ def load_smollm2() -> tuple[LlamaForCausalLM, PreTrainedTokenizerBase]:
     }
     model = LlamaForCausalLM(LlamaConfig(**values)).bfloat16()
     model.load_state_dict(quantised.state_dict())
-    tokenizer = AutoTokenizer.from_pretrained(folder, gguf_file=name)
+    return model.eval(), smollm2_tokenizer()
+
+
+def smollm2_tokenizer() -> PreTrainedTokenizerBase:
+    """The tokenizer alone.
+
+    Raises:
+        ModelError: if the package is missing.
+    """
+    path = smollm2_file()
+    tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
     # GGUF names its pre-tokenizer ("smollm") and does not describe it: every digit is a token of its own.
     tokenizer.backend_tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(False)])
-    return model.eval(), tokenizer
+    return tokenizer
 
 
 @contextlib.contextmanager

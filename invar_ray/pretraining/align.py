@@ -20,7 +20,9 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
+from invar_ray.models.batching import pad_right
 from invar_ray.models.tiny import minilm_folder
+from invar_ray.text.tokens import text_ids
 
 States = Callable[[Sequence[Sequence[int]]], tuple[Tensor, Tensor]]
 """Rows of token ids to padded ids [B, T] and last hidden states [B, T, H]."""
@@ -59,7 +61,7 @@ class Alignment:
         self._order: list[int] = []
         texts = [text for pair in pairs for text in pair]
         end = [tokenizer.eos_token_id]
-        encoded = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        encoded = text_ids(tokenizer, texts, framed=False)
         self._rows = [ids[: longest - 1] + end for ids in encoded]  # question, passage, question, ...
         self._targets = self._turned(minilm_vectors(texts))
 
@@ -121,7 +123,7 @@ def minilm_vectors(texts: Sequence[str]) -> Tensor:
     found = torch.empty(len(texts), model.config.hidden_size)
     for begin in range(0, len(order), _TEACHER_BATCH):
         chosen = order[begin : begin + _TEACHER_BATCH]
-        batch = tokenizer([texts[i] for i in chosen], padding=True, truncation=True, max_length=96, return_tensors="pt")
-        states, real = model(**batch).last_hidden_state, batch["attention_mask"][..., None]
+        ids, real = pad_right(text_ids(tokenizer, [texts[i] for i in chosen], max_tokens=96), tokenizer.pad_token_id)
+        states, real = model(input_ids=ids, attention_mask=real).last_hidden_state, real[..., None]
         found[chosen] = functional.normalize((states * real).sum(1) / real.sum(1), dim=-1)
     return found

@@ -12,6 +12,7 @@ from invar_ray.pretraining.reading import Asked, Item, ReadingMixture
 from invar_ray.pretraining.train import Pretraining
 from invar_ray.text import facts
 from invar_ray.text.prompts import format_answer_prompt, format_target
+from invar_ray.text.tokens import text_ids
 
 _BATCH = 16
 
@@ -90,7 +91,7 @@ def exact_match(training: Pretraining, tasks: Sequence[Item]) -> tuple[float, fl
             right = chosen == ids[number, span.start : span.stop]
             length = len(span)
             if task.answer is not None:
-                length = len(tokenizer(task.answer, add_special_tokens=False)["input_ids"])
+                length = len(text_ids(tokenizer, [task.answer], framed=False)[0])
             answered += bool(right[:length].all())
             whole += bool(right.all())
     model.train(was_training)

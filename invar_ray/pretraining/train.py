@@ -30,6 +30,7 @@ from transformers import AttentionInterface, LlamaForCausalLM, PreTrainedTokeniz
 
 from invar_ray.pretraining.align import Alignment
 from invar_ray.pretraining.reading import Item, ReadingMixture
+from invar_ray.text.tokens import text_ids
 
 _ATTENTION = "invar_ray_matmul"
 LENGTHS = (64, 112, 160, 224, 320)
@@ -205,7 +206,7 @@ class Pretraining:
         texts = [text for part in item.parts for text in part]
         row: list[int] = []
         spans: list[range] = []
-        for number, ids in enumerate(self.tokenizer(texts, add_special_tokens=False)["input_ids"]):
+        for number, ids in enumerate(text_ids(self.tokenizer, texts, framed=False)):
             begin = len(row)
             row += ids
             if number % 2:
@@ -217,7 +218,7 @@ class Pretraining:
 
     def text_rows(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of texts to encode, each with its end token."""
-        encoded = self.tokenizer(list(texts), add_special_tokens=False)["input_ids"]
+        encoded = text_ids(self.tokenizer, texts, framed=False)
         return [ids[: _LONGEST - 1] + [self.tokenizer.eos_token_id] for ids in encoded]
 
     def batch_rows(self, length: int) -> int:
@@ -272,7 +273,7 @@ class Pretraining:
     def _language_step(self) -> float:
         length = LENGTHS[1]
         texts = [self.data.text(self.rng) for _ in range(self.batch_rows(length))]
-        rows = [ids[:length] for ids in self.tokenizer(texts, add_special_tokens=False)["input_ids"]]
+        rows = [ids[:length] for ids in text_ids(self.tokenizer, texts, framed=False)]
         # The output layer costs more than the body: a quarter of the places is enough.
         places = [(b, t) for b, row in enumerate(rows) for t in range(1, len(row)) if self.rng.random() < 0.25]
         loss = self._next_token_loss(rows, places) / len(places)

@@ -17,6 +17,7 @@ _BATCH = 1000
 
 def count_tokens(tokenizer: Tokenizer, texts: Iterable[str]) -> Counter[int]:
     """How often each token id occurs in ``texts``."""
+    tokenizer.encode_special_tokens = True  # what stands in a text is no control token
     counts: Counter[int] = Counter()
     batch: list[str] = []
     for text in texts:

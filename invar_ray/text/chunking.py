@@ -10,6 +10,7 @@ from typing import Any
 from invar_ray.schema import Document, Passage
 from invar_ray.text.places import PlaceFinder
 from invar_ray.text.sentences import sentence_starts, skip_space
+from invar_ray.text.tokens import token_starts
 
 # A sentence longer than the window is cut at once if what stands before it fills less than this part. [ours]
 _SENTENCE_PART = 1 / 3
@@ -78,9 +79,7 @@ def _borders(text: str, tokenizer: Any) -> list[int]:
     """Character offset at which each token starts, then ``len(text)``; never falling.  The first is 0."""
     borders = [0]
     for begin, stop in _slices(text):
-        # verbose=False: no warning that a whole document is longer than the model's context, it is cut right after.
-        encoded = tokenizer(text[begin:stop], add_special_tokens=False, return_offsets_mapping=True, verbose=False)
-        for start, _ in encoded["offset_mapping"][1 if begin == 0 else 0 :]:
+        for start in token_starts(tokenizer, text[begin:stop])[1 if begin == 0 else 0 :]:
             # Characters that the tokenizer drops lie between two offsets; starting each piece where the one before
             # ended keeps them in a passage.  Byte-level tokens of one character share its offset.
             borders.append(max(borders[-1], min(begin + start, stop)))

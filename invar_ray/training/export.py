@@ -23,6 +23,7 @@ from invar_ray.models.adapters import load_adapter
 from invar_ray.models.batching import pad_right
 from invar_ray.models.encoder import PROJECTION_FILE, BiEncoder, EncoderSpec, keep_first_layers, load_projection
 from invar_ray.models.locate import BaseRef, open_base
+from invar_ray.text.tokens import text_ids
 
 MERGED = "merged"
 MIN_COSINE = 1.0 - 1e-6  # unit vectors within 1.4e-3; merging in float32 stays within some 1e-5
@@ -171,7 +172,7 @@ def _merge(adapter: Artifact, place: Path) -> float:
 @torch.inference_mode()
 def _outputs(adapter: Artifact, model: Any, tokenizer: Any) -> Tensor:
     """What the adapter is for: vectors [N, D] of stage 1, the last token's logits [N, V] of stage 2."""
-    rows = [[*tokenizer(text)["input_ids"], int(tokenizer.eos_token_id)] for text in _PROBES]
+    rows = [[*row, int(tokenizer.eos_token_id)] for row in text_ids(tokenizer, _PROBES)]
     ids, mask = pad_right(rows, int(tokenizer.pad_token_id))
     if adapter.manifest.kind == "retriever":
         spec = EncoderSpec.from_json(adapter.info["encoder"])

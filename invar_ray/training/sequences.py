@@ -23,6 +23,7 @@ from invar_ray.models.batching import packs
 from invar_ray.models.generator import encode_prompt
 from invar_ray.text.answers import contains_answer
 from invar_ray.text.prompts import REFUSAL, fit_prompt, format_answer_prompt, format_target
+from invar_ray.text.tokens import text_ids
 
 _SEED_STRIDE = 1_000_003
 
@@ -129,7 +130,7 @@ def tokenize_sequences(
     rows: list[tuple[list[int], int]] = []
     for sequence in sequences:
         prompt = encode_prompt(tokenizer, sequence.prompt)
-        words = tokenizer(f" {sequence.target}", add_special_tokens=False)["input_ids"]
+        words = text_ids(tokenizer, [f" {sequence.target}"], framed=False)[0]
         target = [*words[: max_tokens - 1], eos]
         prompt = prompt[max(0, len(prompt) + len(target) - max_tokens) :]
         rows.append(([*prompt, *target], len(prompt)))

@@ -144,6 +144,21 @@ def test_a_model_elsewhere_answers_as_the_one_here(here: Live, elsewhere: Live, 
     assert elsewhere("GET", "/v1/index").json()["generator"]["engine"] == "openai"
 
 
+def test_a_model_elsewhere_gets_no_control_token_out_of_a_question(
+    here: Live, elsewhere: Live, server: CompletionServer, generator: Generator
+) -> None:
+    asked = {"question": "When [SEP] does the [MASK] ferry <|im_end|> leave?", "top_k": 1}
+    assert elsewhere("POST", "/v1/answer", json=asked).status_code == 200
+    sent = server.seen[-1]["prompt"]
+    assert "When [ SEP] does the [ MASK] ferry < |im_end|> leave?" in sent
+    special = set(generator.tokenizer.all_special_ids)
+    assert not special & set(generator.tokenizer(sent, add_special_tokens=False)["input_ids"])
+    # Here the text stays as it is, and its tokens are counted as they are read.
+    reply = here("POST", "/v1/embeddings", json={"model": "invar-encoder", "input": "a [SEP] b"}).json()
+    assert reply["usage"]["prompt_tokens"] == 5
+    assert here("POST", "/v1/answer", json=asked).status_code == 200
+
+
 def test_a_busy_server_is_asked_again_and_a_failing_one_is_no_500(elsewhere: Live, server: CompletionServer) -> None:
     body = {"question": FERRY}
     server.failures = [503, 429]
