@@ -24,7 +24,7 @@ from invar_ray.errors import ResourceError
 from serve.answering import GeneratorLoader
 from serve.args import AppArgs, EngineOptions, IngressOptions, RetrieverOptions
 from serve.deployments import ColocatedDeployment, GeneratorDeployment, IngressDeployment, RetrieverDeployment
-from serve.keys import keys_from_environment
+from serve.keys import keys_from_environment, service_keys
 from serve.limits import SERVICE
 from serve.retrieving import RetrieverLoader, load_retriever
 
@@ -50,6 +50,8 @@ def compose(
         memory_map=args.memory_map,
         collapse=args.collapse_duplicates,
     )
+    # Here as well as in each replica, whose environment may be another: a wrong key shows before anything starts.
+    service_keys(args.api_keys, os.environ)
     record = args.record()
     engine_actor = {"num_cpus": args.num_cpus_per_replica}
     if args.num_gpus_per_replica > 0:

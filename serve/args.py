@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from serve.keys import ApiKey
+from invar_ray.errors import ConfigError
+from serve.keys import ApiKey, KeyRing
 from serve.limits import Limits
 from serve.metrics import Meter
 from serve.tracing import Tracer, Tracing
@@ -119,6 +120,10 @@ class AppArgs(BaseModel):
             raise ValueError("max_batch_size is larger than max_ongoing_requests: such a batch could never fill")
         if self.engine == "openai" and not (self.engine_url and self.engine_model):
             raise ValueError("engine is openai: engine_url and engine_model are needed")
+        try:
+            KeyRing(self.api_keys)
+        except ConfigError as error:
+            raise ValueError(f"api_keys: {error}") from None
         if self.topology == "colocated" and (self.shard_uris or self.engine != "transformers"):
             raise ValueError("topology colocated serves one index and the engine transformers only")
         return self

@@ -31,7 +31,8 @@ def ask(
     body: dict[str, Any] = {"question": question}
     if top_k is not None:
         body["top_k"] = top_k
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    key = (api_key or "").strip()  # a mounted secret's line break is no part of it
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
     address = f"{url.rstrip('/')}/v1/answer"
     try:
         response = httpx.post(address, json=body, headers=headers, timeout=timeout_s)

@@ -17,7 +17,7 @@ from serve.answering import GeneratorCore
 from serve.api import make_api
 from serve.args import EngineOptions, IngressOptions, RetrieverOptions
 from serve.handles import HandleTarget
-from serve.keys import KEY_ENV, KEYS_ENV, keys_from_environment
+from serve.keys import KEY_ENV, KEYS_ENV, service_keys
 from serve.metrics import ray_meter
 from serve.record import RecordFile
 from serve.records import Embedded, Found, Prepared, Question, Reply, Vectors
@@ -174,7 +174,7 @@ class IngressReplica:
         options: IngressOptions,
     ) -> None:
         self._options, meter = options, ray_meter()
-        self._keys = [*options.keys, *keys_from_environment(os.environ)]
+        self._keys = service_keys(options.keys, os.environ)
         if options.require_api_key and not self._keys:
             raise ConfigError(
                 f"the replica's environment has neither {KEY_ENV} nor {KEYS_ENV}, and the configuration asks for a key",

@@ -9,13 +9,17 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from invar_ray.errors import ConfigError
 from serve.conditions import Conditions
 
 KEY_ENV, KEYS_ENV = "INVAR_API_KEY", "INVAR_API_KEYS"
 Scope = Literal["query", "admin"]
+_EMPTY = frozenset(hashlib.sha256(text).hexdigest() for text in (b"", b" ", b"\n", b"\r\n", b"\x00"))
+"""Hashes of what a shell makes of a variable that is not set: a key that everybody has."""
+_EMPTY_HASH = "the SHA-256 of an empty key, which everybody has"
+_HASH_IT = "hash a real key: printf %s KEY | sha256sum"
 
 
 class ApiKey(BaseModel):
@@ -33,6 +37,13 @@ class ApiKey(BaseModel):
         "request asks for, which cannot widen it.",
     )
 
+    @field_validator("sha256")
+    @classmethod
+    def _of_a_key(cls, value: str) -> str:
+        if value in _EMPTY:
+            raise ValueError(f"this is {_EMPTY_HASH}; {_HASH_IT}")
+        return value
+
 
 def keys_from_environment(environment: Mapping[str, str]) -> list[ApiKey]:
     """The keys of ``INVAR_API_KEY`` (one, in the clear, for queries) and ``INVAR_API_KEYS``.
@@ -41,16 +52,34 @@ def keys_from_environment(environment: Mapping[str, str]) -> list[ApiKey]:
     breaks, scopes joined by ``+``, e.g. ``ops:9f86...:query+admin:600``.  Conditions bind the key to passages:
     ``column=value`` or ``column^=beginning``, joined by ``&``, e.g. ``acme:9f86...:query:0:tenant=acme``.
 
+    White space around a key is no part of it: mounted secrets end in a line break, which no client can send.
+
     Raises:
-        ConfigError: if an entry is malformed; it never prints the entry's hash.
+        ConfigError: if a variable is set and holds no key, or an entry is malformed; it prints neither key nor hash.
     """
     keys = []
-    plain = environment.get(KEY_ENV)
-    if plain:
+    given = environment.get(KEY_ENV)
+    if given is not None:
+        plain = given.strip()
+        if not plain or not plain.isprintable() or " " in plain:
+            raise ConfigError(
+                f"{KEY_ENV} is set and {'holds white space or control characters within' if plain else 'empty'}",
+                expected="one key, without white space",
+                action=f"set it to a key, or unset it (then queries need none, unless {KEYS_ENV} or api_keys has one)",
+            )
         keys.append(ApiKey(name="default", sha256=hashlib.sha256(plain.encode()).hexdigest()))
-    entries = [entry.strip() for entry in re.split(r"[,\n]", environment.get(KEYS_ENV, ""))]
-    for number, entry in enumerate((entry for entry in entries if entry), start=1):
+    listed = environment.get(KEYS_ENV)
+    entries = [entry for part in re.split(r"[,\n]", listed or "") if (entry := part.strip())]
+    if listed is not None and not entries:
+        raise ConfigError(
+            f"{KEYS_ENV} is set and empty",
+            expected="name:sha256 in hex:scopes, one or more",
+            action=f"list a key, or unset it (then queries need no key, unless {KEY_ENV} or api_keys has one)",
+        )
+    for number, entry in enumerate(entries, start=1):
         parts = entry.split(":", 4)  # a condition's value may hold colons
+        if len(parts) > 1 and parts[1].strip().lower() in _EMPTY:
+            raise ConfigError(f"entry {number} of {KEYS_ENV} has {_EMPTY_HASH}", action=_HASH_IT)
         try:
             rate = int(parts[3]) if len(parts) > 3 else 0
             if len(parts) < 3:
@@ -67,17 +96,42 @@ def keys_from_environment(environment: Mapping[str, str]) -> list[ApiKey]:
     return keys
 
 
+def service_keys(configured: Sequence[ApiKey], environment: Mapping[str, str]) -> list[ApiKey]:
+    """All keys of a service: those of its configuration and those of the environment.
+
+    Raises:
+        ConfigError: see :func:`keys_from_environment` and :class:`KeyRing`.
+    """
+    keys = [*configured, *keys_from_environment(environment)]
+    KeyRing(keys)
+    return keys
+
+
 class KeyRing:
     """Recognises keys in constant time and counts what each may still ask.
 
     Args:
         keys: the keys; none lets everyone query and nobody administrate.
+
+    Raises:
+        ConfigError: two of them have one name, or are one key.
     """
 
     def __init__(self, keys: Sequence[ApiKey]) -> None:
         names = [key.name for key in keys]
         if len(set(names)) < len(names):
             raise ConfigError("two API keys have one name", expected="a name for each, by which logs tell them apart")
+        first: dict[str, str] = {}
+        for key in keys:
+            if key.sha256 in _EMPTY:
+                raise ConfigError(f"API key {key.name} has {_EMPTY_HASH}", action=_HASH_IT)
+            if key.sha256 in first:
+                raise ConfigError(
+                    f"API keys {first[key.sha256]} and {key.name} are one key: the hash is the same",
+                    expected="a key for each name, or the conditions and scopes of one of them would be lost",
+                    action="make another key for one of them, or take one entry out",
+                )
+            first[key.sha256] = key.name
         self._keys = list(keys)
         self._buckets: dict[str, tuple[float, float]] = {}  # name -> (tokens, time)
 
@@ -87,13 +141,13 @@ class KeyRing:
         return not self._keys
 
     def find(self, given: bytes) -> ApiKey | None:
-        """The key that was sent, if it is one of ours.  Every key is compared, whichever fits."""
+        """The key that was sent, if it is one of ours.  Every key is compared, whichever fits; nothing sent is none."""
         digest = hashlib.sha256(given).hexdigest()
         found = None
         for key in self._keys:
             if hmac.compare_digest(digest, key.sha256):
                 found = key
-        return found
+        return found if given.strip() else None
 
     def wait_s(self, key: ApiKey) -> float:
         """0 and one request counted, or the seconds until the key may ask again (a token bucket of a minute)."""

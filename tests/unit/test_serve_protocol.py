@@ -21,8 +21,11 @@ from invar_ray.errors import ConfigError, RequestError
 from invar_ray.retrieval.filters import Where
 from invar_ray.schema import Answer, Citation, Hit
 from serve.api import make_api
+from serve.app import build_app
+from serve.args import AppArgs
 from serve.batching import Batcher, Worker
-from serve.keys import ApiKey, KeyRing, keys_from_environment
+from serve.conditions import Conditions
+from serve.keys import ApiKey, KeyRing, keys_from_environment, service_keys
 from serve.limits import Limits, ServiceError, request_id
 from serve.pages import PATHS
 from serve.protocol import AnswerResponse
@@ -241,6 +244,80 @@ def test_keys_come_from_the_environment_hashed() -> None:
         assert digest not in str(caught.value)
     with pytest.raises(ConfigError, match="one name"):
         KeyRing([KEY, KEY])
+
+
+EMPTY = [hashlib.sha256(text).hexdigest() for text in (b"", b"\n", b"\r\n", b" ")]
+
+
+@pytest.mark.parametrize("digest", EMPTY)
+def test_the_hash_of_an_empty_key_is_refused_everywhere(digest: str) -> None:
+    with pytest.raises(ValueError, match="empty key, which everybody has; hash a real key"):
+        ApiKey(name="a", sha256=digest)
+    with pytest.raises(ValueError, match="empty key"):
+        AppArgs.model_validate({"index_uri": "i", "generator_uri": "g", "api_keys": [{"name": "a", "sha256": digest}]})
+    good = hashlib.sha256(b"k").hexdigest()
+    for written in (digest, digest.upper(), f" {digest} "):
+        with pytest.raises(ConfigError, match=r"^entry 2 of INVAR_API_KEYS has .* empty key.* To do: hash a real"):
+            keys_from_environment({"INVAR_API_KEYS": f"b:{good}:query,a:{written}:query"})
+    with pytest.raises(ConfigError, match=r"API key mine has .* empty key"):
+        KeyRing([KEY.model_copy(update={"sha256": digest})])
+
+
+@pytest.mark.parametrize("setting", ["", " ", "\n", "\t \r\n"])
+def test_a_key_setting_without_a_key_is_refused(setting: str) -> None:
+    with pytest.raises(ConfigError, match=r"^INVAR_API_KEY is set and empty\. Expected: .* To do: .*unset it"):
+        keys_from_environment({"INVAR_API_KEY": setting})
+    for listed in (setting, f"{setting},", ",,\n"):
+        with pytest.raises(ConfigError, match=r"^INVAR_API_KEYS is set and empty\. Expected: .* To do: .*unset it"):
+            keys_from_environment({"INVAR_API_KEYS": listed})
+    good = {"INVAR_API_KEY": "secret", "INVAR_API_KEYS": f"b:{hashlib.sha256(b'k').hexdigest()}:query"}
+    for name in good:
+        with pytest.raises(ConfigError, match=f"{name} is set and empty"):
+            keys_from_environment({**good, name: setting})
+
+
+@pytest.mark.parametrize("mounted", ["secret\n", "secret\r\n", " secret ", "\nsecret\n\n"])
+def test_the_line_break_of_a_mounted_secret_is_no_part_of_the_key(backend: Backend, mounted: str) -> None:
+    keys = tuple(keys_from_environment({"INVAR_API_KEY": mounted}))
+    assert keys == (KEY.model_copy(update={"name": "default"}),)
+    headers = {"Authorization": "Bearer secret"}
+    assert call(backend, "GET", "/v1/index", headers=headers, keys=keys).status_code == 200
+    fault(call(backend, "GET", "/v1/index", keys=keys), 401, "unauthorized")
+
+
+@pytest.mark.parametrize("broken", ["se cret", "sec\nret", "sec\x00ret", "sec\tret"])
+def test_a_key_that_no_client_can_send_is_refused_without_being_shown(broken: str) -> None:
+    with pytest.raises(ConfigError, match="INVAR_API_KEY is set and holds white space or control") as caught:
+        keys_from_environment({"INVAR_API_KEY": broken})
+    assert "ret" not in str(caught.value)
+
+
+def test_one_key_under_two_names_is_refused() -> None:
+    bound = KEY.model_copy(update={"name": "acme", "where": Conditions.parse("tenant=acme")})
+    expected = r"^API keys acme and mine are one key.* Expected: a key for each name.* To do: make another key"
+    with pytest.raises(ConfigError, match=expected) as caught:
+        KeyRing([bound, KEY])
+    assert KEY.sha256 not in str(caught.value)
+    with pytest.raises(ConfigError, match="API keys mine and default are one key"):
+        service_keys([KEY], {"INVAR_API_KEY": "secret"})
+    with pytest.raises(ConfigError, match="API keys default and b are one key"):
+        service_keys([], {"INVAR_API_KEY": "secret", "INVAR_API_KEYS": f"b:{KEY.sha256.upper()}:query:0:tenant=acme"})
+    values = [{"name": name, "sha256": KEY.sha256} for name in ("a", "b")]
+    with pytest.raises(ValueError, match="api_keys: API keys a and b are one key"):
+        AppArgs.model_validate({"index_uri": "i", "generator_uri": "g", "api_keys": values})
+
+
+@pytest.mark.parametrize("name, value", [("INVAR_API_KEY", " "), ("INVAR_API_KEYS", ""), ("INVAR_API_KEY", "secret")])
+def test_wrong_keys_show_before_anything_starts(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=r"is set and empty|are one key"):
+        build_app(AppArgs(index_uri="runs/index/a", generator_uri="runs/generator/b", api_keys=[KEY]))
+
+
+def test_nothing_sent_is_no_key() -> None:
+    ring = KeyRing([KEY, ADMIN])
+    assert [ring.find(given) for given in (b"", b" ", b"\n", b"\x00", b"secret\n")] == [None] * 5
+    assert ring.find(b"secret") == KEY
 
 
 def test_headers_for_browsers_and_no_cross_origin_by_default(backend: Backend) -> None:
