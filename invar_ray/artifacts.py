@@ -337,6 +337,22 @@ class Store:
             ) from error
 
 
+def check_trained(root_uri: str, kind: str) -> None:
+    """Whether a store has any artifact of a kind; for commands that make none.
+
+    Raises:
+        MissingArtifactError: it has none.  ArtifactError: it cannot be read.
+    """
+    store = Store(root_uri)
+    if not store.list(kind):
+        there = store.filesystem.get_file_info(store.root).type != fs.FileType.NotFound
+        raise MissingArtifactError(
+            f"storage.root_uri is {store.root_uri}, {f'which holds no {kind}' if there else 'and nothing is there'}",
+            expected="the store of a finished run",
+            action="correct storage.root_uri, or make one with invar-ray demo or invar-ray train",
+        )
+
+
 def _usable(root: Path) -> None:
     place = next((parent for parent in [root, *root.parents] if parent.exists()), root)
     if not place.is_dir() or not os.access(place, os.R_OK | os.X_OK):

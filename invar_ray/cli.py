@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shlex
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -240,23 +241,29 @@ def export(
         print(push_folder(made.folder, push, private=not public))
 
 
+def _has_what_is_served(
+    overrides: list[str] | None, config: str, index_uri: str | None, generator_uri: str | None
+) -> None:
+    from invar_ray.artifacts import check_trained
+
+    settings = load_config(config, overrides or [])
+    for kind, uri in (("index", index_uri), ("generator", generator_uri)):
+        if uri is None:
+            check_trained(settings.storage.root_uri, kind)
+
+
 @app.command()
-@clear_errors
+@partial(clear_errors, early=_has_what_is_served)
 def serve(
     overrides: Overrides = None,
     config: Recipe = DEFAULT,
     index_uri: Annotated[str | None, typer.Option("--index", help="URI of an index.")] = None,
     generator_uri: Annotated[str | None, typer.Option("--generator", help="URI of a stage-2 adapter.")] = None,
 ) -> None:
-    """Serve over HTTP until Ctrl-C: the recipe's own artifacts, or those given."""
-    from invar_ray.artifacts import open_artifact
-    from invar_ray.pipeline import Pipeline, start_service
+    """Serve over HTTP until Ctrl-C: the recipe's own artifacts, or those given; nothing is trained for it."""
+    from invar_ray.pipeline import serve_until_stopped
 
-    with Pipeline(load_config(config, overrides or [])) as pipeline:
-        chosen = open_artifact(index_uri, "index") if index_uri else pipeline.index
-        generator = open_artifact(generator_uri, "generator") if generator_uri else pipeline.generator
-        pipeline.session.ensure()
-        start_service(chosen, generator, pipeline.config.serve, blocking=True)
+    serve_until_stopped(load_config(config, overrides or []), index_uri, generator_uri)
 
 
 @app.command()

@@ -16,16 +16,24 @@ from invar_ray.errors import InvarError
 P = ParamSpec("P")
 
 
-def clear_errors(command: Callable[P, None]) -> Callable[P, None]:
-    """A user's mistake prints one error and exits 1; Ctrl-C and SIGTERM clean up and exit 130."""
+def clear_errors(command: Callable[P, None], early: Callable[P, None] | None = None) -> Callable[P, None]:
+    """A user's mistake prints one error and exits 1; Ctrl-C and SIGTERM clean up and exit 130.
+
+    Args:
+        command: the command.
+        early: runs before it with the same arguments, and before Ray and transformers are imported, which takes seconds
+            on a busy machine: for mistakes that can be seen at once.
+    """
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        from invar_ray.session import quieten_libraries
-
         signal.signal(signal.SIGTERM, _interrupt)
-        quieten_libraries()
         try:
+            if early is not None:
+                early(*args, **kwargs)
+            from invar_ray.session import quieten_libraries
+
+            quieten_libraries()
             command(*args, **kwargs)
         except InvarError as error:
             print(f"error: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from invar_ray.artifacts import Artifact, Building, Plan, Store, open_artifact
 from invar_ray.config import Config, ServeConfig
-from invar_ray.errors import ArtifactError, MixedArtifactsError
+from invar_ray.errors import ArtifactError, MissingArtifactError, MixedArtifactsError
 from invar_ray.evaluating.baselines import bm25_plan, build_bm25_hits, build_fused_hits, fused_plan
 from invar_ray.evaluating.evaluate import SYSTEM_NAMES, Change, System, build_report, report_plan
 from invar_ray.evaluating.hits import PLAIN, SearchMode, build_hits, hits_plan
@@ -46,18 +46,19 @@ class Pipeline:
     Args:
         config: the run.
         quiet: print nothing.
+        find_only: make nothing: what does not stand is a :class:`MissingArtifactError`.
 
     Use as a context manager: leaving it stops the Ray that it started.
     """
 
-    def __init__(self, config: Config, *, quiet: bool = False) -> None:
+    def __init__(self, config: Config, *, quiet: bool = False, find_only: bool = False) -> None:
         self.config = config
         self.store = Store(config.storage.root_uri)
         self.session = RaySession(config.scale)
         self.seconds: dict[str, float] = {}
         self.cpu_seconds: dict[str, float] = {}
         self.reused: list[str] = []
-        self._quiet = quiet
+        self._quiet, self._find_only = quiet, find_only
 
     def __enter__(self) -> Pipeline:
         return self
@@ -125,6 +126,8 @@ class Pipeline:
         Raises:
             DataError: naming how many, and the first.
         """
+        if self._find_only:
+            return
         documents = document_ids(self.passages)
         for split in ("train", "dev"):
             refuse_unanswerable(load_examples(self.questions, split), documents, split)
@@ -350,6 +353,8 @@ class Pipeline:
         on_ray: bool = False,
         resumable: bool = False,
     ) -> Artifact:
+        if self._find_only:
+            return self._found(label, plan)
         started, cpu = time.monotonic(), time.process_time()
 
         def timed(building: Building) -> None:
@@ -372,9 +377,40 @@ class Pipeline:
             self._say(f"{label}: {self.seconds[label]:.1f} s -> {artifact.ref}")
         return artifact
 
+    def _found(self, label: str, plan: Plan) -> Artifact:
+        found = self.store.find(plan)
+        if found is None:
+            raise MissingArtifactError(
+                f"{self.store.root_uri} has no {label} of this recipe and these overrides",
+                expected="a run that was finished with them",
+                action="repeat the config and overrides that it was trained with, name --index and --generator, or "
+                "train it: invar-ray train",
+            )
+        return found
+
     def _say(self, text: str) -> None:
         if not self._quiet:
             print(text, file=sys.stderr, flush=True)
+
+
+def serve_until_stopped(config: Config, index_uri: str | None = None, generator_uri: str | None = None) -> None:
+    """Serve over HTTP until Ctrl-C; nothing is trained or embedded, and what can fail does so before Ray starts.
+
+    Args:
+        config: of the run whose index and generator are served, where the URIs below name none.
+        index_uri, generator_uri: artifacts to serve in their place.
+
+    Raises:
+        MissingArtifactError: the store lacks one of them.  MixedArtifactsError: if they have different bases.
+        ConfigError: a key of the service is wrong.  ResourceError: the port is taken, or it does not start.
+    """
+    with Pipeline(config, find_only=True) as pipeline:
+        index = open_artifact(index_uri, "index") if index_uri else pipeline.index
+        generator = open_artifact(generator_uri, "generator") if generator_uri else pipeline.generator
+        args = _service_args(index, generator, config.serve)
+        _service().check_start(args, config.serve.host, config.serve.port, joins=pipeline.session.joins)
+        pipeline.session.ensure()
+        start_service(index, generator, config.serve, blocking=True)
 
 
 def start_service(
@@ -385,6 +421,13 @@ def start_service(
     Raises:
         MixedArtifactsError: if they have different bases.  ResourceError: if it does not start.
     """
+    address: str = _service().start(
+        _service_args(index, generator, serve), host=serve.host, port=serve.port, blocking=blocking, log_level=log_level
+    )
+    return address
+
+
+def _service_args(index: Artifact, generator: Artifact, serve: ServeConfig) -> Any:
     encoder = EncoderSpec.from_json(index.info["encoder"])
     if encoder.kind != "llm" or encoder.base.fingerprint != generator.info["base"]["fingerprint"]:
         raise MixedArtifactsError(
@@ -393,8 +436,9 @@ def start_service(
             expected="an index and a generator of one base",
             action="reindex with the generator's base, or train a generator on the index's",
         )
-    app = _service()
-    args = app.AppArgs(
+    # An adapter that was not trained here says nothing of an answer's length: the service's default holds.
+    length = {name: generator.info[name] for name in ("max_new_tokens",) if name in generator.info}
+    return _service().AppArgs(
         index_uri=index.uri,
         generator_uri=generator.uri,
         retriever_replicas=serve.retriever_replicas,
@@ -402,10 +446,8 @@ def start_service(
         num_gpus_per_replica=serve.num_gpus_per_replica,
         num_cpus_per_replica=serve.num_cpus_per_replica,
         top_k=serve.top_k,
-        max_new_tokens=generator.info["max_new_tokens"],
+        **length,
     )
-    address: str = app.start(args, host=serve.host, port=serve.port, blocking=blocking, log_level=log_level)
-    return address
 
 
 def stop_service() -> None:

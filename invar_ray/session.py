@@ -131,6 +131,11 @@ class RaySession:
         self._started = False
         self._folder: str | None = None
 
+    @property
+    def joins(self) -> bool:
+        """Whether :meth:`ensure` joins a Ray that runs already."""
+        return ray.is_initialized() or bool(self._scale.ray_address or os.environ.get("RAY_ADDRESS"))
+
     def ensure(self) -> None:
         """Connect unless connected."""
         if ray.is_initialized():

@@ -7,15 +7,13 @@ Command::
 
 from __future__ import annotations
 
-from invar_ray.pipeline import Pipeline, start_service
+from invar_ray.pipeline import Pipeline, serve_until_stopped
 from jobs.entry import run_job
 
 
 def main(pipeline: Pipeline) -> None:
-    """Make what is missing, then serve."""
-    index, generator = pipeline.index, pipeline.generator
-    pipeline.session.ensure()
-    start_service(index, generator, pipeline.config.serve, blocking=True)
+    """Serve what was trained; what is missing is an error."""
+    serve_until_stopped(pipeline.config)
 
 
 if __name__ == "__main__":

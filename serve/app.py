@@ -130,6 +130,22 @@ def _options(args: AppArgs, replicas: tuple[int, int], actor: dict[str, Any]) ->
     }
 
 
+def check_start(args: AppArgs, host: str, port: int, *, joins: bool = False) -> None:
+    """What :func:`start` would fail at and needs no Ray to know: the keys, and the port.
+
+    Args:
+        args: what is to be served.
+        host, port: where.
+        joins: Ray runs already, and its Serve may hold the port.
+
+    Raises:
+        ConfigError: a key is wrong.  ResourceError: the port is taken.
+    """
+    service_keys(args.api_keys, os.environ)
+    if not joins:
+        _free_port(host, port)
+
+
 def start(
     args: AppArgs,
     *,

@@ -13,7 +13,7 @@ import pytest
 
 from invar_ray.artifacts import Artifact
 from invar_ray.config import load_config
-from invar_ray.errors import ConfigError, DataError
+from invar_ray.errors import ConfigError, DataError, MissingArtifactError
 from invar_ray.evaluation.questions import open_report
 from invar_ray.evaluation.report import Report
 from invar_ray.pipeline import Pipeline, finish_report, keep_numbers
@@ -287,3 +287,13 @@ def test_unknown_keys_are_one_error_that_lists_them_all() -> None:
 def test_a_limit_holds_for_the_built_in_corpus_too(tmp_path: Path, limit: int) -> None:
     made = pipeline_in(tmp_path / "s", f"corpus.limit={limit}", "corpus.distractors=null").passages
     assert made.info["documents"] == limit
+
+
+def test_serving_finds_what_a_run_made_and_makes_nothing_else(first: tuple[Pipeline, Report, dict[str, str]]) -> None:
+    made = first[0]
+    with Pipeline(made.config, quiet=True, find_only=True) as finding:
+        assert (finding.index.uri, finding.generator.uri) == (made.index.uri, made.generator.uri)
+        assert not finding.seconds
+    other = replace(made.config, seed=made.config.seed + 1)
+    with Pipeline(other, quiet=True, find_only=True) as finding, pytest.raises(MissingArtifactError, match="has no "):
+        finding.index  # noqa: B018

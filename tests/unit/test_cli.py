@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,3 +88,30 @@ def test_empty_answer_is_said_and_its_passages_named(capsys: pytest.CaptureFixtu
     shown = capsys.readouterr().out
     assert "(the model wrote nothing)" in shown
     assert "no citation; the passages were:\n  (1) Francium: Francium is a metal." in shown
+
+
+def test_serving_a_mistyped_store_fails_at_once_and_makes_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "mistyped"
+    # In a process of its own: what it had to import says how fast it can be on any machine.
+    code = (
+        "import sys\nfrom invar_ray.cli import app\n"
+        f"try: app(['serve', 'storage.root_uri={place}', 'serve.port=0'])\n"
+        "finally: print(sorted({'ray', 'torch', 'transformers'} & set(sys.modules)))\n"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert found.returncode == 1
+    assert found.stdout == "[]\n"
+    assert found.stderr == (
+        f"error: storage.root_uri is {place}, and nothing is there. Expected: the store of a finished run. "
+        "To do: correct storage.root_uri, or make one with invar-ray demo or invar-ray train.\n"
+    )
+    assert not place.exists()
+
+
+def test_serving_a_store_of_something_else_makes_nothing(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("a folder, but no store")
+    result = run.invoke(app, ["serve", f"storage.root_uri={tmp_path}"])
+    assert result.exit_code == 1
+    assert f"storage.root_uri is {tmp_path}, which holds no index" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]

@@ -1,0 +1,86 @@
+"""``invar-ray serve`` before Ray starts: what stands is found, nothing is made, port and keys are checked."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+
+from invar_ray.config import Config, ScaleConfig, ServeConfig, StorageConfig
+from invar_ray.errors import ConfigError, InvarError, MissingArtifactError, ResourceError
+from invar_ray.pipeline import Pipeline, serve_until_stopped
+from tests.serving import Artifacts, shared_artifacts
+from tests.support import small_config
+
+
+@pytest.fixture(scope="module")
+def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
+    return shared_artifacts(tmp_path_factory)
+
+
+@pytest.fixture
+def taken() -> Iterator[int]:
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        yield int(listening.getsockname()[1])
+
+
+@pytest.fixture(autouse=True)
+def _no_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert not ray.is_initialized()
+    yield
+    assert not ray.is_initialized()
+
+
+def config(folder: Path, port: int = 0) -> Config:
+    return replace(
+        Config(), storage=StorageConfig(str(folder)), serve=ServeConfig(port=port), scale=ScaleConfig(local_num_cpus=1)
+    )
+
+
+def test_a_pipeline_that_only_finds_makes_nothing(tmp_path: Path) -> None:
+    settings = small_config(tmp_path)
+    store = Path(settings.storage.root_uri)
+    for name in ("base", "passages", "index", "generator"):
+        with Pipeline(settings, quiet=True, find_only=True) as pipeline, pytest.raises(MissingArtifactError) as caught:
+            getattr(pipeline, name)
+        assert f"{store} has no base model of this recipe" in str(caught.value)
+        assert "--index and --generator" in str(caught.value)
+        assert not store.exists()
+    with Pipeline(settings, quiet=True) as making:
+        made = making.base, making.passages.uri
+    before = sorted(store.rglob("*"))
+    with Pipeline(settings, quiet=True, find_only=True) as pipeline:
+        assert (pipeline.base, pipeline.passages.uri) == made
+        with pytest.raises(MissingArtifactError, match="has no "):
+            pipeline.index  # noqa: B018
+        with pytest.raises(MissingArtifactError, match="has no "):
+            serve_until_stopped(settings)
+    assert sorted(store.rglob("*")) == before
+
+
+def test_a_taken_port_shows_before_ray_starts(artifacts: Artifacts, tmp_path: Path, taken: int) -> None:
+    with pytest.raises(ResourceError, match=f"cannot listen on 127.0.0.1:{taken}.* To do: choose another port"):
+        serve_until_stopped(config(tmp_path, taken), artifacts.index_uri, artifacts.generator_uri)
+
+
+@pytest.mark.parametrize("name", ["INVAR_API_KEY", "INVAR_API_KEYS"])
+def test_wrong_keys_show_before_ray_starts(
+    name: str, artifacts: Artifacts, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(name, " \n")
+    with pytest.raises(ConfigError, match=f"^{name} is set and empty"):
+        serve_until_stopped(config(tmp_path), artifacts.index_uri, artifacts.generator_uri)
+
+
+def test_artifacts_that_are_not_there_show_before_ray_starts(artifacts: Artifacts, tmp_path: Path) -> None:
+    for index, generator in ((f"{tmp_path}/index/x-1", artifacts.generator_uri), (artifacts.index_uri, str(tmp_path))):
+        with pytest.raises(InvarError):
+            serve_until_stopped(config(tmp_path), index, generator)
+    assert not list(tmp_path.iterdir())
