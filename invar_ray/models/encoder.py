@@ -258,7 +258,10 @@ class BiEncoder(nn.Module):
         self.causal_lm = causal_lm
         self.pooling: Pooling = pooling
         width = int(causal_lm.config.hidden_size)
-        self.projection = None if projection_dim is None else nn.Linear(width, projection_dim, bias=False)
+        # In fp32 whatever the base is in: one small product, and nothing to lose. Training may cast it.
+        self.projection = (
+            None if projection_dim is None else nn.Linear(width, projection_dim, bias=False, dtype=torch.float32)
+        )
         whole = projection_dim or width
         if dimensions is not None and not 1 <= dimensions <= whole:
             raise ModelError(
@@ -275,7 +278,7 @@ class BiEncoder(nn.Module):
         ).last_hidden_state  # [N, T, H]
         pooled = pool(hidden, attention_mask, self.pooling)  # [N, H]
         if self.projection is not None:
-            pooled = self.projection(pooled)
+            pooled = self.projection(pooled.to(self.projection.weight.dtype))
         # The prefix of a unit vector at unit norm is the prefix of the vector itself at unit norm.
         return functional.normalize(pooled[:, : self.dimension].float(), dim=-1)
 

@@ -19,10 +19,10 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, LlamaModel
 
-from invar_ray.artifacts import Building, Plan
+from invar_ray.artifacts import Artifact, Building, Plan, Store
 from invar_ray.config import CoarseConfig, ModelConfig
 from invar_ray.errors import ModelError, ResourceError
-from invar_ray.models.adapters import load_adapter
+from invar_ray.models.adapters import load_adapter, share_base
 from invar_ray.models.batching import encode_in_batches, length_batches, pad_right
 from invar_ray.models.coarse import CoarseEncoder
 from invar_ray.models.encoder import (
@@ -334,7 +334,8 @@ def test_bare_base_has_no_projection() -> None:
     assert llm_spec(config, base, ("retriever/a-1", "1" * 16)).projection_dim == 32
 
 
-def test_projection_beside_the_adapter_is_used(small: World) -> None:
+def projected(small: World) -> tuple[Artifact, EncoderSpec, torch.Tensor]:
+    """A ``retriever`` artifact with a projection, its encoder's spec, and the projection [16, 384]."""
     config = replace(small.config.model, projection_dim=16)
     plan = Plan("retriever", "projected", {"projection_dim": 16}, {"base": small.base_artifact})
     weight = torch.randn(16, 384, generator=torch.Generator().manual_seed(0))
@@ -344,17 +345,36 @@ def test_projection_beside_the_adapter_is_used(small: World) -> None:
         save_file({"weight": weight}, str(building.path / "adapter" / "projection.safetensors"))
 
     artifact, _ = small.store.get_or_build(plan, body)
-    spec = llm_spec(config, small.base, (artifact.ref, artifact.fingerprint))
-    encoder = open_encoder(spec, small.store)
-    assert encoder.dimension == 16
-    assert torch.equal(load_projection(artifact.path("adapter")), weight)
+    return artifact, llm_spec(config, small.base, (artifact.ref, artifact.fingerprint)), weight
 
-    model = load_adapter(open_base(small.base, small.store)[0], artifact.path("adapter"), merge=True)
+
+@pytest.mark.parametrize("shared", [False, True], ids=["merged", "colocated"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_projection_beside_the_adapter_is_used(small: World, precision: str, shared: bool) -> None:
+    artifact, spec, weight = projected(small)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    base = open_base(small.base, small.store, dtype)[0]
+
+    def tree(ref: BaseRef, store: Store) -> tuple[Any, Any]:
+        return share_base(base), small.tokenizer
+
+    opened = open_encoder(
+        spec, small.store, precision=precision, device="cpu:0", open_base_tree=tree if shared else None
+    )
+    assert isinstance(opened, Encoder)
+    assert opened.dimension == 16
+    assert opened.module.causal_lm.dtype == dtype
+    assert opened.module.projection is not None
+    assert torch.equal(load_projection(artifact.path("adapter")), weight)
+    assert torch.equal(opened.module.projection.weight, weight), "in fp32, whatever the base is in"
+
+    model = load_adapter(open_base(small.base, small.store, dtype)[0], artifact.path("adapter"), merge=not shared)
     tokens, mask = pad_right(passage_ids(small.tokenizer, PASSAGES, spec), 0)
     with torch.no_grad():
         states = model.model(input_ids=tokens, attention_mask=mask).last_hidden_state
-        expected = functional.normalize(pool(states, mask, spec.pooling) @ weight.T, dim=-1).numpy()
-    assert np.abs(encoder.encode_passages(PASSAGES) - expected).max() < 1e-5
+        assert states.dtype == dtype
+        expected = functional.normalize(pool(states, mask, spec.pooling).float() @ weight.T, dim=-1).numpy()
+    assert np.abs(opened.encode_passages(PASSAGES) - expected).max() < 1e-5
 
 
 def test_cut_vectors_are_unit_prefixes_of_the_whole_ones(small: World) -> None:
