@@ -174,8 +174,9 @@ class ModelConfig:
     tiny: TinyConfig = field(default_factory=TinyConfig)
     """Used for ``builtin:tiny`` only."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of training and encoding; fp32 on CPU (bf16 is about ten times slower there).  It enters the adapters'
-    fingerprints; vectors of either precision agree within the tolerance of an index's probes."""
+    """Precision of training everywhere, of encoding and answering on GPUs: on CPUs these are in fp32 whatever it says,
+    as most CPUs are about ten times slower in bf16.  It enters the adapters' fingerprints; an index records what its
+    vectors were made in and is read in that."""
     pooling: Literal["last", "mean"] = "last"
     """How token states become one vector: the last token's (published) or their mean (for the embedded base)."""
     retriever_layers: int | None = field(default=None, metadata=_LATER)
@@ -460,7 +461,7 @@ class EvaluationConfig:
     causes: tuple[Literal["window", "index", "precision"], ...] = ("index",)
     """Causes of variance to measure beside the wording, for ``base`` and ``stage1``: other windows (embeds the corpus
     again, cut to ``window_tokens``), the approximate index (nothing to do for an exact one), and questions encoded in
-    the other precision (bf16, or fp32 for a bf16 model)."""
+    the other precision (bf16, or fp32 for an index made in bf16)."""
     window_tokens: int = 64
     """For the cause ``window``: passage length of the other cut, in tokens."""
 

@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
 from invar_ray.artifacts import Artifact, Building, Plan, Store, open_artifact
 from invar_ray.config import Config, ServeConfig
@@ -34,6 +34,7 @@ from invar_ray.indexing.refresh import refresh_negatives
 from invar_ray.indexing.trainset import build_trainset, trainset_plan
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec
 from invar_ray.models.locate import BUILTIN, BaseRef, base_plan, build_base, load_tokenizer, resolve_base
+from invar_ray.models.precision import made_in
 from invar_ray.retrieval.building import Limits, build_index, index_settings
 from invar_ray.session import RaySession, clear_failures
 from invar_ray.training.trainer import encoder_of, generator_plan, retriever_plan, train_generator, train_retriever
@@ -246,8 +247,8 @@ class Pipeline:
             exact = self.config.index.factory == "Flat"
             return None if exact else self.hits(self._index_of(system), "dev", SearchMode(exact=True))
         if cause == "precision":
-            other: Literal["fp32", "bf16"] = "bf16" if self.config.model.precision == "fp32" else "fp32"
-            return self.hits(self._index_of(system), "dev", SearchMode(precision=other))
+            index = self._index_of(system)
+            return self.hits(index, "dev", SearchMode(precision="bf16" if made_in(index) == "fp32" else "fp32"))
         recut = self._recut
         if system == "stage1":
             return self.hits(

@@ -17,6 +17,7 @@ from invar_ray.artifacts import Artifact, Store, open_artifact
 from invar_ray.config import Config
 from invar_ray.errors import ConfigError, MissingArtifactError
 from invar_ray.indexing.verify import verify_index
+from invar_ray.models.precision import inference_device
 from invar_ray.pipeline import Pipeline
 from jobs.entry import run_job
 
@@ -33,8 +34,7 @@ def main(pipeline: Pipeline, options: dict[str, str]) -> None:
         index,
         samples=int(options["samples"]),
         seed=pipeline.config.seed,
-        precision=pipeline.config.model.precision,
-        device="cuda" if pipeline.config.scale.embed_gpus_per_worker > 0 else "cpu",
+        device=inference_device(pipeline.config.scale),
     )
     for line in found.lines:
         print(line)

@@ -22,6 +22,7 @@ from serve.records import Embedded, Found, Prepared, Vectors
 from serve.tracing import Tracer
 
 if TYPE_CHECKING:  # imports torch: only replicas pay for that
+    from invar_ray.models.precision import Precision
     from invar_ray.retrieval.retriever import Retriever
 
 logger = logging.getLogger("ray.serve")
@@ -33,9 +34,12 @@ loading = threading.Lock()
 
 
 def load_retriever(
-    uri: str, device: str = "cpu", precision: str = "fp32", memory_map: bool = False, collapse: bool = False
+    uri: str, device: str = "cpu", precision: Precision | None = None, memory_map: bool = False, collapse: bool = False
 ) -> Retriever:
-    """The retriever of an index artifact; it is refused unless its encoder reproduces the index's probe texts."""
+    """The retriever of an index artifact; it is refused unless its encoder reproduces the index's probe texts.
+
+    ``precision``: see :func:`invar_ray.retrieval.retriever.open_retriever`.
+    """
     from invar_ray.retrieval.retriever import open_retriever
 
     return open_retriever(uri, device=device, precision=precision, memory_map=memory_map, collapse=collapse)

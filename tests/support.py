@@ -25,6 +25,7 @@ from invar_ray.indexing.trainset import build_trainset, trainset_plan
 from invar_ray.models.adapters import new_adapter, save_adapter
 from invar_ray.models.encoder import Encoder, EncoderSpec, coarse_spec, keep_first_layers, llm_spec, open_encoder
 from invar_ray.models.locate import BaseRef, base_plan, build_base, load_tokenizer, open_base, resolve_base
+from invar_ray.models.precision import Precision
 from invar_ray.models.tiny import build_tiny
 from invar_ray.retrieval.building import build_index
 from invar_ray.retrieval.probes import write_probes
@@ -206,7 +207,9 @@ class World:
             trainset_plan(self.config, *parents), lambda building: build_trainset(building, self.config, *parents)
         )
 
-    def vectors(self, name: str, spec: EncoderSpec, adapter: Artifact | None) -> Artifact:
+    def vectors(
+        self, name: str, spec: EncoderSpec, adapter: Artifact | None, precision: Precision = "fp32"
+    ) -> Artifact:
         """All passages embedded, in this process, by the code that an embedding actor runs."""
 
         def body(building: Building) -> None:
@@ -220,19 +223,26 @@ class World:
                 self.store.root_uri,
                 prefix,
                 self.config.scale,
-                "fp32",
+                precision,
             )
             middle = rows // 2
             actor({"start": [0, middle], "stop": [middle, rows]})
             probes = Passages(self.passages).rows([0, rows // 3, rows - 1])
             texts = [(passage.title, passage.text) for passage in probes]
             write_probes(building.path / "probes.parquet", actor._encoder, texts)
-            building.info |= {"encoder": spec.to_json(), "rows": rows}
+            building.info |= {"encoder": spec.to_json(), "precision": precision, "rows": rows}
 
         return self._get(vectors_plan(self.config, self.passages, spec, name, adapter), body)
 
-    def index(self, name: str, spec: EncoderSpec, adapter: Artifact | None, factory: str = "Flat") -> Artifact:
-        vectors = self.vectors(name, spec, adapter)
+    def index(
+        self,
+        name: str,
+        spec: EncoderSpec,
+        adapter: Artifact | None,
+        factory: str = "Flat",
+        precision: Precision = "fp32",
+    ) -> Artifact:
+        vectors = self.vectors(name, spec, adapter, precision)
         plan = Plan("index", name, {"factory": factory}, {"vectors": vectors, "passages": self.passages})
         return self._get(plan, lambda building: build_index(building, vectors, self.passages, factory))
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from invar_ray.artifacts import Artifact, Building, Plan
 from invar_ray.config import Config
 from invar_ray.evaluating.blocks import map_blocks
+from invar_ray.models.precision import Precision, inference_device
 from invar_ray.progress import Progress
 from invar_ray.retrieval.fusion import fuse_hits, query_rewrites
 from invar_ray.retrieval.retriever import open_exact_retriever, open_retriever
@@ -66,12 +67,12 @@ class SearchMode:
     Attributes:
         num_rewrites: fuse each wording's list with those of this many rewordings, made from it at query time.
         exact: compare with every vector, whatever the index's kind.
-        precision: encode the questions in this precision; ``None`` in the model's.
+        precision: encode the questions in this precision; ``None`` in the index's.
     """
 
     num_rewrites: int = 0
     exact: bool = False
-    precision: Literal["fp32", "bf16"] | None = None
+    precision: Precision | None = None
 
     def settings(self, seed: int) -> dict[str, Any]:
         """What of it enters the fingerprint: nothing, for the ordinary search."""
@@ -115,8 +116,8 @@ def build_hits(
     arguments = {
         "index_uri": index.uri,
         "top_k": top_k,
-        "precision": mode.precision or config.model.precision,
-        "device": "cuda" if config.scale.embed_gpus_per_worker > 0 else "cpu",
+        "precision": mode.precision,
+        "device": inference_device(config.scale),
         "num_rewrites": mode.num_rewrites,
         "seed": config.seed,
         "exact": mode.exact,
@@ -180,7 +181,7 @@ class SearchBlock:
         self,
         index_uri: str,
         top_k: int,
-        precision: str,
+        precision: Precision | None = None,
         device: str = "cpu",
         num_rewrites: int = 0,
         seed: int = 0,

@@ -38,6 +38,7 @@ from invar_ray.indexing.shards import (
 )
 from invar_ray.indexing.usage import Usage
 from invar_ray.models.encoder import EncoderSpec
+from invar_ray.models.precision import inference_precision
 from invar_ray.progress import Progress
 from invar_ray.retrieval.vectors import ROWS_FILE, ROWS_SCHEMA, SHARDS, VectorStore, shard_name, unit_rows
 from invar_ray.schema import vector_schema
@@ -77,14 +78,16 @@ def build_vectors(
             of it in this process.  The vectors are the same.
     """
     started, cpu = time.monotonic(), time.process_time()
-    scale = config.scale
+    scale, precision = config.scale, inference_precision(config, spec.kind)
+    if spec.kind == "llm" and precision != config.model.precision:
+        print(f"  embedding on CPUs, so in {precision} (model.precision is {config.model.precision})", flush=True)
     layout = make_layout(building, config, passages, spec)
     filesystem, prefix = building.filesystem, f"{building.prefix}/{SHARDS}"
     filesystem.create_dir(prefix, recursive=True)
     _remove_map(building)
     if layout.linked:
         _link_shards(layout, filesystem, prefix)
-    done = _finished_shards(filesystem, prefix, layout, spec.fingerprint)
+    done = _finished_shards(filesystem, prefix, layout, (spec.fingerprint, precision))
     todo = [task for task in layout.tasks if task.start not in done]
     if done:
         print(f"  {len(done)} of {len(layout.tasks)} shards stand from an earlier run", flush=True)
@@ -98,7 +101,7 @@ def build_vectors(
         "target_uri": passages.store.root_uri,
         "prefix": prefix,
         "scale": scale,
-        "precision": config.model.precision,
+        "precision": precision,
         "earlier_ref": layout.earlier.ref if layout.earlier is not None else None,
     }
     if todo and (start_ray is None or not _needs_cluster(config, todo)):
@@ -122,6 +125,7 @@ def build_vectors(
     usage.driver_cpu_s = time.process_time() - cpu - usage.load_cpu_s - usage.here_cpu_s
     building.info |= {
         "encoder": spec.to_json(),
+        "precision": precision,
         "rows": len(layout.rows),
         "shards": len(layout.tasks) + len(layout.linked),
         "seconds": round(time.monotonic() - started, 3),
@@ -199,9 +203,9 @@ def _link_shards(layout: Layout, filesystem: fs.FileSystem, prefix: str) -> None
         filesystem.copy_file(f"{source}/{name}", target)
 
 
-def _finished_shards(filesystem: fs.FileSystem, prefix: str, layout: Layout, encoder: str) -> set[int]:
-    """First rows of the shards that stand and are whole; all other files there are removed, so that none is published
-    by accident.
+def _finished_shards(filesystem: fs.FileSystem, prefix: str, layout: Layout, made_by: tuple[str, str]) -> set[int]:
+    """First rows of the shards that stand, are whole and were made by this (encoder, precision); all other files there
+    are removed, so that none is published by accident.
     """
     finished = set()
     keep = {name.rpartition("/")[2] for name in layout.linked}
@@ -210,7 +214,8 @@ def _finished_shards(filesystem: fs.FileSystem, prefix: str, layout: Layout, enc
         entry = read_entry(filesystem, stem)
         if (
             entry is not None
-            and (entry["stop"], entry["input"], entry["encoder"]) == (task.stop, task.input, encoder)
+            and (entry["stop"], entry["input"]) == (task.stop, task.input)
+            and (entry["encoder"], entry.get("precision", "fp32")) == made_by
             and shard_is_whole(filesystem, stem, entry)
         ):
             finished.add(task.start)

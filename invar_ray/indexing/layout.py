@@ -17,6 +17,7 @@ from invar_ray.config import Config
 from invar_ray.indexing.previous import HashTable, column_hashes, earlier_vectors, hashes_of, passage_digest
 from invar_ray.indexing.shards import Rows, ShardTask, input_hash
 from invar_ray.models.encoder import EncoderSpec
+from invar_ray.models.precision import inference_precision
 from invar_ray.retrieval.vectors import SHARDS, vector_store
 
 _READ_ROWS = 8192
@@ -54,7 +55,9 @@ def make_layout(building: Building, config: Config, passages: Artifact, spec: En
     count, step = len(contents), config.scale.shard_rows
     earlier, reason = None, ""
     if config.scale.incremental:
-        earlier, reason = earlier_vectors(passages.store, building.plan, spec.fingerprint, passages)
+        earlier, reason = earlier_vectors(
+            passages.store, building.plan, spec.fingerprint, inference_precision(config, spec.kind), passages
+        )
     if reason:
         print(f"  full reindex: {reason}", file=sys.stderr, flush=True)
     found = np.full(count, -1, np.int64)

@@ -20,6 +20,7 @@ import pyarrow.parquet as pq
 
 from invar_ray.artifacts import Artifact, Plan, Store
 from invar_ray.errors import ArtifactError
+from invar_ray.models.precision import Precision, made_in
 from invar_ray.schema import DIGEST_SCHEMA, Document
 
 DIGESTS = "digests.parquet"
@@ -142,20 +143,23 @@ def cutting_differs(artifact: Artifact, wanted: Mapping[str, Any], version: int)
     return ""
 
 
-def earlier_vectors(store: Store, plan: Plan, encoder: str, passages: Artifact) -> tuple[Artifact | None, str]:
+def earlier_vectors(
+    store: Store, plan: Plan, encoder: str, precision: Precision, passages: Artifact
+) -> tuple[Artifact | None, str]:
     """The newest ``vectors`` that rows can be taken from, and why the newest of this name cannot (empty if it can).
 
     Args:
         store: where to look.
         plan: of the vectors to be made.
         encoder: fingerprint of the encoder.
+        precision: that it runs in: one version's vectors are all of one.
         passages: what is embedded.
     """
     reason = ""
     for artifact in reversed(store.list("vectors")):
         if artifact.ref == plan.ref:
             continue
-        why = _vectors_differ(artifact, plan, encoder, passages)
+        why = _vectors_differ(artifact, plan, encoder, precision, passages)
         if not why:
             return artifact, ""
         if not reason and artifact.manifest.name == plan.name and _same_corpus(artifact, passages):
@@ -163,10 +167,12 @@ def earlier_vectors(store: Store, plan: Plan, encoder: str, passages: Artifact) 
     return None, reason
 
 
-def _vectors_differ(artifact: Artifact, plan: Plan, encoder: str, passages: Artifact) -> str:
+def _vectors_differ(artifact: Artifact, plan: Plan, encoder: str, precision: Precision, passages: Artifact) -> str:
     was = artifact.manifest.config.get("encoder")
     if was != encoder:
         return f"it was made by encoder {was}, this run's is {encoder}"
+    if made_in(artifact) != precision:
+        return f"it was made in {made_in(artifact)}, this run embeds in {precision}"
     if artifact.manifest.version != plan.version:
         return f"this release embeds otherwise (version {artifact.manifest.version} of the step, now {plan.version})"
     try:

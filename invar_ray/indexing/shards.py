@@ -25,6 +25,7 @@ from invar_ray.heap import keep_freed_memory
 from invar_ray.indexing.previous import passage_digest
 from invar_ray.models.batching import EncodeStats
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder, open_tokenizer
+from invar_ray.models.precision import Precision, inference_device
 from invar_ray.retrieval.vectors import Halves, VectorStore, shard_name, vector_store
 from invar_ray.schema import shard_schema
 
@@ -143,7 +144,7 @@ class EmbedShard:
         target_uri: str,
         prefix: str,
         scale: ScaleConfig,
-        precision: str,
+        precision: Precision,
         earlier_ref: str | None = None,
         copies_only: bool = False,
         own_process: bool = False,
@@ -157,12 +158,13 @@ class EmbedShard:
             self._earlier = vector_store(store.open(earlier_ref, "vectors"))
         self._filesystem, _ = resolve_uri(target_uri)
         self._prefix = prefix
+        self._precision = precision
         self._encoder: TextEncoder | None = None
         self._fingerprint = EncoderSpec.from_json(spec).fingerprint
         self._started_cpu_s = time.process_time()
         if copies_only:
             return
-        device = "cuda" if scale.embed_gpus_per_worker > 0 else "cpu"
+        device = inference_device(scale)
         self._encoder = open_encoder(EncoderSpec.from_json(spec), store, precision=precision, device=device)
         self._encoder.tokens_per_batch = scale.embed_tokens_per_batch
         self._started_cpu_s = time.process_time()
@@ -194,6 +196,7 @@ class EmbedShard:
             "embedded": int((task.reuse < 0).sum()),
             "input": input_hash(task.rows, contents),
             "encoder": self._fingerprint,
+            "precision": self._precision,
             "tokens": used[0],
             "slots": used[1],
             "halvings": used[2],

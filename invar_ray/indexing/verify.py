@@ -14,6 +14,7 @@ from invar_ray.errors import InvarError
 from invar_ray.indexing.previous import passage_digest
 from invar_ray.indexing.shards import PassageRows, shard_is_whole
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder
+from invar_ray.models.precision import made_in
 from invar_ray.retrieval.index import load_index
 from invar_ray.retrieval.probes import PROBE_TOLERANCE, check_probes
 from invar_ray.retrieval.vectors import SHARDS, unit_rows, vector_store
@@ -49,14 +50,14 @@ class Fault(InvarError):
     """A check of :func:`verify_index` failed."""
 
 
-def verify_index(index: Artifact, *, samples: int, seed: int, precision: str = "fp32", device: str = "cpu") -> Verified:
-    """Check an ``index`` artifact, its ``vectors`` and its ``passages`` against each other and against the encoder.
+def verify_index(index: Artifact, *, samples: int, seed: int, device: str = "cpu") -> Verified:
+    """Check an ``index`` artifact, its ``vectors`` and its ``passages`` against each other and against the encoder, in
+    the precision that made them.
 
     Args:
         index: whose files are read.
         samples: vectors to encode again, drawn by ``seed``.
         seed: of the draw.
-        precision: of the encoder, ``fp32`` or ``bf16``.
         device: where it runs.
     """
     found = Verified()
@@ -71,7 +72,7 @@ def verify_index(index: Artifact, *, samples: int, seed: int, precision: str = "
     found.check("ids", lambda: _ids(vectors, table))
     found.check("contents", lambda: _contents(vectors, table))
     encoder = open_encoder(
-        EncoderSpec.from_json(vectors.info["encoder"]), vectors.store, precision=precision, device=device
+        EncoderSpec.from_json(vectors.info["encoder"]), vectors.store, precision=made_in(vectors), device=device
     )
     found.check("encoder", lambda: _encoder(index, vectors, encoder))
     found.check("probes", lambda: f"reproduced, lowest cosine {check_probes(index, encoder):.6f}")

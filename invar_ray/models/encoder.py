@@ -25,6 +25,7 @@ from invar_ray.models.batching import DEFAULT_TOKENS_PER_BATCH, EncodeStats, Vec
 from invar_ray.models.coarse import CoarseEncoder, coarse_passage_ids, coarse_tokenizer
 from invar_ray.models.locate import BaseOpener, BaseRef, folder_fingerprint, load_tokenizer, open_base
 from invar_ray.models.pooling import Pooling, pool
+from invar_ray.models.precision import torch_dtype
 from invar_ray.text.prompts import format_passage, format_query
 from invar_ray.text.tokens import text_ids
 
@@ -154,16 +155,17 @@ def open_encoder(
     """Load what ``spec`` describes; the adapter is merged into a private copy of the base.
 
     Args:
-        open_base_tree: gives a tree over a base that others use as well, on its device and in its precision: the
-            adapter then stays unmerged.
+        precision: of the base, ``fp32`` or ``bf16``, on any device; the coarse encoder is always in fp32.
+        device: where it runs.
+        open_base_tree: gives a tree over a base that others use as well, on its device and in its precision (the two
+            arguments are not looked at): the adapter then stays unmerged.
 
     Raises:
         ModelError, ArtifactError: if base or adapter cannot be loaded.
     """
     if spec.kind == "coarse":
         return CoarseEncoder(spec.base.location, spec.query_max_tokens, spec.fingerprint, device=device)
-    # bf16 is about ten times slower on CPUs; either precision reproduces the probes of an index.
-    dtype = torch.bfloat16 if precision == "bf16" and device != "cpu" else torch.float32
+    dtype = torch_dtype(precision)
     model, tokenizer = open_base_tree(spec.base, store) if open_base_tree else open_base(spec.base, store, dtype)
     keep_first_layers(model, spec.num_layers)
     projection: Tensor | None = None

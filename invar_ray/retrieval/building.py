@@ -14,6 +14,7 @@ import numpy as np
 from invar_ray.artifacts import Artifact, Building
 from invar_ray.config import IndexConfig
 from invar_ray.errors import ArtifactError
+from invar_ray.models.precision import made_in
 from invar_ray.retrieval.blocks import Rows, VectorBlocks, Vectors, check_ids, vector_blocks
 from invar_ray.retrieval.index import (
     INDEX_FILE,
@@ -105,7 +106,13 @@ def build_index(
         info = _build_planned(building, blocks, limits, workers, say)
     else:
         info = _build_named(building, blocks, factory, num_lists_searched, limits, workers, say)
-    building.info |= {"encoder": vectors.info["encoder"], "rows": blocks.rows, "dimension": blocks.dimension, **info}
+    building.info |= {
+        "encoder": vectors.info["encoder"],
+        "precision": made_in(vectors),
+        "rows": blocks.rows,
+        "dimension": blocks.dimension,
+        **info,
+    }
     (building.path / "probes.parquet").write_bytes(vectors.path("probes.parquet").read_bytes())
 
 

@@ -13,6 +13,7 @@ from invar_ray.artifacts import Artifact, open_artifact
 from invar_ray.errors import MixedArtifactsError, RequestError
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder
 from invar_ray.models.locate import BaseOpener
+from invar_ray.models.precision import Precision, made_in
 from invar_ray.retrieval.blocks import Vectors, read_vectors
 from invar_ray.retrieval.duplicates import distinct
 from invar_ray.retrieval.filters import Mask, Where, allowed_rows
@@ -151,7 +152,7 @@ def open_retriever(
     index_uri: str,
     *,
     adapter_uri: str | None = None,
-    precision: str = "fp32",
+    precision: Precision | None = None,
     device: str = "cpu",
     open_base_tree: BaseOpener | None = None,
     memory_map: bool = False,
@@ -162,7 +163,11 @@ def open_retriever(
     Args:
         index_uri: artifact of kind ``index``.
         adapter_uri: the ``retriever`` adapter that the caller means to use; refused unless it made the index.
-        open_base_tree: see :func:`invar_ray.models.encoder.open_encoder`.
+        precision: encode questions in it; ``None`` takes the one that the index was made in, which the probes are
+            checked in either way.
+        device: where the encoder runs.
+        open_base_tree: see :func:`invar_ray.models.encoder.open_encoder`; it should give the base in the index's
+            precision.
         memory_map: see :func:`invar_ray.retrieval.index.open_index`.
         collapse: see :class:`Retriever`.
 
@@ -183,12 +188,16 @@ def open_retriever(
             f"{artifact.uri} holds {index.size} vectors, its passages {len(rows)} rows",
             action="reindex (python -m jobs.reindex)",
         )
-    encoder = open_encoder(spec, artifact.store, precision=precision, device=device, open_base_tree=open_base_tree)
+    made = made_in(artifact)
+    encoder = open_encoder(spec, artifact.store, precision=made, device=device, open_base_tree=open_base_tree)
     check_probes(artifact, encoder)
+    if precision not in (None, made) and spec.kind == "llm" and open_base_tree is None:
+        del encoder  # two of them need not fit
+        encoder = open_encoder(spec, artifact.store, precision=precision, device=device)
     return Retriever(encoder, index, rows, artifact.fingerprint, collapse=collapse)
 
 
-def open_exact_retriever(index_uri: str, *, precision: str = "fp32", device: str = "cpu") -> Retriever:
+def open_exact_retriever(index_uri: str, *, precision: Precision | None = None, device: str = "cpu") -> Retriever:
     """As :func:`open_retriever`, but every vector is compared: what an approximate index is measured against."""
     opened = open_retriever(index_uri, precision=precision, device=device)
     _, matrix = read_vectors(open_artifact(index_uri, "index").parent("vectors"))

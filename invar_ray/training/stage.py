@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from invar_ray.config import Config
 from invar_ray.models.adapters import save_adapter
+from invar_ray.models.precision import torch_dtype
 
 HELDOUT = "heldout_worst_recall_at_5"
 Forward = Callable[..., Tensor]
@@ -73,7 +74,7 @@ class Stage(Protocol):
 
 def dtype_of(config: Config) -> torch.dtype:
     """The precision that the base is loaded in."""
-    return torch.bfloat16 if config.model.precision == "bf16" else torch.float32
+    return torch_dtype(config.model.precision)
 
 
 def recompute(base: Any, config: Config) -> None:

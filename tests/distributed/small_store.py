@@ -23,6 +23,7 @@ from invar_ray.evaluating.readings import build_readings, readings_plan
 from invar_ray.indexing.embed import EmbedShard, vectors_plan
 from invar_ray.indexing.questions import load_examples, load_variants
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec, open_encoder
+from invar_ray.models.precision import inference_precision
 from invar_ray.pipeline import Pipeline
 from invar_ray.retrieval.probes import write_probes
 from invar_ray.retrieval.retriever import Passages
@@ -87,7 +88,9 @@ def embed_here(pipeline: Pipeline, name: str, spec: EncoderSpec, adapter: Artifa
         prefix = f"{building.prefix}/shards"
         building.filesystem.create_dir(prefix, recursive=True)
         root, rows, step = passages.store.root_uri, len(Passages(passages)), config.scale.shard_rows
-        actor = EmbedShard(root, passages.ref, spec.to_json(), root, prefix, config.scale, config.model.precision)
+        actor = EmbedShard(
+            root, passages.ref, spec.to_json(), root, prefix, config.scale, inference_precision(config, spec.kind)
+        )
         starts = list(range(0, rows, step))
         actor({"start": starts, "stop": [min(start + step, rows) for start in starts]})
         texts = [(passage.title, passage.text) for passage in Passages(passages).rows(range(config.index.num_probes))]

@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, LlamaModel
 
 from invar_ray.artifacts import Artifact, Building, Plan, Store
-from invar_ray.config import CoarseConfig, ModelConfig
+from invar_ray.config import CoarseConfig, Config, ModelConfig
 from invar_ray.errors import ModelError, ResourceError
 from invar_ray.models.adapters import load_adapter, share_base
 from invar_ray.models.batching import encode_in_batches, length_batches, pad_right
@@ -38,6 +38,7 @@ from invar_ray.models.encoder import (
 )
 from invar_ray.models.locate import BaseRef, open_base
 from invar_ray.models.pooling import pool
+from invar_ray.models.precision import inference_device, inference_precision
 from invar_ray.models.tiny import minilm_folder
 from tests.support import World, documents, tiny_base, world, write_adapter
 
@@ -269,9 +270,27 @@ def test_merged_adapter_equals_the_unmerged_one(small: World) -> None:
 
 
 def test_bf16_is_close_to_fp32(small: World) -> None:
-    half = open_encoder(small.base_spec, small.store, precision="bf16").encode_passages(PASSAGES)
+    opened = open_encoder(small.base_spec, small.store, precision="bf16")
+    assert isinstance(opened, Encoder)
+    assert {parameter.dtype for parameter in opened.module.parameters()} == {torch.bfloat16}
+    half, full = opened.encode_passages(PASSAGES), small.base_encoder.encode_passages(PASSAGES)
     assert half.dtype == np.float32
-    assert (half * small.base_encoder.encode_passages(PASSAGES)).sum(1).min() > 1 - 1e-3
+    assert np.abs(half - full).max() > 1e-4, "bf16 means bf16, on a CPU too"
+    assert (half * full).sum(1).min() > 1 - 1e-3
+
+
+def test_there_is_no_other_precision(small: World) -> None:
+    with pytest.raises(ModelError, match=r"no precision 'fp16'.*fp32 or bf16"):
+        open_encoder(small.base_spec, small.store, precision="fp16")
+
+
+def test_a_run_infers_in_its_models_precision_on_gpus_and_in_fp32_on_cpus() -> None:
+    config = replace(Config(), model=ModelConfig(precision="bf16"))
+    on_gpus = replace(config, scale=replace(config.scale, embed_gpus_per_worker=1.0))
+    assert (inference_precision(config), inference_device(config.scale)) == ("fp32", "cpu")
+    assert (inference_precision(on_gpus), inference_device(on_gpus.scale)) == ("bf16", "cuda")
+    assert inference_precision(on_gpus, "coarse") == "fp32"
+    assert inference_precision(replace(on_gpus, model=ModelConfig())) == "fp32"
 
 
 # Descriptions
@@ -358,9 +377,7 @@ def test_projection_beside_the_adapter_is_used(small: World, precision: str, sha
     def tree(ref: BaseRef, store: Store) -> tuple[Any, Any]:
         return share_base(base), small.tokenizer
 
-    opened = open_encoder(
-        spec, small.store, precision=precision, device="cpu:0", open_base_tree=tree if shared else None
-    )
+    opened = open_encoder(spec, small.store, precision=precision, open_base_tree=tree if shared else None)
     assert isinstance(opened, Encoder)
     assert opened.dimension == 16
     assert opened.module.causal_lm.dtype == dtype

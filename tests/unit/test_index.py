@@ -12,8 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 
-from invar_ray.artifacts import Plan, open_artifact
+from invar_ray.artifacts import Building, Plan, open_artifact
 from invar_ray.errors import (
     ArtifactError,
     CorruptArtifactError,
@@ -21,7 +22,9 @@ from invar_ray.errors import (
     MixedArtifactsError,
     RequestError,
 )
-from invar_ray.models.encoder import EncoderSpec, open_encoder
+from invar_ray.indexing.verify import verify_index
+from invar_ray.models.encoder import Encoder, EncoderSpec, open_encoder
+from invar_ray.models.precision import made_in
 from invar_ray.retrieval.blocks import column_to_matrix, read_vectors
 from invar_ray.retrieval.building import build_index
 from invar_ray.retrieval.index import Index, build_faiss, load_index
@@ -289,8 +292,45 @@ def test_own_encoder_reproduces_the_probes(small: World) -> None:
         assert check_probes(index, open_encoder(EncoderSpec.from_json(index.info["encoder"]), small.store)) > 1 - 1e-5
 
 
-def test_bf16_encoder_reproduces_the_probes_of_fp32(small: World) -> None:
-    assert check_probes(small.base_index, open_encoder(small.base_spec, small.store, precision="bf16")) > 1 - 1e-3
+def test_bf16_encoder_nearly_reproduces_the_probes_of_fp32(small: World) -> None:
+    half = open_encoder(small.base_spec, small.store, precision="bf16")
+    assert 1 - 1e-3 < check_probes(small.base_index, half) < 1 - 1e-6
+
+
+def dtype_of(retriever: Retriever) -> torch.dtype:
+    encoder = retriever.encoder
+    assert isinstance(encoder, Encoder)
+    return encoder.module.causal_lm.dtype
+
+
+def test_an_index_is_read_in_the_precision_that_it_was_made_in(small: World) -> None:
+    index = small.index("base-bf16", small.base_spec, None, precision="bf16")
+    assert (made_in(index), made_in(small.base_index)) == ("bf16", "fp32")
+    stored, full = (read_vectors(each.parent("vectors"))[1] for each in (index, small.base_index))
+    assert np.abs(stored - full).max() > 1e-3, "float16 storage alone differs by less"
+    opened = open_retriever(index.uri)
+    assert dtype_of(opened) == torch.bfloat16
+    assert dtype_of(open_retriever(index.uri, precision="fp32")) == torch.float32
+    assert dtype_of(open_retriever(small.base_index.uri)) == torch.float32
+    assert dtype_of(open_retriever(small.base_index.uri, precision="bf16")) == torch.bfloat16
+    assert [hit.rank for hit in opened.retrieve(["Who built the lighthouse of Garsa?"], 3)[0]] == [1, 2, 3]
+    faults = verify_index(index, samples=8, seed=0).faults
+    assert not [fault for fault in faults if fault.startswith(("encoder", "probes", "vectors"))]
+
+
+def test_the_other_precision_does_not_excuse_another_encoder(small: World) -> None:
+    """Probes are checked in the index's precision, whatever questions are encoded in afterwards."""
+
+    def body(building: Building) -> None:
+        for name in ("index.faiss", "probes.parquet"):
+            (building.path / name).write_bytes(small.base_index.path(name).read_bytes())
+        building.info |= small.base_index.info | {"encoder": small.adapter.info["encoder"]}
+
+    parents = {"vectors": small.base_index.parent("vectors"), "passages": small.passages}
+    mixed, _ = small.store.get_or_build(Plan("index", "mixed-precision", {}, parents), body)
+    for precision in (None, "fp32", "bf16"):
+        with pytest.raises(MixedArtifactsError, match="does not reproduce"):
+            open_retriever(mixed.uri, precision=precision)  # type: ignore[arg-type]
 
 
 def test_another_encoder_does_not_reproduce_the_probes(small: World) -> None:

@@ -20,11 +20,13 @@ from invar_ray.evaluating.measure import (
     retrieval_columns,
 )
 from invar_ray.evaluation.scoring import answer_rule
+from invar_ray.models.precision import Precision
 from invar_ray.retrieval.fusion import fuse_hits, query_rewrites
 from invar_ray.schema import Hit
 from tests.support import World, world
 
 RULE = answer_rule("squad")
+PRECISIONS: tuple[Precision, Precision] = ("fp32", "bf16")
 
 
 @pytest.fixture(scope="module")
@@ -160,7 +162,10 @@ def test_exact_search_equals_a_flat_index(small: World) -> None:
 
 def test_questions_in_the_other_precision_find_about_the_same(small: World) -> None:
     row = {"block": 0, "wordings": [["What do farmers grow on Kelda?", "When does the ferry leave Elvay?"]]}
-    both = [SearchBlock(small.base_index.uri, 5, precision)(row)["hits"][0] for precision in ("fp32", "bf16")]
+    both = [SearchBlock(small.base_index.uri, 5, precision)(row)["hits"][0] for precision in PRECISIONS]
+    assert [[hit["score"] for hit in found] for found in both[0]] != [
+        [hit["score"] for hit in found] for found in both[1]
+    ], "bf16 on a CPU is bf16"
     for full, half in zip(*both, strict=True):
         assert {hit["passage_id"] for hit in full[:2]} & {hit["passage_id"] for hit in half[:2]}
         assert [hit["score"] for hit in full] == pytest.approx([hit["score"] for hit in half], abs=0.02)
