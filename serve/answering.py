@@ -55,12 +55,9 @@ class AnswerEngine(Protocol):
 
 def load_generator(uri: str, device: str = "cpu", precision: str = "fp32") -> Generator:
     """The generator of a generator artifact."""
-    import torch
-
     from invar_ray.models.locate import open_generator
 
-    generator: Generator = open_generator(uri)
-    generator.model.to(device=device, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
+    generator: Generator = open_generator(uri, precision=precision, device=device)
     return generator
 
 

@@ -54,17 +54,16 @@ class SharedBase:
 
     def _tree(self, ref: Any, store: Any) -> tuple[Any, Any]:
         """A module tree over the shared tensors, and a tokenizer of its own (a tokenizer does not bear two threads)."""
-        import torch
-
         from invar_ray.models.adapters import share_base
         from invar_ray.models.locate import load_causal_lm, load_tokenizer
+        from invar_ray.models.precision import torch_dtype
 
         source = ref.folder_or_name(store)
         with self._lock:
             if self._base is None:
-                dtype = torch.bfloat16 if self._precision == "bf16" else torch.float32
-                base: Any = load_causal_lm(source, revision=ref.revision, dtype=dtype)
-                self._base = base.to(self._device)
+                self._base = load_causal_lm(
+                    source, revision=ref.revision, dtype=torch_dtype(self._precision), device=self._device
+                )
                 self._fingerprint = ref.fingerprint
             if ref.fingerprint != self._fingerprint:
                 raise MixedArtifactsError(

@@ -13,7 +13,8 @@ from invar_ray.artifacts import Artifact, Store
 from invar_ray.config import Config
 from invar_ray.evaluating.blocks import map_blocks
 from invar_ray.evaluating.hits import HIT_TYPE, FoundFamily
-from invar_ray.models.locate import BaseRef, open_base, open_generator
+from invar_ray.models.locate import BaseRef, open_base_generator, open_generator
+from invar_ray.models.precision import inference_device, inference_precision
 from invar_ray.progress import Progress
 from invar_ray.retrieval.rag import answer_batch
 from invar_ray.schema import Document, Hit, from_table
@@ -115,15 +116,12 @@ class AnswerBlock:
     """Ray Data actor: loads a generator once, then answers blocks of (question, hits)."""
 
     def __init__(self, root_uri: str, base: Mapping[str, Any], generator_uri: str, config: Config) -> None:
+        where: dict[str, Any] = {"precision": inference_precision(config), "device": inference_device(config.scale)}
         if generator_uri:
-            self._generator = open_generator(generator_uri)
+            self._generator = open_generator(generator_uri, **where)
         else:
-            from invar_ray.models.generator import Generator
-
-            model, tokenizer = open_base(BaseRef(**base), Store(root_uri))
-            self._generator = Generator(model, tokenizer, config.generator.max_tokens)
-        if config.scale.embed_gpus_per_worker > 0:
-            self._generator.model.to("cuda")
+            context = config.generator.max_tokens
+            self._generator = open_base_generator(BaseRef(**base), Store(root_uri), context, **where)
         self._config = config
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from invar_ray.artifacts import Artifact, Building, Plan, Store, digest, open_artifact
 from invar_ray.config import Config, ModelConfig, to_dict
 from invar_ray.errors import ModelError
+from invar_ray.models.precision import torch_dtype
 from invar_ray.models.quantized import Quantize, check_quantize, quantization
 from invar_ray.models.smollm2 import PACKAGE, SHA256, load_smollm2
 from invar_ray.models.tiny import build_tiny
@@ -138,6 +139,7 @@ def load_causal_lm(
     revision: str | None = None,
     dtype: torch.dtype = torch.float32,
     quantize: Quantize | None = None,
+    device: str = "cpu",
 ) -> PreTrainedModel:
     """A LLaMA-family causal LM in evaluation mode, in exactly ``dtype`` (weights stored as bf16 would otherwise stay
     so, which is about ten times slower on CPUs).
@@ -147,6 +149,7 @@ def load_causal_lm(
         revision: commit of a hub name.
         dtype: of weights and products.
         quantize: hold the linear weights in 4 bits.
+        device: gets the weights one by one as they are read: the host never holds all of them.
 
     Raises:
         ModelError: if it cannot be loaded, or has no ``.model`` that gives hidden states.
@@ -156,6 +159,8 @@ def load_causal_lm(
     if quantize is not None:
         check_quantize()
         options["quantization_config"] = quantization(quantize, dtype)
+    if device != "cpu":
+        options["device_map"] = {"": torch.device(device)}
     try:
         model = AutoModelForCausalLM.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
@@ -182,12 +187,17 @@ def hidden_size(ref: BaseRef, store: Store) -> int:
 
 
 def open_base(
-    uri_or_ref: BaseRef, store: Store, dtype: torch.dtype = torch.float32, quantize: Quantize | None = None
+    uri_or_ref: BaseRef,
+    store: Store,
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantize | None = None,
+    *,
+    device: str = "cpu",
 ) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer of a resolved base; errors as :func:`load_causal_lm`."""
     source = uri_or_ref.folder_or_name(store)
     return (
-        load_causal_lm(source, revision=uri_or_ref.revision, dtype=dtype, quantize=quantize),
+        load_causal_lm(source, revision=uri_or_ref.revision, dtype=dtype, quantize=quantize, device=device),
         load_tokenizer(source, uri_or_ref.revision),
     )
 
@@ -196,12 +206,21 @@ BaseOpener = Callable[[BaseRef, Store], tuple[PreTrainedModel, Any]]
 """Gives a model tree that the caller may put an adapter on, and its tokenizer; :func:`open_base` is one."""
 
 
-def open_generator(generator_uri: str, *, open_base_tree: BaseOpener | None = None) -> Any:
+def open_generator(
+    generator_uri: str,
+    *,
+    precision: str = "fp32",
+    device: str = "cpu",
+    open_base_tree: BaseOpener | None = None,
+) -> Any:
     """The generator of an adapter artifact, ready to answer.
 
     Args:
         generator_uri: artifact of kind ``generator``; base and settings come from its manifest.
-        open_base_tree: opens the base; ``None`` loads it for this generator alone.
+        precision: of the weights, ``fp32`` or ``bf16``, on any device.
+        device: where it runs.
+        open_base_tree: opens the base, on its device and in its precision (the two arguments are not looked at);
+            ``None`` loads it for this generator alone.
 
     Returns:
         A :class:`invar_ray.models.generator.Generator` whose ``version`` is the artifact's fingerprint.
@@ -215,7 +234,10 @@ def open_generator(generator_uri: str, *, open_base_tree: BaseOpener | None = No
     artifact = open_artifact(generator_uri, "generator")
     artifact.verify()
     base = BaseRef(**artifact.info["base"])
-    model, tokenizer = (open_base_tree or open_base)(base, artifact.store)
+    if open_base_tree is None:
+        model, tokenizer = open_base(base, artifact.store, torch_dtype(precision), device=device)
+    else:
+        model, tokenizer = open_base_tree(base, artifact.store)
     # Merged, a token takes fewer products; a tree that others share must stay as it is.
     adapted = load_adapter(model, artifact.path("adapter"), merge=open_base_tree is None)
     generator = Generator(adapted, tokenizer, artifact.info["max_context"])
@@ -223,17 +245,20 @@ def open_generator(generator_uri: str, *, open_base_tree: BaseOpener | None = No
     return generator
 
 
-def open_base_generator(base: BaseRef, store: Store, max_context: int) -> Any:
+def open_base_generator(
+    base: BaseRef, store: Store, max_context: int, *, precision: str = "fp32", device: str = "cpu"
+) -> Any:
     """A :class:`invar_ray.models.generator.Generator` of the bare base; errors as :func:`load_causal_lm`.
 
     Args:
         base: resolved; below ``store``'s root if it is one of its artifacts.
         store: of the artifacts.
         max_context: most tokens of prompt and answer together.
+        precision, device: see :func:`open_generator`.
     """
     from invar_ray.models.generator import Generator
 
-    return Generator(*open_base(base, store), max_context)
+    return Generator(*open_base(base, store, torch_dtype(precision), device=device), max_context)
 
 
 def folder_fingerprint(folder: Path) -> str:

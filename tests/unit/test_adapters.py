@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -15,11 +16,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from invar_ray.artifacts import Building, Plan
+from invar_ray.artifacts import Artifact, Building, Plan
 from invar_ray.config import LoraConfig
 from invar_ray.errors import ModelError
+from invar_ray.evaluating import answering
 from invar_ray.models.adapters import load_adapter, load_merged, new_adapter, save_adapter, share_base
-from invar_ray.models.locate import open_base, open_generator
+from invar_ray.models.locate import open_base, open_base_generator, open_generator
 from invar_ray.models.tiny import build_tiny
 from tests.support import TINY, World, world, write_adapter
 
@@ -277,6 +279,53 @@ def test_generator_is_refused_when_its_base_changed(small: World, tmp_path: Path
     build_tiny(replace(TINY, intermediate_size=16), seed=1)[0].save_pretrained(folder)
     with pytest.raises(ModelError):
         open_generator(artifact.uri)
+
+
+def generator_of(small: World) -> Artifact:
+    def body(building: Building) -> None:
+        write_adapter(building.path / "adapter", small.base, small.store, seed=4)
+        building.info |= {"base": asdict(small.base), "max_context": 64, "max_new_tokens": 8}
+
+    return small.store.get_or_build(Plan("generator", "answers", {}, {"base": small.base_artifact}), body)[0]
+
+
+def test_generators_answer_in_the_precision_asked_for(small: World) -> None:
+    uri, prompt = generator_of(small).uri, "Who built the lighthouse of Garsa?"
+    for open_in in (partial(open_generator, uri), partial(open_base_generator, small.base, small.store, 64)):
+        plain, full, half = open_in(), open_in(precision="fp32"), open_in(precision="bf16", device="cpu:0")
+        assert {weight.dtype for weight in full.model.parameters()} == {torch.float32}
+        assert {weight.dtype for weight in half.model.parameters()} == {torch.bfloat16}
+        # Rotary angles stay as they were in training: rounded to bf16 they drift with the position.
+        assert {buffer.dtype for buffer in half.model.buffers()} == {torch.float32}
+        assert plain.version == full.version == half.version
+        said = [each.generate([prompt], max_new_tokens=4)[0].token_logprobs for each in (plain, full, half)]
+        assert said[0] == said[1] != said[2]
+        assert said[2][0] == pytest.approx(said[1][0], abs=0.1)
+    with pytest.raises(ModelError, match="no precision 'half'"):
+        open_generator(uri, precision="half")
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["base", "stage 2"])
+def test_evaluation_answers_on_gpus_in_the_models_precision(
+    small: World, monkeypatch: pytest.MonkeyPatch, trained: bool
+) -> None:
+    uri = generator_of(small).uri if trained else ""
+    config = replace(
+        small.config,
+        model=replace(small.config.model, precision="bf16"),
+        generator=replace(small.config.generator, max_tokens=64, max_new_tokens=4),
+    )
+    on_gpus = replace(config, scale=replace(config.scale, embed_gpus_per_worker=1.0))
+    # Stands for the GPU: all else is what an actor with one does.
+    monkeypatch.setattr(answering, "inference_device", lambda scale: "cpu:0" if scale.embed_gpus_per_worker else "cpu")
+    row = {"block": 0, "questions": ["Who built the lighthouse of Garsa?"], "hits": [[]]}
+    found = {}
+    for name, settings in {"cpu": config, "gpu": on_gpus}.items():
+        block = answering.AnswerBlock(small.store.root_uri, asdict(small.base), uri, settings)
+        found[name] = block._generator.model.dtype, block(row)["answers"][0]["confidence"]
+    assert [found[name][0] for name in ("cpu", "gpu")] == [torch.float32, torch.bfloat16]
+    assert found["cpu"][1] != found["gpu"][1]
+    assert found["cpu"][1] == pytest.approx(found["gpu"][1], abs=0.5)
 
 
 def test_layers_below_the_first_get_no_adapter_and_no_gradient(tmp_path: Path) -> None:

@@ -233,6 +233,20 @@ def test_two_adapters_over_one_base_do_not_disturb_each_other(artifacts: Artifac
     assert mine == theirs
 
 
+def test_engines_load_in_bf16_with_their_rotary_angles_in_fp32(artifacts: Artifacts) -> None:
+    import torch
+
+    shared = SharedBase("cpu:0", "bf16")
+    for generator in (
+        load_generator(artifacts.generator_uri, "cpu:0", "bf16"),
+        shared.generator(artifacts.generator_uri),
+    ):
+        base = [weight.dtype for name, weight in generator.model.named_parameters() if "lora" not in name]
+        assert set(base) == {torch.bfloat16}
+        assert {buffer.dtype for buffer in generator.model.buffers()} == {torch.float32}
+        assert len(generator.generate([FERRY], max_new_tokens=3)[0].token_logprobs) == 3
+
+
 def test_colocated_finds_what_merged_finds(artifacts: Artifacts) -> None:
     from invar_ray.retrieval.retriever import open_retriever
 

@@ -119,6 +119,17 @@ def test_base_loads_in_the_precision_asked_for(small: World) -> None:
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
+def test_base_loads_straight_to_the_device_asked_for(small: World) -> None:
+    here, _ = open_base(small.base, small.store, torch.bfloat16)
+    there, _ = open_base(small.base, small.store, torch.bfloat16, device="meta")
+    assert {(weight.device.type, weight.dtype) for weight in there.parameters()} == {("meta", torch.bfloat16)}
+    assert {buffer.device.type for buffer in there.buffers()} == {"meta"}
+    again, _ = open_base(small.base, small.store, torch.bfloat16, device="cpu:0")
+    for name, weight in [*again.named_parameters(), *again.named_buffers()]:
+        wanted = here.get_parameter(name) if name in dict(here.named_parameters()) else here.get_buffer(name)
+        assert torch.equal(weight, wanted), name
+
+
 # From names to bases
 
 
