@@ -111,10 +111,6 @@ def test_module_added_to_a_step_is_a_change() -> None:
 
 # Modules that need no version, and why. Everything else must stand in a step.
 EXEMPT = {
-    **{
-        f"invar_ray.pretraining.{name}": "makes a base beforehand, whose weights have a fingerprint"
-        for name in ("align", "copying", "measure", "reading", "start", "train", "vocabulary")
-    },
     "invar_ray.artifacts": "stores what steps make",
     "invar_ray.cli": "a shell",
     "invar_ray.cli_errors": "a shell",

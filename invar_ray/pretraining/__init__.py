@@ -1,1 +1,0 @@
-"""How a base is made that can read: a pruned vocabulary, a start that can already copy, a curriculum of reading."""
