@@ -29,12 +29,11 @@ from pyarrow import fs
 
 from invar_ray.errors import ArtifactError, CorruptArtifactError, IncompleteArtifactError, MissingArtifactError
 from invar_ray.files import flush, inventory, join_uri, resolve_uri, write_atomic
-from invar_ray.manifest import MANIFEST, SCHEMA_VERSION, UPGRADES, Manifest, Plan, canonical_json, check_files, digest
+from invar_ray.manifest import MANIFEST, SCHEMA_VERSION, Manifest, Plan, canonical_json, check_files, digest
 
 __all__ = [
     "MANIFEST",
     "SCHEMA_VERSION",
-    "UPGRADES",
     "Artifact",
     "Building",
     "Manifest",

@@ -23,9 +23,6 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 from invar_ray.errors import ConfigError
 
 _FORBID = ConfigDict(extra="forbid")
-_LATER = {"later": True}
-"""Metadata of a science field that came after artifacts had been made: :func:`science` leaves it out where it has its
-default, which computes what was computed before, so that those artifacts keep their names."""
 
 
 @dataclass(frozen=True)
@@ -179,7 +176,7 @@ class ModelConfig:
     vectors were made in and is read in that."""
     pooling: Literal["last", "mean"] = "last"
     """How token states become one vector: the last token's (published) or their mean (for the embedded base)."""
-    retriever_layers: int | None = field(default=None, metadata=_LATER)
+    retriever_layers: int | None = None
     """Encode with this many of the base's first layers, under its last norm; ``null`` uses all.  The generator always
     uses all.  Passages and questions cost that much less, in training, indexing and serving. [ours]"""
     projection_dim: int | None = None
@@ -192,7 +189,7 @@ class ModelConfig:
     """Longest query in tokens, end token included; longer ones are cut and still end in the end token."""
     passage_max_tokens: int = 192
     """Longest passage in tokens, prefix, title and end token included."""
-    quantize: Literal["nf4"] | None = field(default=None, metadata=_LATER)
+    quantize: Literal["nf4"] | None = None
     """``nf4`` trains both adapters on a base whose linear weights are held in 4 bits (QLoRA; needs bitsandbytes and
     GPUs); encoding and answering take the base in ``precision``.  ``null`` trains on that, too."""
 
@@ -227,7 +224,7 @@ class LoraConfig:
     """Dropout on the adapter's input (published: 0.05)."""
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Projections that get an adapter (published: attention)."""
-    first_layer: int = field(default=0, metadata=_LATER)
+    first_layer: int = 0
     """Only layers from this one on (counted from 0) get an adapter, and nothing is back-propagated below it: from layer
     12 of 30 on, a step of stage 2 took 28 % less time."""
 
@@ -266,24 +263,24 @@ class RetrieverConfig:
     """Mined negatives per question (published: 5)."""
     mining_depth: int = 20
     """Negatives are taken from the union of the top ``mining_depth`` lists of a question's rewordings."""
-    mining_first_rank: int = field(default=1, metadata=_LATER)
+    mining_first_rank: int = 1
     """Leave the ranks above this one out of every list: the best hits are often right answers that nobody marked."""
-    mining_bm25: bool = field(default=False, metadata=_LATER)
+    mining_bm25: bool = False
     """Join BM25's lists of the rewordings (``evaluation.bm25_k1``, ``bm25_b``) to the retriever's."""
-    refresh_every: int | None = field(default=None, metadata=_LATER)
+    refresh_every: int | None = None
     """Steps between new versions of the hard negatives (ANCE): the adapter of that moment embeds the corpus and mines
     by the same rules, as a job beside the training.  ``null`` mines once, before it."""
-    refresh_delay: int = field(default=0, metadata=_LATER)
+    refresh_delay: int = 0
     """Steps from that moment to the one from which on the version is used; the training waits for it there, so that
     runs repeat.  0 waits at once, more lets the job run meanwhile."""
-    refresh_async: bool = field(default=False, metadata=_LATER)
+    refresh_async: bool = False
     """Use a version from the first step on at which it stands, and never wait: faster, but runs do not repeat."""
-    refresh_share: float = field(default=1.0, metadata=_LATER)
+    refresh_share: float = 1.0
     """Share of the passages that a refresh embeds, in (0, 1]: a seeded sample, and whatever the training set holds."""
-    matryoshka_dims: tuple[int, ...] = field(default=(), metadata=_LATER)
+    matryoshka_dims: tuple[int, ...] = ()
     """Sizes to which vectors may be cut: the losses are the weighted mean over these and the full size, each taken from
     the vectors' first values at unit norm.  None trains the full size alone."""
-    matryoshka_weights: tuple[float, ...] = field(default=(), metadata=_LATER)
+    matryoshka_weights: tuple[float, ...] = ()
     """A weight for each of ``matryoshka_dims``; none is 1 for all.  The full size has 1, unless it is listed."""
     contrastive_temperature: float = 0.05
     """tau_nce."""
@@ -663,23 +660,6 @@ def load_config(recipe: str = "tiny", overrides: Sequence[str] = ()) -> Config:
 def to_dict(config: Any) -> dict[str, Any]:
     """A (part of a) config as plain JSON-able values, for manifests and fingerprints."""
     return {key: list(value) if isinstance(value, tuple) else value for key, value in _plain(asdict(config)).items()}
-
-
-def science(section: Any) -> dict[str, Any]:
-    """As :func:`to_dict`, for a fingerprint: without fields that came later and are switched off."""
-    plain = to_dict(section)
-    nested = {
-        e.name: science(getattr(section, e.name)) for e in fields(section) if is_dataclass(getattr(section, e.name))
-    }
-    return {name: nested.get(name, value) for name, value in plain.items() if name not in _switched_off(section)}
-
-
-def _switched_off(section: Any) -> set[str]:
-    return {
-        entry.name
-        for entry in fields(section)
-        if entry.metadata.get("later") and getattr(section, entry.name) == entry.default
-    }
 
 
 def config_keys() -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -16,10 +16,9 @@ from invar_ray.files import sha256
 SCHEMA_VERSION = 1
 """Version of the manifest's own layout."""
 
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-"""``UPGRADES[n]`` turns a manifest of schema version n into one of n + 1."""
-
 MANIFEST = "manifest.json"
+OTHER_RELEASE = "use the invar_ray release that wrote it, or a newer one"
+RUN_AGAIN = "delete that folder and run the step again"
 
 
 class Fingerprinted(Protocol):
@@ -106,29 +105,26 @@ class Manifest:
 
     @staticmethod
     def from_json(text: str, where: str) -> Manifest:
-        """Parse, upgrading older layouts.
+        """Parse.
 
         Raises:
             CorruptArtifactError: if the text is no manifest.
-            ArtifactError: if a newer release wrote it.
+            ArtifactError: if it has another schema version than this release's.
         """
         try:
             values = json.loads(text)
             version = int(values["schema_version"])
-            while version < SCHEMA_VERSION:
-                values = UPGRADES[version](values)
-                version = int(values["schema_version"])
-            if version > SCHEMA_VERSION:
+            if version != SCHEMA_VERSION:
                 raise ArtifactError(
                     f"{where}: manifest has schema version {version}",
-                    expected=f"{SCHEMA_VERSION} or older",
-                    action="use the invar_ray release that wrote it, or a newer one",
+                    expected=f"{SCHEMA_VERSION}",
+                    action=OTHER_RELEASE if version > SCHEMA_VERSION else RUN_AGAIN,
                 )
             return Manifest(**values)
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptArtifactError(
                 f"{where}: manifest.json is not a manifest ({type(error).__name__}: {error})",
-                action="delete that folder and run the step again",
+                action=RUN_AGAIN,
             ) from error
 
 

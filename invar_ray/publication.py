@@ -48,15 +48,15 @@ class Version:
         """Parse a record.
 
         Raises:
-            CorruptArtifactError: if the text is none.  ArtifactError: if a newer release wrote it.
+            CorruptArtifactError: if the text is none.  ArtifactError: if it has another schema version.
         """
         try:
             values = json.loads(text)
-            if values["schema_version"] > SCHEMA_VERSION:
+            if int(values["schema_version"]) != SCHEMA_VERSION:
                 raise ArtifactError(
                     f"{where} has schema version {values['schema_version']}",
-                    expected=f"{SCHEMA_VERSION} or older",
-                    action="use the invar_ray release that wrote it, or a newer one",
+                    expected=f"{SCHEMA_VERSION}",
+                    action="use the invar_ray release that wrote it",
                 )
             version = Version(**values)
             return replace(version, index=tuple(version.index), collected=tuple(version.collected))

@@ -276,8 +276,7 @@ def to_table(records: Iterable[Any], schema: pa.Schema) -> pa.Table:
 def from_table(table: pa.Table, record: type[Any]) -> list[Any]:
     """Rows of ``table`` as instances of ``record``; lists become tuples, their structs :class:`Place`.
 
-    A column that an older release did not write takes the record's default; one that no field is named after is
-    ``metadata``.
+    A field without a column takes the record's default; a column that no field is named after is ``metadata``.
     """
     own = {each.name for each in fields(record)}
     others = [name for name in table.column_names if name not in own]

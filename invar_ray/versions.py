@@ -56,7 +56,7 @@ _TRAINING = (
 STEPS: dict[str, StepCode] = {
     "model": StepCode(1, ("invar_ray.models.smollm2", "invar_ray.models.tiny")),
     "passages": StepCode(
-        3,
+        4,
         (
             *_READING,
             *_PARSING,
@@ -68,7 +68,7 @@ STEPS: dict[str, StepCode] = {
         ),
     ),
     "questions": StepCode(
-        1,
+        2,
         (
             *_READING,
             *_BENCHMARKS,
@@ -92,7 +92,7 @@ STEPS: dict[str, StepCode] = {
         ),
     ),
     "vectors": StepCode(
-        2,
+        3,
         (
             *_ENCODING,
             "invar_ray.models.coarse",
@@ -103,13 +103,13 @@ STEPS: dict[str, StepCode] = {
         ),
     ),
     "index": StepCode(
-        1,
+        2,
         tuple(
             f"invar_ray.retrieval.{name}" for name in ("blocks", "vectors", "probes", "planner", "index", "building")
         ),
     ),
     "trainset": StepCode(
-        1,
+        2,
         (
             "invar_ray.retrieval.mining",
             "invar_ray.retrieval.bm25",
@@ -122,7 +122,7 @@ STEPS: dict[str, StepCode] = {
         ),
     ),
     "retriever": StepCode(
-        1,
+        2,
         (
             *_TRAINING,
             *_ENCODING,
@@ -143,7 +143,7 @@ STEPS: dict[str, StepCode] = {
         ),
     ),
     "hits": StepCode(
-        2,
+        3,
         (
             "invar_ray.retrieval.retriever",
             "invar_ray.retrieval.duplicates",
@@ -168,7 +168,7 @@ STEPS: dict[str, StepCode] = {
         1, ("invar_ray.retrieval.bm25", "invar_ray.retrieval.fusion", "invar_ray.evaluating.baselines")
     ),
     "generator": StepCode(
-        3,
+        4,
         (
             *_TRAINING,
             "invar_ray.training.generator_stage",

@@ -75,9 +75,8 @@ class SearchMode:
     precision: Precision | None = None
 
     def settings(self, seed: int) -> dict[str, Any]:
-        """What of it enters the fingerprint: nothing, for the ordinary search."""
-        given = {key: value for key, value in asdict(self).items() if value}
-        return given | ({"seed": seed} if self.num_rewrites else {})
+        """What of it enters the fingerprint; the seed decides rewordings only."""
+        return asdict(self) | {"seed": seed if self.num_rewrites else None}
 
 
 PLAIN = SearchMode()

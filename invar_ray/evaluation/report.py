@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,9 +54,6 @@ __all__ = [
 ]
 
 SCHEMA_VERSION = 1
-
-UPGRADES: dict[int, Callable[[dict[str, Any]], dict[str, Any]]] = {}
-"""From a version to the next: ``UPGRADES[n]`` takes the JSON of version n and returns that of version n + 1."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +102,7 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> Report:
-        """Read what :meth:`to_json` wrote, this version's or an older one's.
+        """Read what :meth:`to_json` wrote.
 
         Raises:
             CorruptArtifactError: not JSON, or a field is missing or of a wrong type.
@@ -117,7 +114,12 @@ class Report:
             raise CorruptArtifactError(f"the report is not JSON: {error}", action="evaluate again") from error
         if not isinstance(values, dict):
             raise CorruptArtifactError(f"the report holds a {type(values).__name__}", expected="an object")
-        values = _upgrade(values)
+        if values.get("schema_version") != SCHEMA_VERSION:
+            raise ArtifactError(
+                f"a report of schema_version {values.get('schema_version')!r}",
+                expected=f"{SCHEMA_VERSION}",
+                action="read it with the release that wrote it, or evaluate again",
+            )
         try:
             rows = [
                 Row(
@@ -166,17 +168,3 @@ def read_report(path: str | os.PathLike[str]) -> Report:
     if not place.is_file():
         raise MissingArtifactError(f"no report at {place}", action="evaluate first")
     return Report.from_json(place.read_text(encoding="utf-8"))
-
-
-def _upgrade(values: dict[str, Any]) -> dict[str, Any]:
-    version = values.get("schema_version")
-    while isinstance(version, int) and version != SCHEMA_VERSION and version in UPGRADES:
-        values = UPGRADES[version](values)
-        version = values.get("schema_version")
-    if version != SCHEMA_VERSION:
-        raise ArtifactError(
-            f"a report of schema_version {version!r}",
-            expected=f"{SCHEMA_VERSION}" + (f" (or {sorted(UPGRADES)}, which are upgraded)" if UPGRADES else ""),
-            action="read it with the release that wrote it, or evaluate again",
-        )
-    return values

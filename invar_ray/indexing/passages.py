@@ -51,8 +51,7 @@ def passages_plan(config: Config, base: BaseRef, questions: Artifact | None) -> 
             "chunk_tokens": corpus.chunk_tokens,
             "chunk_stride": corpus.chunk_stride,
             "tokenizer": base.fingerprint,
-            # Only where there is any: the passages of other runs keep their names.
-            **({"metadata": list(corpus.metadata)} if corpus.metadata else {}),
+            "metadata": list(corpus.metadata),
         },
         parents={"questions": questions} if questions is not None and corpus.distractors is not None else {},
         version=STEPS["passages"].version,

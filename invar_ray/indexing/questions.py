@@ -50,9 +50,7 @@ def questions_plan(config: Config) -> Plan:
             "variants": {key: value for key, value in asdict(config.variants).items() if key not in _NOT_OURS},
             "evaluation": {"provider": config.evaluation.provider, "num_rewrites": config.evaluation.num_rewrites},
             "seed": config.seed,
-            # What is off has no part in the name.
-            **({"near_duplicates": limit} if (limit := config.questions.near_duplicates) is not None else {}),
-            **({"answer_type": "kept"} if config.variants.provider == "endpoint" else {}),
+            "near_duplicates": config.questions.near_duplicates,
         },
         version=STEPS["questions"].version,
     )

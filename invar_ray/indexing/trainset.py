@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -41,11 +40,7 @@ _QUERIES_PER_BATCH = 512
 
 def trainset_plan(config: Config, passages: Artifact, questions: Artifact, index: Artifact, teacher: Artifact) -> Plan:
     """The artifact; ``index`` is what negatives are mined from, ``teacher`` MiniLM's passage vectors."""
-    later: dict[str, Any] = {}  # what is off has no part in the name
-    if config.retriever.mining_first_rank > 1:
-        later["first_rank"] = config.retriever.mining_first_rank
-    if config.retriever.mining_bm25:
-        later["bm25"] = [config.evaluation.bm25_k1, config.evaluation.bm25_b]
+    bm25 = [config.evaluation.bm25_k1, config.evaluation.bm25_b]
     return Plan(
         kind="trainset",
         name=config.name,
@@ -56,7 +51,8 @@ def trainset_plan(config: Config, passages: Artifact, questions: Artifact, index
             "num_windows": config.variants.num_windows,
             "document_weight": config.coarse.document_weight,
             "seed": config.seed,
-            **later,
+            "first_rank": config.retriever.mining_first_rank,
+            "bm25": bm25 if config.retriever.mining_bm25 else None,
         },
         parents={"passages": passages, "questions": questions, "index": index, "teacher": teacher},
         version=STEPS["trainset"].version,

@@ -93,9 +93,6 @@ class EncoderSpec:
         values = asdict(self)
         values["base"] = self.base.fingerprint
         del values["adapter"]
-        for later in ("num_layers", "dimensions"):
-            if values[later] is None:  # as it was before there was a choice
-                del values[later]
         return digest(values)
 
     def to_json(self) -> dict[str, Any]:

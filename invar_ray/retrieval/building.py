@@ -59,16 +59,15 @@ class Limits:
 
 def index_settings(settings: IndexConfig) -> dict[str, Any]:
     """What of a config decides an index, for its plan."""
-    # Explicit factories keep the names that they had before there was a planner.
-    decides: dict[str, Any] = {
+    measured = settings.factory == AUTO or settings.recall_target is not None
+    return {
         "factory": settings.factory,
         "num_lists_searched": settings.num_lists_searched if "IVF" in settings.factory else None,
+        "recall_target": settings.recall_target,
+        "recall_queries": settings.recall_queries if measured else None,
+        "max_memory_mb": settings.max_memory_mb,
+        "max_latency_ms": settings.max_latency_ms,
     }
-    if settings.factory == AUTO or settings.recall_target is not None:
-        decides |= {"recall_target": settings.recall_target, "recall_queries": settings.recall_queries}
-    if settings.factory == AUTO:
-        decides |= {"max_memory_mb": settings.max_memory_mb, "max_latency_ms": settings.max_latency_ms}
-    return decides
 
 
 def build_index(

@@ -129,7 +129,7 @@ class VectorStore:
 
 
 def halves(column: pa.ChunkedArray) -> Halves:
-    """[N, D] float16 from a FixedSizeList column (float32 ones of older releases are rounded)."""
+    """[N, D] float16 from a FixedSizeList column."""
     array = column.combine_chunks()
     flat = array.flatten().to_numpy(zero_copy_only=False)
     return np.asarray(flat, dtype=np.float16).reshape(-1, array.type.list_size)

@@ -14,7 +14,7 @@ from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchTrainer
 
 from invar_ray.artifacts import Artifact, Building, Plan, Store, join_uri
-from invar_ray.config import Config, science
+from invar_ray.config import Config, to_dict
 from invar_ray.errors import ConfigError, DataError, InvarError, ResourceError
 from invar_ray.evaluation.plots import plot_losses
 from invar_ray.files import resolve_uri
@@ -39,7 +39,7 @@ def retriever_plan(config: Config, base: BaseRef, trainset: Artifact) -> Plan:
         config={
             "base": base.fingerprint,
             "model": _model_science(config),
-            "retriever": science(config.retriever),
+            "retriever": to_dict(config.retriever),
             "document_weight": config.coarse.document_weight,
             "precision": config.model.precision,
             "seed": config.seed,
@@ -86,8 +86,8 @@ def generator_plan(config: Config, base: BaseRef, readings: Artifact) -> Plan:
         name=config.name,
         config={
             "base": base.fingerprint,
-            "generator": science(config.generator),
-            **({"quantize": config.model.quantize} if config.model.quantize else {}),
+            "generator": to_dict(config.generator),
+            "quantize": config.model.quantize,
             "precision": config.model.precision,
             "seed": config.seed,
         },
@@ -259,7 +259,7 @@ def _explain(error: Exception, stage: str) -> InvarError:
 
 
 def _model_science(config: Config) -> dict[str, Any]:
-    model = science(config.model)
+    model = to_dict(config.model)
     for key in ("base", "revision", "tiny"):  # they are in the base's fingerprint
         del model[key]
     return model

@@ -14,7 +14,6 @@ from typing import Any
 
 import pytest
 
-from invar_ray import artifacts
 from invar_ray.artifacts import (
     MANIFEST,
     SCHEMA_VERSION,
@@ -362,18 +361,15 @@ def test_manifest_of_a_newer_release_is_refused(store: Store) -> None:
     assert "use the invar_ray release that wrote it, or a newer one" in str(caught.value)
 
 
-def test_manifest_of_an_older_release_is_upgraded_step_by_step(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manifest_of_an_older_release_is_refused(store: Store) -> None:
     artifact = make(store)
-    raw = json.loads(artifact.path(MANIFEST).read_text(encoding="utf-8"))
-    del raw["info"]  # say, that it came with version 1
-    artifact.path(MANIFEST).write_text(json.dumps({**raw, "schema_version": -1, "extra": 0}), encoding="utf-8")
-    monkeypatch.setitem(
-        artifacts.UPGRADES,
-        -1,
-        lambda old: {**{k: v for k, v in old.items() if k != "extra"}, "schema_version": 0},
-    )
-    monkeypatch.setitem(artifacts.UPGRADES, 0, lambda old: {**old, "info": {"rows": 7}, "schema_version": 1})
-    assert store.open(artifact.ref).info == {"rows": 7}
+    edit_manifest(artifact, schema_version=SCHEMA_VERSION - 1)
+    with pytest.raises(
+        ArtifactError, match=f"schema version {SCHEMA_VERSION - 1}.*Expected: {SCHEMA_VERSION}"
+    ) as caught:
+        store.open(artifact.ref)
+    assert type(caught.value) is ArtifactError
+    assert "run the step again" in str(caught.value)
 
 
 # Opening

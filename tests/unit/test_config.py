@@ -12,8 +12,7 @@ from typing import Any, get_type_hints
 import pytest
 
 from invar_ray import config as config_module
-from invar_ray.artifacts import digest
-from invar_ray.config import Config, config_keys, load_config, recipe_names, science, to_dict
+from invar_ray.config import Config, config_keys, load_config, recipe_names, to_dict
 from invar_ray.errors import ConfigError
 
 
@@ -199,17 +198,6 @@ def test_message_says_what_to_do() -> None:
 )
 def test_settings_that_cannot_work_are_refused_before_a_run(overrides: list[str], fault: str) -> None:
     assert fault in "\n".join(faults("tiny", *overrides))
-
-
-def test_fields_that_came_later_are_in_no_fingerprint_while_they_are_off() -> None:
-    config = load_config("tiny")
-    # Recorded before matryoshka_dims, refresh_every, quantize and the like: what was trained then keeps its name.
-    assert digest(science(config.retriever)) == "b5d7415a4de7167c"
-    assert digest(science(config.model)) == "f241a55b7abcbff1"
-    assert digest(science(config.generator)) == "15ea5165ac056242"
-    assert science(config.retriever).keys() < to_dict(config.retriever).keys()
-    on = load_config("tiny", ["retriever.matryoshka_dims=[64]"]).retriever
-    assert science(on)["matryoshka_dims"] == [64]
 
 
 def test_workers_are_a_number_or_a_range() -> None:

@@ -275,14 +275,17 @@ def test_next_type_is_tried_where_the_first_finds_too_little(
     assert load_index(index).depth == index.info["search_depth"]
 
 
-def test_old_index_without_a_plan_is_opened(small: World) -> None:
+def test_index_without_a_plan_is_opened(small: World) -> None:
     assert "search_depth" not in small.base_index.info
     assert load_index(small.base_index).size == small.base_index.info["rows"]
 
 
-def test_explicit_factories_keep_their_fingerprints() -> None:
-    assert index_settings(IndexConfig()) == {"factory": "Flat", "num_lists_searched": None}
-    assert index_settings(IndexConfig(factory="IVF8,Flat")) == {"factory": "IVF8,Flat", "num_lists_searched": 16}
+def test_settings_that_do_not_act_are_in_no_plan() -> None:
+    flat = index_settings(IndexConfig())
+    assert flat == {"factory": "Flat"} | dict.fromkeys(flat.keys() - {"factory"})
+    assert flat == index_settings(IndexConfig(num_lists_searched=5, recall_queries=7))
+    lists = index_settings(IndexConfig(factory="IVF8,Flat"))
+    assert lists == flat | {"factory": "IVF8,Flat", "num_lists_searched": 16}
     planned = index_settings(IndexConfig(factory="auto", max_memory_mb=5.0))
     assert planned == {
         "factory": "auto",

@@ -63,7 +63,7 @@ class Planner(Pipeline):
         if plan.kind in {"vectors", "index", "hits"}:
             key = f"{plan.kind} {plan.name}"
         if plan.kind == "hits":
-            how = ("rewrites" if "num_rewrites" in plan.config else "", "exact" if "exact" in plan.config else "")
+            how = ("rewrites" if plan.config.get("num_rewrites") else "", "exact" if plan.config.get("exact") else "")
             key = " ".join([key, *filter(None, (*how, plan.config.get("precision")))])
         if plan.kind == "passages" and self.config.corpus.chunk_tokens != plan.config["chunk_tokens"]:
             key = f"passages {plan.config['chunk_tokens']}"

@@ -15,7 +15,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from invar_ray.errors import ArtifactError, CorruptArtifactError, MissingArtifactError
-from invar_ray.evaluation import report as module
 from invar_ray.evaluation.report import (
     Report,
     Row,
@@ -89,15 +88,6 @@ def test_nan_is_written_as_not_measured() -> None:
 def test_unknown_versions_are_refused(version: object) -> None:
     with pytest.raises(ArtifactError, match=r"schema_version.*Expected: 1"):
         Report.from_json(json.dumps({"schema_version": version, "rows": []}))
-
-
-def test_a_known_older_version_is_upgraded(monkeypatch: pytest.MonkeyPatch) -> None:
-    def rename(values: dict[str, object]) -> dict[str, object]:
-        return {"schema_version": 1, "rows": values["results"]}
-
-    monkeypatch.setitem(module.UPGRADES, 0, rename)
-    old = {"schema_version": 0, "results": [{"system": "s", "dataset": "d", "metrics": {"f1": 1}}]}
-    assert Report.from_json(json.dumps(old)) == Report([Row("s", "d", {"f1": 1.0})])
 
 
 @pytest.mark.parametrize(
