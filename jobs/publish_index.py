@@ -6,7 +6,7 @@ exits 1: its result stands as an artifact, and the next night's job finds it.
 Command::
 
     python -m jobs.publish_index --config tiny
-    python -m jobs.publish_index --config mine.yaml index.factory=auto name=main keep=5 note=nightly
+    python -m jobs.publish_index --config mine.yaml index.factory=auto published=main keep=5 note=nightly
     ray job submit --working-dir . -- python -m jobs.publish_index --config mine.yaml storage.root_uri=s3://bucket/invar
 """
 
@@ -19,7 +19,7 @@ from invar_ray.published import Published
 from jobs import reindex
 from jobs.entry import run_job
 
-_OPTIONS = {"name": "main", "keep": "0", "note": ""}
+_OPTIONS = {"published": "main", "keep": "0", "note": ""}
 _MIN_AGE_S = 3600.0
 
 
@@ -27,7 +27,7 @@ def main(pipeline: Pipeline, options: dict[str, str]) -> None:
     """Print what was indexed, published and removed."""
     if not options["keep"].isdigit():
         raise ConfigError(f"keep is {options['keep']!r}", expected="how many versions stay; 0 keeps all")
-    published = Published(pipeline.store, options["name"])
+    published = Published(pipeline.store, options["published"])
     before = published.current()
     reindex.main(pipeline)
     expected = before.number if before else 0

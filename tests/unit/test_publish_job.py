@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from invar_ray.artifacts import Artifact, Store
+from invar_ray.config import config_keys
 from invar_ray.errors import ConfigError, ConflictError
 from invar_ray.published import Published
 from jobs import publish_index, reindex
@@ -20,7 +21,7 @@ class Run:
         self.store, self.reindexed = store, index
 
 
-OPTIONS = {"name": "main", "keep": "0", "note": "nightly"}
+OPTIONS = {"published": "main", "keep": "0", "note": "nightly"}
 
 
 @pytest.fixture
@@ -50,6 +51,10 @@ def test_job_that_was_overtaken_changes_nothing(store: Store, monkeypatch: pytes
     with pytest.raises(ConflictError, match="is at version 1, not at 0"):
         publish_index.main(Run(store, make_index(store, 1)), OPTIONS)  # type: ignore[arg-type]
     assert Published(store).uris() == (faster.uri,)
+
+
+def test_no_option_hides_a_field_of_the_config() -> None:
+    assert not OPTIONS.keys() & set(config_keys())
 
 
 def test_wrong_number_is_refused_before_the_work(store: Store) -> None:
