@@ -28,12 +28,11 @@ from urllib.parse import urlsplit, urlunsplit
 from pyarrow import fs
 
 from invar_ray.errors import ArtifactError, CorruptArtifactError, IncompleteArtifactError, MissingArtifactError
-from invar_ray.files import flush, inventory, join_uri, resolve_uri, write_atomic
-from invar_ray.manifest import MANIFEST, SCHEMA_VERSION, Manifest, Plan, canonical_json, check_files, digest
+from invar_ray.files import flush, inventory, join_uri, resolve_uri
+from invar_ray.manifest import MANIFEST, Manifest, Plan, canonical_json, check_files, digest
 
 __all__ = [
     "MANIFEST",
-    "SCHEMA_VERSION",
     "Artifact",
     "Building",
     "Manifest",
@@ -44,7 +43,6 @@ __all__ = [
     "join_uri",
     "open_artifact",
     "resolve_uri",
-    "write_atomic",
 ]
 
 

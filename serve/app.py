@@ -26,7 +26,7 @@ from serve.args import AppArgs, EngineOptions, IngressOptions, RetrieverOptions
 from serve.deployments import ColocatedDeployment, GeneratorDeployment, IngressDeployment, RetrieverDeployment
 from serve.keys import keys_from_environment, service_keys
 from serve.limits import SERVICE
-from serve.retrieving import RetrieverLoader, load_retriever
+from serve.retrieving import load_retriever
 
 logger = logging.getLogger(__name__)
 
@@ -36,14 +36,9 @@ def build_app(args: AppArgs) -> Application:
     return compose(args.resolved())
 
 
-def compose(
-    args: AppArgs,
-    *,
-    retriever_loader: RetrieverLoader | None = None,
-    generator_loader: GeneratorLoader | None = None,
-) -> Application:
-    """The deployments, bound together; the loaders are for embedding other retrievers and generators."""
-    loader = retriever_loader or partial(
+def compose(args: AppArgs, *, generator_loader: GeneratorLoader | None = None) -> Application:
+    """The deployments, bound together; ``generator_loader`` is for embedding another generator."""
+    loader = partial(
         load_retriever,
         device=args.device,
         precision=args.precision,

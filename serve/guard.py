@@ -7,7 +7,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -67,7 +67,6 @@ class Guard:
         keys: who may ask.
         max_in_flight: requests that are answered at once; more are told to come back (503).
         retry_after_s: when to come back.
-        audit: gets one line of JSON per request; never the question.
     """
 
     def __init__(
@@ -78,13 +77,11 @@ class Guard:
         *,
         max_in_flight: int = 256,
         retry_after_s: float = 1.0,
-        audit: Callable[[str], None] | None = None,
         meter: Meter | None = None,
         tracer: Tracer | None = None,
     ) -> None:
         self._app, self._limits, self._keys = app, limits, keys
         self._max_in_flight, self._retry_after_s = max_in_flight, retry_after_s
-        self._audit = audit or audit_logger.info
         self._meter, self._tracer = meter or Meter(), tracer or Tracer()
         self._in_flight = 0
 
@@ -209,7 +206,7 @@ class Guard:
             "seconds": round(seconds, 4),
             **scope.get("invar_audit", {}),
         }
-        self._audit(json.dumps(line))
+        audit_logger.info(json.dumps(line))
 
 
 class _Exchange:

@@ -6,7 +6,6 @@ Ray exports them on each node's metrics port under the names below with the pref
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -72,21 +71,6 @@ class Meter:
             raise ValueError(f"{name} has the labels {metric.labels}, got {tuple(labels)}")
         if self._sink is not None:
             self._sink(metric, value, labels)
-
-
-class Memory:
-    """A sink that keeps every value, by name and labels; for tests and benchmarks."""
-
-    def __init__(self) -> None:
-        self.values: dict[tuple[str, tuple[tuple[str, str], ...]], list[float]] = defaultdict(list)
-
-    def __call__(self, metric: Metric, value: float, labels: dict[str, str]) -> None:
-        """Keep a value."""
-        self.values[metric.name, tuple(sorted(labels.items()))].append(value)
-
-    def of(self, name: str) -> list[float]:
-        """All values of a metric, whatever its labels."""
-        return [value for (known, _), values in self.values.items() if known == name for value in values]
 
 
 def ray_meter() -> Meter:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import threading
+from collections import defaultdict
 from collections.abc import Coroutine
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from invar_ray.schema import Passage, passage_schema, to_table, vector_schema
 from serve.answering import AnswerEngine, GeneratorCore, TransformersEngine, load_generator
 from serve.api import make_api
 from serve.limits import Limits
-from serve.metrics import Memory, Meter
+from serve.metrics import Meter, Metric
 from serve.record import RecordFile
 from serve.retrieving import RetrieverCore, load_retriever
 from serve.service import Service
@@ -97,7 +98,8 @@ def make_artifacts(folder: Path) -> Artifacts:
             table = pa.table({"id": [row.id for row in rows], "vector": column.cast(schema.field("vector").type)})
             (building.path / "shards").mkdir()
             pq.write_table(table, building.path / "shards" / "part-00000.parquet")
-            write_probes(building.path / "probes.parquet", encoder, [(row.title, row.text) for row in rows[:2]])
+            texts = [(row.title, row.text) for row in rows[:2]]
+            write_probes(building.path / "probes.parquet", texts, encoder.encode_passages(texts))
             building.info["encoder"] = spec.to_json()
 
         parents = {"passages": passages_artifact}
@@ -125,6 +127,21 @@ def make_artifacts(folder: Path) -> Artifacts:
         index("tenants", titles, tenants=True),
         adapter.uri,
     )
+
+
+class Memory:
+    """A sink that keeps every value, by name and labels."""
+
+    def __init__(self) -> None:
+        self.values: dict[tuple[str, tuple[tuple[str, str], ...]], list[float]] = defaultdict(list)
+
+    def __call__(self, metric: Metric, value: float, labels: dict[str, str]) -> None:
+        """Keep a value."""
+        self.values[metric.name, tuple(sorted(labels.items()))].append(value)
+
+    def of(self, name: str) -> list[float]:
+        """All values of a metric, whatever its labels."""
+        return [value for (known, _), values in self.values.items() if known == name for value in values]
 
 
 class Live:

@@ -229,7 +229,7 @@ class World:
             actor({"start": [0, middle], "stop": [middle, rows]})
             probes = Passages(self.passages).rows([0, rows // 3, rows - 1])
             texts = [(passage.title, passage.text) for passage in probes]
-            write_probes(building.path / "probes.parquet", actor._encoder, texts)
+            write_probes(building.path / "probes.parquet", texts, actor._encoder.encode_passages(texts))
             building.info |= {"encoder": spec.to_json(), "precision": precision, "rows": rows}
 
         return self._get(vectors_plan(self.config, self.passages, spec, name, adapter), body)

@@ -13,7 +13,7 @@ from invar_ray.evaluating.answering import Answered
 from invar_ray.evaluating.hits import FoundFamily
 from invar_ray.evaluation.metrics import answer_recall_at_k, average_precision, first_ranks, ndcg_at_k, reciprocal_rank
 from invar_ray.evaluation.scoring import AnswerRule
-from invar_ray.evaluation.variance import Family, between_question_overlap, family_values, overlap_at_k
+from invar_ray.evaluation.variance import Family, between_question_overlap, family_values, flip_rate, overlap_at_k
 
 KS = (1, 5, 20, 100)
 Columns = dict[str, list[float | None]]
@@ -102,7 +102,7 @@ def answer_columns(families: Sequence[FoundFamily], answers: Sequence[Sequence[A
             "f1": score.f1,
             "accuracy": score.accuracy,
             "abstained": float(anchor.refused),
-            "flip_rate": fmean(not value for value in right[1:]) if len(right) > 1 and right[0] else None,
+            "flip_rate": flip_rate([right]),
             "citation_precision": fmean(name in gold for name in anchor.cited) if anchor.cited and gold else None,
             "removed_citations": float(anchor.removed),
             "citation_recall": len(shown.intersection(anchor.cited)) / len(shown) if shown else None,

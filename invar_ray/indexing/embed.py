@@ -40,8 +40,8 @@ from invar_ray.indexing.usage import Usage
 from invar_ray.models.encoder import EncoderSpec
 from invar_ray.models.precision import inference_precision
 from invar_ray.progress import Progress
+from invar_ray.retrieval.probes import write_probes
 from invar_ray.retrieval.vectors import ROWS_FILE, ROWS_SCHEMA, SHARDS, VectorStore, shard_name, unit_rows
-from invar_ray.schema import vector_schema
 from invar_ray.versions import STEPS
 
 _SHARDS_AT_HOME = 2
@@ -246,8 +246,6 @@ def _write_probes(building: Building, config: Config, passages: Artifact, layout
     count = min(config.index.num_probes, len(table))
     chosen = np.linspace(0, len(table) - 1, num=count, dtype=np.int64)
     matrix = unit_rows(VectorStore(building.filesystem, building.prefix).take(layout.rows[chosen]))
-    schema = vector_schema(matrix.shape[1])
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), type=schema.field("vector").type)
-    texts = table.take(chosen)
-    probes = {"title": texts.column("title"), "text": texts.column("text"), "vector": vectors}
-    pq.write_table(pa.table(probes), building.path / "probes.parquet")
+    taken = table.take(chosen)
+    texts = list(zip(taken.column("title").to_pylist(), taken.column("text").to_pylist(), strict=True))
+    write_probes(building.path / "probes.parquet", texts, matrix)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -10,7 +11,7 @@ import pyarrow.parquet as pq
 from invar_ray.artifacts import Artifact
 from invar_ray.errors import MixedArtifactsError
 from invar_ray.models.encoder import EncoderSpec, TextEncoder
-from invar_ray.retrieval.blocks import column_to_matrix
+from invar_ray.retrieval.blocks import Vectors, column_to_matrix
 from invar_ray.schema import vector_schema
 
 PROBE_TOLERANCE = 1e-3
@@ -19,14 +20,12 @@ other batch shapes and devices stay well within, the other precision may not (30
 """
 
 
-def write_probes(path: Path, encoder: TextEncoder, texts: list[tuple[str, str]]) -> None:
-    """Store (title, text) probes with the vectors that ``encoder`` gives them."""
-    matrix = encoder.encode_passages(texts)
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
+def write_probes(path: Path, texts: Sequence[tuple[str, str]], matrix: Vectors) -> None:
+    """Store (title, text) probes with their vectors, [N, D] float32 of length 1."""
+    kind = vector_schema(matrix.shape[1]).field("vector").type
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), type=kind)
     titles, bodies = [title for title, _ in texts], [text for _, text in texts]
-    schema = vector_schema(matrix.shape[1])
-    table = pa.table({"title": titles, "text": bodies, "vector": vectors.cast(schema.field("vector").type)})
-    pq.write_table(table, path)
+    pq.write_table(pa.table({"title": titles, "text": bodies, "vector": vectors}), path)
 
 
 def check_probes(artifact: Artifact, encoder: TextEncoder) -> float:

@@ -53,9 +53,6 @@ FORMATS = {
 }
 """Format -> reader of one file; ``beir`` is a folder and has its own."""
 
-ANSWER_RULES = {"triviaqa": "triviaqa", "hotpotqa": "hotpotqa"}
-"""Formats whose own script compares answers otherwise than SQuAD's (CuratedTREC's patterns: rule ``regex``)."""
-
 
 @dataclass(frozen=True)
 class Benchmark:

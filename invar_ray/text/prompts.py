@@ -114,22 +114,6 @@ def fit_prompt(
     return FittedPrompt(format_answer_prompt(question, given[:count]), given[:count], list(range(count)), notes)
 
 
-def fit_passages(
-    question: str, passages: Sequence[tuple[str, str]], count_tokens: Callable[[str], int], budget: int
-) -> tuple[list[int], list[str]]:
-    """Indices of the passages that fit whole, dropped from the worst rank up, and notes that say which and why.
-
-    Where not even the first fits, none is kept: :func:`fit_prompt` cuts it instead, and has the text that fits.
-
-    Raises:
-        RequestError: the question alone exceeds the budget.
-    """
-    given = list(passages)
-    count, size = _count_fitting(question, given, count_tokens, budget)
-    notes = [] if count == len(given) else [_dropped_note(given, count, size, budget)]
-    return list(range(count)), notes
-
-
 def format_target(answer: str, number: int | None) -> str:
     """What the generator learns to write: ``Paris [2]``; without a number, the answer alone."""
     clean = _one_line(answer)

@@ -27,7 +27,6 @@ __all__ = [
     "GivenRewriter",
     "Rewriter",
     "RuleRewriter",
-    "anchor_variant",
     "comparison_key",
     "make_rewriter",
     "resize_windows",
@@ -40,11 +39,6 @@ class Rewriter(Protocol):
     def rewrite(self, example: Example, count: int, seed: int) -> list[Variant]:
         """At most ``count`` rewordings, numbered from 1 without gaps, none equal to the question or to another one."""
         ...
-
-
-def anchor_variant(example: Example) -> Variant:
-    """Rewrite 0: the question as given."""
-    return Variant(example.id, 0, example.question, "anchor", "data")
 
 
 class GivenRewriter:

@@ -94,7 +94,8 @@ def embed_here(pipeline: Pipeline, name: str, spec: EncoderSpec, adapter: Artifa
         starts = list(range(0, rows, step))
         actor({"start": starts, "stop": [min(start + step, rows) for start in starts]})
         texts = [(passage.title, passage.text) for passage in Passages(passages).rows(range(config.index.num_probes))]
-        write_probes(building.path / "probes.parquet", open_encoder(spec, passages.store), texts)
+        matrix = open_encoder(spec, passages.store).encode_passages(texts)
+        write_probes(building.path / "probes.parquet", texts, matrix)
         building.info |= {"encoder": spec.to_json(), "rows": rows}
 
     plan = vectors_plan(config, passages, spec, name, adapter)

@@ -16,7 +16,6 @@ import pytest
 
 from invar_ray.artifacts import (
     MANIFEST,
-    SCHEMA_VERSION,
     Artifact,
     Building,
     Plan,
@@ -25,9 +24,10 @@ from invar_ray.artifacts import (
     digest,
     join_uri,
     open_artifact,
-    write_atomic,
 )
 from invar_ray.errors import ArtifactError, CorruptArtifactError, IncompleteArtifactError, MissingArtifactError
+from invar_ray.files import write_atomic
+from invar_ray.manifest import SCHEMA_VERSION
 
 PLAN = Plan("vectors", "demo", {"encoder": "abc", "num_probes": 4})
 

@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 from invar_ray.errors import RequestError
 from invar_ray.text.prompts import (
     REFUSAL,
-    fit_passages,
     fit_prompt,
     format_answer_prompt,
     format_passage,
@@ -56,7 +55,6 @@ def test_passages_are_dropped_from_the_worst_rank() -> None:
     fitted = fit_prompt("who?", PASSAGES, words, two)
     assert fitted.kept == [0, 1]
     assert fitted.notes == [f"passage [3] Log left out: with [3] the prompt takes {three} tokens, {two} are allowed"]
-    assert fit_passages("who?", PASSAGES, words, two) == (fitted.kept, fitted.notes)
     one = fit_prompt("who?", PASSAGES, words, two - 1)
     assert one.notes[0].startswith("passages [2], [3] Log left out: with [2] the prompt takes")
 
@@ -70,7 +68,6 @@ def test_a_first_passage_too_long_is_cut() -> None:
     assert words(fitted.prompt) == frame + 50
     assert fitted.notes[0].startswith("passage [1] Long cut to its first 50 of 200 words: with it the prompt takes")
     assert fitted.notes[1].startswith("passage [2] Other left out")
-    assert fit_passages("who?", passages, words, frame + 50)[0] == []
     nothing = fit_prompt("who?", passages, words, frame - 3)
     assert (nothing.kept, nothing.prompt) == ([], format_answer_prompt("who?", []))
     assert nothing.notes[0].startswith("passage [1] Long left out")

@@ -15,9 +15,9 @@ import yaml
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from invar_ray.errors import ConfigError
-from serve.metrics import CATALOG, Memory, Meter, ray_meter
+from serve.metrics import CATALOG, Meter, ray_meter
 from serve.tracing import Tracer
-from tests.serving import Live, shared_artifacts
+from tests.serving import Live, Memory, shared_artifacts
 
 ROOT = Path(__file__).parents[2]
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
