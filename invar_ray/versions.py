@@ -182,7 +182,7 @@ STEPS: dict[str, StepCode] = {
         ),
     ),
     "report": StepCode(
-        5,
+        6,
         (
             "invar_ray.evaluating.evaluate",
             "invar_ray.evaluating.answering",
@@ -192,7 +192,7 @@ STEPS: dict[str, StepCode] = {
             "invar_ray.evaluation.metrics",
             "invar_ray.evaluation.outcome",
             "invar_ray.evaluation.page",
-            "invar_ray.evaluation.svg",
+            "invar_ray.evaluation.plots",
             "invar_ray.evaluation.questions",
             "invar_ray.evaluation.scoring",
             "invar_ray.evaluation.significance",

@@ -11,9 +11,9 @@ from importlib import resources
 from typing import Any
 
 from invar_ray.evaluation.details import SHIFTS
+from invar_ray.evaluation.plots import Bar, bar_chart, column_chart, line_chart
 from invar_ray.evaluation.questions import Comparison
 from invar_ray.evaluation.report import Report
-from invar_ray.evaluation.svg import Bar, bar_chart, column_chart, line_chart
 from invar_ray.evaluation.tables import ANSWER_METRICS, Row, finite, print_name, render_table
 
 CAUSES = {"rewrite": "other wording", "window": "other windows", "index": "approximate index", "precision": "precision"}

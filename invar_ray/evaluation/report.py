@@ -11,7 +11,7 @@
      "meta": {..}}
 
 Metric names are written ``recall_at_5`` in code and JSON, ``recall@5`` in print.  Rows and tables live in
-:mod:`invar_ray.evaluation.tables`, pictures in :mod:`invar_ray.evaluation.plots`; both can be had from here.
+:mod:`invar_ray.evaluation.tables`, pictures in :mod:`invar_ray.evaluation.plots`.
 """
 
 from __future__ import annotations
@@ -24,30 +24,21 @@ from pathlib import Path
 from typing import Any
 
 from invar_ray.errors import ArtifactError, CorruptArtifactError, MissingArtifactError
-from invar_ray.evaluation.plots import plot_losses, plot_metrics, plot_recall, plot_variance
 from invar_ray.evaluation.tables import (
-    ANSWER_METRICS,
     RETRIEVAL_METRICS,
     VARIANCE_METRICS,
     Row,
     finite,
-    print_name,
     render_table,
 )
 from invar_ray.files import write_atomic
 
 __all__ = [
-    "ANSWER_METRICS",
     "RETRIEVAL_METRICS",
     "SCHEMA_VERSION",
     "VARIANCE_METRICS",
     "Report",
     "Row",
-    "plot_losses",
-    "plot_metrics",
-    "plot_recall",
-    "plot_variance",
-    "print_name",
     "read_report",
     "render_table",
     "write_report",

@@ -15,18 +15,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from invar_ray.errors import ArtifactError, CorruptArtifactError, MissingArtifactError
+from invar_ray.evaluation.plots import plot_losses, plot_metrics, plot_recall, plot_variance
 from invar_ray.evaluation.report import (
     Report,
     Row,
-    plot_losses,
-    plot_metrics,
-    plot_recall,
-    plot_variance,
-    print_name,
     read_report,
     render_table,
     write_report,
 )
+from invar_ray.evaluation.tables import print_name
 
 ROWS = [
     Row("untrained", "dev", {"recall_at_5": 0.5, "overlap_at_5": 0.25, "overlap_between_questions_at_5": 0.1}),
