@@ -22,6 +22,7 @@ class StepCode:
 _ENCODING = (
     "invar_ray.models.batching",
     "invar_ray.models.locate",
+    "invar_ray.models.precision",
     "invar_ray.models.quantized",
     "invar_ray.models.encoder",
     "invar_ray.models.pooling",
