@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean, pstdev
 
-from invar_ray.evaluation.plots import COLOURS, _figure, _save, _tidy
+from invar_ray.evaluation.charts import COLOURS, new_figure, tidy
 from invar_ray.evaluation.significance import Interval, paired_cluster_bootstrap
 
 REFERENCES = ("anchor", "environments")  # what the others are compared with; the first one's differences are drawn
@@ -156,7 +156,7 @@ def _difference(
 
 
 def _plot(drawn: dict[str, list[Interval]], path: Path, split: str) -> None:
-    figure = _figure(4.2 * len(MEASURES), 1.4 + 0.45 * len(drawn))
+    figure = new_figure(4.2 * len(MEASURES), 1.4 + 0.45 * len(drawn))
     systems: Sequence[str] = list(drawn)
     for number, (name, _, better) in enumerate(MEASURES):
         axes = figure.add_subplot(1, len(MEASURES), number + 1)
@@ -175,8 +175,8 @@ def _plot(drawn: dict[str, list[Interval]], path: Path, split: str) -> None:
         axes.invert_yaxis()
         axes.set_title(f"{name} ({split})")
         axes.set_xlabel(f"difference from {REFERENCES[0]}; {better} is better")
-        _tidy(axes, grid="x")
-    _save(figure, path)
+        tidy(axes, grid="x")
+    figure.savefig(path, format="png")
 
 
 def _questions(folder: Path, run: Run) -> Questions:

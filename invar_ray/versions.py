@@ -193,7 +193,7 @@ STEPS: dict[str, StepCode] = {
             "invar_ray.evaluation.metrics",
             "invar_ray.evaluation.outcome",
             "invar_ray.evaluation.page",
-            "invar_ray.evaluation.plots",
+            "invar_ray.evaluation.charts",
             "invar_ray.evaluation.questions",
             "invar_ray.evaluation.scoring",
             "invar_ray.evaluation.significance",

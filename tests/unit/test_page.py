@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
+from invar_ray.evaluation.charts import Bar, bar_chart, column_chart, line_chart
 from invar_ray.evaluation.details import SHIFTS, RankedFamily, rank_shifts, recall_curve, worst_questions
 from invar_ray.evaluation.outcome import Outcome, compare_systems, write_outcome
 from invar_ray.evaluation.page import findings, render_html, render_markdown, sentence
-from invar_ray.evaluation.plots import Bar, bar_chart, column_chart, line_chart
 from invar_ray.evaluation.questions import QuestionTable
 from invar_ray.evaluation.report import Report, Row, read_report
 from invar_ray.evaluation.tables import render_tables
@@ -159,6 +159,7 @@ def test_charts_escape_and_nest() -> None:
     colours = {EVIL: 0}
     charts = [
         line_chart({EVIL: [(1.0, 0.0), (20.0, 1.0)]}, colours, x_label=EVIL, y_label=EVIL, dots=True),
+        line_chart({EVIL: []}, colours, x_label="x", y_label="y", dots=True),
         line_chart({EVIL: [(0.5, 0.5)]}, colours, x_label="x", y_label="y", diagonal=True),
         bar_chart([Bar(EVIL, 0.5, (0.4, 0.6), 0), Bar("zero", 0.0, None, 0)], label=EVIL),
         column_chart(["a", EVIL], {EVIL: [0.0, 2.0]}, colours, label=EVIL),
@@ -167,3 +168,14 @@ def test_charts_escape_and_nest() -> None:
     for chart in charts:
         assert "script" not in {tag for tag, _ in Tags(chart).found}
         assert "nan" not in chart.lower()
+
+
+def test_charts_take_their_colours_from_the_page_and_refer_to_nothing() -> None:
+    chart = line_chart({"a $b$ c": [(1.0, 0.5), (2.0, 1.0)]}, {"a $b$ c": 3}, x_label="k", y_label="$y$", dots=True)
+    assert set(re.findall(r"#\w+", chart)) == set()
+    assert set(re.findall(r"var\(--(\w+)\)", chart)) == {"rule", "c3"}
+    assert not re.search(r"href|url\(|\bid=|font-family", chart)
+    tags = Tags(chart)
+    assert sum(tag == "title" for tag, _ in tags.found) == 3, "the curve's name, and its points' values"
+    assert "a $b$ c: 2, 1.000" in tags.text
+    assert "$y$" in tags.text, "a name is no formula"

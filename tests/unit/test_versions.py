@@ -133,6 +133,7 @@ EXEMPT = {
     "invar_ray.schema": "records and their layout; readers would fail on another one",
     "invar_ray.session": "where it runs",
     "invar_ray.versions": "this mechanism",
+    "invar_ray.evaluation.plots": "pictures",
     "invar_ray.evaluation.report": "layout, with a schema version of its own",
     "invar_ray.evaluation.gate": "reads finished reports",
     "invar_ray.evaluation.tables": "print",
