@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -406,12 +407,13 @@ def test_cut_vectors_are_unit_prefixes_of_the_whole_ones(small: World) -> None:
         open_encoder(replace(spec, dimensions=385), small.store)
 
 
-def test_fingerprint_of_whole_vectors_is_the_one_from_before_they_could_be_cut() -> None:
+def test_fingerprint_is_of_the_vectors_and_not_of_places() -> None:
     spec = EncoderSpec("llm", BaseRef("a", None, "f"), "retriever/x", "y", "mean", None, "q", "p", 8, 9)
-    assert spec.fingerprint == "7d2526a99b68e897"  # recorded before there were dimensions
-    described = spec.to_json()
-    del described["dimensions"]  # as indexes of that time describe their encoder
-    assert EncoderSpec.from_json(described) == spec
+    assert replace(spec, base=BaseRef("b", None, "f"), adapter="retriever/z").fingerprint == spec.fingerprint
+    changes = [{"dimensions": 24}, {"num_layers": 2}, {"adapter_fingerprint": "z"}, {"base": BaseRef("a", None, "g")}]
+    others = {replace(spec, **change).fingerprint for change in changes}  # type: ignore[arg-type]
+    assert len(others - {spec.fingerprint}) == len(changes)
+    assert EncoderSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
 # Memory
