@@ -5,7 +5,7 @@ given by its folder; its code runs in processes of its own, with this interprete
 
     git worktree add /tmp/old COMMIT
     python -m benchmarks.house layout --tree /tmp/old --tree .
-    python -m benchmarks.house dump --tree /tmp/old --out /tmp/old.json     (about 0.5 MB)
+    python -m benchmarks.house dump --tree /tmp/old --out /tmp/old.json     (about 0.35 MB)
     python -m benchmarks.house dump --tree . --out /tmp/new.json
     python -m benchmarks.house compare /tmp/old.json /tmp/new.json
     python -m benchmarks.house artifacts --store /tmp/old/runs/demo --out /tmp/old-bytes.json
