@@ -27,11 +27,11 @@ from ablation_data import SPLITS, EvalSet, ablation_config, eval_set, prepare
 from ablation_measure import DEPTH, OVERLAP_K, QUESTION_FIELDS, measure, question_values
 from ablation_train import SYSTEMS, train, used_settings
 
-from invar_ray.artifacts import digest
 from invar_ray.config import Config, RetrieverConfig, to_dict
 from invar_ray.evaluation.metrics import recall_at_k
 from invar_ray.evaluation.variance import Family, overlap_at_k, summarise_families
 from invar_ray.models.encoder import Encoder
+from invar_ray.store.artifacts import digest
 
 SEEDS = (0, 1, 2)
 WORDING_FIELDS = ["id", "cluster", "kind", "overlap_at_10", "recall_at_5"]

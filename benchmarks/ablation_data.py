@@ -13,18 +13,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from invar_ray.artifacts import Artifact, Building
+from invar_ray.answering.retriever import Passages
 from invar_ray.config import Config, load_config
-from invar_ray.indexing.embed import EmbedShard, vectors_plan
+from invar_ray.corpus.readers import read_documents, read_examples
+from invar_ray.index.probes import write_probes
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec, open_encoder
 from invar_ray.models.precision import inference_precision
 from invar_ray.pipeline import Pipeline
-from invar_ray.retrieval.probes import write_probes
-from invar_ray.retrieval.retriever import Passages
+from invar_ray.questions.rules import RuleRewriter
 from invar_ray.schema import Document, Example, Variant
+from invar_ray.steps.vectors import EmbedShard, vectors_plan
+from invar_ray.store.artifacts import Artifact, Building
 from invar_ray.text.chunking import chunk_document
-from invar_ray.text.readers import read_documents, read_examples
-from invar_ray.text.rules import RuleRewriter
 
 HELD_OUT = 600
 NUM_REWORDINGS = 2

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from invar_ray.artifacts import Artifact
 from invar_ray.config import Config, RetrieverConfig
 from invar_ray.models.batching import length_batches
 from invar_ray.models.encoder import llm_spec
 from invar_ray.pipeline import Pipeline
+from invar_ray.store.artifacts import Artifact
 from invar_ray.training.objective import invariance_weight
 from invar_ray.training.retriever_stage import RetrieverStage
 from invar_ray.training.schedule import learning_rate

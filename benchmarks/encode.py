@@ -29,12 +29,12 @@ import numpy as np
 import torch
 
 from invar_ray.config import load_config
-from invar_ray.models.coarse import CoarseEncoder
+from invar_ray.corpus import facts
+from invar_ray.index.blocks import read_vectors
 from invar_ray.models.encoder import coarse_spec
+from invar_ray.models.minilm import CoarseEncoder
 from invar_ray.models.tiny import minilm_folder
 from invar_ray.pipeline import Pipeline
-from invar_ray.retrieval.blocks import read_vectors
-from invar_ray.text import facts
 
 BATCH = 32
 SHARD_ROWS = 512

@@ -21,10 +21,10 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file, save_file
 
-from invar_ray.artifacts import Artifact, Building, Plan
 from invar_ray.config import Config, load_config
 from invar_ray.models.encoder import llm_spec
 from invar_ray.pipeline import Pipeline
+from invar_ray.store.artifacts import Artifact, Building, Plan
 
 ROW = "stage 1"
 

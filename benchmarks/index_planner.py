@@ -22,10 +22,10 @@ from pathlib import Path
 import faiss
 import numpy as np
 
-from invar_ray.retrieval.blocks import of_matrix
-from invar_ray.retrieval.building import Trial, fill, measure_recall, sampled_trial, tune
-from invar_ray.retrieval.index import Index, build_faiss, exact_best, open_index, save_index
-from invar_ray.retrieval.planner import Need, candidates, plan_index, render
+from invar_ray.index.blocks import of_matrix
+from invar_ray.index.build import Trial, fill, measure_recall, sampled_trial, tune
+from invar_ray.index.faiss_index import Index, build_faiss, exact_best, open_index, save_index
+from invar_ray.index.planner import Need, candidates, plan_index, render
 
 ALLOWED = 0.10
 

@@ -33,8 +33,8 @@ from invar_ray.evaluation.significance import paired_cluster_bootstrap
 from invar_ray.losses.contrastive import contrastive_loss
 from invar_ray.losses.invariance import invariance_loss
 from invar_ray.models.tiny import minilm_embeddings, minilm_tokenizer
+from invar_ray.questions.rules import RuleRewriter
 from invar_ray.schema import Example
-from invar_ray.text.rules import RuleRewriter
 
 TEMPERATURE, BATCH, LEARNING_RATE, DEPTH = 0.05, 48, 5e-4, 10
 TRAIN_QUESTIONS, DEV_QUESTIONS, MAX_TOKENS = 2000, 500, 128

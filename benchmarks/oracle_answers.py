@@ -19,13 +19,13 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from invar_ray.artifacts import open_artifact
+from invar_ray.answering.rag import TextGenerator, answer_batch
+from invar_ray.corpus.readers import read_documents, read_examples
 from invar_ray.evaluation.scoring import answer_rule
 from invar_ray.evaluation.significance import paired_cluster_bootstrap
-from invar_ray.models.locate import BaseRef, open_base_generator, open_generator
-from invar_ray.retrieval.rag import TextGenerator, answer_batch
+from invar_ray.models.base import BaseRef, open_base_generator, open_generator
 from invar_ray.schema import Document, Example, Hit
-from invar_ray.text.readers import read_documents, read_examples
+from invar_ray.store.artifacts import open_artifact
 
 BATCH = 16
 

@@ -19,10 +19,10 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from invar_ray.artifacts import Artifact
+from invar_ray.answering.retriever import open_retriever
 from invar_ray.config import load_config
 from invar_ray.pipeline import Pipeline
-from invar_ray.retrieval.retriever import open_retriever
+from invar_ray.store.artifacts import Artifact
 
 SHARE = 0.01
 QUESTIONS = 500

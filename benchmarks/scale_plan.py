@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from invar_ray.retrieval.planner import Candidate, Need, candidates
+from invar_ray.index.planner import Candidate, Need, candidates
 
 # Assumed, November 2026.
 TOKENS = 140  # of a passage of 100 words

@@ -69,7 +69,7 @@ def main() -> None:
     retriever, generator = load_retriever(options.index), load_generator(options.generator)
     write_on(generator)
     hits = retriever.retrieve(QUESTIONS, 3)
-    from invar_ray.retrieval.rag import STOP_STRINGS, build_prompt
+    from invar_ray.answering.rag import STOP_STRINGS, build_prompt
 
     prompts = [
         build_prompt(generator, question, found, max_new_tokens=options.tokens).text

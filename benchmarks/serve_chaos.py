@@ -29,7 +29,7 @@ import pyarrow.parquet as pq
 import ray
 from ray import serve
 
-from invar_ray.artifacts import open_artifact
+from invar_ray.store.artifacts import open_artifact
 from serve.app import AppArgs, start, stop
 from serve.keys import ApiKey
 

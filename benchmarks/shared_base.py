@@ -31,7 +31,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from invar_ray.config import LoraConfig
 from invar_ray.models.adapters import load_adapter, new_adapter, save_adapter, share_base
-from invar_ray.models.locate import load_causal_lm
+from invar_ray.models.base import load_causal_lm
 
 WAYS = ("bare", "shared", "copies")
 NAMES = {"bare": "one base, no adapter", "shared": "one base, two adapters", "copies": "two copies, an adapter each"}

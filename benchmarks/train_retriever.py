@@ -27,14 +27,14 @@ from typing import Any
 import torch
 
 from invar_ray.config import LoraConfig, TinyConfig
+from invar_ray.corpus import facts
 from invar_ray.losses.contrastive import contrastive_loss
 from invar_ray.losses.gradcache import RepresentationCache
 from invar_ray.models.adapters import new_adapter
+from invar_ray.models.base import load_causal_lm, load_tokenizer
 from invar_ray.models.batching import pad_right
 from invar_ray.models.encoder import BiEncoder
-from invar_ray.models.locate import load_causal_lm, load_tokenizer
 from invar_ray.models.tiny import build_tiny
-from invar_ray.text import facts
 
 WARM_UP = 2  # steps that are not counted
 TEMPERATURE = 0.05

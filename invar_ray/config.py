@@ -105,7 +105,7 @@ class QuestionsConfig:
         "kilt",
         "beir",
     ] = "auto"
-    """How both files are written (``invar_ray/text/benchmarks.py``); ``auto`` looks into them."""
+    """How both files are written (``invar_ray/questions/benchmarks.py``); ``auto`` looks into them."""
     train_limit: int | None = None
     """Use at most this many training questions (a seeded sample); ``null`` uses all."""
     dev_limit: int | None = None

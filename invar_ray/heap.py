@@ -13,7 +13,7 @@ def keep_freed_memory() -> bool:
     """Serve blocks of up to 32 MiB from this process's heap, and give none of it back below 512 MiB.
 
     A local Ray's workers map each block of 1 MiB or more by itself and give it back at once
-    (:mod:`invar_ray.session`): training, whose batches have ever other shapes, holds less memory that way, and waits
+    (:mod:`invar_ray.executor`): training, whose batches have ever other shapes, holds less memory that way, and waits
     longer (``scale.keep_freed_memory`` decides).  Encoding goes through the same few shapes again and again, by a
     budget of tokens; there the kernel would have to clear the pages of every activation anew.
 

@@ -18,25 +18,25 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from invar_ray.artifacts import Artifact, Building, Plan, Store, open_artifact
 from invar_ray.config import Config, ServeConfig
 from invar_ray.errors import ArtifactError, MissingArtifactError, MixedArtifactsError
-from invar_ray.evaluating.baselines import bm25_plan, build_bm25_hits, build_fused_hits, fused_plan
-from invar_ray.evaluating.evaluate import SYSTEM_NAMES, Change, System, build_report, report_plan
-from invar_ray.evaluating.hits import PLAIN, SearchMode, build_hits, hits_plan
-from invar_ray.evaluating.readings import build_readings, readings_plan
 from invar_ray.evaluation.report import Report, read_report, write_report
-from invar_ray.indexing.embed import build_vectors, vectors_plan
-from invar_ray.indexing.passages import build_passages, document_ids, passages_plan
-from invar_ray.indexing.previous import earlier_passages
-from invar_ray.indexing.questions import build_questions, load_examples, questions_plan, refuse_unanswerable
-from invar_ray.indexing.refresh import refresh_negatives
-from invar_ray.indexing.trainset import build_trainset, trainset_plan
+from invar_ray.executor import RaySession, clear_failures
+from invar_ray.index.build import Limits, build_index, index_settings
+from invar_ray.models.base import BUILTIN, BaseRef, base_plan, build_base, load_tokenizer, resolve_base
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec
-from invar_ray.models.locate import BUILTIN, BaseRef, base_plan, build_base, load_tokenizer, resolve_base
 from invar_ray.models.precision import made_in
-from invar_ray.retrieval.building import Limits, build_index, index_settings
-from invar_ray.session import RaySession, clear_failures
+from invar_ray.steps.baselines import bm25_plan, build_bm25_hits, build_fused_hits, fused_plan
+from invar_ray.steps.hits import PLAIN, SearchMode, build_hits, hits_plan
+from invar_ray.steps.passages import build_passages, document_ids, passages_plan
+from invar_ray.steps.previous import earlier_passages
+from invar_ray.steps.questions import build_questions, load_examples, questions_plan, refuse_unanswerable
+from invar_ray.steps.readings import build_readings, readings_plan
+from invar_ray.steps.refresh import refresh_negatives
+from invar_ray.steps.report import SYSTEM_NAMES, Change, System, build_report, report_plan
+from invar_ray.steps.trainset import build_trainset, trainset_plan
+from invar_ray.steps.vectors import build_vectors, vectors_plan
+from invar_ray.store.artifacts import Artifact, Building, Plan, Store, open_artifact
 from invar_ray.training.trainer import encoder_of, generator_plan, retriever_plan, train_generator, train_retriever
 from invar_ray.versions import STEPS
 

@@ -21,7 +21,7 @@ class StepCode:
 
 _ENCODING = (
     "invar_ray.models.batching",
-    "invar_ray.models.locate",
+    "invar_ray.models.base",
     "invar_ray.models.precision",
     "invar_ray.models.quantized",
     "invar_ray.models.encoder",
@@ -30,21 +30,25 @@ _ENCODING = (
     "invar_ray.text.prompts",
     "invar_ray.text.tokens",
 )
-_BENCHMARKS = ("invar_ray.text.benchmarks", "invar_ray.text.benchmark_formats", "invar_ray.text.json_places")
+_BENCHMARKS = (
+    "invar_ray.questions.benchmarks",
+    "invar_ray.questions.benchmark_formats",
+    "invar_ray.corpus.json_places",
+)
 _READING = (
-    "invar_ray.text.readers",
-    "invar_ray.text.rowfiles",
-    "invar_ray.text.rows",
-    "invar_ray.text.storage",
+    "invar_ray.corpus.readers",
+    "invar_ray.corpus.rowfiles",
+    "invar_ray.corpus.rows",
+    "invar_ray.corpus.storage",
     "invar_ray.text.sentences",
 )
 _PARSING = (
-    "invar_ray.text.whole",
-    "invar_ray.text.formats.parsed",
-    "invar_ray.text.formats.plain",
-    "invar_ray.text.formats.pdf",
-    "invar_ray.text.formats.word",
-    "invar_ray.text.formats.html",
+    "invar_ray.corpus.whole",
+    "invar_ray.corpus.formats.parsed",
+    "invar_ray.corpus.formats.plain",
+    "invar_ray.corpus.formats.pdf",
+    "invar_ray.corpus.formats.word",
+    "invar_ray.corpus.formats.html",
     "invar_ray.text.places",
 )
 _TRAINING = (
@@ -63,9 +67,9 @@ STEPS: dict[str, StepCode] = {
             *_PARSING,
             "invar_ray.text.chunking",
             "invar_ray.text.tokens",
-            "invar_ray.indexing.cutting",
-            "invar_ray.indexing.passages",
-            "invar_ray.indexing.previous",
+            "invar_ray.steps.cutting",
+            "invar_ray.steps.passages",
+            "invar_ray.steps.previous",
         ),
     ),
     "questions": StepCode(
@@ -74,7 +78,7 @@ STEPS: dict[str, StepCode] = {
             *_READING,
             *_BENCHMARKS,
             *(
-                f"invar_ray.text.{name}"
+                f"invar_ray.questions.{name}"
                 for name in (
                     "variants",
                     "rules",
@@ -89,33 +93,33 @@ STEPS: dict[str, StepCode] = {
                     "endpoint",
                 )
             ),
-            "invar_ray.indexing.questions",
+            "invar_ray.steps.questions",
         ),
     ),
     "vectors": StepCode(
         3,
         (
             *_ENCODING,
-            "invar_ray.models.coarse",
-            "invar_ray.indexing.embed",
-            "invar_ray.indexing.layout",
-            "invar_ray.indexing.previous",
-            "invar_ray.indexing.shards",
+            "invar_ray.models.minilm",
+            "invar_ray.steps.vectors",
+            "invar_ray.steps.layout",
+            "invar_ray.steps.previous",
+            "invar_ray.steps.shards",
         ),
     ),
     "index": StepCode(
         2,
         tuple(
-            f"invar_ray.retrieval.{name}" for name in ("blocks", "vectors", "probes", "planner", "index", "building")
+            f"invar_ray.index.{name}" for name in ("blocks", "vectors", "probes", "planner", "faiss_index", "build")
         ),
     ),
     "trainset": StepCode(
         2,
         (
-            "invar_ray.retrieval.mining",
-            "invar_ray.retrieval.bm25",
-            "invar_ray.indexing.trainset",
-            "invar_ray.indexing.refresh",
+            "invar_ray.training.mining",
+            "invar_ray.answering.bm25",
+            "invar_ray.steps.trainset",
+            "invar_ray.steps.refresh",
             "invar_ray.text.windows",
             "invar_ray.text.sentences",
             "invar_ray.text.stable",
@@ -146,28 +150,26 @@ STEPS: dict[str, StepCode] = {
     "hits": StepCode(
         3,
         (
-            "invar_ray.retrieval.retriever",
-            "invar_ray.retrieval.duplicates",
-            "invar_ray.retrieval.filters",
-            "invar_ray.retrieval.fusion",
-            "invar_ray.text.rules",
-            "invar_ray.text.wording",
-            "invar_ray.evaluating.hits",
+            "invar_ray.answering.retriever",
+            "invar_ray.answering.duplicates",
+            "invar_ray.answering.filters",
+            "invar_ray.answering.fusion",
+            "invar_ray.questions.rules",
+            "invar_ray.questions.phrases",
+            "invar_ray.steps.hits",
         ),
     ),
     "readings": StepCode(
         1,
         (
-            "invar_ray.evaluating.readings",
+            "invar_ray.steps.readings",
             "invar_ray.text.windows",
             "invar_ray.text.sentences",
             "invar_ray.text.stable",
             "invar_ray.text.answers",
         ),
     ),
-    "baselines": StepCode(
-        1, ("invar_ray.retrieval.bm25", "invar_ray.retrieval.fusion", "invar_ray.evaluating.baselines")
-    ),
+    "baselines": StepCode(1, ("invar_ray.answering.bm25", "invar_ray.answering.fusion", "invar_ray.steps.baselines")),
     "generator": StepCode(
         4,
         (
@@ -185,16 +187,16 @@ STEPS: dict[str, StepCode] = {
     "report": StepCode(
         6,
         (
-            "invar_ray.evaluating.evaluate",
-            "invar_ray.evaluating.answering",
-            "invar_ray.evaluating.measure",
+            "invar_ray.steps.report",
+            "invar_ray.steps.answering",
+            "invar_ray.evaluation.measure",
             "invar_ray.evaluation.calibration",
             "invar_ray.evaluation.details",
             "invar_ray.evaluation.metrics",
             "invar_ray.evaluation.outcome",
             "invar_ray.evaluation.page",
             "invar_ray.evaluation.charts",
-            "invar_ray.evaluation.questions",
+            "invar_ray.evaluation.per_question",
             "invar_ray.evaluation.scoring",
             "invar_ray.evaluation.significance",
             "invar_ray.evaluation.trec",
@@ -202,7 +204,7 @@ STEPS: dict[str, StepCode] = {
             "invar_ray.text.answers",
             "invar_ray.text.prompts",
             "invar_ray.text.tokens",
-            "invar_ray.retrieval.rag",
+            "invar_ray.answering.rag",
             "invar_ray.models.generator",
             "invar_ray.models.decoding",
         ),

@@ -13,9 +13,9 @@ Command::
 from __future__ import annotations
 
 from invar_ray.errors import ConfigError
-from invar_ray.garbage import collect
 from invar_ray.pipeline import Pipeline
-from invar_ray.published import Published
+from invar_ray.store.garbage import collect
+from invar_ray.store.published import Published
 from jobs import reindex
 from jobs.entry import run_job
 

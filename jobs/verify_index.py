@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import sys
 
-from invar_ray.artifacts import Artifact, Store, open_artifact
 from invar_ray.config import Config
 from invar_ray.errors import ConfigError, MissingArtifactError
-from invar_ray.indexing.verify import verify_index
 from invar_ray.models.precision import inference_device
 from invar_ray.pipeline import Pipeline
+from invar_ray.steps.verify import verify_index
+from invar_ray.store.artifacts import Artifact, Store, open_artifact
 from jobs.entry import run_job
 
 _OPTIONS = {"uri": "", "samples": "256"}

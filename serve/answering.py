@@ -55,7 +55,7 @@ class AnswerEngine(Protocol):
 
 def load_generator(uri: str, device: str = "cpu", precision: str = "fp32") -> Generator:
     """The generator of a generator artifact."""
-    from invar_ray.models.locate import open_generator
+    from invar_ray.models.base import open_generator
 
     generator: Generator = open_generator(uri, precision=precision, device=device)
     return generator
@@ -142,8 +142,8 @@ class TransformersEngine:
 
     def answer_batch(self, batch: Sequence[_Pending]) -> list[Reply | Exception]:
         """Replies in order; a question that cannot be answered gets its error, and does not harm the others."""
+        from invar_ray.answering.rag import build_prompt, read_answer
         from invar_ray.models.generator import Task
-        from invar_ray.retrieval.rag import build_prompt, read_answer
 
         results: dict[int, Reply | Exception] = {}
         prompts, rows = [], []
@@ -229,8 +229,8 @@ class GeneratorCore:
 
 
 def _sampling(question: Question) -> Sampling:
+    from invar_ray.answering.rag import STOP_STRINGS
     from invar_ray.models.decoding import Sampling
-    from invar_ray.retrieval.rag import STOP_STRINGS
 
     return Sampling(
         question.max_new_tokens,

@@ -136,8 +136,8 @@ class AppArgs(BaseModel):
         """
         if self.index_uri and self.generator_uri:
             return self
-        from invar_ray.artifacts import Store
         from invar_ray.errors import MissingArtifactError
+        from invar_ray.store.artifacts import Store
 
         root = self.store_uri
         if "://" not in root and not Path(root).is_dir():
@@ -182,7 +182,7 @@ class AppArgs(BaseModel):
         """Where changes of the index are kept: ``<store>/serving/<index folder's name>.json`` unless said otherwise."""
         if self.record_uri is not None:
             return self.record_uri
-        from invar_ray.files import join_uri
+        from invar_ray.store.files import join_uri
 
         root, _, name = self.index_uri.rstrip("/").rpartition("/")
         store = root.rpartition("/")[0]

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 from invar_ray.errors import MixedArtifactsError
 
 if TYPE_CHECKING:  # imports torch: only replicas pay for that
+    from invar_ray.answering.retriever import Retriever
     from invar_ray.models.generator import Generator
-    from invar_ray.retrieval.retriever import Retriever
 
 
 class SharedBase:
@@ -22,7 +22,7 @@ class SharedBase:
     Args:
         device: where it runs.
         precision: ``fp32`` or ``bf16``.
-        memory_map, collapse: see :func:`invar_ray.retrieval.retriever.open_retriever`.
+        memory_map, collapse: see :func:`invar_ray.answering.retriever.open_retriever`.
     """
 
     def __init__(
@@ -39,15 +39,15 @@ class SharedBase:
 
         Raises:
             MixedArtifactsError: if its encoder has another base.  ArtifactError, ModelError: as
-                :func:`invar_ray.retrieval.retriever.open_retriever`.
+                :func:`invar_ray.answering.retriever.open_retriever`.
         """
-        from invar_ray.retrieval.retriever import open_retriever
+        from invar_ray.answering.retriever import open_retriever
 
         return open_retriever(uri, open_base_tree=self._tree, memory_map=self._memory_map, collapse=self._collapse)
 
     def generator(self, uri: str) -> Generator:
         """The generator of a generator artifact; errors as :meth:`retriever`."""
-        from invar_ray.models.locate import open_generator
+        from invar_ray.models.base import open_generator
 
         generator: Generator = open_generator(uri, open_base_tree=self._tree)
         return generator
@@ -55,7 +55,7 @@ class SharedBase:
     def _tree(self, ref: Any, store: Any) -> tuple[Any, Any]:
         """A module tree over the shared tensors, and a tokenizer of its own (a tokenizer does not bear two threads)."""
         from invar_ray.models.adapters import share_base
-        from invar_ray.models.locate import load_causal_lm, load_tokenizer
+        from invar_ray.models.base import load_causal_lm, load_tokenizer
         from invar_ray.models.precision import torch_dtype
 
         source = ref.folder_or_name(store)

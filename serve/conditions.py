@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from invar_ray.retrieval.filters import Where
+from invar_ray.answering.filters import Where
 
 MOST_COLUMNS, MOST_VALUES, MOST_BEGINNINGS, LONGEST_VALUE = 16, 256, 16, 2048
 

@@ -11,8 +11,8 @@ from typing import Any, Literal
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
+from invar_ray.answering.filters import Where
 from invar_ray.errors import ConfigError
-from invar_ray.retrieval.filters import Where
 from serve.answering import GeneratorCore
 from serve.api import make_api
 from serve.args import EngineOptions, IngressOptions, RetrieverOptions

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from invar_ray.answering.filters import Where
 from invar_ray.errors import RequestError
-from invar_ray.retrieval.filters import Where
 from serve.keys import ApiKey, KeyRing
 from serve.limits import ErrorResponse, Limits, request_id
 from serve.metrics import Meter

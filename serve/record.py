@@ -15,7 +15,7 @@ from typing import Any
 from pyarrow import fs
 
 from invar_ray.errors import ArtifactError
-from invar_ray.files import resolve_uri, write_atomic
+from invar_ray.store.files import resolve_uri, write_atomic
 
 _KEPT = 20
 
@@ -97,7 +97,7 @@ def named_index(uri: str) -> tuple[str, ...]:
     Raises:
         OSError: there is no such file.  ArtifactError: nothing has been published, or the store cannot be read.
     """
-    from invar_ray.published import is_published, open_published
+    from invar_ray.store.published import is_published, open_published
 
     if is_published(uri):
         return open_published(uri).uris()

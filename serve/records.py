@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from invar_ray.retrieval.filters import Where
+from invar_ray.answering.filters import Where
 from invar_ray.schema import Answer, Hit
 
 Vectors = npt.NDArray[np.float32]

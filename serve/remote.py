@@ -21,7 +21,7 @@ from serve.retrieving import PROBE
 from serve.tracing import Tracer
 
 if TYPE_CHECKING:  # imports torch: only replicas pay for that
-    from invar_ray.retrieval.rag import AnswerPrompt
+    from invar_ray.answering.rag import AnswerPrompt
 
 _BUSY = {408, 409, 425, 429, 500, 502, 503, 504}
 _TRIES = 3
@@ -81,8 +81,8 @@ class OpenAIEngine:
     @classmethod
     def over_artifact(cls, url: str, model: str, generator_uri: str, *, key_env: str, **options: Any) -> OpenAIEngine:
         """The engine whose context and tokenizer are those of a generator artifact; its key is in ``key_env``."""
-        from invar_ray.artifacts import open_artifact
-        from invar_ray.models.locate import BaseRef, load_tokenizer
+        from invar_ray.models.base import BaseRef, load_tokenizer
+        from invar_ray.store.artifacts import open_artifact
 
         artifact = open_artifact(generator_uri, "generator")
         base = BaseRef(**artifact.info["base"])
@@ -105,8 +105,8 @@ class OpenAIEngine:
 
     async def stream(self, question: Question) -> AsyncIterator[str | Reply]:
         """See :class:`serve.answering.AnswerEngine`."""
+        from invar_ray.answering.rag import read_answer
         from invar_ray.models.generator import Generation
-        from invar_ray.retrieval.rag import read_answer
 
         prompt = await asyncio.to_thread(self._prompt, question)
         start = time.perf_counter()
@@ -145,7 +145,7 @@ class OpenAIEngine:
         )
 
     def _prompt(self, question: Question) -> AnswerPrompt:
-        from invar_ray.retrieval.rag import build_prompt
+        from invar_ray.answering.rag import build_prompt
 
         budget: Any = self._budget
         prompt = build_prompt(budget, question.text, question.hits, max_new_tokens=question.max_new_tokens)
@@ -153,7 +153,7 @@ class OpenAIEngine:
         return replace(prompt, text=plain_text(self._budget.tokenizer, prompt.text))
 
     def _body(self, prompt: str, question: Question) -> dict[str, Any]:
-        from invar_ray.retrieval.rag import STOP_STRINGS
+        from invar_ray.answering.rag import STOP_STRINGS
 
         asked = (
             {"prompt": prompt} if self._api == "completions" else {"messages": [{"role": "user", "content": prompt}]}

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from invar_ray.answering.filters import Where
 from invar_ray.errors import InvarError, RequestError
-from invar_ray.retrieval.filters import Where
 from invar_ray.text.tokens import text_ids
 from serve.batching import Batcher, Worker
 from serve.limits import ServiceError
@@ -22,8 +22,8 @@ from serve.records import Embedded, Found, Prepared, Vectors
 from serve.tracing import Tracer
 
 if TYPE_CHECKING:  # imports torch: only replicas pay for that
+    from invar_ray.answering.retriever import Retriever
     from invar_ray.models.precision import Precision
-    from invar_ray.retrieval.retriever import Retriever
 
 logger = logging.getLogger("ray.serve")
 RetrieverLoader = Callable[[str], "Retriever"]
@@ -38,9 +38,9 @@ def load_retriever(
 ) -> Retriever:
     """The retriever of an index artifact; it is refused unless its encoder reproduces the index's probe texts.
 
-    ``precision``: see :func:`invar_ray.retrieval.retriever.open_retriever`.
+    ``precision``: see :func:`invar_ray.answering.retriever.open_retriever`.
     """
-    from invar_ray.retrieval.retriever import open_retriever
+    from invar_ray.answering.retriever import open_retriever
 
     return open_retriever(uri, device=device, precision=precision, memory_map=memory_map, collapse=collapse)
 

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 
 from invar_ray.errors import ArtifactError
 from invar_ray.evaluation.variance import overlap_at_k
+from invar_ray.questions.rules import RuleRewriter
 from invar_ray.schema import Example, Hit
-from invar_ray.text.rules import RuleRewriter
 
 if TYPE_CHECKING:
-    from invar_ray.retrieval.retriever import Retriever
+    from invar_ray.answering.retriever import Retriever
 
 Search = Callable[[Sequence[str], int], list[list[Hit]]]
 NUM_PROBES, MOST_HITS, WORDS = 16, 5, 12

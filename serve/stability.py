@@ -10,9 +10,9 @@ from typing import Protocol
 
 from invar_ray.evaluation.metrics import f1
 from invar_ray.evaluation.variance import overlap_at_k
+from invar_ray.questions.rules import RuleRewriter
 from invar_ray.schema import Example, Hit, Variant
 from invar_ray.text.answers import normalise_answer
-from invar_ray.text.rules import RuleRewriter
 from serve.limits import ServiceError
 from serve.records import Context, Found, Question, Reply
 

@@ -8,9 +8,9 @@ import sys
 import time
 from pathlib import Path
 
-from invar_ray.artifacts import Artifact, Building, Plan, Store
 from invar_ray.errors import ConflictError
-from invar_ray.published import Published
+from invar_ray.store.artifacts import Artifact, Building, Plan, Store
+from invar_ray.store.published import Published
 
 SHARDS = 3
 

@@ -16,20 +16,20 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
-from invar_ray.artifacts import Artifact, Building, Plan, Store
+from invar_ray.answering.retriever import Passages
 from invar_ray.config import Config, LoraConfig, TinyConfig, load_config
-from invar_ray.indexing.embed import EmbedShard, vectors_plan
-from invar_ray.indexing.passages import build_passages, passages_plan
-from invar_ray.indexing.questions import build_questions, questions_plan
-from invar_ray.indexing.trainset import build_trainset, trainset_plan
+from invar_ray.index.build import build_index
+from invar_ray.index.probes import write_probes
 from invar_ray.models.adapters import new_adapter, save_adapter
+from invar_ray.models.base import BaseRef, base_plan, build_base, load_tokenizer, open_base, resolve_base
 from invar_ray.models.encoder import Encoder, EncoderSpec, coarse_spec, keep_first_layers, llm_spec, open_encoder
-from invar_ray.models.locate import BaseRef, base_plan, build_base, load_tokenizer, open_base, resolve_base
 from invar_ray.models.precision import Precision
 from invar_ray.models.tiny import build_tiny
-from invar_ray.retrieval.building import build_index
-from invar_ray.retrieval.probes import write_probes
-from invar_ray.retrieval.retriever import Passages
+from invar_ray.steps.passages import build_passages, passages_plan
+from invar_ray.steps.questions import build_questions, questions_plan
+from invar_ray.steps.trainset import build_trainset, trainset_plan
+from invar_ray.steps.vectors import EmbedShard, vectors_plan
+from invar_ray.store.artifacts import Artifact, Building, Plan, Store
 
 TINY = TinyConfig(num_layers=1, intermediate_size=64)
 ISLANDS = "Arvon Belisk Corrie Dunmore Elvay Fenholm Garsa Hestray Ivore Jorsay Kelda Lunna".split()

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from invar_ray.errors import DataError
-from invar_ray.evaluation.questions import Comparison, QuestionTable, compare_tables
+from invar_ray.evaluation.per_question import Comparison, QuestionTable, compare_tables
 from invar_ray.evaluation.report import Report
 from invar_ray.evaluation.tables import Row, finite, print_name
 
@@ -63,7 +63,7 @@ def run_gate(
     """Hold a candidate's report against limits and a baseline's.
 
     Args:
-        baseline, candidate: reports with their questions, as :func:`invar_ray.evaluation.questions.open_report` reads
+        baseline, candidate: reports with their questions, as :func:`invar_ray.evaluation.per_question.open_report` reads
             them.
         limits: see :class:`Limits`.
         system: the candidate's row, e.g. ``both stages``.

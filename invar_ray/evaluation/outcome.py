@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from invar_ray.evaluation.page import render_html, render_markdown
+from invar_ray.evaluation.per_question import QUESTIONS_FILE, Comparison, QuestionTable, compare_tables, write_questions
 from invar_ray.evaluation.plots import plot_recall, plot_variance
-from invar_ray.evaluation.questions import QUESTIONS_FILE, Comparison, QuestionTable, compare_tables, write_questions
 from invar_ray.evaluation.report import Report, Row, write_report
 from invar_ray.evaluation.tables import render_tables
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from invar_ray.evaluation.charts import Bar, bar_chart, column_chart, line_chart
 from invar_ray.evaluation.details import SHIFTS
-from invar_ray.evaluation.questions import Comparison
+from invar_ray.evaluation.per_question import Comparison
 from invar_ray.evaluation.report import Report
 from invar_ray.evaluation.tables import ANSWER_METRICS, Row, finite, print_name, render_table
 

@@ -31,7 +31,7 @@ from invar_ray.evaluation.tables import (
     finite,
     render_table,
 )
-from invar_ray.files import write_atomic
+from invar_ray.store.files import write_atomic
 
 __all__ = [
     "RETRIEVAL_METRICS",

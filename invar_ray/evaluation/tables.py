@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from invar_ray.files import write_atomic
+from invar_ray.store.files import write_atomic
 
 RETRIEVAL_METRICS = ("recall_at_1", "recall_at_5", "mrr_at_10", "ndcg_at_10", "answer_recall_at_5")
 VARIANCE_METRICS = ("overlap_at_5", "worst_recall_at_5", "overlap_between_questions_at_5")

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from urllib.parse import quote
 
-from invar_ray.files import write_atomic
+from invar_ray.store.files import write_atomic
 
 _UNSAFE = re.compile(r"[\s%]")
 

@@ -17,15 +17,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from invar_ray.artifacts import Store, digest
 from invar_ray.config import CoarseConfig, ModelConfig
 from invar_ray.errors import ModelError
 from invar_ray.models.adapters import load_adapter, load_merged
+from invar_ray.models.base import BaseOpener, BaseRef, folder_fingerprint, load_tokenizer, open_base
 from invar_ray.models.batching import DEFAULT_TOKENS_PER_BATCH, EncodeStats, Vectors, encode_in_batches, pad_right
-from invar_ray.models.coarse import CoarseEncoder, coarse_passage_ids, coarse_tokenizer
-from invar_ray.models.locate import BaseOpener, BaseRef, folder_fingerprint, load_tokenizer, open_base
+from invar_ray.models.minilm import CoarseEncoder, coarse_passage_ids, coarse_tokenizer
 from invar_ray.models.pooling import Pooling, pool
 from invar_ray.models.precision import torch_dtype
+from invar_ray.store.artifacts import Store, digest
 from invar_ray.text.prompts import format_passage, format_query
 from invar_ray.text.tokens import text_ids
 

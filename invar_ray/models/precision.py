@@ -6,9 +6,9 @@ from typing import Literal
 
 import torch
 
-from invar_ray.artifacts import Artifact
 from invar_ray.config import Config, ScaleConfig
 from invar_ray.errors import ModelError
+from invar_ray.store.artifacts import Artifact
 
 Precision = Literal["fp32", "bf16"]
 

@@ -18,10 +18,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from invar_ray.artifacts import Artifact
 from invar_ray.errors import DataError
 from invar_ray.losses.alignment import blend_teacher_scores
 from invar_ray.losses.masks import Slots
+from invar_ray.store.artifacts import Artifact
 from invar_ray.text.answers import searchable
 
 

@@ -15,14 +15,14 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity
 
 from invar_ray import __version__
-from invar_ray.artifacts import Artifact, open_artifact
 from invar_ray.errors import DataError, MixedArtifactsError, ModelError, ResourceError
 from invar_ray.evaluation.report import RETRIEVAL_METRICS, VARIANCE_METRICS, read_report, render_table
 from invar_ray.evaluation.tables import ANSWER_METRICS, print_name
 from invar_ray.models.adapters import load_adapter
+from invar_ray.models.base import BaseRef, open_base
 from invar_ray.models.batching import pad_right
 from invar_ray.models.encoder import PROJECTION_FILE, BiEncoder, EncoderSpec, keep_first_layers, load_projection
-from invar_ray.models.locate import BaseRef, open_base
+from invar_ray.store.artifacts import Artifact, open_artifact
 from invar_ray.text.tokens import text_ids
 
 MERGED = "merged"

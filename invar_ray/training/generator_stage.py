@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from invar_ray.artifacts import Store
 from invar_ray.config import Config
 from invar_ray.losses.answer import IGNORED, AnswerOutput, answer_loss
 from invar_ray.models.adapters import new_adapter
+from invar_ray.models.base import BaseRef, open_base
 from invar_ray.models.batching import length_batches
-from invar_ray.models.locate import BaseRef, open_base
+from invar_ray.store.artifacts import Store
 from invar_ray.training.sequences import PromptAndTarget, ReadingSet, pack_sequences, segment_inputs, tokenize_sequences
 from invar_ray.training.stage import Chunking, Forward, Metrics, dtype_of, recompute, save_lora
 

@@ -21,9 +21,9 @@ from typing import Any, Protocol
 import ray
 from torch import Tensor
 
-from invar_ray.artifacts import Artifact, Building, Plan, Store
 from invar_ray.config import Config
 from invar_ray.models.encoder import EncoderSpec
+from invar_ray.store.artifacts import Artifact, Building, Plan, Store
 from invar_ray.training.engine import broadcast_text
 from invar_ray.training.stage import Mine, Stage
 

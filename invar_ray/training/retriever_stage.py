@@ -13,13 +13,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from invar_ray.artifacts import Store
 from invar_ray.config import Config
 from invar_ray.losses.gather import gather_rows
 from invar_ray.losses.gradcache import RepresentationCache
 from invar_ray.losses.masks import contrastive_allowed, copies_allowed
 from invar_ray.losses.matryoshka import size_weights, unit_prefix
 from invar_ray.models.adapters import new_adapter
+from invar_ray.models.base import open_base
 from invar_ray.models.batching import pad_right
 from invar_ray.models.encoder import (
     PROJECTION_FILE,
@@ -29,7 +29,7 @@ from invar_ray.models.encoder import (
     passage_ids,
     query_ids,
 )
-from invar_ray.models.locate import open_base
+from invar_ray.store.artifacts import Store
 from invar_ray.training.batches import StepPlan, Trainset
 from invar_ray.training.objective import Rows, objective
 from invar_ray.training.stage import HELDOUT, Chunking, Forward, Metrics, dtype_of, recompute, save_lora

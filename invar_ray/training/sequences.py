@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from invar_ray.artifacts import Artifact
 from invar_ray.config import GeneratorConfig
 from invar_ray.losses.answer import IGNORED
 from invar_ray.models.batching import packs
 from invar_ray.models.generator import encode_prompt
+from invar_ray.store.artifacts import Artifact
 from invar_ray.text.answers import contains_answer
 from invar_ray.text.prompts import REFUSAL, fit_prompt, format_answer_prompt, format_target
 from invar_ray.text.tokens import text_ids

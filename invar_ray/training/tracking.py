@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from invar_ray.errors import ResourceError
-from invar_ray.files import join_uri, resolve_uri
+from invar_ray.store.files import join_uri, resolve_uri
 
 _PACKAGES = {"tensorboard": "tensorboardX", "mlflow": "mlflow", "wandb": "wandb"}
 

@@ -13,15 +13,15 @@ import ray.train
 from ray.train import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig
 from ray.train.torch import TorchTrainer
 
-from invar_ray.artifacts import Artifact, Building, Plan, Store, join_uri
 from invar_ray.config import Config, to_dict
 from invar_ray.errors import ConfigError, DataError, InvarError, ResourceError
 from invar_ray.evaluation.plots import plot_losses
-from invar_ray.files import resolve_uri
-from invar_ray.garbage import remove
 from invar_ray.heap import keep_freed_memory
+from invar_ray.models.base import BaseRef, hidden_size
 from invar_ray.models.encoder import EncoderSpec, llm_spec
-from invar_ray.models.locate import BaseRef, hidden_size
+from invar_ray.store.artifacts import Artifact, Building, Plan, Store, join_uri
+from invar_ray.store.files import resolve_uri
+from invar_ray.store.garbage import remove
 from invar_ray.training.schedule import best_step
 from invar_ray.training.stage import NEGATIVES_FILE, Mine
 from invar_ray.training.tracking import check_trackers

@@ -15,10 +15,10 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from invar_ray.artifacts import Store
 from invar_ray.config import Config, to_dict
-from invar_ray.files import join_uri, resolve_uri
-from invar_ray.progress import Progress
+from invar_ray.console import Progress
+from invar_ray.store.artifacts import Store
+from invar_ray.store.files import join_uri, resolve_uri
 from invar_ray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from invar_ray.training.engine import Engine, init_distributed, largest_over_ranks
 from invar_ray.training.refresh import Refresh, Refreshed

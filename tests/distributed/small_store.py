@@ -15,18 +15,18 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from invar_ray.artifacts import Artifact, Building
+from invar_ray.answering.retriever import Passages
 from invar_ray.config import Config, load_config
-from invar_ray.evaluating import hits as hits_module
-from invar_ray.evaluating.hits import SearchBlock, hits_plan
-from invar_ray.evaluating.readings import build_readings, readings_plan
-from invar_ray.indexing.embed import EmbedShard, vectors_plan
-from invar_ray.indexing.questions import load_examples, load_variants
+from invar_ray.index.probes import write_probes
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec, open_encoder
 from invar_ray.models.precision import inference_precision
 from invar_ray.pipeline import Pipeline
-from invar_ray.retrieval.probes import write_probes
-from invar_ray.retrieval.retriever import Passages
+from invar_ray.steps import hits as hits_module
+from invar_ray.steps.hits import SearchBlock, hits_plan
+from invar_ray.steps.questions import load_examples, load_variants
+from invar_ray.steps.readings import build_readings, readings_plan
+from invar_ray.steps.vectors import EmbedShard, vectors_plan
+from invar_ray.store.artifacts import Artifact, Building
 
 OVERRIDES = (
     "model.tiny.num_layers=1",

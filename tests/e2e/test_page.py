@@ -19,8 +19,8 @@ from typing import Any
 
 import pytest
 
-from invar_ray.artifacts import open_artifact
-from invar_ray.models.locate import BaseRef, load_tokenizer
+from invar_ray.models.base import BaseRef, load_tokenizer
+from invar_ray.store.artifacts import open_artifact
 from serve.keys import ApiKey
 from serve.remote import OpenAIEngine
 from tests.reader import Reader

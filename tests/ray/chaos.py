@@ -32,8 +32,8 @@ from typing import Any
 import numpy as np
 import psutil
 
-from invar_ray.artifacts import Store
-from invar_ray.retrieval.blocks import read_vectors
+from invar_ray.index.blocks import read_vectors
+from invar_ray.store.artifacts import Store
 from tests.support import documents, write_lines
 
 ROOT = Path(__file__).parents[2]

@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from invar_ray.artifacts import Artifact, Store
+from invar_ray.store.artifacts import Artifact, Store
 from tests.distributed.small_store import OVERRIDES, small_store
 from tests.ray.chaos import WORKERS, Cluster
 

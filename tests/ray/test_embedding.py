@@ -13,14 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from invar_ray.artifacts import Artifact
 from invar_ray.errors import ModelError, ResourceError
-from invar_ray.indexing import embed
-from invar_ray.indexing.embed import EmbedShard
-from invar_ray.indexing.passages import load_passages
-from invar_ray.indexing.shards import ShardTask
 from invar_ray.models.encoder import open_encoder
 from invar_ray.pipeline import Pipeline
+from invar_ray.steps import vectors as embed
+from invar_ray.steps.passages import load_passages
+from invar_ray.steps.shards import ShardTask
+from invar_ray.steps.vectors import EmbedShard
+from invar_ray.store.artifacts import Artifact
 from tests.distributed.small_store import small_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]

@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from invar_ray.artifacts import Store
-from invar_ray.cli import app
-from invar_ray.own import latest_index
-from invar_ray.retrieval.retriever import open_retriever
+from invar_ray.answering.retriever import open_retriever
+from invar_ray.cli.documents import latest_index
+from invar_ray.cli.main import app
+from invar_ray.store.artifacts import Store
 from tests.own_documents import QUESTIONS, SOUND_DOCUMENTS, SOUND_FILES, write_faulty, write_sound
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]

@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 
-from invar_ray.artifacts import Artifact
 from invar_ray.config import load_config
 from invar_ray.errors import ConfigError, DataError, MissingArtifactError
-from invar_ray.evaluation.questions import open_report
+from invar_ray.evaluation.per_question import open_report
 from invar_ray.evaluation.report import Report
+from invar_ray.executor import RaySession
 from invar_ray.pipeline import Pipeline, finish_report, keep_numbers
-from invar_ray.session import RaySession
+from invar_ray.store.artifacts import Artifact
 from tests.distributed.small_store import small_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from invar_ray.artifacts import Artifact, Store
+from invar_ray.store.artifacts import Artifact, Store
 from invar_ray.training import trainer
 from invar_ray.training.batches import Trainset
 from tests.distributed.small_store import small_store

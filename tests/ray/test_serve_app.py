@@ -205,8 +205,8 @@ def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
 
 
 def test_the_newest_artifacts_of_a_store_are_served(artifacts: Artifacts, tmp_path: Path) -> None:
-    from invar_ray.artifacts import Plan, Store
     from invar_ray.errors import MissingArtifactError
+    from invar_ray.store.artifacts import Plan, Store
 
     with pytest.raises(MissingArtifactError, match="no index of a trained run"):
         build_app(AppArgs(store_uri=str(tmp_path)))

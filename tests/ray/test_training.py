@@ -13,9 +13,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from invar_ray.artifacts import Artifact
 from invar_ray.errors import DataError, ResourceError
 from invar_ray.pipeline import Pipeline
+from invar_ray.store.artifacts import Artifact
 from invar_ray.training import trainer
 from tests.distributed.small_store import small_config, small_store
 

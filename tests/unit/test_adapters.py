@@ -16,13 +16,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from invar_ray.artifacts import Artifact, Building, Plan
 from invar_ray.config import LoraConfig
 from invar_ray.errors import ModelError
-from invar_ray.evaluating import answering
 from invar_ray.models.adapters import load_adapter, load_merged, new_adapter, save_adapter, share_base
-from invar_ray.models.locate import open_base, open_base_generator, open_generator
+from invar_ray.models.base import open_base, open_base_generator, open_generator
 from invar_ray.models.tiny import build_tiny
+from invar_ray.steps import answering
+from invar_ray.store.artifacts import Artifact, Building, Plan
 from tests.support import TINY, World, world, write_adapter
 
 IDS = torch.tensor([[2000, 2001, 2002, 2003, 2004]])
@@ -261,7 +261,7 @@ def test_generator_is_refused_when_its_base_changed(small: World, tmp_path: Path
     model, tokenizer = build_tiny(replace(TINY, intermediate_size=16), seed=0)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    from invar_ray.models.locate import resolve_base
+    from invar_ray.models.base import resolve_base
 
     reference = resolve_base(replace(small.config.model, base=str(folder)), None)
 

@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 
-from invar_ray.artifacts import (
+from invar_ray.errors import ArtifactError, CorruptArtifactError, IncompleteArtifactError, MissingArtifactError
+from invar_ray.store.artifacts import (
     MANIFEST,
     Artifact,
     Building,
@@ -25,9 +26,8 @@ from invar_ray.artifacts import (
     join_uri,
     open_artifact,
 )
-from invar_ray.errors import ArtifactError, CorruptArtifactError, IncompleteArtifactError, MissingArtifactError
-from invar_ray.files import write_atomic
-from invar_ray.manifest import SCHEMA_VERSION
+from invar_ray.store.files import write_atomic
+from invar_ray.store.manifest import SCHEMA_VERSION
 
 PLAN = Plan("vectors", "demo", {"encoder": "abc", "num_probes": 4})
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from pyarrow import fs
 
-from invar_ray.artifacts import MANIFEST, Artifact, Building, Plan, Store, open_artifact
 from invar_ray.errors import ArtifactError, CorruptArtifactError, IncompleteArtifactError, MissingArtifactError
+from invar_ray.store.artifacts import MANIFEST, Artifact, Building, Plan, Store, open_artifact
 
 pytestmark = pytest.mark.skipif(not hasattr(fs, "S3FileSystem"), reason="this pyarrow has no S3FileSystem")
 

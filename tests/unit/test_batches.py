@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
-from invar_ray.artifacts import Building, Plan, Store
+from invar_ray.store.artifacts import Building, Plan, Store
 from invar_ray.text.answers import contains_answer
 from invar_ray.training.batches import StepPlan, Trainset
 

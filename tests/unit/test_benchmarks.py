@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from invar_ray.cli import app
+from invar_ray.cli.main import app
 from invar_ray.config import load_config
+from invar_ray.corpus.readers import read_documents, read_examples
 from invar_ray.errors import DataError
-from invar_ray.indexing.questions import read_examples_of, refuse_unanswerable
+from invar_ray.questions.benchmarks import Benchmark, convert_benchmark, detect_format, read_benchmark
 from invar_ray.schema import Document, Example
-from invar_ray.text.benchmarks import Benchmark, convert_benchmark, detect_format, read_benchmark
-from invar_ray.text.readers import read_documents, read_examples
+from invar_ray.steps.questions import read_examples_of, refuse_unanswerable
 
 SQUAD = {
     "version": "v2.0",

@@ -11,7 +11,7 @@ import ray
 
 from invar_ray.config import ScaleConfig
 from invar_ray.errors import DataError, ResourceError
-from invar_ray.evaluating.blocks import map_blocks
+from invar_ray.steps.blocks import map_blocks
 
 
 class Times:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from invar_ray.answering.bm25 import Bm25, Bm25Retriever, words
 from invar_ray.errors import DataError, RequestError
-from invar_ray.retrieval.bm25 import Bm25, Bm25Retriever, words
 from invar_ray.schema import Passage
 
 TEXTS = st.lists(st.lists(st.sampled_from("ant bee cat dog elk".split()), max_size=6), min_size=1, max_size=6)

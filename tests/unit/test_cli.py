@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner
 
 from invar_ray import __version__
-from invar_ray.cli import app
-from invar_ray.demo import print_answer
+from invar_ray.cli.demo import print_answer
+from invar_ray.cli.main import app
 
 run = CliRunner()
 
@@ -94,7 +94,7 @@ def test_serving_a_mistyped_store_fails_at_once_and_makes_nothing(tmp_path: Path
     place = tmp_path / "mistyped"
     # In a process of its own: what it had to import says how fast it can be on any machine.
     code = (
-        "import sys\nfrom invar_ray.cli import app\n"
+        "import sys\nfrom invar_ray.cli.main import app\n"
         f"try: app(['serve', 'storage.root_uri={place}', 'serve.port=0'])\n"
         "finally: print(sorted({'ray', 'torch', 'transformers'} & set(sys.modules)))\n"
     )

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from invar_ray.artifacts import Store
-from invar_ray.indexing.questions import CONTAMINATION, build_questions, load_examples, questions_plan
-from invar_ray.text.contamination import near_duplicates
+from invar_ray.questions.contamination import near_duplicates
+from invar_ray.steps.questions import CONTAMINATION, build_questions, load_examples, questions_plan
+from invar_ray.store.artifacts import Store
 from tests.support import questions, small_config, write_lines
 
 

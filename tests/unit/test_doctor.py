@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
-from invar_ray import doctor
-from invar_ray.doctor import Check
+from invar_ray.cli.doctor import Check
+from invar_ray.cli.main import doctor
 
 
 @pytest.fixture

@@ -20,12 +20,11 @@ from tokenizers.processors import TemplateProcessing
 from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer, LlamaModel
 
-from invar_ray.artifacts import Artifact, Building, Plan, Store
 from invar_ray.config import CoarseConfig, Config, ModelConfig
 from invar_ray.errors import ModelError, ResourceError
 from invar_ray.models.adapters import load_adapter, share_base
+from invar_ray.models.base import BaseRef, open_base
 from invar_ray.models.batching import encode_in_batches, length_batches, pad_right
-from invar_ray.models.coarse import CoarseEncoder
 from invar_ray.models.encoder import (
     BiEncoder,
     Encoder,
@@ -37,10 +36,11 @@ from invar_ray.models.encoder import (
     passage_ids,
     query_ids,
 )
-from invar_ray.models.locate import BaseRef, open_base
+from invar_ray.models.minilm import CoarseEncoder
 from invar_ray.models.pooling import pool
 from invar_ray.models.precision import inference_device, inference_precision
 from invar_ray.models.tiny import minilm_folder
+from invar_ray.store.artifacts import Artifact, Building, Plan, Store
 from tests.support import World, documents, tiny_base, world, write_adapter
 
 TEXTS = [row["text"][: 25 * (number + 1)] for number, row in enumerate(documents())]

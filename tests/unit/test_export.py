@@ -16,11 +16,11 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
-from invar_ray.artifacts import Artifact, Building, Plan
-from invar_ray.cli import app
+from invar_ray.cli.main import app
 from invar_ray.errors import DataError, MixedArtifactsError, ModelError, ResourceError
 from invar_ray.evaluation.report import Report, Row, write_report
 from invar_ray.models.encoder import EncoderSpec, open_encoder
+from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.training import export
 from invar_ray.training.export import export_adapter, open_adapter, push_folder
 from tests import support

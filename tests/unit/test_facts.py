@@ -14,11 +14,11 @@ from importlib.resources import files
 import pytest
 import yaml
 
+from invar_ray.corpus import facts
 from invar_ray.schema import Document, Example
-from invar_ray.text import facts
 from invar_ray.text.answers import contains_answer, normalise_answer
 
-DATA = files("invar_ray.text") / "data"
+DATA = files("invar_ray.corpus") / "data"
 
 # One line of Python for a fresh process: a digest of everything that the module makes.
 DIGEST = (

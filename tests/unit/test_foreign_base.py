@@ -12,13 +12,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from invar_ray.artifacts import Store
 from invar_ray.config import LoraConfig, ModelConfig
 from invar_ray.errors import ModelError
 from invar_ray.models.adapters import new_adapter
+from invar_ray.models.base import load_causal_lm, load_tokenizer, resolve_base
 from invar_ray.models.encoder import BiEncoder, llm_spec, open_encoder, passage_ids, query_ids
 from invar_ray.models.generator import Generator
-from invar_ray.models.locate import load_causal_lm, load_tokenizer, resolve_base
+from invar_ray.store.artifacts import Store
 from tests import support
 
 

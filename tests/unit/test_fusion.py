@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from invar_ray.retrieval.fusion import fuse_hits, query_rewrites
+from invar_ray.answering.fusion import fuse_hits, query_rewrites
+from invar_ray.questions.rules import comparison_key
 from invar_ray.schema import Hit
-from invar_ray.text.rules import comparison_key
 
 
 def hits(names: str) -> list[Hit]:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from invar_ray.cli import app
+from invar_ray.cli.main import app
 from invar_ray.errors import ArtifactError, DataError, MissingArtifactError
 from invar_ray.evaluation.gate import Limits, run_gate
-from invar_ray.evaluation.questions import (
+from invar_ray.evaluation.per_question import (
     QUESTIONS_FILE,
     QuestionTable,
     compare_reports,

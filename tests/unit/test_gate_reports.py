@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
-from invar_ray.artifacts import Artifact, Building, Plan
-from invar_ray.cli import app
+from invar_ray.cli.main import app
 from invar_ray.config import Config, load_config
-from invar_ray.evaluating.evaluate import System, build_report, report_plan
-from invar_ray.evaluation.questions import compare_reports, open_report
+from invar_ray.evaluation.per_question import compare_reports, open_report
 from invar_ray.models.encoder import coarse_spec, llm_spec
 from invar_ray.pipeline import Pipeline
+from invar_ray.steps.report import System, build_report, report_plan
+from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.training.retriever_stage import RetrieverStage
 from invar_ray.training.schedule import learning_rate
 from invar_ray.training.trainer import encoder_of, retriever_plan

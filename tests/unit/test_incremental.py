@@ -13,18 +13,18 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from invar_ray.artifacts import Artifact, Store
+from invar_ray.answering.retriever import open_retriever
 from invar_ray.errors import CorruptArtifactError
-from invar_ray.files import inventory
-from invar_ray.indexing import shards
-from invar_ray.indexing.previous import HashTable, hashes_of
-from invar_ray.indexing.verify import verify_index
-from invar_ray.manifest import MANIFEST
+from invar_ray.index.blocks import read_vectors
+from invar_ray.index.vectors import ROWS_FILE, vector_store
 from invar_ray.pipeline import Pipeline
-from invar_ray.retrieval.blocks import read_vectors
-from invar_ray.retrieval.retriever import open_retriever
-from invar_ray.retrieval.vectors import ROWS_FILE, vector_store
 from invar_ray.schema import DOCUMENT_SCHEMA
+from invar_ray.steps import shards
+from invar_ray.steps.previous import HashTable, hashes_of
+from invar_ray.steps.verify import verify_index
+from invar_ray.store.artifacts import Artifact, Store
+from invar_ray.store.files import inventory
+from invar_ray.store.manifest import MANIFEST
 from tests.support import documents, questions, small_config, write_lines
 
 COUNT = 36

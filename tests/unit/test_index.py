@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from invar_ray.artifacts import Building, Plan, open_artifact
+from invar_ray.answering.retriever import Passages, Retriever, open_retriever
 from invar_ray.errors import (
     ArtifactError,
     CorruptArtifactError,
@@ -22,15 +22,15 @@ from invar_ray.errors import (
     MixedArtifactsError,
     RequestError,
 )
-from invar_ray.indexing.verify import verify_index
+from invar_ray.index.blocks import column_to_matrix, read_vectors
+from invar_ray.index.build import build_index
+from invar_ray.index.faiss_index import Index, build_faiss, load_index
+from invar_ray.index.probes import check_probes
 from invar_ray.models.encoder import Encoder, EncoderSpec, open_encoder
 from invar_ray.models.precision import made_in
-from invar_ray.retrieval.blocks import column_to_matrix, read_vectors
-from invar_ray.retrieval.building import build_index
-from invar_ray.retrieval.index import Index, build_faiss, load_index
-from invar_ray.retrieval.probes import check_probes
-from invar_ray.retrieval.retriever import Passages, Retriever, open_retriever
 from invar_ray.schema import PASSAGE_SCHEMA, Passage, to_table
+from invar_ray.steps.verify import verify_index
+from invar_ray.store.artifacts import Building, Plan, open_artifact
 from tests.support import ISLANDS, World, world
 
 Floats = Any

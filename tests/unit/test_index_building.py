@@ -11,12 +11,11 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from invar_ray.artifacts import Artifact, Plan
 from invar_ray.config import IndexConfig, load_config
 from invar_ray.errors import ArtifactError, ConfigError, MixedArtifactsError, RequestError, ResourceError
-from invar_ray.retrieval import index as index_module
-from invar_ray.retrieval.blocks import VectorBlocks, of_matrix, vector_blocks
-from invar_ray.retrieval.building import (
+from invar_ray.index import faiss_index as index_module
+from invar_ray.index.blocks import VectorBlocks, of_matrix, vector_blocks
+from invar_ray.index.build import (
     Limits,
     Trial,
     build_index,
@@ -26,7 +25,7 @@ from invar_ray.retrieval.building import (
     sampled_trial,
     tune,
 )
-from invar_ray.retrieval.index import (
+from invar_ray.index.faiss_index import (
     Index,
     add,
     add_all,
@@ -40,7 +39,8 @@ from invar_ray.retrieval.index import (
     save_index,
     train,
 )
-from invar_ray.retrieval.planner import Need, candidates
+from invar_ray.index.planner import Need, candidates
+from invar_ray.store.artifacts import Artifact, Plan
 from tests.support import World, world
 
 Floats = Any
@@ -262,8 +262,8 @@ def test_next_type_is_tried_where_the_first_finds_too_little(
     hard = np.random.default_rng(0).normal(size=(3000, 64)).astype(np.float32)
     hard /= np.linalg.norm(hard, axis=1, keepdims=True)
     blocks = of_matrix(hard)
-    monkeypatch.setattr("invar_ray.retrieval.building.vector_blocks", lambda vectors: blocks)
-    monkeypatch.setattr("invar_ray.retrieval.building.check_ids", lambda *arguments: None)
+    monkeypatch.setattr("invar_ray.index.build.vector_blocks", lambda vectors: blocks)
+    monkeypatch.setattr("invar_ray.index.build.check_ids", lambda *arguments: None)
     lines: list[str] = []
     # Flat is too slow at this latency, and an IVF of floats may visit 16 of its 64 lists only.
     limits = Limits(recall_target=0.9, max_latency_ms=0.05)

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from invar_ray.artifacts import Artifact
+from invar_ray.answering.fusion import fuse_hits, query_rewrites
 from invar_ray.errors import MixedArtifactsError
-from invar_ray.evaluating.answering import Answered, System, answer_tasks, load_gold
-from invar_ray.evaluating.baselines import bm25_plan, build_bm25_hits, build_fused_hits, fused_plan
-from invar_ray.evaluating.hits import FoundFamily, SearchBlock, SearchMode, hits_plan, load_hits, load_wordings
-from invar_ray.evaluating.measure import (
+from invar_ray.evaluation.measure import (
+    Answered,
+    FoundFamily,
     answer_columns,
     between_questions,
     change_column,
@@ -21,8 +20,11 @@ from invar_ray.evaluating.measure import (
 )
 from invar_ray.evaluation.scoring import answer_rule
 from invar_ray.models.precision import Precision
-from invar_ray.retrieval.fusion import fuse_hits, query_rewrites
 from invar_ray.schema import Hit
+from invar_ray.steps.answering import System, answer_tasks, load_gold
+from invar_ray.steps.baselines import bm25_plan, build_bm25_hits, build_fused_hits, fused_plan
+from invar_ray.steps.hits import SearchBlock, SearchMode, hits_plan, load_hits, load_wordings
+from invar_ray.store.artifacts import Artifact
 from tests.support import World, world
 
 RULE = answer_rule("squad")

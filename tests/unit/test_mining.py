@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from invar_ray.retrieval.mining import MiningReport, select_negatives, union_by_best_rank
 from invar_ray.schema import Passage
+from invar_ray.training.mining import MiningReport, select_negatives, union_by_best_rank
 
 
 def passage(row: int, document: str = "", text: str = "", span: tuple[int, int] = (0, 10), title: str = "") -> Passage:

@@ -12,18 +12,18 @@ from pathlib import Path
 
 import pytest
 
+from invar_ray.cli.documents import choose_adapter
+from invar_ray.corpus.formats.html import parse_html
+from invar_ray.corpus.formats.word import parse_docx
+from invar_ray.corpus.readers import read_documents
+from invar_ray.corpus.readlog import ReadLog
+from invar_ray.corpus.sources import source_digest
 from invar_ray.errors import ArtifactError, DataError
-from invar_ray.indexing.passages import load_passages, load_skipped
-from invar_ray.indexing.sources import source_digest
-from invar_ray.own import choose_adapter
 from invar_ray.pipeline import Pipeline
 from invar_ray.schema import Document, Place
+from invar_ray.steps.passages import load_passages, load_skipped
 from invar_ray.text.chunking import chunk_document
-from invar_ray.text.formats.html import parse_html
-from invar_ray.text.formats.word import parse_docx
 from invar_ray.text.places import PlaceFinder
-from invar_ray.text.readers import read_documents
-from invar_ray.text.readlog import ReadLog
 from tests.own_documents import (
     QUESTIONS,
     SOUND_DOCUMENTS,

@@ -13,7 +13,7 @@ from invar_ray.evaluation.charts import Bar, bar_chart, column_chart, line_chart
 from invar_ray.evaluation.details import SHIFTS, RankedFamily, rank_shifts, recall_curve, worst_questions
 from invar_ray.evaluation.outcome import Outcome, compare_systems, write_outcome
 from invar_ray.evaluation.page import findings, render_html, render_markdown, sentence
-from invar_ray.evaluation.questions import QuestionTable
+from invar_ray.evaluation.per_question import QuestionTable
 from invar_ray.evaluation.report import Report, Row, read_report
 from invar_ray.evaluation.tables import render_tables
 

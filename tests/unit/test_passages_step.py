@@ -9,13 +9,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from invar_ray.artifacts import Artifact, Store
 from invar_ray.config import PASSAGE_FIELDS, Config
 from invar_ray.errors import ConfigError, DataError
-from invar_ray.indexing.passages import build_passages, load_documents, load_passages, passages_plan
-from invar_ray.indexing.questions import build_questions, questions_plan
-from invar_ray.models.locate import BaseRef
+from invar_ray.models.base import BaseRef
 from invar_ray.schema import PASSAGE_SCHEMA, Passage
+from invar_ray.steps.passages import build_passages, load_documents, load_passages, passages_plan
+from invar_ray.steps.questions import build_questions, questions_plan
+from invar_ray.store.artifacts import Artifact, Store
 from tests.support import documents, small_config, tiny_base, write_lines
 
 BASE = BaseRef("x", None, "0" * 16)
@@ -117,7 +117,7 @@ LIMITS = ("questions.train_limit=2", "questions.dev_limit=2")
 def test_distractors_keep_what_questions_need_and_the_first_others(tmp_path: Path, distractors: int) -> None:
     config = small_config(tmp_path, *LIMITS, f"corpus.distractors={distractors}")
     questions = questions_of(config)
-    from invar_ray.indexing.questions import load_examples
+    from invar_ray.steps.questions import load_examples
 
     needed = {
         document_id

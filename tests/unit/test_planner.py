@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 
 from invar_ray.errors import ResourceError
-from invar_ray.retrieval.blocks import of_matrix
-from invar_ray.retrieval.building import fill
-from invar_ray.retrieval.index import save_index
-from invar_ray.retrieval.planner import (
+from invar_ray.index.blocks import of_matrix
+from invar_ray.index.build import fill
+from invar_ray.index.faiss_index import save_index
+from invar_ray.index.planner import (
     Need,
     candidates,
     expected_depth,

@@ -12,10 +12,10 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from invar_ray.artifacts import Artifact, Building, Manifest, Plan, Store
 from invar_ray.config import Config, ScaleConfig, ServeConfig, StorageConfig
 from invar_ray.models.encoder import coarse_spec, llm_spec
 from invar_ray.pipeline import Pipeline
+from invar_ray.store.artifacts import Artifact, Building, Manifest, Plan, Store
 from tests.support import small_config, tiny_base, write_lines
 
 Fingerprints = dict[str, str]

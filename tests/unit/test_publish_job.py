@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from invar_ray.artifacts import Artifact, Store
 from invar_ray.config import config_keys
 from invar_ray.errors import ConfigError, ConflictError
-from invar_ray.published import Published
+from invar_ray.store.artifacts import Artifact, Store
+from invar_ray.store.published import Published
 from jobs import publish_index, reindex
 from tests.publishing import make_index
 

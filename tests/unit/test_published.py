@@ -11,8 +11,6 @@ from typing import Any
 
 import pytest
 
-from invar_ray.artifacts import Building, Plan, Store
-from invar_ray.conditional import create_if_absent, replace
 from invar_ray.errors import (
     ArtifactError,
     ConflictError,
@@ -21,8 +19,10 @@ from invar_ray.errors import (
     MissingArtifactError,
     MixedArtifactsError,
 )
-from invar_ray.garbage import collect
-from invar_ray.published import Published, open_published
+from invar_ray.store.artifacts import Building, Plan, Store
+from invar_ray.store.conditional import create_if_absent, replace
+from invar_ray.store.garbage import collect
+from invar_ray.store.published import Published, open_published
 from tests.publishing import make_generation, make_index
 
 

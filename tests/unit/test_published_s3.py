@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from pyarrow import fs
 
-from invar_ray.artifacts import Store
-from invar_ray.conditional import create_if_absent, replace
 from invar_ray.errors import ArtifactError, ConflictError, MissingArtifactError
-from invar_ray.garbage import collect
-from invar_ray.published import Published, open_published
+from invar_ray.store.artifacts import Store
+from invar_ray.store.conditional import create_if_absent, replace
+from invar_ray.store.garbage import collect
+from invar_ray.store.published import Published, open_published
 from tests.publishing import make_generation, make_index
 
 pytestmark = pytest.mark.skipif(not hasattr(fs, "S3FileSystem"), reason="this pyarrow has no S3FileSystem")

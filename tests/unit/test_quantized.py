@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from invar_ray.errors import ResourceError
-from invar_ray.models.locate import load_causal_lm
+from invar_ray.models.base import load_causal_lm
 from invar_ray.models.quantized import quantization
 
 

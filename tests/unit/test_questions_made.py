@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from invar_ray.artifacts import Store
-from invar_ray.cli import app
-from invar_ray.indexing.passages import document_ids
-from invar_ray.indexing.questions import build_questions, load_examples, questions_plan, refuse_unanswerable
+from invar_ray.cli.main import app
+from invar_ray.corpus import facts
+from invar_ray.corpus.readers import read_examples
+from invar_ray.questions.asking import ask_for_questions
+from invar_ray.questions.llm import ChatEndpoint
+from invar_ray.questions.making import MadeQuestion, make_questions, split_by_document, without_clashes
+from invar_ray.questions.rules import comparison_key
 from invar_ray.schema import Document, Place
-from invar_ray.text import facts
+from invar_ray.steps.passages import document_ids
+from invar_ray.steps.questions import build_questions, load_examples, questions_plan, refuse_unanswerable
+from invar_ray.store.artifacts import Store
 from invar_ray.text.answers import contains_answer
-from invar_ray.text.asked import ask_for_questions
-from invar_ray.text.chat import ChatEndpoint
-from invar_ray.text.making import MadeQuestion, make_questions, split_by_document, without_clashes
-from invar_ray.text.readers import read_examples
-from invar_ray.text.rules import comparison_key
 from tests.support import small_config
 from tests.unit.test_passages_step import build
 
@@ -154,8 +154,8 @@ def test_every_answer_stands_in_its_document_and_in_no_wording(of_facts: list[tu
 
 def test_the_same_in_another_process() -> None:
     program = (
-        "from invar_ray.text import facts\n"
-        "from invar_ray.text.making import make_questions\n"
+        "from invar_ray.corpus import facts\n"
+        "from invar_ray.questions.making import make_questions\n"
         "print(sum((make_questions(d, most=2, seed=3) for d in list(facts.documents())[:40]), []))"
     )
     runs = {

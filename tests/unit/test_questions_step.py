@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 
-from invar_ray.artifacts import Artifact, Store
 from invar_ray.config import Config
+from invar_ray.corpus.sources import source_digest
 from invar_ray.errors import DataError
-from invar_ray.indexing.questions import (
+from invar_ray.schema import Example
+from invar_ray.steps.questions import (
     build_questions,
     load_examples,
     load_variants,
     questions_plan,
     refuse_unanswerable,
 )
-from invar_ray.indexing.sources import source_digest
-from invar_ray.schema import Example
+from invar_ray.store.artifacts import Artifact, Store
 from tests.support import questions, small_config, write_lines
 
 

@@ -9,11 +9,11 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from invar_ray.answering.rag import answer_batch, answer_question, answer_with_hits, build_prompt
 from invar_ray.config import TinyConfig
 from invar_ray.errors import RequestError
 from invar_ray.models.generator import Generation, Generator
 from invar_ray.models.tiny import build_tiny
-from invar_ray.retrieval.rag import answer_batch, answer_question, answer_with_hits, build_prompt
 from invar_ray.schema import Hit
 from invar_ray.text.prompts import REFUSAL, format_answer_prompt
 

@@ -11,9 +11,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from invar_ray.corpus.readers import read_documents, read_examples
 from invar_ray.errors import DataError
 from invar_ray.schema import Document, Example, Place
-from invar_ray.text.readers import read_documents, read_examples
 
 ROWS = [
     {"id": "a", "title": "Harbour", "text": "Dug in 1841.", "extra": 1},

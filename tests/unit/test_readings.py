@@ -5,12 +5,13 @@ from __future__ import annotations
 import pyarrow.parquet as pq
 import pytest
 
-from invar_ray.artifacts import Artifact, Plan
-from invar_ray.evaluating.baselines import bm25_plan, build_bm25_hits
-from invar_ray.evaluating.hits import FoundFamily, load_hits
-from invar_ray.evaluating.readings import READINGS, build_readings, oracle_of, readings_plan
-from invar_ray.indexing.passages import load_documents, load_passages
+from invar_ray.evaluation.measure import FoundFamily
 from invar_ray.schema import Passage
+from invar_ray.steps.baselines import bm25_plan, build_bm25_hits
+from invar_ray.steps.hits import load_hits
+from invar_ray.steps.passages import load_documents, load_passages
+from invar_ray.steps.readings import READINGS, build_readings, oracle_of, readings_plan
+from invar_ray.store.artifacts import Artifact, Plan
 from invar_ray.text.answers import contains_answer
 from tests.support import World, changed_windows, world
 

@@ -10,10 +10,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from invar_ray.garbage import remove
-from invar_ray.indexing.passages import load_passages
-from invar_ray.indexing.refresh import changed_share, refresh_negatives
 from invar_ray.models.encoder import llm_spec
+from invar_ray.steps.passages import load_passages
+from invar_ray.steps.refresh import changed_share, refresh_negatives
+from invar_ray.store.garbage import remove
 from invar_ray.training.batches import Trainset
 from invar_ray.training.retriever_stage import RetrieverStage
 from tests.support import World, world

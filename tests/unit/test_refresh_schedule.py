@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from invar_ray.artifacts import Plan, Store
 from invar_ray.config import load_config
+from invar_ray.models.base import BaseRef
 from invar_ray.models.encoder import EncoderSpec
-from invar_ray.models.locate import BaseRef
+from invar_ray.store.artifacts import Plan, Store
 from invar_ray.training import refresh as module
 from invar_ray.training.refresh import Refresh
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from invar_ray.artifacts import resolve_uri
-from invar_ray.indexing.verify import verify_index
+from invar_ray.index.vectors import ROWS_FILE
 from invar_ray.pipeline import Pipeline
-from invar_ray.retrieval.vectors import ROWS_FILE
+from invar_ray.steps.verify import verify_index
+from invar_ray.store.artifacts import resolve_uri
 from tests.support import small_config
 from tests.unit.test_incremental import changed, corpus
 from tests.unit.test_published_s3 import endpoint, place, pytestmark, root

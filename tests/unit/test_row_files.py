@@ -10,12 +10,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from invar_ray.artifacts import Store
+from invar_ray.corpus.readers import read_documents
+from invar_ray.corpus.readlog import Quarantine, ReadLog
+from invar_ray.corpus.sources import source_digest
 from invar_ray.errors import DataError
-from invar_ray.indexing.passages import QUARANTINE, load_documents
-from invar_ray.indexing.sources import source_digest
-from invar_ray.text.readers import read_documents
-from invar_ray.text.readlog import Quarantine, ReadLog
+from invar_ray.steps.passages import QUARANTINE, load_documents
+from invar_ray.store.artifacts import Store
 from tests.support import documents, small_config, write_lines
 from tests.unit.test_passages_step import build
 

@@ -11,12 +11,12 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
-from invar_ray.cli import app
+from invar_ray.answering.duplicates import distinct, shingles, similarity
+from invar_ray.answering.filters import Where, allowed_rows
+from invar_ray.answering.retriever import Passages, Retriever, open_retriever
+from invar_ray.cli.main import app
 from invar_ray.errors import RequestError
-from invar_ray.retrieval.duplicates import distinct, shingles, similarity
-from invar_ray.retrieval.filters import Where, allowed_rows
-from invar_ray.retrieval.index import Index, build_faiss
-from invar_ray.retrieval.retriever import Passages, Retriever, open_retriever
+from invar_ray.index.faiss_index import Index, build_faiss
 from invar_ray.schema import PASSAGE_SCHEMA, Hit, Passage, to_table
 from serve.record import named_index
 from serve.retrieving import load_retriever

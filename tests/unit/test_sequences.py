@@ -15,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from invar_ray.artifacts import Building, Plan, Store
 from invar_ray.config import GeneratorConfig
-from invar_ray.evaluating.readings import READING_SCHEMA
 from invar_ray.losses.answer import IGNORED
+from invar_ray.steps.readings import READING_SCHEMA
+from invar_ray.store.artifacts import Building, Plan, Store
 from invar_ray.text.prompts import REFUSAL, format_answer_prompt, parse_answer
 from invar_ray.training.sequences import PromptAndTarget, ReadingSet, tokenize_sequences
 from tests.support import tiny_base

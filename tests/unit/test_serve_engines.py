@@ -19,10 +19,10 @@ from openai.types import Completion
 from openai.types.completion_create_params import CompletionCreateParamsStreaming
 from pydantic import TypeAdapter
 
-from invar_ray.artifacts import Plan, Store
 from invar_ray.errors import ConfigError, MixedArtifactsError
 from invar_ray.models.decoding import Sampling
 from invar_ray.models.generator import Generator, Task
+from invar_ray.store.artifacts import Plan, Store
 from serve.answering import load_generator
 from serve.colocated import SharedBase
 from serve.limits import ServiceError
@@ -248,7 +248,7 @@ def test_engines_load_in_bf16_with_their_rotary_angles_in_fp32(artifacts: Artifa
 
 
 def test_colocated_finds_what_merged_finds(artifacts: Artifacts) -> None:
-    from invar_ray.retrieval.retriever import open_retriever
+    from invar_ray.answering.retriever import open_retriever
 
     apart, shared = open_retriever(artifacts.index_uri), SharedBase().retriever(artifacts.index_uri)
     np.testing.assert_allclose(shared.encoder.encode_queries([FERRY]), apart.encoder.encode_queries([FERRY]), atol=1e-5)
@@ -256,7 +256,7 @@ def test_colocated_finds_what_merged_finds(artifacts: Artifacts) -> None:
 
 
 def test_colocated_refuses_another_base(artifacts: Artifacts) -> None:
-    from invar_ray.artifacts import open_artifact
+    from invar_ray.store.artifacts import open_artifact
 
     artifact = open_artifact(artifacts.generator_uri, "generator")
     other = {**artifact.info, "base": {**artifact.info["base"], "fingerprint": "0" * 16}}

@@ -10,8 +10,8 @@ from typing import Any
 import openai
 import pytest
 
+from invar_ray.answering.filters import Where
 from invar_ray.errors import ConfigError
-from invar_ray.retrieval.filters import Where
 from serve.conditions import MOST_BEGINNINGS, MOST_VALUES, Conditions
 from serve.keys import ApiKey, keys_from_environment
 from tests.serving import TENANTS, Artifacts, Live, fault, shared_artifacts

@@ -148,7 +148,7 @@ def test_errors_are_those_that_the_client_knows(artifacts: Artifacts, client: op
 
 
 def test_embeddings(live: Live, client: openai.OpenAI, artifacts: Artifacts) -> None:
-    from invar_ray.retrieval.retriever import open_retriever
+    from invar_ray.answering.retriever import open_retriever
 
     encoder = open_retriever(artifacts.index_uri).encoder
     texts = [FERRY, "Pears and plums"]

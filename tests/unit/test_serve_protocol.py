@@ -17,8 +17,8 @@ import httpx
 import pytest
 
 import serve.pages
+from invar_ray.answering.filters import Where
 from invar_ray.errors import ConfigError, RequestError
-from invar_ray.retrieval.filters import Where
 from invar_ray.schema import Answer, Citation, Hit
 from serve.api import make_api
 from serve.app import build_app

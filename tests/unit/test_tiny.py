@@ -14,7 +14,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from invar_ray.errors import ModelError
-from invar_ray.models.locate import BaseRef, load_causal_lm, load_tokenizer, open_base, resolve_base
+from invar_ray.models.base import BaseRef, load_causal_lm, load_tokenizer, open_base, resolve_base
 from invar_ray.models.tiny import MAX_POSITIONS, build_tiny, minilm_folder
 from tests.support import TINY, World, tiny_base, world
 

@@ -22,10 +22,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from invar_ray.config import ModelConfig
 from invar_ray.errors import ModelError
-from invar_ray.models.coarse import coarse_passage_ids
+from invar_ray.models.base import BaseRef
 from invar_ray.models.encoder import EncoderSpec, llm_spec, passage_ids, query_ids
 from invar_ray.models.generator import encode_prompt
-from invar_ray.models.locate import BaseRef
+from invar_ray.models.minilm import coarse_passage_ids
 from invar_ray.models.smollm2 import smollm2_tokenizer
 from invar_ray.models.tiny import minilm_folder, minilm_tokenizer
 from invar_ray.schema import Document

@@ -12,15 +12,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from invar_ray.artifacts import Artifact
+from invar_ray.answering.bm25 import Bm25
 from invar_ray.errors import DataError
-from invar_ray.indexing.passages import load_documents, load_passages
-from invar_ray.indexing.questions import load_examples, load_variants
-from invar_ray.indexing.trainset import build_trainset, find_positives, mean_by_document, trainset_plan
 from invar_ray.losses.masks import contrastive_allowed
-from invar_ray.models.coarse import CoarseEncoder
-from invar_ray.retrieval.bm25 import Bm25
+from invar_ray.models.minilm import CoarseEncoder
 from invar_ray.schema import Example, Passage
+from invar_ray.steps.passages import load_documents, load_passages
+from invar_ray.steps.questions import load_examples, load_variants
+from invar_ray.steps.trainset import build_trainset, find_positives, mean_by_document, trainset_plan
+from invar_ray.store.artifacts import Artifact
 from invar_ray.text.answers import contains_answer
 from invar_ray.training.batches import Trainset
 from tests.support import World, world

@@ -18,15 +18,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from invar_ray.errors import ConfigError, DataError, ResourceError
+from invar_ray.questions.endpoint import EndpointRewriter, answer_type
+from invar_ray.questions.noise import case, speech, typo
+from invar_ray.questions.numbers import numbers_to_words
+from invar_ray.questions.parsing import parse_question
+from invar_ray.questions.phrases import WORDING, clause, keywords, request, template
+from invar_ray.questions.rewrites import FileRewriter, GivenRewriter, make_rewriter, resize_windows
+from invar_ray.questions.rules import KINDS, NOISE, RuleRewriter, comparison_key
 from invar_ray.schema import Document, Example
 from invar_ray.text.answers import contains_answer, find_answer
-from invar_ray.text.endpoint import EndpointRewriter, answer_type
-from invar_ray.text.noise import case, speech, typo
-from invar_ray.text.numbers import numbers_to_words
-from invar_ray.text.parsing import parse_question
-from invar_ray.text.rules import KINDS, NOISE, RuleRewriter, comparison_key
-from invar_ray.text.variants import FileRewriter, GivenRewriter, make_rewriter, resize_windows
-from invar_ray.text.wording import WORDING, clause, keywords, request, template
 
 QUESTIONS = [
     "What is the capital of Norland?",
@@ -245,7 +245,7 @@ def test_kinds_rotate_over_examples() -> None:
 
 def test_rewrites_are_the_same_in_another_process() -> None:
     code = (
-        "from invar_ray.schema import Example\nfrom invar_ray.text.rules import RuleRewriter\n"
+        "from invar_ray.schema import Example\nfrom invar_ray.questions.rules import RuleRewriter\n"
         f"print([v.text for v in RuleRewriter().rewrite(Example('q', {QUESTIONS[2]!r}, ('a',), ()), 5, 7)])"
     )
     root = Path(__file__).parents[2]

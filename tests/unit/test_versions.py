@@ -88,7 +88,7 @@ def test_code_of_every_step_is_recorded() -> None:
 
 
 def test_change_is_named_with_what_to_do() -> None:
-    now = current({"index": StepCode(1, ("invar_ray.retrieval.index", "invar_ray.models.pooling"))})
+    now = current({"index": StepCode(1, ("invar_ray.index.faiss_index", "invar_ray.models.pooling"))})
     locked = json.loads(json.dumps(now))
     assert differences(locked, now) == []
     locked["index"]["modules"]["invar_ray.models.pooling"] = "0" * 16
@@ -104,47 +104,47 @@ def test_change_is_named_with_what_to_do() -> None:
 
 
 def test_module_added_to_a_step_is_a_change() -> None:
-    old = current({"index": StepCode(1, ("invar_ray.retrieval.index",))})
-    new = current({"index": StepCode(1, ("invar_ray.retrieval.index", "invar_ray.models.pooling"))})
+    old = current({"index": StepCode(1, ("invar_ray.index.faiss_index",))})
+    new = current({"index": StepCode(1, ("invar_ray.index.faiss_index", "invar_ray.models.pooling"))})
     assert "invar_ray.models.pooling" in differences(old, new)[0]
 
 
 # Modules that need no version, and why. Everything else must stand in a step.
 EXEMPT = {
-    "invar_ray.artifacts": "stores what steps make",
-    "invar_ray.cli": "a shell",
-    "invar_ray.cli_errors": "a shell",
-    "invar_ray.cli_versions": "a shell",
-    "invar_ray.conditional": "stores what steps make",
+    "invar_ray.store.artifacts": "stores what steps make",
+    "invar_ray.cli.main": "a shell",
+    "invar_ray.cli.errors": "a shell",
+    "invar_ray.cli.versions": "a shell",
+    "invar_ray.store.conditional": "stores what steps make",
     "invar_ray.config": "its values are in the fingerprints",
-    "invar_ray.demo": "a shell",
-    "invar_ray.doctor": "a shell",
+    "invar_ray.cli.demo": "a shell",
+    "invar_ray.cli.doctor": "a shell",
     "invar_ray.errors": "messages",
-    "invar_ray.evaluating.blocks": "where blocks run",
-    "invar_ray.files": "stores what steps make",
+    "invar_ray.steps.blocks": "where blocks run",
+    "invar_ray.store.files": "stores what steps make",
     "invar_ray.heap": "where memory lies, not what is in it",
-    "invar_ray.garbage": "removes artifacts",
-    "invar_ray.manifest": "stores what steps make, with a schema version of its own",
-    "invar_ray.own": "a shell",
+    "invar_ray.store.garbage": "removes artifacts",
+    "invar_ray.store.manifest": "stores what steps make, with a schema version of its own",
+    "invar_ray.cli.documents": "a shell",
     "invar_ray.pipeline": "order of the steps",
-    "invar_ray.progress": "messages",
-    "invar_ray.publication": "as published, with a schema version of its own",
-    "invar_ray.published": "names what steps made",
+    "invar_ray.console": "messages",
+    "invar_ray.store.publication": "as published, with a schema version of its own",
+    "invar_ray.store.published": "names what steps made",
     "invar_ray.schema": "records and their layout; readers would fail on another one",
-    "invar_ray.session": "where it runs",
+    "invar_ray.executor": "where it runs",
     "invar_ray.versions": "this mechanism",
     "invar_ray.evaluation.plots": "pictures",
     "invar_ray.evaluation.report": "layout, with a schema version of its own",
     "invar_ray.evaluation.gate": "reads finished reports",
     "invar_ray.evaluation.tables": "print",
-    "invar_ray.indexing.sources": "part of fingerprints itself",
-    "invar_ray.indexing.usage": "messages",
-    "invar_ray.indexing.verify": "checks what is made",
-    "invar_ray.text.asked": "makes files of questions, whose content is in the plans",
-    "invar_ray.text.cloze": "as asked",
-    "invar_ray.text.facts": "the digest of the built-in corpus is in the plans",
-    "invar_ray.text.making": "as asked",
-    "invar_ray.text.readlog": "messages",
+    "invar_ray.corpus.sources": "part of fingerprints itself",
+    "invar_ray.steps.usage": "messages",
+    "invar_ray.steps.verify": "checks what is made",
+    "invar_ray.questions.asking": "makes files of questions, whose content is in the plans",
+    "invar_ray.questions.cloze": "as asked",
+    "invar_ray.corpus.facts": "the digest of the built-in corpus is in the plans",
+    "invar_ray.questions.making": "as asked",
+    "invar_ray.corpus.readlog": "messages",
     "invar_ray.training.checkpoint": "bit for bit, with a schema version of its own",
     "invar_ray.training.export": "copies, for others",
     "invar_ray.training.stages": "a registry",

@@ -1,0 +1,1 @@
+"""A question to its answer: search, fusion, filters, generation."""

@@ -1,0 +1,205 @@
+"""Questions to answers with citations: retrieve, fit the passages into the prompt, generate, check what was cited."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from invar_ray.errors import RequestError
+from invar_ray.models.generator import Generation
+from invar_ray.schema import Answer, Citation, Hit
+from invar_ray.text.answers import contains_answer
+from invar_ray.text.prompts import fit_prompt, format_answer_prompt, parse_answer
+
+STOP_STRINGS = ("\n\n", "\nQuestion:", "\nPassages:")
+"""Where an answer ends even if the model goes on: base models like to invent a next question."""
+
+
+class TextGenerator(Protocol):
+    """What answering needs of a generator; :class:`invar_ray.models.generator.Generator` is one."""
+
+    @property
+    def max_context(self) -> int:
+        """Most tokens of prompt and answer together."""
+        ...
+
+    def count_tokens(self, text: str, /) -> int:
+        """Tokens of a prompt."""
+        ...
+
+    def generate(
+        self,
+        prompts: Sequence[str],
+        *,
+        max_new_tokens: int,
+        stop: Sequence[str] = ...,
+        temperature: float = ...,
+        seed: int = ...,
+    ) -> list[Generation]:
+        """Continue each prompt."""
+        ...
+
+
+class PassageRetriever(Protocol):
+    """What answering needs of a retriever; :class:`invar_ray.answering.retriever.Retriever` is one."""
+
+    def retrieve(self, questions: list[str], top_k: int) -> list[list[Hit]]:
+        """The best passages per question, best first."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerPrompt:
+    """A prompt and what stands in it.
+
+    Attributes:
+        text: the prompt.
+        hits: the passages in it; the passage with number n is ``hits[n - 1]``.
+        shown: their texts as they stand in it (the first may be cut to fit).
+        notes: what had to be left out.
+    """
+
+    text: str
+    hits: tuple[Hit, ...]
+    shown: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def build_prompt(generator: TextGenerator, question: str, hits: Sequence[Hit], *, max_new_tokens: int) -> AnswerPrompt:
+    """The prompt for a question with as many of its hits, by rank, as the context leaves room for.
+
+    Raises:
+        RequestError: if the question alone leaves no room for ``max_new_tokens``; it names the token counts.
+    """
+    budget = generator.max_context - max_new_tokens
+    bare = generator.count_tokens(format_answer_prompt(question, []))
+    if bare > budget:
+        raise RequestError(
+            f"the question takes {bare} tokens as a prompt and {max_new_tokens} are kept for the answer, "
+            f"{bare - budget} too many for the model's context of {generator.max_context}",
+            expected=f"a prompt of at most {max(budget, 0)} tokens",
+            action="shorten the question",
+        )
+    fitted = fit_prompt(question, [(hit.title, hit.text) for hit in hits], generator.count_tokens, budget)
+    notes = [*fitted.notes]
+    if not fitted.kept:
+        notes.append("no passage stands in the prompt: the answer rests on none")
+    return AnswerPrompt(
+        fitted.prompt, tuple(hits[i] for i in fitted.kept), tuple(text for _, text in fitted.passages), tuple(notes)
+    )
+
+
+def answer_question(
+    retriever: PassageRetriever, generator: TextGenerator, question: str, *, top_k: int, max_new_tokens: int
+) -> Answer:
+    """Answer one question from the ``top_k`` passages that the retriever finds.
+
+    Returns:
+        The answer; ``timings`` has ``retrieve_s`` and ``generate_s`` in seconds.
+
+    Raises:
+        RequestError: if the question is blank or does not fit the context.
+    """
+    if not question.strip():
+        raise RequestError("the question is empty", expected="some words")
+    start = time.perf_counter()
+    hits = retriever.retrieve([question], top_k)[0]
+    retrieve_s = time.perf_counter() - start
+    answer = answer_with_hits(generator, question, hits, max_new_tokens=max_new_tokens)
+    return replace(answer, timings={"retrieve_s": retrieve_s, **answer.timings})
+
+
+def answer_with_hits(generator: TextGenerator, question: str, hits: Sequence[Hit], *, max_new_tokens: int) -> Answer:
+    """Answer one question from passages that were already retrieved; without any, from the model alone (noted).
+
+    Raises:
+        RequestError: if the question alone does not fit the context.
+    """
+    return answer_batch(generator, [question], [hits], max_new_tokens=max_new_tokens, batch_size=1)[0]
+
+
+def answer_batch(
+    generator: TextGenerator,
+    questions: Sequence[str],
+    hits_per_question: Sequence[Sequence[Hit]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+) -> list[Answer]:
+    """Answer many questions, ``batch_size`` at a time, prompts of like length together (less padding).
+
+    Returns:
+        Answers in the order of the questions.  ``timings["generate_s"]`` is the question's even share of its batch's
+        time, in seconds.
+
+    Raises:
+        RequestError: if a question alone does not fit the context.
+        ValueError: if the two sequences differ in length or ``batch_size`` is below 1.
+    """
+    if len(questions) != len(hits_per_question):
+        raise ValueError(f"{len(questions)} questions but {len(hits_per_question)} lists of hits")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    prompts = [
+        build_prompt(generator, question, hits, max_new_tokens=max_new_tokens)
+        for question, hits in zip(questions, hits_per_question, strict=True)
+    ]
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].text))
+    answers: dict[int, Answer] = {}
+    for first in range(0, len(order), batch_size):
+        batch = order[first : first + batch_size]
+        start = time.perf_counter()
+        generations = generator.generate(
+            [prompts[index].text for index in batch], max_new_tokens=max_new_tokens, stop=STOP_STRINGS
+        )
+        share = (time.perf_counter() - start) / len(batch)
+        for index, generation in zip(batch, generations, strict=True):
+            answer = read_answer(questions[index], prompts[index], generation)
+            answers[index] = replace(answer, timings={"generate_s": share})
+    return [answers[index] for index in range(len(prompts))]
+
+
+def read_answer(question: str, prompt: AnswerPrompt, generation: Generation) -> Answer:
+    """An answer from what the model wrote: its text, and citations of passages that were really in the prompt.
+
+    Where a model cites nothing, the passages that hold the answer's text are cited for it, with
+    ``source="matched"``.  Where it cites only passages without that text, and another one has it, the first such one
+    is cited instead, in the same way and with a note.
+    """
+    parsed = parse_answer(generation.text, len(prompt.hits))
+    notes = list(prompt.notes)
+    # A refusal cites nothing; only numbers that stand for no passage are worth a word.
+    unknown = [number for number in parsed.removed_citations if not 1 <= number <= len(prompt.hits)]
+    if unknown:
+        marks = ", ".join(f"[{number}]" for number in dict.fromkeys(unknown))
+        notes.append(f"removed {marks}: the prompt had {len(prompt.hits)} passages")
+    if generation.finish == "length":
+        notes.append(f"the answer was cut at {generation.num_tokens} tokens")
+    citations: tuple[Citation, ...] = ()
+    if not parsed.refused:
+        source = "generated"
+        numbers = list(dict.fromkeys(parsed.numbers))
+        holding = [n for n, shown in enumerate(prompt.shown, start=1) if contains_answer(shown, [parsed.text])]
+        if not numbers:
+            source, numbers = "matched", holding
+        elif holding and not set(numbers) & set(holding):
+            marks = ", ".join(f"[{number}]" for number in numbers)
+            notes.append(f"the model cited {marks}, where the answer does not stand; it stands in [{holding[0]}]")
+            source, numbers = "matched", holding[:1]
+        citations = tuple(_citation(n, prompt.hits[n - 1], source) for n in numbers)
+    return Answer(
+        question=question,
+        text=parsed.text,
+        citations=citations,
+        hits=prompt.hits,
+        notes=tuple(notes),
+        confidence=generation.confidence,
+        refused=parsed.refused,
+        removed_citations=len(unknown),
+    )
+
+
+def _citation(number: int, hit: Hit, source: str) -> Citation:
+    return Citation(number, hit.passage_id, hit.document_id, hit.title, source, hit.place)

@@ -1,0 +1,181 @@
+"""The demo: the whole way, then one question over HTTP, with its answer and citations printed."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shlex
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from invar_ray.answering.rag import answer_question
+from invar_ray.answering.retriever import open_retriever
+from invar_ray.cli.documents import describe_index, latest_index, remember_index
+from invar_ray.config import Config
+from invar_ray.corpus.sources import BUILTIN_FACTS
+from invar_ray.evaluation.page import findings
+from invar_ray.evaluation.tables import render_tables
+from invar_ray.models.base import BaseRef, open_base_generator, open_generator
+from invar_ray.models.encoder import EncoderSpec
+from invar_ray.pipeline import Pipeline, finish_report, start_service, stop_service
+from invar_ray.steps.questions import load_examples
+from invar_ray.store.artifacts import Artifact, Store, open_artifact
+
+_SHOWN_CHARS = 160
+_ASKED = "Who painted Las Meninas?"
+"""Of the built-in corpus, where no question is given: about a painting that no training question is about."""
+
+
+def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
+    """Run everything, serve, ask, write ``report.json``, shut everything down (also on Ctrl-C).
+
+    Args:
+        config: the run; ``serve.port`` 0 takes a free port.
+        question: what to ask; ``None`` takes one about the built-in corpus, or the first dev question of another one.
+        keep: go on serving until Ctrl-C.
+    """
+    started = time.monotonic()
+    with Pipeline(config) as pipeline:
+        report = pipeline.run()
+        remember_index(pipeline.store, pipeline.index)
+        folder = Path(pipeline.store.root) if pipeline.store.is_local else Path("runs") / config.name
+        print(f"\n{render_tables(report.rows, config.evaluation.overlap_k)}\n")
+        print("".join(f"{text}\n" for text in findings(report, config.evaluation.overlap_k)))
+        asked = question or _default_question(pipeline)
+        pipeline.session.ensure()
+        try:
+            served = time.monotonic()
+            url = start_service(pipeline.index, pipeline.generator, config.serve, log_level="WARNING")
+            print(f"question: {asked}", flush=True)
+            answer = ask_service(url, asked, None, None)
+            seconds = {**report.seconds, "serve and answer": round(time.monotonic() - served, 2)}
+            print_answer(answer)
+            written = finish_report(replace(report, seconds=seconds, answer=_for_report(asked, answer)), folder)
+            report_uri = os.path.relpath(pipeline.report.uri) if pipeline.store.is_local else pipeline.report.uri
+            print(f"\nreport: {pipeline.report.path('report.html')}\nnumbers: {written}")
+            if pipeline.reused:
+                print(f"re-used {len(pipeline.reused)} artifacts of an earlier run: {', '.join(pipeline.reused)}")
+            print(f"took {time.monotonic() - started:.0f} s")
+            if keep:
+                print(f"\nserving at {url} until Ctrl-C", flush=True)
+                while True:
+                    time.sleep(1)
+        finally:
+            stop_service()
+    print(f"everything is shut down\n\n{what_next(config, report_uri)}")
+
+
+def _default_question(pipeline: Pipeline) -> str:
+    corpus, questions = pipeline.config.corpus, pipeline.config.questions
+    if corpus.uri == BUILTIN_FACTS and corpus.limit is None and questions.train_uri == BUILTIN_FACTS:
+        return _ASKED
+    return load_examples(pipeline.questions, "dev")[0].question
+
+
+def what_next(config: Config, report_uri: str) -> str:
+    """What to try after the demo, with exact commands."""
+    program = os.path.relpath(sys.argv[0]) if Path(sys.argv[0]).name == "invar-ray" else "invar-ray"
+    root = config.storage.root_uri
+    where = "" if root == Config().storage.root_uri else f" storage.root_uri={shlex.quote(root)}"
+    lines = {
+        "ask it more (page at /, API at /docs)": f"serve{where}",
+        "train without the invariance loss": f"demo{where} retriever.invariance_weight=0",
+        "then: may that one be served?": f"gate --baseline {shlex.quote(report_uri)} --candidate {shlex.quote(root)}",
+        "index your own documents": f"index ./docs{where}",
+    }
+    width = max(map(len, lines))
+    return "what to try next:\n" + "\n".join(f"  {text:{width}}  {program} {args}" for text, args in lines.items())
+
+
+def ask_service(url: str, question: str, top_k: int | None, api_key: str | None) -> dict[str, Any]:
+    """Ask over HTTP; the service's answer as JSON. Errors: see ``serve/client.py``."""
+    client = importlib.import_module("serve.client")  # a top level package above this one
+    answer: dict[str, Any] = client.ask(url, question, top_k, api_key)
+    return answer
+
+
+def ask_here(
+    config: Config,
+    question: str,
+    index_uri: str | None,
+    generator_uri: str | None,
+    top_k: int | None,
+    corpus: str | None = None,
+) -> dict[str, Any]:
+    """Answer in this process, without Ray, in the same form as the service.
+
+    Without URIs, from the index that was made or asked for last (of ``corpus``, if given), by the newest generator of
+    the same base, else by the base itself; one line on standard error says which.
+
+    Raises:
+        MissingArtifactError: if nothing has been indexed below the recipe's storage root.
+    """
+    store = Store(config.storage.root_uri)
+    index = open_artifact(index_uri, "index") if index_uri else latest_index(store, corpus)
+    base = EncoderSpec.from_json(index.info["encoder"]).base
+    trained = open_artifact(generator_uri, "generator") if generator_uri else _newest_generator(store, base)
+    print(f"asking {describe_index(index)}; {_describe_generator(trained)}", file=sys.stderr, flush=True)
+    if trained is None:
+        generator = open_base_generator(base, index.store, config.generator.max_tokens)
+    else:
+        generator = open_generator(trained.uri)
+    found = answer_question(
+        open_retriever(index.uri),
+        generator,
+        question,
+        top_k=top_k or config.serve.top_k,
+        max_new_tokens=config.generator.max_new_tokens if trained is None else trained.info["max_new_tokens"],
+    )
+    return {
+        "answer": found.text,
+        "citations": [asdict(citation) for citation in found.citations],
+        "passages": [asdict(hit) for hit in found.hits],
+        "notes": list(found.notes),
+        "refused": found.refused,
+    }
+
+
+def print_answer(answer: Mapping[str, Any]) -> None:
+    """An answer with its citations: file and place where the document has them, title, and the passage's beginning."""
+    print(f"answer: {answer['answer'] or '(the model wrote nothing)'}")
+    passages = {passage["passage_id"]: passage for passage in answer["passages"]}
+    for citation in answer["citations"]:
+        passage = passages.get(citation["passage_id"], {})
+        how = "" if citation["source"] == "generated" else " (the answer stands in it; the model did not cite it)"
+        print(f"  [{citation['number']}] {_where(citation)}{how}: {_beginning(passage)}")
+    if not answer["citations"]:
+        print("  no citation; the passages were:")
+        for number, passage in enumerate(passages.values(), start=1):
+            print(f"  ({number}) {_where(passage)}: {_beginning(passage)}")
+    for note in answer.get("notes", ()):
+        print(f"  note: {note}")
+
+
+def _where(cited: Mapping[str, Any]) -> str:
+    return str(cited.get("place") or cited["title"])
+
+
+def _beginning(passage: Mapping[str, Any]) -> str:
+    text = " ".join(str(passage.get("text", "")).split())
+    return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 1].rstrip() + "…"
+
+
+def _newest_generator(store: Store, base: BaseRef) -> Artifact | None:
+    fitting = [
+        artifact
+        for artifact in store.list("generator")
+        if artifact.info.get("base", {}).get("fingerprint") == base.fingerprint
+    ]
+    return fitting[-1] if fitting else None
+
+
+def _describe_generator(generator: Artifact | None) -> str:
+    return "the base writes the answer (not trained to)" if generator is None else f"generator {generator.ref}"
+
+
+def _for_report(question: str, answer: Mapping[str, Any]) -> dict[str, Any]:
+    return {"question": question, "text": answer["answer"], "citations": list(answer["citations"])}

@@ -1,0 +1,213 @@
+"""One's own documents: index a folder, make questions from it, say what to do next, find what was indexed last."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import shlex
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from invar_ray.config import Config
+from invar_ray.corpus.readlog import ReadLog, echo_lines
+from invar_ray.errors import DataError, InvarError, MissingArtifactError
+from invar_ray.models.encoder import EncoderSpec, llm_spec
+from invar_ray.pipeline import Pipeline
+from invar_ray.questions.asking import ask_for_questions
+from invar_ray.questions.llm import ChatEndpoint
+from invar_ray.questions.making import MadeQuestion, make_questions, split_by_document, without_clashes
+from invar_ray.steps.passages import load_documents, load_skipped, read_corpus
+from invar_ray.store.artifacts import Artifact, Store, open_artifact
+
+_LATEST = "latest_index.json"
+_NO_BASELINE = {"base", "retriever"}  # MiniLM's index is a baseline
+
+
+def index_documents(config: Config, adapter_uri: str | None, options: str = "") -> Artifact:
+    """Index ``config.corpus``; prints what was read and left out, and what to do next, to standard error.
+
+    Args:
+        config: the run.
+        adapter_uri: a stage-1 adapter; ``base`` embeds with the bare base; ``None`` takes the newest adapter below the
+            storage root that fits the recipe's model, and the bare base where there is none.
+        options: what the user gave the command beyond the folder, repeated in the commands that are proposed.
+    """
+    started = time.monotonic()
+    with Pipeline(config) as pipeline:
+        adapter = choose_adapter(pipeline, adapter_uri)
+        index = pipeline.base_index if adapter is None else pipeline.index_with(adapter)
+        passages = pipeline.passages
+        if "passages" in pipeline.reused:
+            echo_lines(load_skipped(passages))
+        remember_index(pipeline.store, index)
+    seconds = time.monotonic() - started
+    info = passages.info
+    _say(
+        f"indexed {info['documents']:,} documents from {info['files']:,} files as {info['passages']:,} passages, "
+        f"left out {info['skipped']:,}; {seconds:.0f} s"
+    )
+    if adapter is not None and adapter_uri is None:
+        _say(f"with the retriever that was trained last below {config.storage.root_uri}: {adapter.ref}")
+    if adapter is None:
+        _say("the base finds passages without having been trained on these documents")
+    _say(f"\nask:    invar-ray ask {options}{shlex.quote(_some_question(passages))}")
+    corpus = shlex.quote(config.corpus.uri)
+    _say(f"train:  invar-ray questions {corpus}   (makes questions from the documents and says how to go on)\n")
+    return index
+
+
+def write_questions(
+    config: Config, out: str, *, per_document: int, endpoint: ChatEndpoint | None = None, samples: int = 3
+) -> tuple[Path, Path]:
+    """Make training questions from ``config.corpus`` and write two files, for training and for dev.
+
+    Args:
+        config: the run; its ``corpus`` and ``seed`` count.
+        out: ``questions.jsonl`` writes ``questions.train.jsonl`` and ``questions.dev.jsonl``.
+        per_document: most questions a document.
+        endpoint: a language model that asks; ``None`` makes them by rule.
+        samples: how many to print.
+
+    Returns:
+        The two files; docs/design/questions.md has their format.
+
+    Raises:
+        DataError: the corpus cannot be read or gives too few questions to split.  Errors of the endpoint.
+    """
+    log = ReadLog(echo=True)
+    texts: dict[str, str] = {}
+    found: list[MadeQuestion] = []
+    for document in read_corpus(config, log):
+        if endpoint is None:
+            made = make_questions(document, most=per_document, seed=config.seed)
+        else:
+            made = ask_for_questions(document, endpoint, most=per_document, seed=config.seed)
+        if made:
+            texts[document.id] = document.text
+        found += made
+    kept = without_clashes(found)
+    if len(kept) < 2:
+        raise DataError(
+            f"{config.corpus.uri} gave {len(kept)} questions",
+            expected="at least 2, to train on one and check with another",
+            action="add documents with whole English sentences, or let a language model ask (--endpoint, --model)",
+        )
+    stem = Path(out[: -len(".jsonl")] if out.endswith(".jsonl") else out)
+    files = stem.with_name(f"{stem.name}.train.jsonl"), stem.with_name(f"{stem.name}.dev.jsonl")
+    stem.parent.mkdir(parents=True, exist_ok=True)
+    for file, part in zip(files, split_by_document(kept, texts, config.seed), strict=True):
+        rows = [{**asdict(question.example), "answer_type": question.answer_type} for question in part]
+        file.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
+        kinds = Counter(question.answer_type for question in part).most_common()
+        _say(f"{file}: {len(part):,} questions ({', '.join(f'{count} {kind}' for kind, count in kinds)})")
+    if len(texts) == 1:
+        _say("only one document gave questions: dev is its last part, so the dev figures will flatter")
+    for question in kept[:: -(-len(kept) // samples)]:
+        _say(f"  {question.example.question}  ->  {question.example.answers[0]}")
+    _say("\nlook through them, then train on them (and ask again afterwards):")
+    corpus, root = shlex.quote(config.corpus.uri), shlex.quote(config.storage.root_uri)
+    _say(
+        f"  invar-ray train both corpus.uri={corpus} questions.train_uri={shlex.quote(str(files[0]))} "
+        f"questions.dev_uri={shlex.quote(str(files[1]))} storage.root_uri={root}\n"
+    )
+    return files
+
+
+def remember_index(store: Store, index: Artifact) -> None:
+    """Note that ``index`` is the one to ask, until a newer one is made.  Only a local store keeps the note."""
+    if store.is_local:
+        note = {"ref": index.ref, "time": _now()}
+        Path(store.root, _LATEST).write_text(json.dumps(note), encoding="utf-8")
+
+
+def latest_index(store: Store, corpus: str | None = None) -> Artifact:
+    """The index that was made, or asked for with ``invar-ray index``, last.
+
+    Args:
+        store: where to look.
+        corpus: only those of this file or folder.
+
+    Raises:
+        MissingArtifactError: there is none.
+    """
+    found = [artifact for artifact in store.list("index") if artifact.manifest.name in _NO_BASELINE]
+    if corpus is not None:
+        wanted = {corpus, str(Path(corpus).expanduser().absolute()).rstrip("/")}
+        found = [artifact for artifact in found if str(_source(artifact)).rstrip("/") in wanted]
+    if not found:
+        raise MissingArtifactError(
+            f"no index {f'of {corpus} ' if corpus else ''}below {store.root_uri}",
+            action="run invar-ray index FOLDER, invar-ray demo or invar-ray train first, or name one with its option",
+        )
+    # What a run makes within one second: the trained index after the base's.
+    newest = max(found, key=lambda artifact: (artifact.manifest.created, artifact.manifest.name == "retriever"))
+    noted = _noted(store)
+    if noted is not None and noted["time"] >= newest.manifest.created:
+        return next((artifact for artifact in found if artifact.ref == noted["ref"]), newest)
+    return newest
+
+
+def describe_index(index: Artifact) -> str:
+    """One line: whose documents, how many passages, which retriever."""
+    info = index.parent("passages").info
+    encoder = index.info["encoder"]
+    retriever = f"retriever {encoder['adapter']}" if encoder["adapter"] else "the base as retriever (not trained)"
+    return f"{info.get('source', index.uri)}: {info['passages']:,} passages, {retriever}"
+
+
+def choose_adapter(pipeline: Pipeline, wanted: str | None) -> Artifact | None:
+    """The stage-1 adapter to index with, as :func:`index_documents` describes; ``None`` is the bare base.
+
+    Raises:
+        ArtifactError: ``wanted`` is no retriever.
+    """
+    if wanted is not None:
+        return None if wanted == "base" else open_artifact(wanted, "retriever")
+    bare = llm_spec(pipeline.config.model, pipeline.base)
+
+    def fits(artifact: Artifact) -> bool:
+        spec = EncoderSpec.from_json(artifact.info["encoder"])
+        same = replace(spec, base=bare.base, adapter=None, adapter_fingerprint=None, projection_dim=None) == bare
+        return same and spec.base.fingerprint == bare.base.fingerprint
+
+    found = [artifact for artifact in pipeline.store.list("retriever") if fits(artifact)]
+    return found[-1] if found else None
+
+
+def _some_question(passages: Artifact) -> str:
+    """A question that the documents answer, to try; the first title where none can be made."""
+    documents = load_documents(passages)
+    for document in itertools.islice(documents.values(), 50):
+        made = make_questions(document, most=1, seed=0)
+        if made:
+            return made[0].example.question
+    return f"What is {next(iter(documents.values())).title or 'this'} about?"
+
+
+def _source(index: Artifact) -> Any:
+    try:
+        return index.parent("passages").info.get("source")
+    except InvarError:  # its passages are gone: the index cannot be asked
+        return None
+
+
+def _noted(store: Store) -> dict[str, str] | None:
+    if not store.is_local:
+        return None
+    try:
+        note = json.loads(Path(store.root, _LATEST).read_text(encoding="utf-8"))
+        return {"ref": str(note["ref"]), "time": str(note["time"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

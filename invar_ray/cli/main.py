@@ -1,0 +1,312 @@
+"""``invar-ray``: the command line. Thin: every command loads a recipe and asks the pipeline."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from functools import partial
+from typing import Annotated, Any
+
+import typer
+
+from invar_ray import __version__
+from invar_ray.cli.errors import clear_errors
+from invar_ray.cli.versions import versions_app
+from invar_ray.config import Config, load_config
+from invar_ray.errors import ResourceError
+
+app = typer.Typer(
+    help="Invariant retrieval-augmented generation on Ray: index, train, evaluate, serve, ask.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+app.add_typer(versions_app, name="index-versions")
+
+DEFAULT = "demo"
+"""The recipe of every command without ``--config``: what one command makes, the next one finds."""
+
+Recipe = Annotated[str, typer.Option("--config", help="Name of a recipe, or path of a YAML file.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Fields to change.")]
+
+
+@app.callback(invoke_without_command=True)
+def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+    if version:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.command()
+@clear_errors
+def demo(
+    overrides: Overrides = None,
+    config: Recipe = DEFAULT,
+    question: Annotated[str | None, typer.Option(help="What to ask at the end.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Go on serving until Ctrl-C.")] = False,
+) -> None:
+    """The whole way on this machine: corpus, index, both trainings, report, endpoint, one answer over HTTP."""
+    from invar_ray.cli.demo import run_demo
+
+    run_demo(load_config(config, ["serve.port=0", *(overrides or [])]), question, keep=keep)
+
+
+@app.command()
+@clear_errors
+def index(
+    corpus: Annotated[str, typer.Argument(help="File, folder or URI of documents.")],
+    overrides: Overrides = None,
+    config: Recipe = DEFAULT,
+    adapter: Annotated[
+        str | None, typer.Option(help="URI of a stage-1 adapter, or base; without it the newest that fits.")
+    ] = None,
+) -> None:
+    """Index documents, print the index's URI, and say what to try next."""
+    from invar_ray.cli.documents import index_documents
+
+    settings = load_config(config, [*(overrides or []), f"corpus.uri={json.dumps(corpus)}", "corpus.distractors=null"])
+    options = "" if config == DEFAULT else f"--config {shlex.quote(config)} "
+    if settings.storage.root_uri != load_config(config).storage.root_uri:
+        options += f"--root {shlex.quote(settings.storage.root_uri)} "
+    print(index_documents(settings, adapter, options).uri)
+
+
+@app.command()
+@clear_errors
+def questions(
+    corpus: Annotated[str, typer.Argument(help="File, folder or URI of documents.")],
+    overrides: Overrides = None,
+    config: Recipe = DEFAULT,
+    out: Annotated[str, typer.Option(help="Writes NAME.train.jsonl and NAME.dev.jsonl.")] = "questions.jsonl",
+    per_document: Annotated[int, typer.Option(min=1, help="Most questions a document.")] = 8,
+    endpoint: Annotated[
+        str | None, typer.Option(help="Let a model ask: base URL of an OpenAI-compatible server.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="The model to ask for, with --endpoint.")] = None,
+    key_env: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
+) -> None:
+    """Make training questions for documents that have none, for training and dev apart."""
+    from invar_ray.cli.documents import write_questions
+    from invar_ray.questions.llm import ChatEndpoint
+
+    if (endpoint is None) != (model is None):
+        raise typer.BadParameter("--endpoint and --model go together")
+    settings = load_config(config, [*(overrides or []), f"corpus.uri={json.dumps(corpus)}", "corpus.distractors=null"])
+    asker = None if endpoint is None else ChatEndpoint(endpoint, str(model), key_env, f"{out}.replies")
+    for file in write_questions(settings, out, per_document=per_document, endpoint=asker):
+        print(file)
+
+
+@app.command()
+@clear_errors
+def train(
+    stage: Annotated[str, typer.Argument(help="retriever (stage 1), generator (stage 2) or both.")] = "both",
+    overrides: Overrides = None,
+    config: Recipe = DEFAULT,
+) -> None:
+    """Train the adapters and print their URIs."""
+    from invar_ray.pipeline import Pipeline
+
+    if stage not in {"retriever", "generator", "both"}:
+        raise typer.BadParameter(f"{stage!r} is not a stage: retriever, generator or both")
+    with Pipeline(load_config(config, overrides or [])) as pipeline:
+        if stage in {"retriever", "both"}:
+            print(pipeline.retriever.uri)
+        if stage in {"generator", "both"}:
+            print(pipeline.generator.uri)
+
+
+@app.command()
+@clear_errors
+def evaluate(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
+    """Evaluate the systems that evaluation.systems names; print the tables and where the report is."""
+    from invar_ray.pipeline import Pipeline, keep_numbers
+
+    with Pipeline(load_config(config, overrides or [])) as pipeline:
+        print(pipeline.report.path("table.txt").read_text(encoding="utf-8"))
+        print(f"{pipeline.report.uri}\n{pipeline.report.path('report.html')}")
+        if written := keep_numbers(pipeline):
+            print(written)
+
+
+@app.command()
+@clear_errors
+def gate(
+    baseline: Annotated[str, typer.Option(help="report.json, or the folder that holds it.")],
+    candidate: Annotated[str, typer.Option(help="report.json, or the folder that holds it.")],
+    max_variance: Annotated[float | None, typer.Option(help="Most 1 - overlap@k of the candidate.")] = None,
+    min_recall: Annotated[float | None, typer.Option(help="Least recall@k of the candidate.")] = None,
+    min_exact_match: Annotated[float | None, typer.Option(help="Least exact match of the candidate.")] = None,
+    max_variance_rise: Annotated[
+        float | None, typer.Option(help="Against the baseline; default: not significant.")
+    ] = None,
+    max_recall_drop: Annotated[
+        float | None, typer.Option(help="Against the baseline; default: not significant.")
+    ] = None,
+    max_exact_match_drop: Annotated[
+        float | None, typer.Option(help="Against the baseline; default: not significant.")
+    ] = None,
+    k: Annotated[int, typer.Option(help="k of recall@k and overlap@k.")] = 5,
+    system: Annotated[str, typer.Option(help="The candidate's row.")] = "stage 1",
+    baseline_system: Annotated[str | None, typer.Option(help="The baseline's row, if another.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Where the reports have several.")] = None,
+) -> None:
+    """Hold a candidate's report against limits and a baseline: exit 0 if it may be promoted, 1 with reasons if not."""
+    from invar_ray.evaluation.gate import Limits, run_gate
+    from invar_ray.evaluation.per_question import open_report
+
+    limits = Limits(
+        k, max_variance, min_recall, min_exact_match, max_variance_rise, max_recall_drop, max_exact_match_drop
+    )
+    checks = run_gate(
+        open_report(baseline),
+        open_report(candidate),
+        limits,
+        system=system,
+        baseline_system=baseline_system,
+        dataset=dataset,
+    )
+    for check in checks:
+        print(f"{'pass' if check.passed else 'FAIL'}  {check.text}")
+    failed = sum(not check.passed for check in checks)
+    if failed:
+        print(f"the gate stays shut: {failed} of {len(checks)} checks failed")
+        raise typer.Exit(1)
+    print(f"the gate is open: all {len(checks)} checks passed")
+
+
+@app.command()
+@clear_errors
+def compare(
+    first: Annotated[str, typer.Argument(help="report.json, or the folder that holds it.")],
+    second: Annotated[str, typer.Argument(help="Another, or the same for two systems of one report.")],
+    system: Annotated[str | None, typer.Option(help="One row; without it all that both reports have.")] = None,
+    second_system: Annotated[str | None, typer.Option(help="The second report's row, if another.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="Where the reports have several.")] = None,
+) -> None:
+    """Compare two reports question by question: paired differences with 95 % intervals."""
+    from invar_ray.evaluation.page import render_comparisons
+    from invar_ray.evaluation.per_question import compare_reports, open_report
+
+    found = compare_reports(
+        open_report(first)[1], open_report(second)[1], system=system, second_system=second_system, dataset=dataset
+    )
+    print(render_comparisons(found))
+
+
+@app.command()
+@clear_errors
+def convert(
+    source: Annotated[str, typer.Argument(help="A benchmark's file, or BEIR's folder.")],
+    folder: Annotated[str, typer.Argument(help="Where to write questions.jsonl and corpus.jsonl.")],
+    format: Annotated[
+        str, typer.Option(help="One of invar_ray/questions/benchmarks.py; auto looks into the file.")
+    ] = "auto",
+    split: Annotated[str, typer.Option(help="Which qrels of BEIR: train or dev.")] = "dev",
+) -> None:
+    """Rewrite a public benchmark as the project's own JSON lines: its questions, and the documents that it carries."""
+    from invar_ray.questions.benchmarks import convert_benchmark
+
+    if split not in {"train", "dev"}:
+        raise typer.BadParameter(f"{split!r} is no split: train or dev")
+    made = convert_benchmark(source, folder, format, split="train" if split == "train" else "dev")
+    documents = f"{len(made.documents):,} documents" if made.documents else "no documents (the format carries none)"
+    print(f"{made.format}: {len(made.examples):,} questions and {documents} -> {folder}")
+
+
+@app.command()
+@clear_errors
+def export(
+    adapter: Annotated[str, typer.Argument(help="URI of a stage-1 or stage-2 adapter.")],
+    folder: Annotated[str, typer.Argument(help="New folder to write.")],
+    report: Annotated[str | None, typer.Option(help="URI of a report, for the model card's tables.")] = None,
+    merged: Annotated[bool, typer.Option("--merged", help="Write base and adapter as one model, too.")] = False,
+    push: Annotated[str | None, typer.Option(help="Upload it to this repository of a hub, owner/name.")] = None,
+    public: Annotated[bool, typer.Option("--public", help="Let everyone see a repository that --push makes.")] = False,
+) -> None:
+    """Write an adapter as a plain PEFT folder with a model card."""
+    from pathlib import Path
+
+    from invar_ray.store.artifacts import open_artifact
+    from invar_ray.training.export import export_adapter, open_adapter, push_folder
+
+    measured = open_artifact(report, "report") if report else None
+    made = export_adapter(open_adapter(adapter), Path(folder), report=measured, merged=merged)
+    print(made.folder)
+    if made.merged is not None:
+        print(f"{made.merged} (lowest cosine with the unmerged outputs {made.lowest_cosine:.7f})")
+    if push is not None:
+        print(push_folder(made.folder, push, private=not public))
+
+
+def _has_what_is_served(
+    overrides: list[str] | None, config: str, index_uri: str | None, generator_uri: str | None
+) -> None:
+    from invar_ray.store.artifacts import check_trained
+
+    settings = load_config(config, overrides or [])
+    for kind, uri in (("index", index_uri), ("generator", generator_uri)):
+        if uri is None:
+            check_trained(settings.storage.root_uri, kind)
+
+
+@app.command()
+@partial(clear_errors, early=_has_what_is_served)
+def serve(
+    overrides: Overrides = None,
+    config: Recipe = DEFAULT,
+    index_uri: Annotated[str | None, typer.Option("--index", help="URI of an index.")] = None,
+    generator_uri: Annotated[str | None, typer.Option("--generator", help="URI of a stage-2 adapter.")] = None,
+) -> None:
+    """Serve over HTTP until Ctrl-C: the recipe's own artifacts, or those given; nothing is trained for it."""
+    from invar_ray.pipeline import serve_until_stopped
+
+    serve_until_stopped(load_config(config, overrides or []), index_uri, generator_uri)
+
+
+@app.command()
+@clear_errors
+def ask(
+    question: Annotated[str, typer.Argument(help="The question.")],
+    url: Annotated[
+        str | None, typer.Option(help="Address of a running service; without it, answer right here.")
+    ] = None,
+    config: Recipe = DEFAULT,
+    index_uri: Annotated[str | None, typer.Option("--index", help="URI of an index.")] = None,
+    generator_uri: Annotated[str | None, typer.Option("--generator", help="URI of a stage-2 adapter.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Number of passages.")] = None,
+    corpus: Annotated[str | None, typer.Option(help="Ask the newest index of this file or folder.")] = None,
+    root: Annotated[str | None, typer.Option(help="Storage root, if not the recipe's.")] = None,
+) -> None:
+    """Ask one question: of a running service (--url), or of what was indexed or trained last, without Ray."""
+    from invar_ray.cli.demo import ask_here, ask_service, print_answer
+
+    if url is not None:
+        print_answer(ask_service(url, question, top_k, os.environ.get("INVAR_API_KEY")))
+        return
+    settings = load_config(config, [] if root is None else [f"storage.root_uri={json.dumps(root)}"])
+    print_answer(ask_here(settings, question, index_uri, generator_uri, top_k, corpus))
+
+
+@app.command()
+@clear_errors
+def doctor(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
+    """Check this machine: versions, GPUs, FAISS, memory, storage, models; says what to do for each fault."""
+    from invar_ray.cli.doctor import has_failures, render, run_checks
+
+    settings: Config = load_config(config, overrides or [])
+    checks: Any = run_checks(settings.storage.root_uri, settings.model.base, port=settings.serve.port)
+    print(render(checks))
+    if has_failures(checks):
+        raise ResourceError("this machine is not ready", action="see the lines marked fail above")
+
+
+def main() -> None:
+    """Entry point of the ``invar-ray`` script."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,1 +1,0 @@
-"""The evaluating shell: questions -> hits -> answers -> report, on Ray Data."""

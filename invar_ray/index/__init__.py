@@ -1,0 +1,1 @@
+"""Vectors to an index that can be searched."""

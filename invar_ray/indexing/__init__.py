@@ -1,1 +1,0 @@
-"""The indexing shell: corpus -> passages -> vectors -> index, and the training set of stage 1. Uses Ray Data."""

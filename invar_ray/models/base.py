@@ -1,0 +1,290 @@
+"""From a name to a model: a built-in base, a folder, or a model hub's name.
+
+A built-in base is written out once, as an artifact of kind ``model``; folders and hub names are used where they are.
+Every model is loaded as a causal LM, so that both adapters fit the same base.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from invar_ray.config import Config, ModelConfig, to_dict
+from invar_ray.errors import ModelError
+from invar_ray.models.precision import torch_dtype
+from invar_ray.models.quantized import Quantize, check_quantize, quantization
+from invar_ray.models.smollm2 import PACKAGE, SHA256, load_smollm2
+from invar_ray.models.tiny import build_tiny
+from invar_ray.store.artifacts import Artifact, Building, Plan, Store, digest, open_artifact
+from invar_ray.versions import STEPS
+
+SMOLLM2, TINY = "builtin:smollm2", "builtin:tiny"
+BUILTIN = (SMOLLM2, TINY)
+_ARTIFACT = "artifact:"
+
+
+@dataclass(frozen=True)
+class BaseRef:
+    """A resolved base model, small enough to travel to workers and into manifests.
+
+    Attributes:
+        location: ``artifact:<ref>`` below the store's root, a folder, or a hub name.
+        revision: commit of a hub name.
+        fingerprint: changes whenever the weights or the tokenizer could.
+    """
+
+    location: str
+    revision: str | None
+    fingerprint: str
+
+    def folder_or_name(self, store: Store) -> str:
+        """What ``from_pretrained`` takes, on this node.
+
+        Raises:
+            ModelError: if the folder's weights are not those that were resolved.  ArtifactError: see
+                :meth:`Store.open`.
+        """
+        if self.location.startswith(_ARTIFACT):
+            return str(store.open(self.location.removeprefix(_ARTIFACT), "model").path())
+        folder = Path(self.location)
+        if folder.is_dir() and folder_fingerprint(folder) != self.fingerprint:
+            raise ModelError(
+                f"the base in {folder} has changed since it was used (fingerprint {folder_fingerprint(folder)})",
+                expected=f"fingerprint {self.fingerprint}",
+                action="put the old weights back, or train and index again with the new ones",
+            )
+        return self.location
+
+
+def base_plan(config: Config) -> Plan:
+    """The artifact of a built-in base (``config.model.base`` is one of :data:`BUILTIN`)."""
+    seeded: dict[str, Any] = {"tiny": to_dict(config.model.tiny), "seed": config.seed}
+    smollm2 = config.model.base == SMOLLM2
+    return Plan(
+        kind="model",
+        name=config.model.base.removeprefix("builtin:"),
+        config={"package": PACKAGE, "sha256": SHA256} if smollm2 else seeded,
+        version=STEPS["model"].version,
+    )
+
+
+def build_base(building: Building, config: Config) -> None:
+    """Write a built-in base into an artifact under construction.
+
+    Raises:
+        ModelError: if the package that carries its weights is not installed.
+    """
+    if config.model.base == SMOLLM2:
+        model, tokenizer = load_smollm2()
+    else:
+        model, tokenizer = build_tiny(config.model.tiny, config.seed)
+    model.save_pretrained(building.path)
+    tokenizer.save_pretrained(building.path)
+    building.info["parameters"] = sum(parameter.numel() for parameter in model.parameters())
+
+
+def resolve_base(config: ModelConfig, built: Artifact | None) -> BaseRef:
+    """Find the base without loading it.
+
+    Args:
+        config: names it.
+        built: the artifact of a built-in base, where ``config.base`` is one.
+
+    Raises:
+        ModelError: if a folder lacks its files.
+    """
+    if config.base in BUILTIN:
+        if built is None:
+            raise ModelError(f"the base {config.base} has not been built", action="run python -m jobs.run_pipeline")
+        return BaseRef(f"{_ARTIFACT}{built.ref}", None, built.fingerprint)
+    if config.base.startswith("builtin:"):
+        raise ModelError(f"there is no base {config.base!r}", expected=" or ".join(BUILTIN))
+    folder = Path(config.base).expanduser()
+    if folder.is_dir():
+        return BaseRef(str(folder.resolve()), None, folder_fingerprint(folder))
+    if config.base.startswith((".", "/", "~")):
+        raise ModelError(f"no folder {config.base!r}", expected="a folder with config.json, tokenizer and safetensors")
+    return BaseRef(config.base, config.revision, digest({"name": config.base, "revision": config.revision}))
+
+
+def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer with an end token and a padding token (the end token where the model has none).
+
+    Raises:
+        ModelError: if it cannot be loaded or has no end token.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _unresolved(source, error) from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(
+            f"the tokenizer of {source!r} has no end token", expected="an eos_token, which queries and passages end in"
+        )
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_causal_lm(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantize | None = None,
+    device: str = "cpu",
+) -> PreTrainedModel:
+    """A LLaMA-family causal LM in evaluation mode, in exactly ``dtype`` (weights stored as bf16 would otherwise stay
+    so, which is about ten times slower on CPUs).
+
+    Args:
+        source: folder or hub name.
+        revision: commit of a hub name.
+        dtype: of weights and products.
+        quantize: hold the linear weights in 4 bits.
+        device: gets the weights one by one as they are read: the host never holds all of them.
+
+    Raises:
+        ModelError: if it cannot be loaded, or has no ``.model`` that gives hidden states.
+        ResourceError: if ``quantize`` is set and bitsandbytes or a GPU is missing.
+    """
+    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True}
+    if quantize is not None:
+        check_quantize()
+        options["quantization_config"] = quantization(quantize, dtype)
+    if device != "cpu":
+        options["device_map"] = {"": torch.device(device)}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(source, **options)
+    except (OSError, ValueError) as error:
+        raise _unresolved(source, error) from error
+    if not hasattr(model, "model") or not hasattr(model.model, "embed_tokens"):
+        raise ModelError(
+            f"{source!r} is a {type(model).__name__}",
+            expected="a LLaMA-family causal LM (LLaMA, SmolLM, Mistral, Qwen ..)",
+        )
+    return model.eval()
+
+
+def hidden_size(ref: BaseRef, store: Store) -> int:
+    """H of a resolved base, without its weights.
+
+    Raises:
+        ModelError: if its description cannot be loaded.
+    """
+    source = ref.folder_or_name(store)
+    try:
+        return int(AutoConfig.from_pretrained(source, revision=ref.revision).hidden_size)
+    except (OSError, ValueError) as error:
+        raise _unresolved(source, error) from error
+
+
+def open_base(
+    uri_or_ref: BaseRef,
+    store: Store,
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantize | None = None,
+    *,
+    device: str = "cpu",
+) -> tuple[PreTrainedModel, Any]:
+    """Model and tokenizer of a resolved base; errors as :func:`load_causal_lm`."""
+    source = uri_or_ref.folder_or_name(store)
+    return (
+        load_causal_lm(source, revision=uri_or_ref.revision, dtype=dtype, quantize=quantize, device=device),
+        load_tokenizer(source, uri_or_ref.revision),
+    )
+
+
+BaseOpener = Callable[[BaseRef, Store], tuple[PreTrainedModel, Any]]
+"""Gives a model tree that the caller may put an adapter on, and its tokenizer; :func:`open_base` is one."""
+
+
+def open_generator(
+    generator_uri: str,
+    *,
+    precision: str = "fp32",
+    device: str = "cpu",
+    open_base_tree: BaseOpener | None = None,
+) -> Any:
+    """The generator of an adapter artifact, ready to answer.
+
+    Args:
+        generator_uri: artifact of kind ``generator``; base and settings come from its manifest.
+        precision: of the weights, ``fp32`` or ``bf16``, on any device.
+        device: where it runs.
+        open_base_tree: opens the base, on its device and in its precision (the two arguments are not looked at);
+            ``None`` loads it for this generator alone.
+
+    Returns:
+        A :class:`invar_ray.models.generator.Generator` whose ``version`` is the artifact's fingerprint.
+
+    Raises:
+        ArtifactError: if the artifact cannot be used.  ModelError: if its base is gone or changed.
+    """
+    from invar_ray.models.adapters import load_adapter
+    from invar_ray.models.generator import Generator
+
+    artifact = open_artifact(generator_uri, "generator")
+    artifact.verify()
+    base = BaseRef(**artifact.info["base"])
+    if open_base_tree is None:
+        model, tokenizer = open_base(base, artifact.store, torch_dtype(precision), device=device)
+    else:
+        model, tokenizer = open_base_tree(base, artifact.store)
+    # Merged, a token takes fewer products; a tree that others share must stay as it is.
+    adapted = load_adapter(model, artifact.path("adapter"), merge=open_base_tree is None)
+    generator = Generator(adapted, tokenizer, artifact.info["max_context"])
+    generator.version = artifact.fingerprint
+    return generator
+
+
+def open_base_generator(
+    base: BaseRef, store: Store, max_context: int, *, precision: str = "fp32", device: str = "cpu"
+) -> Any:
+    """A :class:`invar_ray.models.generator.Generator` of the bare base; errors as :func:`load_causal_lm`.
+
+    Args:
+        base: resolved; below ``store``'s root if it is one of its artifacts.
+        store: of the artifacts.
+        max_context: most tokens of prompt and answer together.
+        precision, device: see :func:`open_generator`.
+    """
+    from invar_ray.models.generator import Generator
+
+    return Generator(*open_base(base, store, torch_dtype(precision), device=device), max_context)
+
+
+def folder_fingerprint(folder: Path) -> str:
+    """16 hex digits that change with a model folder's content (weights are sampled at both ends).
+
+    Raises:
+        ModelError: if it has no config.json.
+    """
+    names = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".model", ".txt"})
+    if not any(path.name == "config.json" for path in names):
+        raise ModelError(f"{folder} has no config.json", expected="a folder written by save_pretrained")
+    parts = {}
+    for path in names:
+        with open(path, "rb") as stream:
+            # A safetensors header lists every tensor; weights of tens of gigabytes are sampled, not read.
+            content = stream.read(1 << 20)
+            stream.seek(max(0, path.stat().st_size - (1 << 20)))
+            parts[path.name] = [path.stat().st_size, hashlib.sha256(content + stream.read()).hexdigest()]
+    return digest(json.loads(json.dumps(parts)))
+
+
+def _unresolved(source: str, error: Exception) -> ModelError:
+    return ModelError(
+        f"cannot load {source!r} ({str(error).splitlines()[0]})",
+        expected="a folder with config.json, tokenizer files and safetensors weights, or a hub name that is cached or "
+        "reachable",
+        action="download it on a machine with network (hf download NAME --local-dir DIR) and set model.base=DIR, "
+        "or use model.base=builtin:smollm2; invar-ray doctor checks this",
+    )

@@ -1,0 +1,1 @@
+"""How questions come in and are rewritten."""

@@ -1,1 +1,0 @@
-"""Search: index, retriever, mined negatives, and answers from what was retrieved."""

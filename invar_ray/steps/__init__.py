@@ -1,0 +1,1 @@
+"""One file per artifact kind: its VERSION, its plan, how it is built."""

@@ -1,0 +1,204 @@
+"""Questions to hits on Ray Data: the ``hits`` artifact, materialised once for stage 2 and for every table.
+
+``hits.parquet``: a row per question with its wordings, answers and gold documents, and for each wording the passages
+found.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from invar_ray.answering.fusion import fuse_hits, query_rewrites
+from invar_ray.answering.retriever import open_exact_retriever, open_retriever
+from invar_ray.config import Config
+from invar_ray.console import Progress
+from invar_ray.evaluation.measure import FoundFamily
+from invar_ray.models.precision import Precision, inference_device
+from invar_ray.schema import Example, Hit, Variant, from_table
+from invar_ray.steps.blocks import map_blocks
+from invar_ray.store.artifacts import Artifact, Building, Plan
+from invar_ray.versions import STEPS
+
+_QUESTIONS_PER_BATCH = 64
+HIT_TYPE = pa.struct(
+    [
+        ("passage_id", pa.string()),
+        ("document_id", pa.string()),
+        ("rank", pa.int32()),
+        ("score", pa.float32()),
+        ("title", pa.string()),
+        ("text", pa.string()),
+        ("uri", pa.string()),
+        ("place", pa.string()),
+    ]
+)
+"""Arrow type of a :class:`invar_ray.schema.Hit` inside a row."""
+_BLOCK = pa.schema([("block", pa.int64()), ("wordings", pa.list_(pa.list_(pa.string())))])
+_ROW = pa.schema(
+    [
+        ("question_id", pa.string()),
+        ("wordings", pa.list_(pa.string())),
+        ("answers", pa.list_(pa.string())),
+        ("positive_ids", pa.list_(pa.string())),
+        ("hits", pa.list_(pa.list_(HIT_TYPE))),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class SearchMode:
+    """How an index is searched, where that is not as it will be served.
+
+    Attributes:
+        num_rewrites: fuse each wording's list with those of this many rewordings, made from it at query time.
+        exact: compare with every vector, whatever the index's kind.
+        precision: encode the questions in this precision; ``None`` in the index's.
+    """
+
+    num_rewrites: int = 0
+    exact: bool = False
+    precision: Precision | None = None
+
+    def settings(self, seed: int) -> dict[str, Any]:
+        """What of it enters the fingerprint; the seed decides rewordings only."""
+        return asdict(self) | {"seed": seed if self.num_rewrites else None}
+
+
+PLAIN = SearchMode()
+
+
+def hits_plan(
+    config: Config, index: Artifact, questions: Artifact, split: str, top_k: int, mode: SearchMode = PLAIN
+) -> Plan:
+    """The hits of a split's questions in one index version."""
+    return Plan(
+        kind="hits",
+        name=f"{index.manifest.name}-{split}",
+        config={"split": split, "top_k": top_k} | mode.settings(config.seed),
+        parents={"index": index, "questions": questions},
+        version=STEPS["hits"].version,
+    )
+
+
+def build_hits(
+    building: Building, config: Config, index: Artifact, questions: Artifact, mode: SearchMode = PLAIN
+) -> None:
+    """Search every wording of every question, on ``scale.embed_workers`` actors of the running Ray (a few questions:
+    in this process).
+    """
+    split, top_k = building.plan.config["split"], building.plan.config["top_k"]
+    examples, families = load_wordings(questions, split)
+    starts = list(range(0, len(examples), _QUESTIONS_PER_BATCH))
+    blocks = [
+        {
+            "block": number,
+            "wordings": [families[example.id] for example in examples[start : start + _QUESTIONS_PER_BATCH]],
+        }
+        for number, start in enumerate(starts)
+    ]
+    progress = Progress(f"search {split}", len(examples), "questions")
+    arguments = {
+        "index_uri": index.uri,
+        "top_k": top_k,
+        "precision": mode.precision,
+        "device": inference_device(config.scale),
+        "num_rewrites": mode.num_rewrites,
+        "seed": config.seed,
+        "exact": mode.exact,
+    }
+    found: dict[int, list[list[list[dict[str, Any]]]]] = {}
+    for row in map_blocks(SearchBlock, arguments, blocks, _BLOCK, len(examples), config.scale):
+        found[int(row["block"])] = row["hits"]
+        progress.advance(len(row["hits"]))
+    write_hits(building, examples, families, [hits for number in sorted(found) for hits in found[number]])
+
+
+def load_wordings(questions: Artifact, split: str) -> tuple[list[Example], dict[str, list[str]]]:
+    """The examples of a split, and each one's wordings by its id, the anchor first."""
+    examples: list[Example] = from_table(pq.read_table(questions.path(f"{split}.parquet")), Example)
+    families: dict[str, list[str]] = {example.id: [] for example in examples}
+    for variant in from_table(pq.read_table(questions.path(f"{split}_variants.parquet")), Variant):
+        families[variant.question_id].append(variant.text)
+    return examples, families
+
+
+def write_hits(
+    building: Building,
+    examples: Sequence[Example],
+    families: Mapping[str, Sequence[str]],
+    hits: Sequence[Sequence[Sequence[Mapping[str, Any]]]],
+) -> None:
+    """Write ``hits.parquet``: for each example, for each wording, its hits as plain rows."""
+    rows = [
+        {
+            "question_id": example.id,
+            "wordings": list(families[example.id]),
+            "answers": list(example.answers),
+            "positive_ids": list(example.positive_ids),
+            "hits": found,
+        }
+        for example, found in zip(examples, hits, strict=True)
+    ]
+    pq.write_table(pa.Table.from_pylist(rows, schema=_ROW), building.path / "hits.parquet")
+    settings = building.plan.config
+    building.info |= {"questions": len(rows), "split": settings["split"], "top_k": settings["top_k"]}
+
+
+def load_hits(artifact: Artifact) -> list[FoundFamily]:
+    """The families of a ``hits`` artifact, in the order of their file."""
+    return [
+        FoundFamily(
+            question_id=row["question_id"],
+            wordings=tuple(row["wordings"]),
+            answers=tuple(row["answers"]),
+            positive_ids=tuple(row["positive_ids"]),
+            hits=tuple(tuple(Hit(**hit) for hit in hits) for hits in row["hits"]),
+        )
+        for row in pq.read_table(artifact.path("hits.parquet")).to_pylist()
+    ]
+
+
+class SearchBlock:
+    """Ray Data actor: opens an index version once, then searches blocks of question families."""
+
+    def __init__(
+        self,
+        index_uri: str,
+        top_k: int,
+        precision: Precision | None = None,
+        device: str = "cpu",
+        num_rewrites: int = 0,
+        seed: int = 0,
+        exact: bool = False,
+    ) -> None:
+        opened = open_exact_retriever if exact else open_retriever
+        self._retriever = opened(index_uri, precision=precision, device=device)
+        self._top_k = top_k
+        self._num_rewrites = num_rewrites
+        self._seed = seed
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One block: for each question, for each wording, its hits."""
+        families = [list(wordings) for wordings in row["wordings"]]
+        hits = iter(self._search([text for family in families for text in family]))
+        return {
+            "block": int(row["block"]),
+            "hits": [[[plain_hit(hit) for hit in next(hits)] for _ in family] for family in families],
+        }
+
+    def _search(self, wordings: list[str]) -> list[list[Hit]]:
+        if not self._num_rewrites:
+            return self._retriever.retrieve(wordings, self._top_k)
+        asked = [[text, *query_rewrites(text, self._num_rewrites, self._seed)] for text in wordings]
+        found = iter(self._retriever.retrieve([text for texts in asked for text in texts], self._top_k))
+        return [fuse_hits([next(found) for _ in texts], self._top_k) for texts in asked]
+
+
+def plain_hit(hit: Hit) -> dict[str, Any]:
+    """A hit as a row of ``hits.parquet``."""
+    return {entry.name: getattr(hit, entry.name) for entry in HIT_TYPE}

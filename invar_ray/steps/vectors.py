@@ -1,0 +1,251 @@
+"""Passages to vectors on Ray Data: the ``vectors`` artifact.
+
+The unit is a *shard*, some hundreds of passages.  An actor encodes a shard and writes it with its entry last
+(:mod:`invar_ray.steps.shards`).  A killed run keeps the finished shards; the next one embeds the others only.
+Batches are formed inside a shard, so a shard's vectors do not depend on which actor made it or when.
+
+Where an earlier version of the same encoder and cutting stands, passages whose content is the same keep their vectors:
+the new version links the shards of the earlier one, adds shards of its own, and says in ``rows.parquet`` which row is
+whose.  Rows that are nobody's are tombstones; above ``scale.compact_above`` of them a version is written compact.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+from pyarrow import fs
+
+from invar_ray.config import Config
+from invar_ray.console import Progress
+from invar_ray.errors import ResourceError
+from invar_ray.index.probes import write_probes
+from invar_ray.index.vectors import ROWS_FILE, ROWS_SCHEMA, SHARDS, VectorStore, shard_name, unit_rows
+from invar_ray.models.encoder import EncoderSpec
+from invar_ray.models.precision import inference_precision
+from invar_ray.steps.layout import Layout, make_layout, passage_ids
+from invar_ray.steps.shards import (
+    EmbedShard,
+    PassageRows,
+    ShardTask,
+    TokenizeShard,
+    read_entry,
+    shard_is_whole,
+)
+from invar_ray.steps.usage import Usage
+from invar_ray.store.artifacts import Artifact, Building, Plan
+from invar_ray.versions import STEPS
+
+_SHARDS_AT_HOME = 2
+
+
+def vectors_plan(config: Config, passages: Artifact, spec: EncoderSpec, name: str, adapter: Artifact | None) -> Plan:
+    """The artifact of all passages' vectors under one encoder."""
+    parents = {"passages": passages} | ({"adapter": adapter} if adapter is not None else {})
+    return Plan(
+        kind="vectors",
+        name=name,
+        config={"encoder": spec.fingerprint, "num_probes": config.index.num_probes},
+        parents=parents,
+        version=STEPS["vectors"].version,
+    )
+
+
+def build_vectors(
+    building: Building,
+    config: Config,
+    passages: Artifact,
+    spec: EncoderSpec,
+    *,
+    start_ray: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
+) -> None:
+    """Embed every passage that no earlier version has embedded, shard by shard.
+
+    Args:
+        building: gets the shards.
+        config: the run.
+        passages: what is embedded.
+        spec: the encoder.
+        start_ray: connects to Ray, where there is enough to do for actors; the work is done within.  ``None`` does all
+            of it in this process.  The vectors are the same.
+    """
+    started, cpu = time.monotonic(), time.process_time()
+    scale, precision = config.scale, inference_precision(config, spec.kind)
+    if spec.kind == "llm" and precision != config.model.precision:
+        print(f"  embedding on CPUs, so in {precision} (model.precision is {config.model.precision})", flush=True)
+    layout = make_layout(building, config, passages, spec)
+    filesystem, prefix = building.filesystem, f"{building.prefix}/{SHARDS}"
+    filesystem.create_dir(prefix, recursive=True)
+    _remove_map(building)
+    if layout.linked:
+        _link_shards(layout, filesystem, prefix)
+    done = _finished_shards(filesystem, prefix, layout, (spec.fingerprint, precision))
+    todo = [task for task in layout.tasks if task.start not in done]
+    if done:
+        print(f"  {len(done)} of {len(layout.tasks)} shards stand from an earlier run", flush=True)
+    standing = sum(len(task.rows) for task in layout.tasks) - sum(len(task.rows) for task in todo)
+    progress = Progress("embed", layout.rows_to_write, "passages", done=standing)
+    usage = Usage()
+    arguments: dict[str, Any] = {
+        "root_uri": passages.store.root_uri,
+        "passages_ref": passages.ref,
+        "spec": spec.to_json(),
+        "target_uri": passages.store.root_uri,
+        "prefix": prefix,
+        "scale": scale,
+        "precision": precision,
+        "earlier_ref": layout.earlier.ref if layout.earlier is not None else None,
+    }
+    if todo and (start_ray is None or not _needs_cluster(config, todo)):
+        before = time.process_time()
+        actor = EmbedShard(**arguments, copies_only=layout.embedded == 0)
+        usage.load_cpu_s = time.process_time() - before
+        for task in todo:
+            found = actor({name: [value] for name, value in task.to_row().items()})
+            progress.advance(usage.add({name: column[0] for name, column in found.items()}, here=True))
+    elif todo and start_ray is not None:
+        before = time.process_time()
+        with start_ray():
+            usage.load_cpu_s = time.process_time() - before
+            for row in _stream(todo, arguments, config).iter_rows():
+                progress.advance(usage.add(row))
+    _refuse_gaps(filesystem, prefix, layout)
+    if layout.linked:
+        table = pa.table([passage_ids(passages), pa.array(layout.rows)], schema=ROWS_SCHEMA)
+        pq.write_table(table, building.path / ROWS_FILE)
+    _write_probes(building, config, passages, layout)
+    usage.driver_cpu_s = time.process_time() - cpu - usage.load_cpu_s - usage.here_cpu_s
+    building.info |= {
+        "encoder": spec.to_json(),
+        "precision": precision,
+        "rows": len(layout.rows),
+        "shards": len(layout.tasks) + len(layout.linked),
+        "seconds": round(time.monotonic() - started, 3),
+        "embedded": layout.embedded,
+        "reused": len(layout.rows) - layout.embedded,
+        "since": layout.earlier.ref if layout.earlier is not None else None,
+        "full_because": layout.full_because,
+        "tombstones": layout.tombstones,
+        "usage": usage.to_json(),
+    }
+    for line in usage.table(time.monotonic() - started):
+        print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def _stream(todo: list[ShardTask], arguments: dict[str, Any], config: Config) -> Any:
+    """The Ray Data job: shards in, a row of what it took for each out."""
+    scale = config.scale
+    stream = ray.data.from_items([task.to_row() for task in todo], override_num_blocks=len(todo))
+    on_gpu = scale.embed_gpus_per_worker > 0
+    tokenizers = scale.tokenize_workers if scale.tokenize_workers is not None else scale.embed_workers * on_gpu
+    if tokenizers:
+        stream = stream.map_batches(
+            TokenizeShard,
+            fn_constructor_kwargs={name: arguments[name] for name in ("root_uri", "passages_ref", "spec")},
+            batch_size=1,
+            num_cpus=1 if on_gpu else scale.cpus_per_worker,
+            compute=ray.data.ActorPoolStrategy(size=min(tokenizers, len(todo))),
+        )
+    fewest = min(scale.embed_workers, len(todo))
+    most = min(scale.embed_workers_max or scale.embed_workers, len(todo))
+    return stream.map_batches(
+        EmbedShard,
+        fn_constructor_kwargs={**arguments, "own_process": True},
+        batch_size=1,
+        num_cpus=1 if on_gpu else scale.cpus_per_worker,
+        num_gpus=scale.embed_gpus_per_worker or None,
+        # One shard in hand and none waiting at each actor: what a kill can undo stays small. A GPU must not wait.
+        compute=ray.data.ActorPoolStrategy(
+            min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=2 if on_gpu else 1
+        ),
+    )
+
+
+def _needs_cluster(config: Config, todo: list[ShardTask]) -> bool:
+    """Whether embedding is worth a cluster: a shard or two are done before its actors have started."""
+    scale = config.scale
+    joins = scale.ray_address is not None or bool(os.environ.get("RAY_ADDRESS"))
+    fresh = sum(int((task.reuse < 0).sum()) for task in todo)
+    return fresh > 0 and (joins or scale.embed_gpus_per_worker > 0 or fresh > _SHARDS_AT_HOME * scale.shard_rows)
+
+
+def _remove_map(building: Building) -> None:
+    """What an earlier try may have left: it may have meant to take over another version."""
+    (building.path / ROWS_FILE).unlink(missing_ok=True)
+    place = f"{building.prefix}/{ROWS_FILE}"
+    if building.filesystem.get_file_info(place).type == fs.FileType.File:
+        building.filesystem.delete_file(place)
+
+
+def _link_shards(layout: Layout, filesystem: fs.FileSystem, prefix: str) -> None:
+    """Take over the shards of the earlier version: they never change, so a local store links them."""
+    if layout.earlier is None:
+        return
+    source = layout.earlier.store.location(layout.earlier.ref)
+    for name in layout.linked:
+        target = f"{prefix}/{name.rpartition('/')[2]}"
+        if isinstance(filesystem, fs.LocalFileSystem):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(target)
+            try:
+                os.link(f"{source}/{name}", target)
+                continue
+            except OSError:  # a file system without links
+                pass
+        filesystem.copy_file(f"{source}/{name}", target)
+
+
+def _finished_shards(filesystem: fs.FileSystem, prefix: str, layout: Layout, made_by: tuple[str, str]) -> set[int]:
+    """First rows of the shards that stand, are whole and were made by this (encoder, precision); all other files there
+    are removed, so that none is published by accident.
+    """
+    finished = set()
+    keep = {name.rpartition("/")[2] for name in layout.linked}
+    for task in layout.tasks:
+        stem = f"{prefix}/{shard_name(task.start)}"
+        entry = read_entry(filesystem, stem)
+        if (
+            entry is not None
+            and (entry["stop"], entry["input"]) == (task.stop, task.input)
+            and (entry["encoder"], entry.get("precision", "fp32")) == made_by
+            and shard_is_whole(filesystem, stem, entry)
+        ):
+            finished.add(task.start)
+            keep |= {f"{shard_name(task.start)}{suffix}" for suffix in (".parquet", ".json")}
+    for found in filesystem.get_file_info(fs.FileSelector(prefix, recursive=True)):
+        if found.type == fs.FileType.File and found.base_name not in keep:
+            filesystem.delete_file(found.path)
+    return finished
+
+
+def _refuse_gaps(filesystem: fs.FileSystem, prefix: str, layout: Layout) -> None:
+    standing = {entry.base_name for entry in filesystem.get_file_info(fs.FileSelector(prefix))}
+    lacking = [
+        task.start
+        for task in layout.tasks
+        if not {f"{shard_name(task.start)}{suffix}" for suffix in (".parquet", ".json")} <= standing
+    ]
+    if lacking:
+        raise ResourceError(
+            f"{len(lacking)} of {len(layout.tasks)} shards are missing below {prefix} (first: row {lacking[0]})",
+            action="run the step again; make sure that only one run at a time embeds into this store",
+        )
+
+
+def _write_probes(building: Building, config: Config, passages: Artifact, layout: Layout) -> None:
+    """Some passages with their vectors, as an index keeps them: the actors made them, no encoder is loaded for it."""
+    table = PassageRows(passages)
+    count = min(config.index.num_probes, len(table))
+    chosen = np.linspace(0, len(table) - 1, num=count, dtype=np.int64)
+    matrix = unit_rows(VectorStore(building.filesystem, building.prefix).take(layout.rows[chosen]))
+    taken = table.take(chosen)
+    texts = list(zip(taken.column("title").to_pylist(), taken.column("text").to_pylist(), strict=True))
+    write_probes(building.path / "probes.parquet", texts, matrix)

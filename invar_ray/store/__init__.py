@@ -1,0 +1,1 @@
+"""The store: named, versioned artifacts, and which version is current."""
