@@ -56,12 +56,13 @@ class EvalSet:
 
     Attributes:
         name: of the split.
-        ids, families, gold, clusters: one entry per question: id, wordings (anchor first), gold document ids, and what
-            the bootstrap draws (the gold document).
+        ids, families, gold, clusters: one entry per question: id, wordings (anchor first), gold
+            document ids, and what the bootstrap draws (the gold document).
         kinds: of each question's wordings behind the anchor.
         seen: whether the gold document or its title occurs among the training questions' ones.
         passages: (title, text) of each passage; documents: the document of each passage.
-        rewrites: rule-based rewordings of each wording, for fusion at query time (empty where not asked for).
+        rewrites: rule-based rewordings of each wording, for fusion at query time (empty where not
+            asked for).
     """
 
     name: str
@@ -77,11 +78,16 @@ class EvalSet:
 
 
 def split_by_title(data: Path, folder: Path, seed: int = 0) -> tuple[Path, Path]:
-    """nq's train questions without, and only, 600 held-out ones (whole titles); written below ``folder``."""
+    """nq's train questions without, and only, 600 held-out ones (whole titles); written below
+    ``folder``.
+    """
     train, heldout = folder / "train.jsonl", folder / "heldout.jsonl"
     if train.exists() and heldout.exists():
         return train, heldout
-    titles = {document.id: document.title for document in read_documents(str(data / "nq" / "corpus.jsonl.gz"))}
+    titles = {
+        document.id: document.title
+        for document in read_documents(str(data / "nq" / "corpus.jsonl.gz"))
+    }
     rows = _rows(data / "nq" / "questions-train.jsonl.gz")
     by_title: dict[str, list[dict[str, Any]]] = {}
     for row in rows:
@@ -99,7 +105,9 @@ def split_by_title(data: Path, folder: Path, seed: int = 0) -> tuple[Path, Path]
     rest = [row for row in rows if titles[row["positive_ids"][0]] not in taken]
     for path, kept in ((heldout, chosen), (train, rest)):
         temporary = path.with_suffix(".part")
-        temporary.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8")
+        temporary.write_text(
+            "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in kept), encoding="utf-8"
+        )
         temporary.replace(path)
     return train, heldout
 
@@ -120,7 +128,10 @@ def ablation_config(data: Path, folder: Path, overrides: Sequence[str]) -> Confi
 def prepare(config: Config) -> tuple[Pipeline, Artifact]:
     """The training set, mined with the untrained base: made once, then opened."""
     pipeline = Pipeline(config)
-    for name, spec in (("minilm", coarse_spec(config.coarse)), ("base", llm_spec(config.model, pipeline.base))):
+    for name, spec in (
+        ("minilm", coarse_spec(config.coarse)),
+        ("base", llm_spec(config.model, pipeline.base)),
+    ):
         embed_here(pipeline, name, spec)
     return pipeline, pipeline.trainset
 
@@ -134,11 +145,20 @@ def embed_here(pipeline: Pipeline, name: str, spec: EncoderSpec) -> Artifact:
         building.filesystem.create_dir(prefix, recursive=True)
         root, rows, step = passages.store.root_uri, len(Passages(passages)), config.scale.shard_rows
         actor = EmbedShard(
-            root, passages.ref, spec.to_json(), root, prefix, config.scale, inference_precision(config, spec.kind)
+            root,
+            passages.ref,
+            spec.to_json(),
+            root,
+            prefix,
+            config.scale,
+            inference_precision(config, spec.kind),
         )
         starts = list(range(0, rows, step))
         actor({"start": starts, "stop": [min(start + step, rows) for start in starts]})
-        texts = [(passage.title, passage.text) for passage in Passages(passages).rows(range(config.index.num_probes))]
+        texts = [
+            (passage.title, passage.text)
+            for passage in Passages(passages).rows(range(config.index.num_probes))
+        ]
         matrix = open_encoder(spec, passages.store).encode_passages(texts)
         write_probes(building.path / "probes.parquet", texts, matrix)
         building.info |= {"encoder": spec.to_json(), "rows": rows}
@@ -157,10 +177,12 @@ def eval_set(
     limit: int | None = None,
     rewrites: bool = False,
 ) -> EvalSet:
-    """One of ``SPLITS``: held-out train questions or dev questions of nq with rule-based rewordings, or SQuAD's dev
-    questions with NoiseQA's six, or the same ones with rule-based rewordings.
+    """One of ``SPLITS``: held-out train questions or dev questions of nq with rule-based
+    rewordings, or SQuAD's dev questions with NoiseQA's six, or the same ones with rule-based
+    rewordings.
 
-    The passages are the documents that hold the positives, then others until there are ``num_passages``.
+    The passages are the documents that hold the positives, then others until there are
+    ``num_passages``.
     """
     rows = _rows(folder / "train.jsonl")
     corpus_file = data / ("squad" if split.startswith("squad") else "nq") / "corpus.jsonl.gz"
@@ -186,12 +208,18 @@ def eval_set(
             asked = variants[0]["original"]
             others = [(row["question"], row["kind"]) for row in variants]
             if split == "squad_rules":
-                others = [(variant.text, variant.kind) for variant in reworded(asked, config.seed + 7)]
+                others = [
+                    (variant.text, variant.kind) for variant in reworded(asked, config.seed + 7)
+                ]
             families.append([asked, *(text for text, _ in others)])
             kinds.append([kind for _, kind in others])
             gold.append(list(variants[0]["positive_ids"]))
     else:
-        source = folder / "heldout.jsonl" if split == "heldout" else data / "nq" / "questions-dev.jsonl.gz"
+        source = (
+            folder / "heldout.jsonl"
+            if split == "heldout"
+            else data / "nq" / "questions-dev.jsonl.gz"
+        )
         for example in read_examples(str(source), skip_unusable=True):
             ids.append(example.id)
             variants_of = reworded(example.question, config.seed + 7)
@@ -208,7 +236,10 @@ def eval_set(
 
     def add(document: Document) -> None:
         for passage in chunk_document(
-            document, tokenizer, tokens=config.corpus.chunk_tokens, stride=config.corpus.chunk_stride
+            document,
+            tokenizer,
+            tokens=config.corpus.chunk_tokens,
+            stride=config.corpus.chunk_stride,
         ):
             passages.append((passage.title, passage.text))
             owners.append(document.id)
@@ -226,11 +257,16 @@ def eval_set(
         kinds[:limit],
         gold,
         [names[0] for names in gold],
-        [any(name in trained or documents[name].title in titles for name in names) for names in gold],
+        [
+            any(name in trained or documents[name].title in titles for name in names)
+            for names in gold
+        ],
         passages,
         owners,
         [
-            [[variant.text for variant in reworded(text, config.seed + 13)] for text in family] if rewrites else []
+            [[variant.text for variant in reworded(text, config.seed + 13)] for text in family]
+            if rewrites
+            else []
             for family in families
         ],
     )

@@ -15,7 +15,13 @@ from invar_ray.models.encoder import Encoder
 DEPTH = 50  # passages; their documents are what is compared
 OVERLAP_K = 10
 RRF_K = 60
-QUESTION_FIELDS = ("recall_at_1", "recall_at_5", "worst_recall_at_5", "reworded_recall_at_5", "overlap_at_10")
+QUESTION_FIELDS = (
+    "recall_at_1",
+    "recall_at_5",
+    "worst_recall_at_5",
+    "reworded_recall_at_5",
+    "overlap_at_10",
+)
 
 
 def measure(encoder: Encoder, data: EvalSet, *, fused: bool) -> dict[str, list[list[list[str]]]]:
@@ -37,12 +43,16 @@ def measure(encoder: Encoder, data: EvalSet, *, fused: bool) -> dict[str, list[l
         wordings = [[text, *more] for family, rewrites in zip(data.families, data.rewrites, strict=True)
                     for text, more in zip(family, rewrites, strict=True)]  # fmt: skip
         lists = iter(search([text for group in wordings for text in group]))
-        found[" + RRF"] = folded([reciprocal_rank_fusion([next(lists) for _ in group]) for group in wordings])
+        found[" + RRF"] = folded(
+            [reciprocal_rank_fusion([next(lists) for _ in group]) for group in wordings]
+        )
     return found
 
 
 def reciprocal_rank_fusion(lists: Sequence[Sequence[str]], k: int = RRF_K) -> list[str]:
-    """Ids by the sum of 1 / (k + rank) over the lists (Cormack et al., SIGIR 2009, k = 60); ties by the first list."""
+    """Ids by the sum of 1 / (k + rank) over the lists (Cormack et al., SIGIR 2009, k = 60); ties by
+    the first list.
+    """
     scores: dict[str, float] = {}
     for ranked in lists:
         for rank, name in enumerate(ranked, start=1):
@@ -58,5 +68,7 @@ def question_values(ranked: Sequence[Sequence[str]], gold: Sequence[str]) -> dic
         "recall_at_5": at_5[0],
         "worst_recall_at_5": min(at_5),
         "reworded_recall_at_5": fmean(at_5[1:] or at_5),
-        "overlap_at_10": fmean([overlap_at_k(ranked[0], other, OVERLAP_K) for other in ranked[1:]] or [1.0]),
+        "overlap_at_10": fmean(
+            [overlap_at_k(ranked[0], other, OVERLAP_K) for other in ranked[1:]] or [1.0]
+        ),
     }

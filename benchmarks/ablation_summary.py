@@ -10,7 +10,10 @@ from statistics import fmean, pstdev
 from invar_ray.evaluation.charts import COLOURS, new_figure, tidy
 from invar_ray.evaluation.significance import Interval, paired_cluster_bootstrap
 
-REFERENCES = ("anchor", "environments")  # what the others are compared with; the first one's differences are drawn
+REFERENCES = (
+    "anchor",
+    "environments",
+)  # what the others are compared with; the first one's differences are drawn
 # name in the tables, column of the questions' files, how a reader wants it
 MEASURES: tuple[tuple[str, Callable[[dict[str, str]], float], str], ...] = (
     ("recall@5", lambda row: float(row["recall_at_5"]), "higher"),
@@ -36,9 +39,15 @@ def write_summary(folder: Path) -> str:
     with open(path, encoding="utf-8", newline="") as stream:
         runs = list(csv.DictReader(stream))
     lines = ["# Ablation of the losses", ""]
-    lines += ["Intervals: 95 %, paired cluster bootstrap by gold document, values averaged over seeds first.", ""]
+    lines += [
+        "Intervals: 95 %, paired cluster bootstrap by gold document, values averaged over seeds "
+        "first.",
+        "",
+    ]
     for split, questions, passages in dict.fromkeys(_set_of(run) for run in runs):
-        lines += _section(folder, split, [run for run in runs if _set_of(run) == (split, questions, passages)])
+        lines += _section(
+            folder, split, [run for run in runs if _set_of(run) == (split, questions, passages)]
+        )
     text = "\n".join(lines) + "\n"
     (folder / "summary.md").write_text(text, encoding="utf-8")
     return text
@@ -56,15 +65,24 @@ def _labels(runs: list[Run]) -> list[str]:
         settings.setdefault(run["system"], set()).add(run["settings"])
     labels = []
     for run in runs:
-        own = [one.removeprefix("retriever.") for one in run["overrides"].split() if one not in shared]
+        own = [
+            one.removeprefix("retriever.") for one in run["overrides"].split() if one not in shared
+        ]
         several = len(settings[run["system"]]) > 1
-        labels.append(f"{run['system']} ({', '.join(own) or 'as configured'})" if several else run["system"])
+        labels.append(
+            f"{run['system']} ({', '.join(own) or 'as configured'})" if several else run["system"]
+        )
     return labels
 
 
 def _section(folder: Path, split: str, runs: list[Run]) -> list[str]:
     first = runs[0]
-    lines = [f"## {split}", "", f"{first['questions']} questions, {first['passages']} passages.", ""]
+    lines = [
+        f"## {split}",
+        "",
+        f"{first['questions']} questions, {first['passages']} passages.",
+        "",
+    ]
     labels = _labels(runs)
     of_system: dict[str, dict[int, Questions]] = {}
     for label, run in zip(labels, runs, strict=True):
@@ -76,7 +94,9 @@ def _section(folder: Path, split: str, runs: list[Run]) -> list[str]:
         cells = []
         for _, value, _ in MEASURES:
             means = [fmean(value(row) for row in questions) for questions in seeds.values()]
-            cells.append(f"{fmean(means):.3f}" + (f" ± {pstdev(means):.3f}" if len(means) > 1 else ""))
+            cells.append(
+                f"{fmean(means):.3f}" + (f" ± {pstdev(means):.3f}" if len(means) > 1 else "")
+            )
         between = [
             float(run["overlap_between_questions_at_10"])
             for label, run in zip(labels, runs, strict=True)
@@ -87,29 +107,45 @@ def _section(folder: Path, split: str, runs: list[Run]) -> list[str]:
     lines.append("")
     lines += _by_kind(folder, labels, runs)
     for reference in (name for name in REFERENCES if name in of_system):
-        parts: list[tuple[str, Callable[[dict[str, str]], bool]]] = [("all questions", lambda row: True)]
+        parts: list[tuple[str, Callable[[dict[str, str]], bool]]] = [
+            ("all questions", lambda row: True)
+        ]
         seen = sum(row["seen"] == "1" for row in next(iter(of_system[reference].values())))
         if seen > 0:
-            parts.append((f"without the {seen} whose passage or title occurs in train", lambda row: row["seen"] == "0"))
+            parts.append(
+                (
+                    f"without the {seen} whose passage or title occurs in train",
+                    lambda row: row["seen"] == "0",
+                )
+            )
         for label, keep in parts:
             drawn = {
-                system: [_difference(seeds, of_system[reference], value, keep) for _, value, _ in MEASURES]
+                system: [
+                    _difference(seeds, of_system[reference], value, keep)
+                    for _, value, _ in MEASURES
+                ]
                 for system, seeds in of_system.items()
                 if system != reference
             }
-            lines += _differences(reference, label, drawn, _mean(of_system[reference], MEASURES[-1][1], keep))
+            lines += _differences(
+                reference, label, drawn, _mean(of_system[reference], MEASURES[-1][1], keep)
+            )
             if drawn and reference == REFERENCES[0] and label == "all questions":
                 _plot(drawn, folder / f"summary-{split}.png", split)
     return lines
 
 
 def _by_kind(folder: Path, labels: list[str], runs: list[Run]) -> list[str]:
-    """1 - overlap@10 with the question as asked, of each kind of rewording (identical ones included)."""
+    """1 - overlap@10 with the question as asked, of each kind of rewording (identical ones
+    included).
+    """
     values: dict[str, dict[str, list[float]]] = {}
     for label, run in zip(labels, runs, strict=True):
         path = folder / "wordings" / run["file"]
         for row in _rows(path) if path.exists() else ():
-            values.setdefault(label, {}).setdefault(row["kind"], []).append(1.0 - float(row["overlap_at_10"]))
+            values.setdefault(label, {}).setdefault(row["kind"], []).append(
+                1.0 - float(row["overlap_at_10"])
+            )
     kinds = sorted({kind for of_kind in values.values() for kind in of_kind})
     if not kinds:
         return []
@@ -122,10 +158,16 @@ def _by_kind(folder: Path, labels: list[str], runs: list[Run]) -> list[str]:
     return [*lines, ""]
 
 
-def _differences(reference: str, label: str, drawn: dict[str, list[Interval]], variance: float) -> list[str]:
+def _differences(
+    reference: str, label: str, drawn: dict[str, list[Interval]], variance: float
+) -> list[str]:
     """``variance``: the reference's last measure, of which the last column is a share."""
     names = [name for name, _, _ in MEASURES]
-    lines = [f"Difference from `{reference}`, {label}:", "", f"| system | {' | '.join(names)} | relative |"]
+    lines = [
+        f"Difference from `{reference}`, {label}:",
+        "",
+        f"| system | {' | '.join(names)} | relative |",
+    ]
     lines.append("|---|" + "---|" * (len(names) + 1))
     for system, found in drawn.items():
         cells = [f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]" for one in found]
@@ -134,7 +176,9 @@ def _differences(reference: str, label: str, drawn: dict[str, list[Interval]], v
 
 
 def _mean(
-    seeds: dict[int, Questions], value: Callable[[dict[str, str]], float], keep: Callable[[dict[str, str]], bool]
+    seeds: dict[int, Questions],
+    value: Callable[[dict[str, str]], float],
+    keep: Callable[[dict[str, str]], bool],
 ) -> float:
     return fmean(value(row) for questions in seeds.values() for row in questions if keep(row))
 

@@ -1,4 +1,6 @@
-"""The ablation's systems, and how each is trained: the stage and losses of this package, plain AdamW, one process."""
+"""The ablation's systems, and how each is trained: the stage and losses of this package, plain
+AdamW, one process.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ class System:
         anchor_only: only each question's own wording and each passage's own cut.
         alignment, invariance: whether the loss keeps its configured weight (else 0).
         heavy: the contrastive loss is multiplied by 1 + b(t).
-        second: instead of the invariance loss a second contrastive one, with its weight, ramp and temperature.
+        second: instead of the invariance loss a second contrastive one, with its weight, ramp and
+            temperature.
         fused: also measured with reciprocal rank fusion over rewordings at query time.
     """
 
@@ -75,14 +78,18 @@ def train(
     settings = used_settings(system, config)
     spec = llm_spec(config.model, pipeline.base, ("retriever/ablation", "ablation"))
     inputs = {"trainset": trainset.ref, "encoder": spec.to_json()}
-    stage = RetrieverStage(replace(config, retriever=settings, seed=seed), pipeline.store, inputs, 0, 1)
+    stage = RetrieverStage(
+        replace(config, retriever=settings, seed=seed), pipeline.store, inputs, 0, 1
+    )
     if not system.trained:
         return stage, 0.0
     if system.anchor_only:
         _keep_anchors(stage)
     parameters = [parameter for parameter in stage.module.parameters() if parameter.requires_grad]
     forward = _by_length(stage.module)
-    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=settings.optimizer.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=settings.optimizer.weight_decay
+    )
     stage.module.train()
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -94,18 +101,25 @@ def train(
             if system.heavy:
                 loss = loss * (1.0 + b)
             if system.second:
-                loss = loss + b * _at_temperature(stage, settings.invariance_temperature, once.again, step)
+                loss = loss + b * _at_temperature(
+                    stage, settings.invariance_temperature, once.again, step
+                )
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(parameters, settings.optimizer.max_grad_norm or float("inf"))
+            norm = torch.nn.utils.clip_grad_norm_(
+                parameters, settings.optimizer.max_grad_norm or float("inf")
+            )
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings.optimizer, step, stage.steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            stream.write(json.dumps({"step": step + 1, "gradient_norm": float(norm), **metrics}) + "\n")
+            stream.write(
+                json.dumps({"step": step + 1, "gradient_norm": float(norm), **metrics}) + "\n"
+            )
             if (step + 1) % 10 == 0:
                 pace = (time.monotonic() - started) / (step + 1)
                 print(
-                    f"  step {step + 1}/{stage.steps}, loss {metrics['loss']:.3f}, {pace:.2f} s a step, "
+                    f"  step {step + 1}/{stage.steps}, loss {metrics['loss']:.3f}, {pace:.2f} s a "
+                    "step, "
                     f"ETA {pace * (stage.steps - step - 1):.0f} s",
                     flush=True,
                 )
@@ -113,13 +127,18 @@ def train(
 
 
 def _by_length(module: torch.nn.Module) -> Forward:
-    """The encoder over groups of rows of like length: the same vectors with a third of the tokens less to compute."""
+    """The encoder over groups of rows of like length: the same vectors with a third of the tokens
+    less to compute.
+    """
 
     def forward(ids: Tensor, mask: Tensor) -> Tensor:
         lengths: list[int] = mask.sum(dim=1).tolist()
         groups = list(length_batches(lengths, GROUP_TOKENS))
         widths = [max(lengths[row] for row in rows) for rows in groups]
-        parts = [module(ids[rows, :width], mask[rows, :width]) for rows, width in zip(groups, widths, strict=True)]
+        parts = [
+            module(ids[rows, :width], mask[rows, :width])
+            for rows, width in zip(groups, widths, strict=True)
+        ]
         return torch.cat(parts)[torch.tensor([row for rows in groups for row in rows]).argsort()]
 
     return forward
@@ -139,10 +158,14 @@ class _Once:
         return self._kept.popleft()
 
 
-def _at_temperature(stage: RetrieverStage, temperature: float, forward: Forward, step: int) -> Tensor:
+def _at_temperature(
+    stage: RetrieverStage, temperature: float, forward: Forward, step: int
+) -> Tensor:
     """The stage's loss, contrastive alone here, of the same batch at another temperature."""
     own = stage.config
-    stage.config = replace(own, retriever=replace(own.retriever, contrastive_temperature=temperature))
+    stage.config = replace(
+        own, retriever=replace(own.retriever, contrastive_temperature=temperature)
+    )
     loss, _ = stage.loss(forward, step)
     stage.config = own
     return loss
@@ -150,7 +173,9 @@ def _at_temperature(stage: RetrieverStage, temperature: float, forward: Forward,
 
 def _keep_anchors(stage: RetrieverStage) -> None:
     trainset = stage.trainset
-    _ = trainset._searchable  # which slots hold an answer stays the same: the losses differ, not the masks
+    _ = (
+        trainset._searchable
+    )  # which slots hold an answer stays the same: the losses differ, not the masks
     trainset.wordings = [family[:1] for family in trainset.wordings]
     trainset.positive_texts = [texts[:1] for texts in trainset.positive_texts]
     trainset.slot_texts = [texts[:1] for texts in trainset.slot_texts]

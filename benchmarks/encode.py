@@ -1,15 +1,18 @@
-"""Encoding speed with MiniLM: the Ray Data pipeline against a bare loop, and our batches against sentence-transformers.
+"""Encoding speed with MiniLM: the Ray Data pipeline against a bare loop, and our batches against
+sentence-transformers.
 
     python -m benchmarks.encode --rows 5000 --workers 1
 
-Texts have mixed lengths (one to four demo documents joined), in arrival order, all different.  Everything runs one
-thread a process.  Rates are given by the clock and by CPU time: on a machine that others use the clock says little.
+Texts have mixed lengths (one to four demo documents joined), in arrival order, all different.
+Everything runs one thread a process.  Rates are given by the clock and by CPU time: on a machine
+that others use the clock says little.
 
-- *pipeline*: ``build_vectors`` on ``--workers`` actors of a local Ray, shards written; start-up (Ray, imports, weights)
-  is listed apart.  By the clock it counts from the first finished shard to the last.
+- *pipeline*: ``build_vectors`` on ``--workers`` actors of a local Ray, shards written; start-up
+  (Ray, imports, weights) is listed apart.  By the clock it counts from the first finished shard to
+  the last.
 - *bare loop*: the same encoder over the same shards in this process, nothing written.
-- *sentence-transformers*: ``encode`` with the same weights, which sorts all its input by length; and batch by batch in
-  arrival order.
+- *sentence-transformers*: ``encode`` with the same weights, which sorts all its input by length;
+  and batch by batch in arrival order.
 """
 
 from __future__ import annotations
@@ -42,10 +45,18 @@ SHARD_ROWS = 512
 
 def main() -> None:
     """Measure, print, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", type=int, default=5000, help="passages of the pipeline and of the loop")
-    parser.add_argument("--texts", type=int, default=500, help="texts of the comparison with sentence-transformers")
-    parser.add_argument("--runs", type=int, default=5, help="interleaved runs of that comparison; medians are given")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rows", type=int, default=5000, help="passages of the pipeline and of the loop"
+    )
+    parser.add_argument(
+        "--texts", type=int, default=500, help="texts of the comparison with sentence-transformers"
+    )
+    parser.add_argument(
+        "--runs", type=int, default=5, help="interleaved runs of that comparison; medians are given"
+    )
     parser.add_argument("--workers", type=int, default=1, help="embedding actors")
     parser.add_argument("--out", default="runs/benchmarks/encode.json")
     arguments = parser.parse_args()
@@ -53,7 +64,10 @@ def main() -> None:
     result: dict[str, Any] = {
         "sentence_transformers": against_peer(mixed_lengths(arguments.texts), arguments.runs),
         "pipeline": against_loop(mixed_lengths(arguments.rows), arguments.workers),
-        "versions": {name: importlib.metadata.version(name) for name in ("torch", "ray", "sentence-transformers")},
+        "versions": {
+            name: importlib.metadata.version(name)
+            for name in ("torch", "ray", "sentence-transformers")
+        },
         "machine": platform.processor() or platform.machine(),
     }
     print(json.dumps(result, indent=2))
@@ -71,7 +85,10 @@ def against_peer(texts: list[str], runs: int) -> dict[str, Any]:
     peer = SentenceTransformer(str(minilm_folder()), device="cpu")
 
     def arrival_order() -> np.ndarray:
-        parts = [peer.encode(texts[at : at + BATCH], batch_size=BATCH) for at in range(0, len(texts), BATCH)]
+        parts = [
+            peer.encode(texts[at : at + BATCH], batch_size=BATCH)
+            for at in range(0, len(texts), BATCH)
+        ]
         return np.concatenate(parts)
 
     ways: dict[str, Callable[[], np.ndarray]] = {
@@ -79,7 +96,9 @@ def against_peer(texts: list[str], runs: int) -> dict[str, Any]:
         "sentence-transformers": lambda: np.asarray(peer.encode(texts, batch_size=BATCH)),
         "sentence-transformers, arrival order": arrival_order,
     }
-    vectors = {name: way() for name, way in ways.items()}  # warm-up, and the proof that all compute the same
+    vectors = {
+        name: way() for name, way in ways.items()
+    }  # warm-up, and the proof that all compute the same
     for name, matrix in vectors.items():
         lowest = float((matrix * vectors["invar_ray"]).sum(axis=1).min())
         if lowest < 0.9999:
@@ -98,7 +117,9 @@ def against_peer(texts: list[str], runs: int) -> dict[str, Any]:
         found[label] = {
             "texts_per_s": {name: round(len(texts) / value, 2) for name, value in medians.items()},
             "invar_ray over": {
-                name: round(value / medians["invar_ray"], 3) for name, value in medians.items() if name != "invar_ray"
+                name: round(value / medians["invar_ray"], 3)
+                for name, value in medians.items()
+                if name != "invar_ray"
             },
         }
     return found
@@ -132,7 +153,9 @@ def against_loop(texts: list[str], workers: int) -> dict[str, Any]:
             for path in vectors.path("shards").glob("*.json")
         )
         cpu = vectors.info["usage"]["cpu_s"]
-        encoder = CoarseEncoder("builtin:minilm", config.coarse.max_tokens, coarse_spec(config.coarse).fingerprint)
+        encoder = CoarseEncoder(
+            "builtin:minilm", config.coarse.max_tokens, coarse_spec(config.coarse).fingerprint
+        )
         encoder.tokens_per_batch = config.scale.embed_tokens_per_batch
         pairs = [("", text) for text in texts]
         encoder.encode_passages(pairs[:32])  # warm-up
@@ -145,16 +168,23 @@ def against_loop(texts: list[str], workers: int) -> dict[str, Any]:
         lowest = float((stored * np.concatenate(blocks)).sum(axis=1).min())
         if len(stored) != len(pairs) or lowest < 0.9999:
             raise SystemExit(
-                f"the pipeline computes other vectors ({len(stored)} of {len(pairs)}, cosine {lowest:.5f})"
+                f"the pipeline computes other vectors ({len(stored)} of {len(pairs)}, cosine "
+                f"{lowest:.5f})"
             )
     steady = sum(count for _, count in written[1:]) / max(1e-9, written[-1][0] - written[0][0])
     cpu_rate = len(pairs) / (cpu["encode"] + cpu["driver"])
     return {
         "passages": passages.info["passages"],
-        "processes x threads": {"pipeline": f"{workers} actors x 1, and the driver", "bare loop": "1 x 1"},
+        "processes x threads": {
+            "pipeline": f"{workers} actors x 1, and the driver",
+            "bare loop": "1 x 1",
+        },
         "start-up, CPU s": cpu["start"],
         "padding share": vectors.info["usage"]["padding_share"],
-        "passages a second": {"pipeline": round(steady, 2), "bare loop": round(len(pairs) / loop_s, 2)},
+        "passages a second": {
+            "pipeline": round(steady, 2),
+            "bare loop": round(len(pairs) / loop_s, 2),
+        },
         "passages a CPU second": {
             "pipeline, driver included": round(cpu_rate, 2),
             "bare loop": round(len(pairs) / loop_cpu_s, 2),
@@ -168,7 +198,9 @@ def against_loop(texts: list[str], workers: int) -> dict[str, Any]:
 
 
 def mixed_lengths(count: int) -> list[str]:
-    """Joins of one to four neighbours, in turn, each after another number: from some 40 to some 250 tokens."""
+    """Joins of one to four neighbours, in turn, each after another number: from some 40 to some 250
+    tokens.
+    """
     texts = [document.text for document in facts.documents()]
     joined = []
     for number in range(count):

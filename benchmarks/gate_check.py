@@ -2,11 +2,12 @@
 
     .venv/bin/python -m benchmarks.gate_check --config tiny retriever.steps=40
 
-Four systems over the same dev questions: the *baseline* (the recipe), a candidate that was trained twice as long, one
-trained without the invariance loss as long as the baseline, and a broken one, the baseline's adapter with noise of
-``--noise`` times each weight's standard deviation.  Each report goes through ``invar-ray gate`` against the baseline's.
-The baseline itself and the longer trained one must pass, the broken one must not; the one without the invariance loss
-must be stopped where its variance is higher.
+Four systems over the same dev questions: the *baseline* (the recipe), a candidate that was trained
+twice as long, one trained without the invariance loss as long as the baseline, and a broken one,
+the baseline's adapter with noise of ``--noise`` times each weight's standard deviation.  Each
+report goes through ``invar-ray gate`` against the baseline's. The baseline itself and the longer
+trained one must pass, the broken one must not; the one without the invariance loss must be stopped
+where its variance is higher.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ ROW = "stage 1"
 
 
 def noisy(pipeline: Pipeline, noise: float) -> Artifact:
-    """The stage-1 adapter with Gaussian noise of ``noise`` times the standard deviation of each of its matrices."""
+    """The stage-1 adapter with Gaussian noise of ``noise`` times the standard deviation of each of
+    its matrices.
+    """
     whole = pipeline.retriever
     plan = Plan("retriever", "noisy", {"noise": noise}, {"retriever": whole})
 
@@ -39,7 +42,9 @@ def noisy(pipeline: Pipeline, noise: float) -> Artifact:
         file = building.path / "adapter" / "adapter_model.safetensors"
         weights, generator = load_file(file), torch.Generator().manual_seed(0)
         for name, value in weights.items():
-            weights[name] = value + noise * value.std() * torch.randn(value.shape, generator=generator)
+            weights[name] = value + noise * value.std() * torch.randn(
+                value.shape, generator=generator
+            )
         save_file(weights, file)
         spec = llm_spec(pipeline.config.model, pipeline.base, (plan.ref, plan.fingerprint))
         building.info |= {"encoder": spec.to_json()}
@@ -60,7 +65,9 @@ def reports(config: Config, noise: float) -> dict[str, Artifact]:
     for name, settings in runs.items():
         with Pipeline(replace(config, retriever=settings)) as pipeline:
             if name == "broken":
-                pipeline.__dict__["retriever"] = noisy(pipeline, noise)  # in the place of the one that was trained
+                pipeline.__dict__["retriever"] = noisy(
+                    pipeline, noise
+                )  # in the place of the one that was trained
             made[name] = pipeline.report
     return made
 
@@ -76,7 +83,9 @@ def gate(baseline: Artifact, candidate: Artifact, limits: list[str]) -> int:
 
 def main() -> int:
     """Make the reports, print what the gate says, and whether it did right."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--config", default="tiny")
     parser.add_argument("--noise", type=float, default=3.0)
     parser.add_argument("--limits", default="", help="further options of the gate, in quotes")
@@ -88,11 +97,18 @@ def main() -> int:
     codes = {}
     for name, report in made.items():
         metrics = next(row["metrics"] for row in report.info["rows"] if row["system"] == ROW)
-        shown = ", ".join(f"{key} {metrics[key]:.4f}" for key in ("recall_at_5", "worst_recall_at_5", "overlap_at_5"))
+        shown = ", ".join(
+            f"{key} {metrics[key]:.4f}"
+            for key in ("recall_at_5", "worst_recall_at_5", "overlap_at_5")
+        )
         print(f"\n== {name}: {shown}", flush=True)
         codes[name] = gate(made["baseline"], report, arguments.limits.split())
     print("\n" + "\n".join(f"{name}: exit {code}" for name, code in codes.items()))
-    return 0 if [codes["baseline"], codes["trained twice as long"], codes["broken"]] == [0, 0, 1] else 1
+    return (
+        0
+        if [codes["baseline"], codes["trained twice as long"], codes["broken"]] == [0, 0, 1]
+        else 1
+    )
 
 
 if __name__ == "__main__":

@@ -32,7 +32,9 @@ from benchmarks import house_bytes, house_compare, house_speed, house_trees
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a verb; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     verbs = parser.add_subparsers(dest="verb", required=True)
     tree = {"type": Path, "required": True}
     verb = verbs.add_parser("layout", help="the table of docs/design/layout.md")
@@ -74,7 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     elif given.verb == "artifacts":
         write(given.out, house_bytes.artifacts(given.store))
     elif given.verb == "hits":
-        found = house_trees.probe(given.tree.resolve(), "hits", given.index, str(given.questions.resolve()))
+        found = house_trees.probe(
+            given.tree.resolve(), "hits", given.index, str(given.questions.resolve())
+        )
         write(given.out, {"kind": "hits", "hits": found})
     elif given.verb == "speed":
         with tempfile.TemporaryDirectory(prefix="house", dir="/tmp") as folder:

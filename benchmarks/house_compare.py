@@ -81,7 +81,11 @@ def config(old: Mapping[str, Any], new: Mapping[str, Any], reasons: Reasons) -> 
             continue
         now = new["config"][name]
         parts = [f"-> `{name}`"] if name != key else []
-        parts += [f"{part} {setting[part]!r} -> {now[part]!r}" for part in now if now[part] != setting[part]]
+        parts += [
+            f"{part} {setting[part]!r} -> {now[part]!r}"
+            for part in now
+            if now[part] != setting[part]
+        ]
         if parts:
             found.append(f"- `{key}` {', '.join(parts)}: {why(reasons, 'config', key)}")
     for key in sorted(set(new["config"]) - reached):
@@ -158,7 +162,8 @@ def _options(text: str) -> set[str]:
 def exits(old: Mapping[str, Any], new: Mapping[str, Any], reasons: Reasons) -> list[str]:
     """Cases that end with another exit code."""
     return [
-        f"- {name}: {case['rc']} -> {new['exits'].get(name, {}).get('rc')}: {why(reasons, 'exits', name)}"
+        f"- {name}: {case['rc']} -> {new['exits'].get(name, {}).get('rc')}: "
+        f"{why(reasons, 'exits', name)}"
         for name, case in old["exits"].items()
         if case["rc"] != new["exits"].get(name, {}).get("rc")
     ]
@@ -206,7 +211,9 @@ def texts(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def diff(name: str, before: str, after: str) -> str:
     """A unified diff as a block of markdown; empty if the texts are equal."""
-    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), name, name, "old", "new", n=1, lineterm="")
+    lines = difflib.unified_diff(
+        before.splitlines(), after.splitlines(), name, name, "old", "new", n=1, lineterm=""
+    )
     text = "\n".join(lines)
     return f"```diff\n{text}\n```" if text else ""
 
@@ -236,7 +243,9 @@ def artifacts(old: Mapping[str, Any], new: Mapping[str, Any], reasons: Reasons) 
                 else:
                     what = "gone" if two is None else "new" if one is None else "other content"
                     found.append(f"- `{label}`: {what}: {why(reasons, 'artifacts', label)}")
-        found += [f"- `{name}`: one more than before: {why(reasons, 'artifacts', name)}"] * len(left)
+        found += [f"- `{name}`: one more than before: {why(reasons, 'artifacts', name)}"] * len(
+            left
+        )
     return found
 
 

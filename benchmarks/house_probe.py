@@ -76,7 +76,9 @@ def _leaves(kind: type, value: Any, prefix: str) -> Iterator[tuple[str, dict[str
         if dataclasses.is_dataclass(hint) or hasattr(hint, "model_fields"):
             yield from _leaves(hint, inner, f"{prefix}{name}.")
         else:
-            written = hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+            written = (
+                hint.__name__ if isinstance(hint, type) and not typing.get_args(hint) else str(hint)
+            )
             written = re.sub(r"\b(?:\w+\.)+(?=\w)", "", written)
             yield f"{prefix}{name}", {"type": written, "default": _plain(inner)}
 
@@ -102,7 +104,9 @@ def service() -> dict[str, Any]:
     hints = typing.get_type_hints(build)
     given = {}
     for name, parameter in inspect.signature(build).parameters.items():
-        if parameter.default is inspect.Parameter.empty:  # limits have defaults; a service is not asked
+        if (
+            parameter.default is inspect.Parameter.empty
+        ):  # limits have defaults; a service is not asked
             kind = hints.get(name)
             given[name] = kind.model_construct() if hasattr(kind, "model_construct") else None
     app = build(**given)
@@ -112,7 +116,9 @@ def service() -> dict[str, Any]:
 
 def _routes(routes: Any, prefix: str) -> Iterator[str]:
     for route in routes:
-        inner = getattr(route, "routes", None) or getattr(getattr(route, "original_router", None), "routes", None)
+        inner = getattr(route, "routes", None) or getattr(
+            getattr(route, "original_router", None), "routes", None
+        )
         path = prefix + getattr(route, "path", "")
         if inner:
             yield from _routes(inner, path)
@@ -321,14 +327,19 @@ def namesakes() -> dict[str, list[str]]:
     for path in sorted(path for root in ROOTS for path in (TREE / root).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
             for inner in node.body if isinstance(node, ast.ClassDef) else ():
-                if isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef)) and inner.name in found:
+                if (
+                    isinstance(inner, (ast.FunctionDef, ast.AsyncFunctionDef))
+                    and inner.name in found
+                ):
                     found[inner.name].append(f"{module_name(path)}.{node.name}")
     return found
 
 
 @contextlib.contextmanager
 def running(artifacts: Any) -> Iterator[Any]:
-    """The service over small artifacts, in this process, behind a real web server (tests/serving.py)."""
+    """The service over small artifacts, in this process, behind a real web server
+    (tests/serving.py).
+    """
     live = symbol("Live", "tests")(artifacts)
     try:
         yield live
@@ -360,7 +371,9 @@ def encode(index: str, rows: str) -> dict[str, float]:
 
     torch.set_num_threads(1)
     encoder = symbol("open_retriever")(index).encoder
-    sentence = "The ferry to the mainland leaves at nine in the morning, and comes back before dark. "
+    sentence = (
+        "The ferry to the mainland leaves at nine in the morning, and comes back before dark. "
+    )
     pairs = [(f"Row {n}", f"{n}. " + sentence * (n % 4 + 1)) for n in range(int(rows))]
     encoder.encode_passages(pairs[:32])
     clock, cpu = time.perf_counter(), time.process_time()
@@ -388,7 +401,8 @@ def serve(requests: str) -> dict[str, float]:
 
 
 VERBS: dict[str, Callable[..., Any]] = {
-    function.__name__: function for function in (face, config_keys, graph, stays, small_index, hits, encode, serve)
+    function.__name__: function
+    for function in (face, config_keys, graph, stays, small_index, hits, encode, serve)
 }
 
 if __name__ == "__main__":

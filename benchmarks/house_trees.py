@@ -37,7 +37,14 @@ CASES: dict[str, list[str]] = {
     "ask an index that is not there": ["cli", "ask", "Who?", "--index", "{missing}/index/a-1"],
     "index a missing corpus": ["cli", "index", "{missing}", "storage.root_uri={empty}"],
     "gate without reports": ["cli", "gate"],
-    "gate on missing reports": ["cli", "gate", "--baseline", "{missing}", "--candidate", "{missing}"],
+    "gate on missing reports": [
+        "cli",
+        "gate",
+        "--baseline",
+        "{missing}",
+        "--candidate",
+        "{missing}",
+    ],
     "compare missing reports": ["cli", "compare", "{missing}", "{missing}"],
     "export a missing adapter": ["cli", "export", "{missing}/retriever/a-1", "{empty}/out"],
     "convert a missing file": ["cli", "convert", "{missing}", "{empty}"],
@@ -177,7 +184,12 @@ def exits(tree: Path) -> dict[str, dict[str, Any]]:
             start = ["-c", ENTRY, str(tree)] if program == "cli" else ["-m", program]
             command = [sys.executable, "-P", *start, *given]
             done = subprocess.run(
-                command, cwd=folder, env=environment(tree), capture_output=True, text=True, check=False
+                command,
+                cwd=folder,
+                env=environment(tree),
+                capture_output=True,
+                text=True,
+                check=False,
             )
             found[label] = {"rc": done.returncode, "stderr": done.stderr.replace(folder, "..")}
     return found
@@ -190,7 +202,9 @@ def collected(tree: Path) -> dict[str, list[str]]:
         SystemExit: if pytest cannot collect them all.
     """
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider"]
-    done = subprocess.run(command, cwd=tree, env=environment(tree), capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        command, cwd=tree, env=environment(tree), capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise SystemExit(f"pytest cannot collect the tests of {tree}:\n{done.stdout}{done.stderr}")
     found: dict[str, list[str]] = {}
@@ -207,7 +221,10 @@ def assertions(tree: Path) -> dict[str, dict[str, int]]:
     for path in tracked(tree, "tests"):
         counts = dict.fromkeys(["helpers"], 0)
         for node in ast.walk(module := ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)) and node.name[:5] == "test_":
+            if (
+                isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+                and node.name[:5] == "test_"
+            ):
                 counts[node.name] = counts.get(node.name, 0) + _checks(node)
         counts["helpers"] = _checks(module) - sum(counts.values())
         found[path.relative_to(tree).as_posix()] = counts

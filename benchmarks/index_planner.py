@@ -1,8 +1,10 @@
-"""The planner's predictions against what is built: memory, build time, latency, recall@10, for each index type.
+"""The planner's predictions against what is built: memory, build time, latency, recall@10, for each
+index type.
 
-``python -m benchmarks.index_planner FOLDER [--rows N] [--out FILE.json]`` reads ``vectors.npy`` and ``queries.npy`` of
-``benchmarks/wiki_vectors.py``.  Memory is what a fresh process's private memory grows by when it loads the index.
-Times are CPU times of one thread.  Ends with 1 if a prediction of memory is off by more than 10 %.
+``python -m benchmarks.index_planner FOLDER [--rows N] [--out FILE.json]`` reads ``vectors.npy`` and
+``queries.npy`` of ``benchmarks/wiki_vectors.py``.  Memory is what a fresh process's private memory
+grows by when it loads the index. Times are CPU times of one thread.  Ends with 1 if a prediction of
+memory is off by more than 10 %.
 """
 
 from __future__ import annotations
@@ -50,7 +52,9 @@ def main() -> None:
     own = sampled_trial(blocks, 500)
     outside = Trial(asked, exact_best(asked, blocks.some(), 10), np.full(len(asked), -1))
     header = "| type | factory | bytes/vector | memory predicted | measured | off | build predicted | measured | "
-    print(f"{header}depth | recall@10 | of short queries | ms/query |\n|" + " --- |" * 12, flush=True)
+    print(
+        f"{header}depth | recall@10 | of short queries | ms/query |\n|" + " --- |" * 12, flush=True
+    )
     rows = []
     for candidate in candidates(need):
         if args.only not in candidate.factory:
@@ -62,7 +66,11 @@ def main() -> None:
             place = Path(folder, "index.faiss")
             save_index(built, place)
             size = place.stat().st_size
-            memory = int(subprocess.check_output([sys.executable, "-m", "benchmarks.index_planner", "--load", place]))
+            memory = int(
+                subprocess.check_output(
+                    [sys.executable, "-m", "benchmarks.index_planner", "--load", place]
+                )
+            )
             mapped = open_index(place, memory_map=True)
             assert mapped.size == len(matrix)
             del mapped
@@ -94,7 +102,9 @@ def main() -> None:
             flush=True,
         )
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    args.out.write_text(json.dumps({"faiss": faiss.__version__, "cpus": os.cpu_count(), "rows": rows}, indent=1))
+    args.out.write_text(
+        json.dumps({"faiss": faiss.__version__, "cpus": os.cpu_count(), "rows": rows}, indent=1)
+    )
     wrong = [row["candidate"]["factory"] for row in rows if abs(row["off"]) > ALLOWED]
     if wrong:
         raise SystemExit(f"memory predictions off by more than {ALLOWED:.0%}: {', '.join(wrong)}")
@@ -102,7 +112,9 @@ def main() -> None:
 
 def growth(place: Path) -> int:
     """Bytes by which this process's private memory grows with the index."""
-    build_faiss(np.eye(8, dtype=np.float32), "IVF1,Flat")  # code and buffers of FAISS are not the index's
+    build_faiss(
+        np.eye(8, dtype=np.float32), "IVF1,Flat"
+    )  # code and buffers of FAISS are not the index's
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # nor should it fill what imports left free
     before = private()
     index = open_index(place)

@@ -1,12 +1,13 @@
-"""What each loss of stage 1 does on frozen features, where a run takes seconds: does the invariance loss do more than a
-second contrastive term?
+"""What each loss of stage 1 does on frozen features, where a run takes seconds: does the invariance
+loss do more than a second contrastive term?
 
     python benchmarks/loss_toy.py --data DATA [--steps 200] [--seeds 3]
 
-Features are mean token embeddings of MiniLM (what the embedded base starts as), normalised; one linear map, the same
-for questions and passages, is trained from the identity on SQuAD train questions, each with two rule-based rewordings,
-against *all* train paragraphs of the sample.  Measured on SQuAD dev questions and NoiseQA's human rewordings among all
-dev paragraphs.  DATA is a folder with ``squad/``.
+Features are mean token embeddings of MiniLM (what the embedded base starts as), normalised; one
+linear map, the same for questions and passages, is trained from the identity on SQuAD train
+questions, each with two rule-based rewordings, against *all* train paragraphs of the sample.
+Measured on SQuAD dev questions and NoiseQA's human rewordings among all dev paragraphs.  DATA is a
+folder with ``squad/``.
 
 Shape legend: B questions, E wordings, C paragraphs, D feature size.
 """
@@ -49,7 +50,8 @@ class System:
         trained: False for the features as they are.
         anchor_only: without the rewordings.
         weight: of the second term, in which the contrastive loss of the environments counts 1.
-        second: ``contrastive`` (at ``temperature``), ``soft`` or ``hard`` (the invariance loss), or none.
+        second: ``contrastive`` (at ``temperature``), ``soft`` or ``hard`` (the invariance loss), or
+            none.
         temperature: of the second term.
     """
 
@@ -69,14 +71,18 @@ def systems(temperature: float) -> dict[str, System]:
         "+ 1 contrastive": System(second="contrastive", weight=1.0),
     }
     for weight in (1.0, 4.0):
-        found[f"+ {weight:g} contrastive at tau_inv"] = System(True, False, "contrastive", weight, temperature)
+        found[f"+ {weight:g} contrastive at tau_inv"] = System(
+            True, False, "contrastive", weight, temperature
+        )
         found[f"+ {weight:g} invariance, soft"] = System(True, False, "soft", weight, temperature)
     found["+ 4 invariance, hard"] = System(True, False, "hard", 4.0, temperature)
     return found
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()]
+    return [
+        json.loads(line) for line in gzip.decompress(path.read_bytes()).decode("utf-8").splitlines()
+    ]
 
 
 def feature_maker() -> Callable[[list[str]], Tensor]:
@@ -101,9 +107,10 @@ class Data:
     """Frozen features of everything.
 
     Attributes:
-        questions: [N, E, D], the anchor first; positive: [N], their paragraphs; paragraphs: [C, D], to train on.
-        families: features [E_i, D] of each dev question's wordings; gold, pool, names: its paragraph's id, and features
-            and ids of all dev paragraphs.
+        questions: [N, E, D], the anchor first; positive: [N], their paragraphs; paragraphs: [C, D],
+            to train on.
+        families: features [E_i, D] of each dev question's wordings; gold, pool, names: its
+            paragraph's id, and features and ids of all dev paragraphs.
     """
 
     questions: Tensor
@@ -118,11 +125,15 @@ class Data:
 def load(folder: Path) -> Data:
     """Sample, reword, and make features; the same in every call."""
     features, rewriter, draw = feature_maker(), RuleRewriter(), random.Random(0)
-    corpus = {row["id"]: f"{row['title']} {row['text']}" for row in read(folder / "corpus.jsonl.gz")}
+    corpus = {
+        row["id"]: f"{row['title']} {row['text']}" for row in read(folder / "corpus.jsonl.gz")
+    }
     train = draw.sample(read(folder / "questions-train.jsonl.gz"), TRAIN_QUESTIONS)
     wordings = []
     for row in train:
-        example = Example(row["id"], row["question"], tuple(row["answers"]), tuple(row["positive_ids"]), ())
+        example = Example(
+            row["id"], row["question"], tuple(row["answers"]), tuple(row["positive_ids"]), ()
+        )
         texts = [row["question"], *(variant.text for variant in rewriter.rewrite(example, 2, 0))]
         wordings.append((texts * 3)[:3])
     own = sorted({row["positive_ids"][0] for row in train})
@@ -131,7 +142,10 @@ def load(folder: Path) -> Data:
     for row in read(folder / "variants-noiseqa.jsonl.gz"):
         of_base.setdefault(row["base_id"], []).append(row)
     chosen = draw.sample(sorted(of_base), min(DEV_QUESTIONS, len(of_base)))
-    families = [[of_base[name][0]["original"], *(row["question"] for row in of_base[name])] for name in chosen]
+    families = [
+        [of_base[name][0]["original"], *(row["question"] for row in of_base[name])]
+        for name in chosen
+    ]
     names = [name for name in corpus if name.startswith("sq-dev-")]
     flat = features([text for texts in wordings for text in texts])
     return Data(
@@ -165,7 +179,11 @@ def train(data: Data, system: System, steps: int, seed: int) -> tuple[Tensor, fl
         loss = contrastive_loss(cosines, positive, allowed, temperature=TEMPERATURE).loss
         ramp = system.weight * min(1.0, step / (steps / 5))
         if system.second == "contrastive":
-            loss = loss + ramp * contrastive_loss(cosines, positive, allowed, temperature=system.temperature).loss
+            loss = (
+                loss
+                + ramp
+                * contrastive_loss(cosines, positive, allowed, temperature=system.temperature).loss
+            )
         elif system.second:
             found = invariance_loss(
                 cosines,
@@ -200,7 +218,9 @@ def measure(data: Data, weights: Tensor) -> tuple[list[dict[str, float]], float]
 
 def main() -> None:
     """Train everything, and print the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--seeds", type=int, default=3)
@@ -208,7 +228,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     data, used = load(arguments.data / "squad"), time.process_time()
-    print(f"{len(data.questions)} questions over {len(data.paragraphs)} paragraphs to train on; {len(data.families)}")
+    print(
+        f"{len(data.questions)} questions over {len(data.paragraphs)} paragraphs to train on; "
+        f"{len(data.families)}"
+    )
     print(f"dev questions over {len(data.pool)} paragraphs; {arguments.steps} steps of {BATCH}\n")
     print(f"| system | {' | '.join(MEASURES)} | between questions | perplexity |")
     print("|---|" + "---|" * (len(MEASURES) + 2))
@@ -225,15 +248,22 @@ def main() -> None:
         for key in MEASURES:
             means = [fmean(row[key] for row in rows) for rows in values[name]]
             cells.append(f"{fmean(means):.3f} ± {pstdev(means):.3f}")
-        print(f"| {name} | {' | '.join(cells)} | {fmean(between):.4f} | {fmean(perplexities):.1f} |", flush=True)
+        print(
+            f"| {name} | {' | '.join(cells)} | {fmean(between):.4f} | {fmean(perplexities):.1f} |",
+            flush=True,
+        )
     print(
-        f"\nDifference from environments (95 %, paired bootstrap by paragraph), {time.process_time() - used:.0f} s:\n"
+        "\nDifference from environments (95 %, paired bootstrap by paragraph), "
+        f"{time.process_time() - used:.0f} s:\n"
     )
     print(f"| system | {' | '.join(MEASURES)} |\n|---|" + "---|" * len(MEASURES))
     for name, runs in values.items():
         cells = []
         for key in MEASURES:
-            first, second = ([[row[key] for row in rows] for rows in side] for side in (runs, values["environments"]))
+            first, second = (
+                [[row[key] for row in rows] for rows in side]
+                for side in (runs, values["environments"])
+            )
             one = paired_cluster_bootstrap(first, second, data.gold)
             cells.append(f"{one.mean:+.3f} [{one.low:+.3f}, {one.high:+.3f}]")
         print(f"| {name} | {' | '.join(cells)} |")

@@ -1,13 +1,15 @@
-"""Recompute a report's retrieval numbers from its TREC files with ir-measures, an independent library.
+"""Recompute a report's retrieval numbers from its TREC files with ir-measures, an independent
+library.
 
     .venv/bin/python -m benchmarks.recompute_metrics runs/demo/report.json
 
-Reads ``trec/qrels.txt`` and each system's ``trec/<system>.wording-<n>.run`` beside the report (or in the artifact that
-it names) and compares with ``report.json``: what the anchors find (recall, MRR, nDCG, MAP), what families find (recall
-of the rewordings, of the worst wording, its deviation; from ir-measures' values of single questions) and the overlap of
-their lists (a Jaccard index is in no such library: sets of ids, as the files have them).  What does not follow from
-these files (answers, answer recall, RBO, ranks beyond the list) is left out.  Exits 1 where a number differs by more
-than 1e-9.
+Reads ``trec/qrels.txt`` and each system's ``trec/<system>.wording-<n>.run`` beside the report (or
+in the artifact that it names) and compares with ``report.json``: what the anchors find (recall,
+MRR, nDCG, MAP), what families find (recall of the rewordings, of the worst wording, its deviation;
+from ir-measures' values of single questions) and the overlap of their lists (a Jaccard index is in
+no such library: sets of ids, as the files have them).  What does not follow from these files
+(answers, answer recall, RBO, ranks beyond the list) is left out.  Exits 1 where a number differs by
+more than 1e-9.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ TOLERANCE = 1e-9
 MEASURES = {"mrr_at_10": RR @ 10, "ndcg_at_10": nDCG @ 10, "map": AP}
 
 
-def recompute(run_file: Path, qrels_file: Path, ks: Sequence[int] = (1, 5, 20, 100)) -> dict[str, float]:
+def recompute(
+    run_file: Path, qrels_file: Path, ks: Sequence[int] = (1, 5, 20, 100)
+) -> dict[str, float]:
     """The metrics' means over the questions of the qrels; questions without a hit count as 0."""
     measures = {f"recall_at_{k}": Success @ k for k in ks} | MEASURES
     qrels = list(ir_measures.read_trec_qrels(str(qrels_file)))
@@ -40,8 +44,12 @@ def recompute(run_file: Path, qrels_file: Path, ks: Sequence[int] = (1, 5, 20, 1
     return {name: float(found[measure]) for name, measure in measures.items()}
 
 
-def recompute_families(folder: Path, name: str, ks: Sequence[int], overlap_k: int) -> dict[str, float]:
-    """The metrics over wordings, from the runs of all wordings; questions with one wording have none."""
+def recompute_families(
+    folder: Path, name: str, ks: Sequence[int], overlap_k: int
+) -> dict[str, float]:
+    """The metrics over wordings, from the runs of all wordings; questions with one wording have
+    none.
+    """
     runs = []
     while (file := folder / f"{name}.wording-{len(runs)}.run").is_file():
         runs.append(list(ir_measures.read_trec_run(str(file))))
@@ -49,15 +57,24 @@ def recompute_families(folder: Path, name: str, ks: Sequence[int], overlap_k: in
         return {}
     qrels = list(ir_measures.read_trec_qrels(str(folder / "qrels.txt")))
     judged = {entry.query_id for entry in qrels}
-    # A wording that a question does not have is in no run; one that found nothing neither, but then all are short.
+    # A wording that a question does not have is in no run; one that found nothing neither, but then
+    # all are short.
     asked = [{entry.query_id for entry in run} for run in runs]
     families = {query: [n for n, have in enumerate(asked) if query in have] for query in asked[0]}
     found: dict[str, float] = {}
     for k in ks:
         values = [
-            {value.query_id: value.value for value in ir_measures.iter_calc([Success @ k], qrels, run)} for run in runs
+            {
+                value.query_id: value.value
+                for value in ir_measures.iter_calc([Success @ k], qrels, run)
+            }
+            for run in runs
         ]
-        rows = [[values[n].get(query, 0.0) for n in have] for query, have in families.items() if query in judged]
+        rows = [
+            [values[n].get(query, 0.0) for n in have]
+            for query, have in families.items()
+            if query in judged
+        ]
         found[f"worst_recall_at_{k}"] = fmean(min(row) for row in rows)
         found[f"reworded_recall_at_{k}"] = fmean(fmean(row[1:]) for row in rows if len(row) > 1)
         found[f"recall_at_{k}_std"] = fmean(pstdev(row) for row in rows)
@@ -66,9 +83,17 @@ def recompute_families(folder: Path, name: str, ks: Sequence[int], overlap_k: in
         ranked: dict[str, list[Any]] = {}
         for entry in run:
             ranked.setdefault(entry.query_id, []).append(entry)
-        tops.append({q: {e.doc_id for e in sorted(es, key=lambda e: -e.score)[:overlap_k]} for q, es in ranked.items()})
+        tops.append(
+            {
+                q: {e.doc_id for e in sorted(es, key=lambda e: -e.score)[:overlap_k]}
+                for q, es in ranked.items()
+            }
+        )
     overlaps = [
-        fmean(len(tops[0][query] & tops[n][query]) / len(tops[0][query] | tops[n][query]) for n in have[1:])
+        fmean(
+            len(tops[0][query] & tops[n][query]) / len(tops[0][query] | tops[n][query])
+            for n in have[1:]
+        )
         for query, have in families.items()
         if len(have) > 1
     ]
@@ -79,7 +104,9 @@ def recompute_families(folder: Path, name: str, ks: Sequence[int], overlap_k: in
 
 def main() -> int:
     """Compare, print a line for each metric, say whether all agree."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("report", type=Path, help="a report.json, or the folder that holds it")
     place = parser.parse_args().report
     path = place / "report.json" if place.is_dir() else place
@@ -93,7 +120,14 @@ def main() -> int:
         if not run_file.is_file():
             continue
         ks = [k for k in (1, 5, 20, 100) if f"recall_at_{k}" in row.metrics]
-        overlap_k = next((int(n.removeprefix("overlap_at_")) for n in row.metrics if n.startswith("overlap_at_")), 5)
+        overlap_k = next(
+            (
+                int(n.removeprefix("overlap_at_"))
+                for n in row.metrics
+                if n.startswith("overlap_at_")
+            ),
+            5,
+        )
         again = recompute(run_file, folder / "qrels.txt", ks)
         again |= recompute_families(folder, file_name(row.system), ks, overlap_k)
         for name, value in again.items():

@@ -1,11 +1,13 @@
 """What a new version costs when little has changed, and whether it finds what a full rebuild finds.
 
-    python -m benchmarks.reindex_changes --corpus corpus.jsonl.gz --rows 20000 --encoder minilm --rebuild
+    python -m benchmarks.reindex_changes --corpus corpus.jsonl.gz --rows 20000 --encoder minilm
+    --rebuild
 
-Makes a full version of the first ``--rows`` documents, then a version with 1 % of them changed, 1 % deleted and 1 % new
-ones, then (``--rebuild``) the same anew in another store, and compares the hits of 500 questions (titles with words of
-the text).  CPU time is what reading, cutting, embedding (driver and actors) and building the index took; starting (Ray,
-imports, weights) is listed apart.  Give ``--folder`` to keep the stores; a version that stands there is used.
+Makes a full version of the first ``--rows`` documents, then a version with 1 % of them changed, 1 %
+deleted and 1 % new ones, then (``--rebuild``) the same anew in another store, and compares the hits
+of 500 questions (titles with words of the text).  CPU time is what reading, cutting, embedding
+(driver and actors) and building the index took; starting (Ray, imports, weights) is listed apart.
+Give ``--folder`` to keep the stores; a version that stands there is used.
 """
 
 from __future__ import annotations
@@ -32,11 +34,15 @@ NEAR = 1e-5
 
 def main() -> None:
     """Measure, print, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--corpus", required=True, help="JSON lines, .gz or not")
     parser.add_argument("--rows", type=int, default=20000)
     parser.add_argument("--encoder", choices=("minilm", "base"), default="minilm")
-    parser.add_argument("--rebuild", action="store_true", help="make the new version anew as well, and compare")
+    parser.add_argument(
+        "--rebuild", action="store_true", help="make the new version anew as well, and compare"
+    )
     parser.add_argument("--folder", default="")
     parser.add_argument("--out", default="runs/benchmarks/reindex_changes.json")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="fields of the config")
@@ -70,7 +76,9 @@ def main() -> None:
 def corpora(source: Path, count: int, folder: Path) -> tuple[Path, Path]:
     """The corpus and how it looks the next day."""
     with (
-        gzip.open(source, "rt", encoding="utf-8") if source.suffix == ".gz" else open(source, encoding="utf-8") as lines
+        gzip.open(source, "rt", encoding="utf-8")
+        if source.suffix == ".gz"
+        else open(source, encoding="utf-8") as lines
     ):
         rows = [json.loads(line) for line in itertools.islice(lines, count + round(count * SHARE))]
     draw = random.Random(0)
@@ -97,9 +105,15 @@ def version(root: Path, corpus: Path, settings: list[str]) -> tuple[Artifact, di
         _ = pipeline.base  # the embedded base is no part of a version
         index = pipeline.reindexed
         cpu = index.parent("vectors").info["usage"]["cpu_s"]
-        steps = {label: value for label, value in pipeline.cpu_seconds.items() if "embed" not in label}
+        steps = {
+            label: value for label, value in pipeline.cpu_seconds.items() if "embed" not in label
+        }
         steps.pop("base model", None)
-    cost = {"read and cut": steps.get("passages", 0.0), "embed": cpu["encode"], "driver": cpu["driver"]}
+    cost = {
+        "read and cut": steps.get("passages", 0.0),
+        "embed": cpu["encode"],
+        "driver": cpu["driver"],
+    }
     cost["index"] = sum(value for label, value in steps.items() if label.startswith("index"))
     return index, {**cost, "work": round(sum(cost.values()), 2), "start-up, apart": cpu["start"]}
 

@@ -1,6 +1,8 @@
-"""The tables of docs/design/scale.md: shards, memory, nodes, hours and cost by the planner's formulas; nothing is run.
+"""The tables of docs/design/scale.md: shards, memory, nodes, hours and cost by the planner's
+formulas; nothing is run.
 
-``python -m benchmarks.scale_plan``.  Every figure that is not measured here is an assumption with a name below.
+``python -m benchmarks.scale_plan``.  Every figure that is not measured here is an assumption with a
+name below.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ def layout(rows: int, dimension: int, kind: str, bytes_per_part: int = 0) -> Lay
         fitting = [
             candidate
             for candidate in candidates(Need(each, dimension, max_latency_ms=MAX_LATENCY_MS))
-            if candidate.kind == kind and (not bytes_per_part or f"PQ{bytes_per_part}x" in candidate.factory)
+            if candidate.kind == kind
+            and (not bytes_per_part or f"PQ{bytes_per_part}x" in candidate.factory)
         ]
         chosen = fitting[0]
         if chosen.latency_ms <= MAX_LATENCY_MS and chosen.memory_bytes <= MAX_SHARD_BYTES:
@@ -60,18 +63,26 @@ def encoding(rows: int, dimension: int) -> tuple[float, float]:
 
 def main() -> None:
     """Print the tables as Markdown."""
-    print("| passages | D | cut, core h | encode, passages/s a GPU | GPU h | cost | vectors (float16) | a month |")
+    print(
+        "| passages | D | cut, core h | encode, passages/s a GPU | GPU h | cost | vectors "
+        "(float16) | a month |"
+    )
     print("|" + " --- |" * 8)
     for name, rows in SIZES.items():
         for dimension in ENCODERS:
             rate, hours = encoding(rows, dimension)
             stored = rows * (2 * dimension + PASSAGE_BYTES)
             print(
-                f"| {name} | {dimension} | {rows / READ_PER_CORE / 3600:,.0f} | {rate:,.0f} | {hours:,.0f} | "
-                f"${hours * GPU_DOLLARS:,.0f} | {size(rows * 2 * dimension)} | ${stored / 1e9 * STORAGE_DOLLARS:,.0f} |"
+                f"| {name} | {dimension} | {rows / READ_PER_CORE / 3600:,.0f} | {rate:,.0f} | "
+                f"{hours:,.0f} | "
+                f"${hours * GPU_DOLLARS:,.0f} | {size(rows * 2 * dimension)} | "
+                f"${stored / 1e9 * STORAGE_DOLLARS:,.0f} |"
             )
     print()
-    print("| passages | D | index | shards | rows of each | memory | nodes | build, core h | cost ", end="")
+    print(
+        "| passages | D | index | shards | rows of each | memory | nodes | build, core h | cost ",
+        end="",
+    )
     print("| ms a shard | queries/s | serving |")
     print("|" + " --- |" * 12)
     for name, rows in SIZES.items():
@@ -82,8 +93,10 @@ def main() -> None:
                 nodes = max(1, math.ceil(memory / (USABLE * NODE_BYTES)))
                 hours = found.shards * found.each.build_seconds / 3600
                 print(
-                    f"| {name} | {dimension} | {kind}{f', {code} B' if code else ''} | {found.shards:,} | "
-                    f"{math.ceil(rows / found.shards) / 1e6:,.1f} M | {size(memory)} | {nodes:,} | {hours:,.0f} | "
+                    f"| {name} | {dimension} | {kind}{f', {code} B' if code else ''} | "
+                    f"{found.shards:,} | "
+                    f"{math.ceil(rows / found.shards) / 1e6:,.1f} M | {size(memory)} | {nodes:,} | "
+                    f"{hours:,.0f} | "
                     f"${hours / NODE_CORES * NODE_DOLLARS:,.0f} | {found.each.latency_ms:.0f} | "
                     f"{nodes * NODE_CORES * 1e3 / (found.shards * found.each.latency_ms):,.0f} | "
                     f"${nodes * NODE_DOLLARS * 730:,.0f}/month |"

@@ -1,9 +1,11 @@
-"""What batching is worth: generator tokens a second at batch 16 against 1, encoder questions a second at 32 against 1.
+"""What batching is worth: generator tokens a second at batch 16 against 1, encoder questions a
+second at 32 against 1.
 
-Engines in this process, no web server; ``--rows`` questions at once also go through the service's own batching.  Rates
-are per second by the clock and per second of CPU time: the second says something on a machine that does other work too.
-The end token is forbidden, so that every row writes ``--tokens`` tokens whatever the adapter was trained to say.
-Reading a prompt is bound by computing and gains little from a batch; the tokens after the first (`writing`) gain.
+Engines in this process, no web server; ``--rows`` questions at once also go through the service's
+own batching.  Rates are per second by the clock and per second of CPU time: the second says
+something on a machine that does other work too. The end token is forbidden, so that every row
+writes ``--tokens`` tokens whatever the adapter was trained to say. Reading a prompt is bound by
+computing and gains little from a batch; the tokens after the first (`writing`) gain.
 
     python benchmarks/serve_batching.py --index URI --generator URI
 """
@@ -36,7 +38,9 @@ QUESTIONS = [f"Which river of number {number} flows past the old mill?" for numb
 
 
 def median_rate(work: Callable[[], int], repeats: int) -> dict[str, float]:
-    """Median units a second of ``work``, which returns how many units it did; the first run is not counted."""
+    """Median units a second of ``work``, which returns how many units it did; the first run is not
+    counted.
+    """
     work()
     by_clock, by_cpu = [], []
     for _ in range(repeats):
@@ -58,7 +62,9 @@ def write_on(generator: Generator) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--index", required=True)
     parser.add_argument("--generator", required=True)
     parser.add_argument("--repeats", type=int, default=5)
@@ -81,7 +87,9 @@ def main() -> None:
         return sum(
             generation.num_tokens
             for first in range(0, 16, size)
-            for generation in generator.run([Task(prompt, sampling) for prompt in prompts[first : first + size]])
+            for generation in generator.run(
+                [Task(prompt, sampling) for prompt in prompts[first : first + size]]
+            )
         )
 
     def encode(size: int) -> int:
@@ -90,19 +98,31 @@ def main() -> None:
         return len(QUESTIONS)
 
     result: dict[str, Any] = {
-        "generator_tokens_per_s": {str(n): median_rate(lambda n=n: generate(n), options.repeats) for n in (1, 4, 16)},
-        "prompts_read_per_s": {str(n): median_rate(lambda n=n: generate(n, 1), options.repeats) for n in (1, 16)},
-        "encoder_questions_per_s": {str(n): median_rate(lambda n=n: encode(n), options.repeats) for n in (1, 8, 32)},
+        "generator_tokens_per_s": {
+            str(n): median_rate(lambda n=n: generate(n), options.repeats) for n in (1, 4, 16)
+        },
+        "prompts_read_per_s": {
+            str(n): median_rate(lambda n=n: generate(n, 1), options.repeats) for n in (1, 16)
+        },
+        "encoder_questions_per_s": {
+            str(n): median_rate(lambda n=n: encode(n), options.repeats) for n in (1, 8, 32)
+        },
         "end_to_end": asyncio.run(end_to_end(options)),
         "settings": vars(options),
-        "versions": {"torch": torch.__version__, "threads": torch.get_num_threads(), "machine": platform.machine()},
+        "versions": {
+            "torch": torch.__version__,
+            "threads": torch.get_num_threads(),
+            "machine": platform.machine(),
+        },
     }
     tokens, encoded = result["generator_tokens_per_s"], result["encoder_questions_per_s"]
 
     def writing(size: str, unit: str) -> float:
         """Tokens a second after the first of each answer."""
         answer_s = options.tokens / tokens[size][unit]
-        return float((options.tokens - 1) / (answer_s - 1 / result["prompts_read_per_s"][size][unit]))
+        return float(
+            (options.tokens - 1) / (answer_s - 1 / result["prompts_read_per_s"][size][unit])
+        )
 
     for unit in ("per_s", "per_cpu_s"):
         result[f"writing_16_over_1_{unit}"] = writing("16", unit) / writing("1", unit)
@@ -116,13 +136,17 @@ def main() -> None:
 
 
 async def end_to_end(options: argparse.Namespace) -> dict[str, float]:
-    """Answers a second of the service (retrieve, then answer) at 1 and at ``rows`` concurrent callers."""
+    """Answers a second of the service (retrieve, then answer) at 1 and at ``rows`` concurrent
+    callers.
+    """
     rates = {}
     core = RetrieverCore(load_retriever, 32, 0.005)
     await core.configure(options.index)
     engine = TransformersEngine(options.generator, load_generator, 32, 0.005)
     write_on(engine._generator)
-    service = Service([LocalTarget("retriever", core)], LocalTarget("generator", GeneratorCore(engine)))
+    service = Service(
+        [LocalTarget("retriever", core)], LocalTarget("generator", GeneratorCore(engine))
+    )
     limits = Limits(max_new_tokens=options.tokens)
 
     async def ask(question: str) -> None:

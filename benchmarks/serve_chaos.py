@@ -1,10 +1,13 @@
-"""The service under load while things break: replicas die, the index is switched ten times and once to a broken one.
+"""The service under load while things break: replicas die, the index is switched ten times and once
+to a broken one.
 
-Two replicas of everything on a local Ray.  The capacity is measured first; then questions arrive at half of it, however
-long answers take.  A client waits and asks again on a 503 or 504 with ``Retry-After``; anything else that is no 200 is
-a failure.  Every answer is checked: it names one index version, and its passages are in that index.
+Two replicas of everything on a local Ray.  The capacity is measured first; then questions arrive at
+half of it, however long answers take.  A client waits and asks again on a 503 or 504 with
+``Retry-After``; anything else that is no 200 is a failure.  Every answer is checked: it names one
+index version, and its passages are in that index.
 
-    python benchmarks/serve_chaos.py --index URI --other URI --broken URI --generator URI --seconds 180
+    python benchmarks/serve_chaos.py --index URI --other URI --broken URI --generator URI --seconds
+    180
 """
 
 from __future__ import annotations
@@ -48,7 +51,11 @@ class Load:
     def __init__(self, url: str, passages: dict[str, set[str]]) -> None:
         self.url, self.passages = url, passages
         self.client = httpx.Client(
-            base_url=url, timeout=120, trust_env=False, headers=KEY, limits=httpx.Limits(max_connections=200)
+            base_url=url,
+            timeout=120,
+            trust_env=False,
+            headers=KEY,
+            limits=httpx.Limits(max_connections=200),
         )
         self.lock = threading.Lock()
         self.statuses: collections.Counter[str] = collections.Counter()
@@ -91,14 +98,21 @@ class Load:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     for name in ("index", "other", "broken", "generator"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--switches", type=int, default=10)
     parser.add_argument("--out", default="runs/benchmarks/serve_chaos.json")
     options = parser.parse_args()
-    ray.init(address="local", num_cpus=8, include_dashboard=False, _temp_dir=tempfile.mkdtemp(prefix="ic", dir="/tmp"))
+    ray.init(
+        address="local",
+        num_cpus=8,
+        include_dashboard=False,
+        _temp_dir=tempfile.mkdtemp(prefix="ic", dir="/tmp"),
+    )
     try:
         result = run(options)
     finally:
@@ -113,7 +127,9 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
-    key = ApiKey(name="chaos", sha256=hashlib.sha256(b"chaos").hexdigest(), scopes=("query", "admin"))
+    key = ApiKey(
+        name="chaos", sha256=hashlib.sha256(b"chaos").hexdigest(), scopes=("query", "admin")
+    )
     args = AppArgs(
         index_uri=options.index,
         generator_uri=options.generator,
@@ -126,7 +142,9 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         record_uri=str(Path(tempfile.mkdtemp()) / "record.json"),
         api_keys=[key],
     )
-    load = Load(start(args, port=0, log_level="WARNING"), passages_of([options.index, options.other]))
+    load = Load(
+        start(args, port=0, log_level="WARNING"), passages_of([options.index, options.other])
+    )
     with ThreadPoolExecutor(100) as pool:
         capacity = measure(load, pool)
         faults: list[str] = []
@@ -189,8 +207,14 @@ def measure(load: Load, pool: ThreadPoolExecutor, seconds: float = 8.0) -> float
 
 def break_things(options: argparse.Namespace, load: Load, begin: float, faults: list[str]) -> None:
     """Kill one replica of each kind and switch the index; what does not happen as meant is a fault."""
-    steps: list[tuple[float, str]] = [(0.2, "kill RetrieverDeployment"), (0.55, "kill GeneratorDeployment")]
-    steps += [(0.05 + 0.85 * number / options.switches, f"switch {number}") for number in range(options.switches)]
+    steps: list[tuple[float, str]] = [
+        (0.2, "kill RetrieverDeployment"),
+        (0.55, "kill GeneratorDeployment"),
+    ]
+    steps += [
+        (0.05 + 0.85 * number / options.switches, f"switch {number}")
+        for number in range(options.switches)
+    ]
     steps.append((0.47, "break"))
     current = options.index
     for share, step in sorted(steps):
@@ -204,7 +228,9 @@ def break_things(options: argparse.Namespace, load: Load, begin: float, faults: 
             response = change(load.url, wanted)
             if step == "break":
                 if response.status_code != 409:
-                    faults.append(f"the broken index got {response.status_code}: {response.text[:200]}")
+                    faults.append(
+                        f"the broken index got {response.status_code}: {response.text[:200]}"
+                    )
             elif response.status_code == 200:
                 current = wanted
             else:
@@ -216,7 +242,11 @@ def break_things(options: argparse.Namespace, load: Load, begin: float, faults: 
 def change(url: str, index_uri: str) -> httpx.Response:
     for _ in range(20):
         response = httpx.post(
-            f"{url}/admin/index", json={"index_uri": index_uri}, headers=KEY, timeout=300, trust_env=False
+            f"{url}/admin/index",
+            json={"index_uri": index_uri},
+            headers=KEY,
+            timeout=300,
+            trust_env=False,
         )
         if response.status_code != 503:
             break
@@ -227,7 +257,11 @@ def change(url: str, index_uri: str) -> httpx.Response:
 def replica_pid(deployment: str) -> int:
     """Process id of a running replica, as Serve lists it."""
     assert serve.status().applications
-    names = sorted(a["name"] for a in ray.util.list_named_actors(all_namespaces=True) if deployment in a["name"])
+    names = sorted(
+        a["name"]
+        for a in ray.util.list_named_actors(all_namespaces=True)
+        if deployment in a["name"]
+    )
     for name in names:
         try:
             handle = ray.get_actor(name, namespace="serve")

@@ -1,6 +1,8 @@
-"""What Serve adds to a call: ``POST /v1/retrieve`` over HTTP on a local Ray against the same search in this process.
+"""What Serve adds to a call: ``POST /v1/retrieve`` over HTTP on a local Ray against the same search
+in this process.
 
-One request at a time, both on this machine, interleaved; prints medians and their difference (target: 10 ms idle).
+One request at a time, both on this machine, interleaved; prints medians and their difference
+(target: 10 ms idle).
 
     python benchmarks/serve_overhead.py --index URI --generator URI
 """
@@ -23,14 +25,21 @@ from serve.retrieving import load_retriever
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--index", required=True)
     parser.add_argument("--generator", required=True)
     parser.add_argument("--requests", type=int, default=300)
     parser.add_argument("--out", default="runs/benchmarks/serve_overhead.json")
     options = parser.parse_args()
     retriever = load_retriever(options.index)
-    ray.init(address="local", num_cpus=4, include_dashboard=False, _temp_dir=tempfile.mkdtemp(prefix="io", dir="/tmp"))
+    ray.init(
+        address="local",
+        num_cpus=4,
+        include_dashboard=False,
+        _temp_dir=tempfile.mkdtemp(prefix="io", dir="/tmp"),
+    )
     try:
         args = AppArgs(
             index_uri=options.index,
@@ -49,7 +58,9 @@ def main() -> None:
                 begin = time.perf_counter()
                 retriever.retrieve([question], 5)
                 middle = time.perf_counter()
-                client.post("/v1/retrieve", json={"question": question, "top_k": 5}).raise_for_status()
+                client.post(
+                    "/v1/retrieve", json={"question": question, "top_k": 5}
+                ).raise_for_status()
                 if number >= 20:
                     times["direct_s"].append(middle - begin)
                     times["served_s"].append(time.perf_counter() - middle)
@@ -58,7 +69,9 @@ def main() -> None:
         ray.shutdown()
     result: dict[str, object] = {name: statistics.median(values) for name, values in times.items()}
     result["p95_served_s"] = sorted(times["served_s"])[int(0.95 * options.requests)]
-    result["added_p50_s"] = statistics.median(times["served_s"]) - statistics.median(times["direct_s"])
+    result["added_p50_s"] = statistics.median(times["served_s"]) - statistics.median(
+        times["direct_s"]
+    )
     result["load_average"] = os.getloadavg()
     result["settings"] = vars(options)
     Path(options.out).parent.mkdir(parents=True, exist_ok=True)

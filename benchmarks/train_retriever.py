@@ -2,11 +2,12 @@
 
     python benchmarks/train_retriever.py [--base FOLDER] [--batch 64] [--steps 12] [--runs 5]
 
-Both train a LoRA adapter of the same shape on the same base, over the same batches of (question, passage, hard
-negative) in the same order, the same tokens, AdamW, one thread: sentence-transformers through
-``CachedMultipleNegativesRankingLoss`` and its trainer, invar_ray through its GradCache, bi-encoder and loss.  Chunks
-hold no more tokens than the peer's mini-batches can.  Each run is a process of its own; runs interleave; medians.  The
-losses of the first step must agree: both compute the same.  Needs the extra ``bench``.
+Both train a LoRA adapter of the same shape on the same base, over the same batches of (question,
+passage, hard negative) in the same order, the same tokens, AdamW, one thread: sentence-transformers
+through ``CachedMultipleNegativesRankingLoss`` and its trainer, invar_ray through its GradCache,
+bi-encoder and loss.  Chunks hold no more tokens than the peer's mini-batches can.  Each run is a
+process of its own; runs interleave; medians.  The losses of the first step must agree: both compute
+the same.  Needs the extra ``bench``.
 """
 
 from __future__ import annotations
@@ -51,12 +52,18 @@ LORA = LoraConfig(
 
 def main() -> None:
     """Start the runs, compare, print, and write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--base", help="folder of a LLaMA-family model; without it the embedded base")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--base", help="folder of a LLaMA-family model; without it the embedded base"
+    )
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--runs", type=int, default=5)
-    parser.add_argument("--side", choices=["invar_ray", "sentence-transformers"], help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--side", choices=["invar_ray", "sentence-transformers"], help=argparse.SUPPRESS
+    )
     arguments = parser.parse_args()
     if arguments.steps <= WARM_UP:
         parser.error(f"--steps: more than {WARM_UP}, which are not counted")
@@ -76,7 +83,10 @@ def main() -> None:
                 results[side].append(_start(side, base, arguments.batch, arguments.steps))
                 last = results[side][-1]
                 spent = f"{last['seconds']:.1f} s, {last['cpu_seconds']:.1f} s of CPU time"
-                print(f"run {number + 1}, {side}: {spent}, {last['peak_memory_mb']:.0f} MB", flush=True)
+                print(
+                    f"run {number + 1}, {side}: {spent}, {last['peak_memory_mb']:.0f} MB",
+                    flush=True,
+                )
     first = {side: runs[0]["first_loss"] for side, runs in results.items()}
     if abs(first["invar_ray"] - first["sentence-transformers"]) > 1e-3 * first["invar_ray"]:
         raise SystemExit(f"the two compute different losses at the first step: {first}")
@@ -86,13 +96,19 @@ def main() -> None:
         for key in ("seconds", "cpu_seconds")
     )
     result = {
-        "settings": {**vars(arguments), "threads": 1, "mini_batch": MINI_BATCH, "max_tokens": MAX_TOKENS},
+        "settings": {
+            **vars(arguments),
+            "threads": 1,
+            "mini_batch": MINI_BATCH,
+            "max_tokens": MAX_TOKENS,
+        },
         "pairs_per_s": {side: pairs / value for side, value in seconds.items()},
         "ratio": seconds["sentence-transformers"] / seconds["invar_ray"],
         # Other work on the machine stretches this one less.
         "ratio_by_cpu_time": cpu_seconds["sentence-transformers"] / cpu_seconds["invar_ray"],
         "peak_memory_mb": {
-            side: statistics.median(run["peak_memory_mb"] for run in runs) for side, runs in results.items()
+            side: statistics.median(run["peak_memory_mb"] for run in runs)
+            for side, runs in results.items()
         },
         "first_loss": first,
         "runs": results,
@@ -109,7 +125,9 @@ def main() -> None:
 
 
 def triples(count: int) -> list[tuple[str, str, str]]:
-    """(question, its passage, a neighbour) of the demo corpus, no passage twice among 64 in a row, lengths mixed."""
+    """(question, its passage, a neighbour) of the demo corpus, no passage twice among 64 in a row,
+    lengths mixed.
+    """
     documents = {document.id: document for document in facts.documents()}
     order = list(documents)
     of_document: dict[str, list[str]] = {}
@@ -123,7 +141,9 @@ def triples(count: int) -> list[tuple[str, str, str]]:
             if asked:
                 negative = documents[order[(place + 1) % len(order)]]
                 # One, two or three neighbours joined: passages of unequal length, as windows are.
-                text = " ".join(documents[order[(place + k) % len(order)]].text for k in range(1 + place % 3))
+                text = " ".join(
+                    documents[order[(place + k) % len(order)]].text for k in range(1 + place % 3)
+                )
                 rows.append((asked[turn % len(asked)], text, negative.text))
         turn += 1
     return rows[:count]
@@ -140,7 +160,11 @@ def ours(base: str, rows: list[tuple[str, str, str]], batch: int) -> dict[str, f
     budget = MINI_BATCH * MAX_TOKENS
 
     def encode(cache: RepresentationCache, texts: list[str]) -> torch.Tensor:
-        ids = tokenizer([f"{text}{tokenizer.eos_token}" for text in texts], truncation=True, max_length=MAX_TOKENS)
+        ids = tokenizer(
+            [f"{text}{tokenizer.eos_token}" for text in texts],
+            truncation=True,
+            max_length=MAX_TOKENS,
+        )
         return cache(*pad_right(ids["input_ids"], int(tokenizer.pad_token_id)))
 
     first_loss, started, used = 0.0, 0.0, 0.0
@@ -202,9 +226,12 @@ def theirs(base: str, rows: list[tuple[str, str, str]], batch: int) -> dict[str,
             losses.append(float(value))
             return value
 
-    transformer = Transformer(base, model_kwargs={"dtype": torch.float32}, max_seq_length=MAX_TOKENS)
+    transformer = Transformer(
+        base, model_kwargs={"dtype": torch.float32}, max_seq_length=MAX_TOKENS
+    )
     model = SentenceTransformer(
-        modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean"), Normalize()], device="cpu"
+        modules=[transformer, Pooling(transformer.get_embedding_dimension(), "mean"), Normalize()],
+        device="cpu",
     )
     if model.tokenizer.pad_token_id is None:
         model.tokenizer.pad_token = model.tokenizer.eos_token
@@ -219,7 +246,9 @@ def theirs(base: str, rows: list[tuple[str, str, str]], batch: int) -> dict[str,
     )
     end = model.tokenizer.eos_token
     names = ("anchor", "positive", "negative")
-    dataset = Dataset.from_dict({name: [row[k] + end for row in rows] for k, name in enumerate(names)})
+    dataset = Dataset.from_dict(
+        {name: [row[k] + end for row in rows] for k, name in enumerate(names)}
+    )
     with tempfile.TemporaryDirectory() as folder:
         settings = SentenceTransformerTrainingArguments(
             output_dir=folder,

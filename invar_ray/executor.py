@@ -24,7 +24,8 @@ from invar_ray.errors import InvarError, ResourceError
 _WORKER_ENV = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
-    # Batches of ever other shapes leave glibc's heap full of holes: large blocks go back to the system when freed.
+    # Batches of ever other shapes leave glibc's heap full of holes: large blocks go back to the
+    # system when freed.
     "MALLOC_MMAP_THRESHOLD_": "1048576",
     "MALLOC_ARENA_MAX": "2",
     # Libraries' own progress bars and notices would drown a run's.
@@ -36,8 +37,8 @@ _WORKER_ENV = {
 
 
 def quieten_worker() -> None:
-    """Runs first in each worker of a local Ray: drops a warning a second that its dashboard, which is off, would
-    prevent, and Ray Train's own line for each report.
+    """Runs first in each worker of a local Ray: drops a warning a second that its dashboard, which
+    is off, would prevent, and Ray Train's own line for each report.
     """
     place = "ray.train.v2._internal.execution"
     logging.getLogger(f"{place}.controller.placement_group_cleaner").setLevel(logging.ERROR)
@@ -45,7 +46,9 @@ def quieten_worker() -> None:
 
 
 def quieten_libraries() -> None:
-    """For entry points: no progress bars and deprecation notices of other libraries between a run's own lines."""
+    """For entry points: no progress bars and deprecation notices of other libraries between a run's
+    own lines.
+    """
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -60,7 +63,8 @@ def clear_failures(label: str) -> Iterator[None]:
     """Turn an exception that Ray wrapped on its way from an actor into one error.
 
     Raises:
-        InvarError: the actor's own, where it raised one.  ResourceError: for anything else; it names the last line.
+        InvarError: the actor's own, where it raised one.  ResourceError: for anything else; it
+            names the last line.
     """
     try:
         yield
@@ -81,7 +85,11 @@ def _unwrapped(error: RayError, label: str) -> InvarError:
         return kind(named[-1][1])
     lines = str(error).strip().splitlines() or [repr(error)]
     # What was raised first stands first; Ray's own words follow.
-    raised = [line for line in lines if re.match(r"(?!ray\.)[A-Za-z_][\w.]*(Error|Exception|Exit): ", line)]
+    raised = [
+        line
+        for line in lines
+        if re.match(r"(?!ray\.)[A-Za-z_][\w.]*(Error|Exception|Exit): ", line)
+    ]
     return ResourceError(
         f"{label} failed on Ray: {(raised or lines[-1:])[0].strip()}",
         action="see the workers' log above; a re-run keeps what is finished",
@@ -90,7 +98,9 @@ def _unwrapped(error: RayError, label: str) -> InvarError:
 
 @contextlib.contextmanager
 def _own_sigterm() -> Iterator[None]:
-    """Keep the entry point's SIGTERM handler: Ray puts its own there, which exits with 15 and says nothing."""
+    """Keep the entry point's SIGTERM handler: Ray puts its own there, which exits with 15 and says
+    nothing.
+    """
     handler = signal.getsignal(signal.SIGTERM)
     mine = callable(handler) and threading.current_thread() is threading.main_thread()
     try:
@@ -106,8 +116,8 @@ def _own_sigterm() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _no_token_notice() -> Iterator[None]:
-    """Drop Ray's warning that it asks its clients for a token (it lies in ``~/.ray/auth_token``): a local Ray has none
-    but those of the README, which speaks of it.
+    """Drop Ray's warning that it asks its clients for a token (it lies in ``~/.ray/auth_token``): a
+    local Ray has none but those of the README, which speaks of it.
     """
     logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
     level = logger.level
@@ -121,9 +131,9 @@ def _no_token_notice() -> Iterator[None]:
 class RaySession:
     """Connects to Ray when first needed, and stops what it started.
 
-    With ``scale.ray_address`` or the environment's ``RAY_ADDRESS`` (set inside ``ray job submit``) it joins that
-    cluster and leaves it running; otherwise it starts a local Ray with its own ports and folder, on loopback, and
-    stops it at the end.
+    With ``scale.ray_address`` or the environment's ``RAY_ADDRESS`` (set inside ``ray job submit``)
+    it joins that cluster and leaves it running; otherwise it starts a local Ray with its own ports
+    and folder, on loopback, and stops it at the end.
     """
 
     def __init__(self, scale: ScaleConfig) -> None:
@@ -134,14 +144,19 @@ class RaySession:
     @property
     def joins(self) -> bool:
         """Whether :meth:`ensure` joins a Ray that runs already."""
-        return ray.is_initialized() or bool(self._scale.ray_address or os.environ.get("RAY_ADDRESS"))
+        return ray.is_initialized() or bool(
+            self._scale.ray_address or os.environ.get("RAY_ADDRESS")
+        )
 
     def ensure(self) -> None:
         """Connect unless connected."""
         if ray.is_initialized():
             return
-        # 60 s, Ray's default, is exceeded on loaded machines; the controller reads it from this environment.
-        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(self._scale.worker_timeout_s))
+        # 60 s, Ray's default, is exceeded on loaded machines; the controller reads it from this
+        # environment.
+        os.environ.setdefault(
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(self._scale.worker_timeout_s)
+        )
         address = self._scale.ray_address or os.environ.get("RAY_ADDRESS")
         with _own_sigterm(), _no_token_notice():
             if address:
@@ -162,14 +177,17 @@ class RaySession:
             logging_level="warning",
             _temp_dir=self._folder,
             runtime_env={
-                "env_vars": _WORKER_ENV | ({} if self._scale.use_gpu else {"DS_ACCELERATOR": "cpu"}),
+                "env_vars": _WORKER_ENV
+                | ({} if self._scale.use_gpu else {"DS_ACCELERATOR": "cpu"}),
                 "worker_process_setup_hook": "invar_ray.executor.quieten_worker",
             },
         )
 
     def close(self) -> None:
         """Disconnect, and stop a Ray that :meth:`ensure` started."""
-        if self._started or self._folder is not None:  # also where ray.init was interrupted half way
+        if (
+            self._started or self._folder is not None
+        ):  # also where ray.init was interrupted half way
             ray.shutdown()
             self._started = False
         if self._folder is not None:
@@ -180,6 +198,9 @@ class RaySession:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.close()

@@ -1,7 +1,7 @@
 """Corpus to served index, step by step; each step is skipped when its artifact stands.
 
-A :class:`Pipeline` is the dependency graph of a run: asking it for an artifact makes what is missing, and nothing
-else.  The demo, the jobs and the command line all call it.
+A :class:`Pipeline` is the dependency graph of a run: asking it for an artifact makes what is
+missing, and nothing else.  The demo, the jobs and the command line all call it.
 """
 
 from __future__ import annotations
@@ -23,21 +23,39 @@ from invar_ray.errors import ArtifactError, MissingArtifactError, MixedArtifacts
 from invar_ray.evaluation.report import Report, read_report, write_report
 from invar_ray.executor import RaySession, clear_failures
 from invar_ray.index.build import Limits, build_index, index_settings
-from invar_ray.models.base import BUILTIN, BaseRef, base_plan, build_base, load_tokenizer, resolve_base
+from invar_ray.models.base import (
+    BUILTIN,
+    BaseRef,
+    base_plan,
+    build_base,
+    load_tokenizer,
+    resolve_base,
+)
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec
 from invar_ray.models.precision import made_in
 from invar_ray.steps.baselines import bm25_plan, build_bm25_hits, build_fused_hits, fused_plan
 from invar_ray.steps.hits import PLAIN, SearchMode, build_hits, hits_plan
 from invar_ray.steps.passages import build_passages, document_ids, passages_plan
 from invar_ray.steps.previous import earlier_passages
-from invar_ray.steps.questions import build_questions, load_examples, questions_plan, refuse_unanswerable
+from invar_ray.steps.questions import (
+    build_questions,
+    load_examples,
+    questions_plan,
+    refuse_unanswerable,
+)
 from invar_ray.steps.readings import build_readings, readings_plan
 from invar_ray.steps.refresh import refresh_negatives
 from invar_ray.steps.report import SYSTEM_NAMES, Change, System, build_report, report_plan
 from invar_ray.steps.trainset import build_trainset, trainset_plan
 from invar_ray.steps.vectors import build_vectors, vectors_plan
 from invar_ray.store.artifacts import Artifact, Building, Plan, Store, open_artifact
-from invar_ray.training.trainer import encoder_of, generator_plan, retriever_plan, train_generator, train_retriever
+from invar_ray.training.trainer import (
+    encoder_of,
+    generator_plan,
+    retriever_plan,
+    train_generator,
+    train_retriever,
+)
 from invar_ray.versions import STEPS
 
 
@@ -65,7 +83,10 @@ class Pipeline:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.session.close()
 
@@ -74,14 +95,20 @@ class Pipeline:
         """The base model, resolved (a built-in one is written out)."""
         built = None
         if self.config.model.base in BUILTIN:
-            built = self._step("base model", base_plan(self.config), lambda building: build_base(building, self.config))
+            built = self._step(
+                "base model",
+                base_plan(self.config),
+                lambda building: build_base(building, self.config),
+            )
         return resolve_base(self.config.model, built)
 
     @cached_property
     def questions(self) -> Artifact:
         """Questions of both splits with their rewordings."""
         return self._step(
-            "questions", questions_plan(self.config), lambda building: build_questions(building, self.config)
+            "questions",
+            questions_plan(self.config),
+            lambda building: build_questions(building, self.config),
         )
 
     @cached_property
@@ -96,7 +123,9 @@ class Pipeline:
 
         def body(building: Building) -> None:
             tokenizer = load_tokenizer(self.base.folder_or_name(self.store), self.base.revision)
-            earlier, reason = earlier_passages(self.store, plan) if config.scale.incremental else (None, "")
+            earlier, reason = (
+                earlier_passages(self.store, plan) if config.scale.incremental else (None, "")
+            )
             if earlier is not None and reason:
                 self._say(f"  all documents are cut anew: since {earlier.ref} {reason}")
                 earlier = None
@@ -109,7 +138,9 @@ class Pipeline:
         """The corpus in other windows: passages of another length."""
         length = self.config.evaluation.window_tokens
         corpus = replace(self.config.corpus, chunk_tokens=length, chunk_stride=length)
-        return self._cut(f"passages, windows of {length} tokens", replace(self.config, corpus=corpus))
+        return self._cut(
+            f"passages, windows of {length} tokens", replace(self.config, corpus=corpus)
+        )
 
     @cached_property
     def coarse_index(self) -> Artifact:
@@ -118,7 +149,9 @@ class Pipeline:
 
     @cached_property
     def base_index(self) -> Artifact:
-        """The index of the base without adapter: what negatives are mined from, and the row that training must beat."""
+        """The index of the base without adapter: what negatives are mined from, and the row that
+        training must beat.
+        """
         return self._index("base", llm_spec(self.config.model, self.base), None)
 
     def check_questions(self) -> None:
@@ -137,7 +170,12 @@ class Pipeline:
     def trainset(self) -> Artifact:
         """What stage 1 trains on."""
         self.check_questions()
-        parents = self.passages, self.questions, self.base_index, self.coarse_index.parent("vectors")
+        parents = (
+            self.passages,
+            self.questions,
+            self.base_index,
+            self.coarse_index.parent("vectors"),
+        )
         return self._step(
             "training set",
             trainset_plan(self.config, *parents),
@@ -151,7 +189,9 @@ class Pipeline:
         return self._step(
             "stage 1: retriever",
             retriever_plan(self.config, base, trainset),
-            lambda building: train_retriever(building, self.config, base, trainset, mine=refresh_negatives),
+            lambda building: train_retriever(
+                building, self.config, base, trainset, mine=refresh_negatives
+            ),
             on_ray=True,
         )
 
@@ -162,7 +202,9 @@ class Pipeline:
 
     @cached_property
     def readings(self) -> Artifact:
-        """What stage 2 trains on: what the training questions find in the served index, in all windows."""
+        """What stage 2 trains on: what the training questions find in the served index, in all
+        windows.
+        """
         hits = self.hits(self.index, "train")
         return self._step(
             "readings of train questions",
@@ -187,7 +229,12 @@ class Pipeline:
         self.check_questions()  # a fault in the inputs shows before hours of embedding
         evaluation = self.config.evaluation
         systems = [
-            System(SYSTEM_NAMES[name], self._hits_of(name), self._generator_of(name), name in {"base", "both"})
+            System(
+                SYSTEM_NAMES[name],
+                self._hits_of(name),
+                self._generator_of(name),
+                name in {"base", "both"},
+            )
             for name in evaluation.systems
             if name != "both" or evaluation.num_answers > 0
         ]
@@ -195,14 +242,22 @@ class Pipeline:
             Change(SYSTEM_NAMES[name], cause, changed)
             for name in evaluation.systems
             for cause in evaluation.causes
-            if name in {"base", "stage1"} and (changed := self._changed_hits(name, cause)) is not None
+            if name in {"base", "stage1"}
+            and (changed := self._changed_hits(name, cause)) is not None
         ]
-        name = self.config.questions.dev_uri.rstrip("/").rpartition("/")[2].removeprefix("builtin:").removesuffix(".gz")
+        name = (
+            self.config.questions.dev_uri.rstrip("/")
+            .rpartition("/")[2]
+            .removeprefix("builtin:")
+            .removesuffix(".gz")
+        )
         dataset = re.sub(r"\.(jsonl|ndjson|json|tsv|csv)$", "", name)
         return self._step(
             "report",
             report_plan(self.config, systems, changes),
-            lambda building: build_report(building, self.config, self.base, systems, dataset, self.passages, changes),
+            lambda building: build_report(
+                building, self.config, self.base, systems, dataset, self.passages, changes
+            ),
             on_ray=True,
         )
 
@@ -225,7 +280,9 @@ class Pipeline:
         """What a row of the report retrieves for the dev questions."""
         encoder, _, fused = system.partition("_")
         if encoder == "bm25":
-            plan = bm25_plan(self.config, self.passages, self.questions, "dev", self.config.evaluation.top_k)
+            plan = bm25_plan(
+                self.config, self.passages, self.questions, "dev", self.config.evaluation.top_k
+            )
             return self._step(
                 "hits of dev questions by BM25",
                 plan,
@@ -238,26 +295,41 @@ class Pipeline:
                 fused_plan(system, parts, "dev", self.config.evaluation.top_k),
                 lambda building: build_fused_hits(building, parts),
             )
-        mode = SearchMode(num_rewrites=self.config.evaluation.query_rewrites) if fused == "rewrites" else PLAIN
+        mode = (
+            SearchMode(num_rewrites=self.config.evaluation.query_rewrites)
+            if fused == "rewrites"
+            else PLAIN
+        )
         return self.hits(self._index_of(encoder), "dev", mode)
 
     def _changed_hits(self, system: str, cause: str) -> Artifact | None:
         """What a row's anchors retrieve in another setting; ``None`` where the cause cannot act."""
         if cause == "index":
             exact = self.config.index.factory == "Flat"
-            return None if exact else self.hits(self._index_of(system), "dev", SearchMode(exact=True))
+            return (
+                None if exact else self.hits(self._index_of(system), "dev", SearchMode(exact=True))
+            )
         if cause == "precision":
             index = self._index_of(system)
-            return self.hits(index, "dev", SearchMode(precision="bf16" if made_in(index) == "fp32" else "fp32"))
+            return self.hits(
+                index, "dev", SearchMode(precision="bf16" if made_in(index) == "fp32" else "fp32")
+            )
         recut = self._recut
         if system == "stage1":
             return self.hits(
-                self._index("recut-retriever", self._spec_of(self.retriever), self.retriever, recut), "dev"
+                self._index(
+                    "recut-retriever", self._spec_of(self.retriever), self.retriever, recut
+                ),
+                "dev",
             )
-        return self.hits(self._index("recut-base", llm_spec(self.config.model, self.base), None, recut), "dev")
+        return self.hits(
+            self._index("recut-base", llm_spec(self.config.model, self.base), None, recut), "dev"
+        )
 
     def _index_of(self, encoder: str) -> Artifact:
-        return {"minilm": lambda: self.coarse_index, "base": lambda: self.base_index}.get(encoder, lambda: self.index)()
+        return {"minilm": lambda: self.coarse_index, "base": lambda: self.base_index}.get(
+            encoder, lambda: self.index
+        )()
 
     def _generator_of(self, system: str) -> Artifact | str | None:
         if self.config.evaluation.num_answers == 0:
@@ -286,7 +358,8 @@ class Pipeline:
         trained = adapter.manifest.config.get("retriever", {}).get("matryoshka_dims", ())
         if size is not None and size not in trained:
             self._say(
-                f"  vectors are cut to {size} values, a size that {adapter.ref} was not trained at: {list(trained)}"
+                f"  vectors are cut to {size} values, a size that {adapter.ref} was not trained "
+                f"at: {list(trained)}"
             )
         return replace(encoder_of(adapter), dimensions=size)
 
@@ -305,7 +378,11 @@ class Pipeline:
         return replace(measured, seconds=dict(self.seconds), meta=meta)
 
     def _index(
-        self, name: str, spec: EncoderSpec, adapter: Artifact | None, passages: Artifact | None = None
+        self,
+        name: str,
+        spec: EncoderSpec,
+        adapter: Artifact | None,
+        passages: Artifact | None = None,
     ) -> Artifact:
         passages = passages or self.passages
         label = f"embed passages ({name})"
@@ -394,36 +471,55 @@ class Pipeline:
             print(text, file=sys.stderr, flush=True)
 
 
-def serve_until_stopped(config: Config, index_uri: str | None = None, generator_uri: str | None = None) -> None:
-    """Serve over HTTP until Ctrl-C; nothing is trained or embedded, and what can fail does so before Ray starts.
+def serve_until_stopped(
+    config: Config, index_uri: str | None = None, generator_uri: str | None = None
+) -> None:
+    """Serve over HTTP until Ctrl-C; nothing is trained or embedded, and what can fail does so
+    before Ray starts.
 
     Args:
         config: of the run whose index and generator are served, where the URIs below name none.
         index_uri, generator_uri: artifacts to serve in their place.
 
     Raises:
-        MissingArtifactError: the store lacks one of them.  MixedArtifactsError: if they have different bases.
-        ConfigError: a key of the service is wrong.  ResourceError: the port is taken, or it does not start.
+        MissingArtifactError: the store lacks one of them.  MixedArtifactsError: if they have
+            different bases.
+        ConfigError: a key of the service is wrong.  ResourceError: the port is taken, or it does
+            not start.
     """
     with Pipeline(config, find_only=True) as pipeline:
         index = open_artifact(index_uri, "index") if index_uri else pipeline.index
-        generator = open_artifact(generator_uri, "generator") if generator_uri else pipeline.generator
+        generator = (
+            open_artifact(generator_uri, "generator") if generator_uri else pipeline.generator
+        )
         args = _service_args(index, generator, config.serve)
-        _service().check_start(args, config.serve.host, config.serve.port, joins=pipeline.session.joins)
+        _service().check_start(
+            args, config.serve.host, config.serve.port, joins=pipeline.session.joins
+        )
         pipeline.session.ensure()
         start_service(index, generator, config.serve, blocking=True)
 
 
 def start_service(
-    index: Artifact, generator: Artifact, serve: ServeConfig, *, blocking: bool = False, log_level: str = "INFO"
+    index: Artifact,
+    generator: Artifact,
+    serve: ServeConfig,
+    *,
+    blocking: bool = False,
+    log_level: str = "INFO",
 ) -> str:
-    """Serve an index and a generator on the connected Ray; returns the address (after Ctrl-C, if ``blocking``).
+    """Serve an index and a generator on the connected Ray; returns the address (after Ctrl-C, if
+    ``blocking``).
 
     Raises:
         MixedArtifactsError: if they have different bases.  ResourceError: if it does not start.
     """
     address: str = _service().start(
-        _service_args(index, generator, serve), host=serve.host, port=serve.port, blocking=blocking, log_level=log_level
+        _service_args(index, generator, serve),
+        host=serve.host,
+        port=serve.port,
+        blocking=blocking,
+        log_level=log_level,
     )
     return address
 
@@ -437,7 +533,8 @@ def _service_args(index: Artifact, generator: Artifact, serve: ServeConfig) -> A
             expected="an index and a generator of one base",
             action="reindex with the generator's base, or train a generator on the index's",
         )
-    # An adapter that was not trained here says nothing of an answer's length: the service's default holds.
+    # An adapter that was not trained here says nothing of an answer's length: the service's default
+    # holds.
     length = {name: generator.info[name] for name in ("max_new_tokens",) if name in generator.info}
     return _service().AppArgs(
         index_uri=index.uri,
@@ -462,9 +559,9 @@ def finish_report(report: Report, folder: Path) -> Path:
 
 
 def keep_numbers(pipeline: Pipeline) -> Path | None:
-    """``report.json`` of the pipeline's report at the top of its store, where ``compare`` and ``gate`` look for it; not
-    in a remote store, whose reports have URIs.  Numbers of the same report that stand there stay: a demo adds its
-    answer and its times.
+    """``report.json`` of the pipeline's report at the top of its store, where ``compare`` and
+    ``gate`` look for it; not in a remote store, whose reports have URIs.  Numbers of the same
+    report that stand there stay: a demo adds its answer and its times.
     """
     if not pipeline.store.is_local:
         return None
@@ -473,7 +570,9 @@ def keep_numbers(pipeline: Pipeline) -> Path | None:
         if read_report(folder / "report.json").meta.get("report") == uri:
             return folder / "report.json"
     measured = read_report(pipeline.report.path("report.json"))
-    return finish_report(replace(measured, meta={"report": uri, "seed": pipeline.config.seed}), folder)
+    return finish_report(
+        replace(measured, meta={"report": uri, "seed": pipeline.config.seed}), folder
+    )
 
 
 def _service() -> Any:

@@ -1,8 +1,8 @@
 """Records that steps hand each other, with their Arrow schemas.
 
-Names follow the field: a *document* is raw, a *passage* is the indexed unit, a *question* is the user's text (a
-*query* is the formatted encoder input), a *variant* is a rewording with the same answer, an *environment* is a
-(rewrite, window) pair.
+Names follow the field: a *document* is raw, a *passage* is the indexed unit, a *question* is the
+user's text (a *query* is the formatted encoder input), a *variant* is a rewording with the same
+answer, an *environment* is a (rewrite, window) pair.
 """
 
 from __future__ import annotations
@@ -36,11 +36,13 @@ class Document:
         title: may be empty.
         text: the whole text; passages are cut from it by character offsets.
         uri: where it came from (file or URL, with a place in it if known); may be empty.
-        file: its file, relative to the folder that was read; empty for documents that come from no file.
+        file: its file, relative to the folder that was read; empty for documents that come from no
+            file.
         places: pages, headings or rows, ascending by ``start``.
-        unit: what is counted in the text beside that: ``line`` (apart by a line break), ``paragraph`` (by an empty
-            line), or empty.
-        metadata: (name, value) of the fields that ``corpus.metadata`` names, where the document has them.
+        unit: what is counted in the text beside that: ``line`` (apart by a line break),
+            ``paragraph`` (by an empty line), or empty.
+        metadata: (name, value) of the fields that ``corpus.metadata`` names, where the document has
+            them.
     """
 
     id: str
@@ -61,7 +63,8 @@ class Passage:
         id: deterministic: document id, offsets and a content hash.
         document_id: the document it was cut from.
         start, end: character offsets into the document's text, half open.
-        place: file and place in it, for people (``manual.pdf, page 3``); empty where the document has no file.
+        place: file and place in it, for people (``manual.pdf, page 3``); empty where the document
+            has no file.
         metadata: its document's; a column of its own for each name in the passages table.
     """
 
@@ -83,7 +86,8 @@ class Example:
     Attributes:
         id: unique within its file.
         question: the wording in use as the anchor.
-        answers: gold answers, any of which is right; the first that stands in the passage cited is the training target.
+        answers: gold answers, any of which is right; the first that stands in the passage cited is
+            the training target.
         positive_ids: ids of *documents* (corpus rows) that answer the question.
         rewrites: wordings of the same question that came with the data (may be empty).
     """
@@ -116,7 +120,9 @@ class Variant:
 
 @dataclass(frozen=True, slots=True)
 class Window:
-    """A cut of a document: ``document.text[start:end]``.  ``window`` 0 is the anchor cut (the indexed passage)."""
+    """A cut of a document: ``document.text[start:end]``.  ``window`` 0 is the anchor cut (the
+    indexed passage).
+    """
 
     document_id: str
     window: int
@@ -132,7 +138,8 @@ class Hit:
     Attributes:
         passage_id, document_id, title, text, uri, place: of the passage.
         rank: 1 is the best.
-        score: cosine similarity with the query, in [-1, 1]; BM25's or the fused score where those ranked it.
+        score: cosine similarity with the query, in [-1, 1]; BM25's or the fused score where those
+            ranked it.
     """
 
     passage_id: str
@@ -151,8 +158,8 @@ class Citation:
 
     Attributes:
         number: the [n] of the answer, 1-based position of the passage in the prompt.
-        source: ``generated`` when the model wrote the [n]; ``matched`` when it wrote none, or only some without the
-            answer's text, and that was found in the passage.
+        source: ``generated`` when the model wrote the [n]; ``matched`` when it wrote none, or only
+            some without the answer's text, and that was found in the passage.
         place: file and place in it; empty where the document has no file.
     """
 
@@ -172,10 +179,13 @@ class Answer:
         text: the answer without its citation marks.
         citations: the passages it points to, checked to exist.
         hits: the passages that stood in the prompt, by rank.
-        notes: anything the user must know: passages dropped for the context budget, citations removed, ...
-        confidence: mean log-probability of the answer's tokens (nats); ``None`` where the engine gives none.
+        notes: anything the user must know: passages dropped for the context budget, citations
+            removed, ...
+        confidence: mean log-probability of the answer's tokens (nats); ``None`` where the engine
+            gives none.
         refused: True where the model said that the passages do not answer.
-        removed_citations: how often it cited a number that no passage of the prompt has; those marks are gone.
+        removed_citations: how often it cited a number that no passage of the prompt has; those
+            marks are gone.
     """
 
     question: str
@@ -240,33 +250,48 @@ VARIANT_SCHEMA = pa.schema(
 
 
 DIGEST_SCHEMA = pa.schema(
-    [("id", pa.binary(16)), ("content", pa.binary(16)), ("first", pa.int64()), ("passages", pa.int64())]
+    [
+        ("id", pa.binary(16)),
+        ("content", pa.binary(16)),
+        ("first", pa.int64()),
+        ("passages", pa.int64()),
+    ]
 )
-"""What a later run compares documents with: a hash of the id, a hash of all that cutting depends on, and the rows of
-the passages cut from it."""
+"""What a later run compares documents with: a hash of the id, a hash of all that cutting depends
+on, and the rows of the passages cut from it."""
 
 
 def vector_schema(dimension: int) -> pa.Schema:
-    """Arrow schema of probes: ``id`` and a FixedSizeList of ``dimension`` float32, readable by plain pyarrow."""
+    """Arrow schema of probes: ``id`` and a FixedSizeList of ``dimension`` float32, readable by
+    plain pyarrow.
+    """
     return pa.schema([("id", pa.string()), ("vector", pa.list_(pa.float32(), dimension))])
 
 
 def shard_schema(dimension: int) -> pa.Schema:
-    """Arrow schema of a shard of vectors, readable by plain pyarrow: passage id, a hash of what was embedded, and a
-    FixedSizeList of ``dimension`` float16.
+    """Arrow schema of a shard of vectors, readable by plain pyarrow: passage id, a hash of what was
+    embedded, and a FixedSizeList of ``dimension`` float16.
     """
-    return pa.schema([("id", pa.string()), ("content", pa.binary(16)), ("vector", pa.list_(pa.float16(), dimension))])
+    return pa.schema(
+        [
+            ("id", pa.string()),
+            ("content", pa.binary(16)),
+            ("vector", pa.list_(pa.float16(), dimension)),
+        ]
+    )
 
 
 def to_table(records: Iterable[Any], schema: pa.Schema) -> pa.Table:
-    """Records (dataclasses of this module) as an Arrow table with ``schema``; fields the schema lacks are dropped, and
-    a column that no field is named after holds that name of ``metadata``.
+    """Records (dataclasses of this module) as an Arrow table with ``schema``; fields the schema
+    lacks are dropped, and a column that no field is named after holds that name of ``metadata``.
     """
     rows = list(records)
     columns = []
     for entry in schema:
         own = not rows or hasattr(rows[0], entry.name)
-        values: list[Any] = [getattr(row, entry.name) if own else dict(row.metadata).get(entry.name) for row in rows]
+        values: list[Any] = [
+            getattr(row, entry.name) if own else dict(row.metadata).get(entry.name) for row in rows
+        ]
         if pa.types.is_list(entry.type) and pa.types.is_struct(entry.type.value_type):
             values = [[asdict(item) for item in value] for value in values]
         columns.append(pa.array(values, entry.type))
@@ -274,9 +299,11 @@ def to_table(records: Iterable[Any], schema: pa.Schema) -> pa.Table:
 
 
 def from_table(table: pa.Table, record: type[Any]) -> list[Any]:
-    """Rows of ``table`` as instances of ``record``; lists become tuples, their structs :class:`Place`.
+    """Rows of ``table`` as instances of ``record``; lists become tuples, their structs
+    :class:`Place`.
 
-    A field without a column takes the record's default; a column that no field is named after is ``metadata``.
+    A field without a column takes the record's default; a column that no field is named after is
+    ``metadata``.
     """
     own = {each.name for each in fields(record)}
     others = [name for name in table.column_names if name not in own]
@@ -284,7 +311,9 @@ def from_table(table: pa.Table, record: type[Any]) -> list[Any]:
     for row in table.to_pylist():
         values = {key: _plain(value) for key, value in row.items() if key in own}
         if others:
-            values["metadata"] = tuple((name, row[name]) for name in others if row[name] is not None)
+            values["metadata"] = tuple(
+                (name, row[name]) for name in others if row[name] is not None
+            )
         found.append(record(**values))
     return found
 

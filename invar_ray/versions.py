@@ -1,9 +1,9 @@
 """Code versions of the steps.
 
-A step's version enters the fingerprint of what it makes.  Raise it when a change to the step changes its output:
-artifacts of the old code are then not re-used.  ``tests/unit/test_versions.py`` holds a hash of each step's code
-(without comments and docstrings) and fails when the code changed, so that the question is always asked; see
-CONTRIBUTING.md.
+A step's version enters the fingerprint of what it makes.  Raise it when a change to the step
+changes its output: artifacts of the old code are then not re-used.  ``tests/unit/test_versions.py``
+holds a hash of each step's code (without comments and docstrings) and fails when the code changed,
+so that the question is always asked; see CONTRIBUTING.md.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ STEPS: dict[str, StepCode] = {
     "index": StepCode(
         2,
         tuple(
-            f"invar_ray.index.{name}" for name in ("blocks", "vectors", "probes", "planner", "faiss_index", "build")
+            f"invar_ray.index.{name}"
+            for name in ("blocks", "vectors", "probes", "planner", "faiss_index", "build")
         ),
     ),
     "trainset": StepCode(
@@ -169,7 +170,9 @@ STEPS: dict[str, StepCode] = {
             "invar_ray.text.answers",
         ),
     ),
-    "baselines": StepCode(1, ("invar_ray.answering.bm25", "invar_ray.answering.fusion", "invar_ray.steps.baselines")),
+    "baselines": StepCode(
+        1, ("invar_ray.answering.bm25", "invar_ray.answering.fusion", "invar_ray.steps.baselines")
+    ),
     "generator": StepCode(
         4,
         (

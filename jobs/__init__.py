@@ -1,1 +1,3 @@
-"""Entry points: ``python -m jobs.<verb_noun> --config RECIPE [key=value ..]``, the same under ``ray job submit``."""
+"""Entry points: ``python -m jobs.<verb_noun> --config RECIPE [key=value ..]``, the same under
+``ray job submit``.
+"""

@@ -1,4 +1,5 @@
-"""Embed the corpus with the bare base and with MiniLM: the start of stage 1, and two rows of every report.
+"""Embed the corpus with the bare base and with MiniLM: the start of stage 1, and two rows of every
+report.
 
 Command::
 

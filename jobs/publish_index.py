@@ -1,13 +1,14 @@
 """Reindex and make the result current for services that follow it: the nightly job.
 
-What is current is looked at before the work begins.  If another job publishes meanwhile, this one changes nothing and
-exits 1: its result stands as an artifact, and the next night's job finds it.
+What is current is looked at before the work begins.  If another job publishes meanwhile, this one
+changes nothing and exits 1: its result stands as an artifact, and the next night's job finds it.
 
 Command::
 
     python -m jobs.publish_index --config tiny
-    python -m jobs.publish_index --config mine.yaml index.factory=auto published=main keep=5 note=nightly
-    ray job submit --working-dir . -- python -m jobs.publish_index --config mine.yaml storage.root_uri=s3://bucket/invar
+    python -m jobs.publish_index --config mine.yaml index.factory=auto published=main keep=5
+    note=nightly ray job submit --working-dir . -- python -m jobs.publish_index --config mine.yaml
+    storage.root_uri=s3://bucket/invar
 """
 
 from __future__ import annotations
@@ -26,13 +27,19 @@ _MIN_AGE_S = 3600.0
 def main(pipeline: Pipeline, options: dict[str, str]) -> None:
     """Print what was indexed, published and removed."""
     if not options["keep"].isdigit():
-        raise ConfigError(f"keep is {options['keep']!r}", expected="how many versions stay; 0 keeps all")
+        raise ConfigError(
+            f"keep is {options['keep']!r}", expected="how many versions stay; 0 keeps all"
+        )
     published = Published(pipeline.store, options["published"])
     before = published.current()
     reindex.main(pipeline)
     expected = before.number if before else 0
     version = published.publish([pipeline.reindexed], expected=expected, note=options["note"])
-    done = "is current already" if before is not None and before.number == version.number else "is current now"
+    done = (
+        "is current already"
+        if before is not None and before.number == version.number
+        else "is current now"
+    )
     print(f"version {version.number} {done}; follow it with follow_uri: {published.uri}")
     if int(options["keep"]):
         gone = collect(published, int(options["keep"]), min_age_s=_MIN_AGE_S)

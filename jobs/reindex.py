@@ -1,14 +1,17 @@
-"""Bring the index up to the corpus: read, cut, embed what is new or changed, build.  Run it again after a kill.
+"""Bring the index up to the corpus: read, cut, embed what is new or changed, build.  Run it again
+after a kill.
 
-``index.encoder`` says with what: ``retriever`` (the base with the stage-1 adapter of ``index.adapter_uri``, or this
-run's own, trained first if it is missing), ``base`` or ``minilm``.  Where an earlier version stands that the same
-encoder made, only new and changed passages are embedded (``scale.incremental=false`` embeds all).
+``index.encoder`` says with what: ``retriever`` (the base with the stage-1 adapter of
+``index.adapter_uri``, or this run's own, trained first if it is missing), ``base`` or ``minilm``.
+Where an earlier version stands that the same encoder made, only new and changed passages are
+embedded (``scale.incremental=false`` embeds all).
 
 Command::
 
     python -m jobs.reindex --config tiny
-    python -m jobs.reindex --config tiny corpus.uri=corpus.jsonl.gz index.encoder=minilm storage.root_uri=/shared/index
-    ray job submit --working-dir . -- python -m jobs.reindex --config mine.yaml storage.root_uri=s3://bucket/invar
+    python -m jobs.reindex --config tiny corpus.uri=corpus.jsonl.gz index.encoder=minilm
+    storage.root_uri=/shared/index ray job submit --working-dir . -- python -m jobs.reindex --config
+    mine.yaml storage.root_uri=s3://bucket/invar
 """
 
 from __future__ import annotations
@@ -32,9 +35,13 @@ def main(pipeline: Pipeline) -> None:
     print(
         f"embedding: {vectors['embedded']:,} passages embedded, {vectors['reused']:,} re-used, "
         f"{vectors['tombstones']:,} tombstones; padding {usage['padding_share']:.1%}; "
-        f"CPU s: {cpu['start']:.1f} start-up, {cpu['encode']:.1f} encoding, {cpu['driver']:.1f} driver"
+        f"CPU s: {cpu['start']:.1f} start-up, {cpu['encode']:.1f} encoding, {cpu['driver']:.1f} "
+        "driver"
     )
-    print(f"{passages['documents']:,} documents, {passages['passages']:,} passages, {time.monotonic() - started:.1f} s")
+    print(
+        f"{passages['documents']:,} documents, {passages['passages']:,} passages, "
+        f"{time.monotonic() - started:.1f} s"
+    )
     print(f"index: {index.uri}")
 
 

@@ -1,5 +1,5 @@
-"""Materialise what the training and dev questions retrieve from the served index, and what stage 2 reads of
-it (every passage in its windows).
+"""Materialise what the training and dev questions retrieve from the served index, and what stage 2
+reads of it (every passage in its windows).
 
 Command::
 

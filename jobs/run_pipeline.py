@@ -3,7 +3,8 @@
 Command::
 
     python -m jobs.run_pipeline --config tiny
-    ray job submit --working-dir . -- python -m jobs.run_pipeline --config demo storage.root_uri=/shared/runs/demo
+    ray job submit --working-dir . -- python -m jobs.run_pipeline --config demo
+    storage.root_uri=/shared/runs/demo
 """
 
 from __future__ import annotations

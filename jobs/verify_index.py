@@ -1,12 +1,14 @@
-"""Prove that an index is sound: counts, checksums, unique ids, contents, probes, and vectors encoded again.
+"""Prove that an index is sound: counts, checksums, unique ids, contents, probes, and vectors
+encoded again.
 
-Checks the newest index of ``index.encoder`` below ``storage.root_uri`` that this recipe's name has, or the one that
-``uri=`` names.  Exits 1 if anything is wrong.
+Checks the newest index of ``index.encoder`` below ``storage.root_uri`` that this recipe's name has,
+or the one that ``uri=`` names.  Exits 1 if anything is wrong.
 
 Command::
 
     python -m jobs.verify_index --config tiny
-    python -m jobs.verify_index --config tiny uri=/shared/index/index/minilm-0123456789abcdef samples=512
+    python -m jobs.verify_index --config tiny uri=/shared/index/index/minilm-0123456789abcdef
+    samples=512
 """
 
 from __future__ import annotations
@@ -26,7 +28,11 @@ _OPTIONS = {"uri": "", "samples": "256"}
 
 def main(pipeline: Pipeline, options: dict[str, str]) -> None:
     """Print a line a check."""
-    index = open_artifact(options["uri"], "index") if options["uri"] else newest(pipeline.store, pipeline.config)
+    index = (
+        open_artifact(options["uri"], "index")
+        if options["uri"]
+        else newest(pipeline.store, pipeline.config)
+    )
     if not options["samples"].isdigit() or int(options["samples"]) < 1:
         raise ConfigError(f"samples is {options['samples']!r}", expected="a number above 0")
     print(f"{index.uri}, made {index.manifest.created}")
@@ -51,7 +57,9 @@ def newest(store: Store, config: Config) -> Artifact:
     """
     for index in reversed(store.list("index")):
         passages = index.manifest.parents.get("passages", "")
-        if index.manifest.name == config.index.encoder and passages.startswith(f"passages/{config.name}-"):
+        if index.manifest.name == config.index.encoder and passages.startswith(
+            f"passages/{config.name}-"
+        ):
             return index
     raise MissingArtifactError(
         f"no index {config.index.encoder!r} of {config.name!r} below {store.root_uri}",

@@ -1,1 +1,3 @@
-"""The service: the retriever and the generator behind HTTP on Ray Serve.  Importing it costs nothing."""
+"""The service: the retriever and the generator behind HTTP on Ray Serve.  Importing it costs
+nothing.
+"""

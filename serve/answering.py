@@ -1,4 +1,6 @@
-"""The generator inside a replica, without Ray: one protocol for engines, and the engine on transformers."""
+"""The generator inside a replica, without Ray: one protocol for engines, and the engine on
+transformers.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +33,15 @@ class AnswerEngine(Protocol):
         """The answer to a question from its passages.
 
         Raises:
-            RequestError: if the question does not fit the model's context.  ServiceError: if time ran out, or the
-                engine cannot answer now.
+            RequestError: if the question does not fit the model's context.  ServiceError: if time
+                ran out, or the engine cannot answer now.
         """
         ...
 
     def stream(self, question: Question) -> AsyncIterator[str | Reply]:
-        """Pieces of the model's text as they come, then the reply; closing the iterator stops the model."""
+        """Pieces of the model's text as they come, then the reply; closing the iterator stops the
+        model.
+        """
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -76,7 +80,8 @@ class _Pending:
 
 
 class TransformersEngine:
-    """Answers questions in batches; rows of a batch differ in length, sampling, streaming and when they are given up.
+    """Answers questions in batches; rows of a batch differ in length, sampling, streaming and when
+    they are given up.
 
     Args:
         uri: generator artifact.
@@ -99,7 +104,9 @@ class TransformersEngine:
         with loading:
             self._generator = loader(uri)
         self._worker = Worker()
-        self._generate: Batcher[_Pending, Reply] = Batcher(self._batch, max_batch_size, batch_wait_s, self._seen)
+        self._generate: Batcher[_Pending, Reply] = Batcher(
+            self._batch, max_batch_size, batch_wait_s, self._seen
+        )
         self._probe()
 
     async def answer(self, question: Question) -> Reply:
@@ -113,7 +120,9 @@ class TransformersEngine:
         def on_text(text: str) -> None:
             loop.call_soon_threadsafe(pieces.put_nowait, text)
 
-        task = asyncio.create_task(self._run(_Pending(question, time.monotonic() + question.left_s, on_text)))
+        task = asyncio.create_task(
+            self._run(_Pending(question, time.monotonic() + question.left_s, on_text))
+        )
         # Behind the pieces: the engine's thread has handed them all over before its result arrives.
         task.add_done_callback(lambda _: loop.call_soon(pieces.put_nowait, None))
         try:
@@ -125,11 +134,17 @@ class TransformersEngine:
 
     async def _run(self, pending: _Pending) -> Reply:
         start = time.perf_counter()
-        with self._tracer.span("generate", pending.question.trace, passages=len(pending.question.hits)):
+        with self._tracer.span(
+            "generate", pending.question.trace, passages=len(pending.question.hits)
+        ):
             try:
-                reply = await asyncio.wait_for(self._generate(pending), max(0.0, pending.question.left_s))
+                reply = await asyncio.wait_for(
+                    self._generate(pending), max(0.0, pending.question.left_s)
+                )
             except TimeoutError:
-                raise ServiceError(504, "timeout", "the answer took longer than the request may", 1.0) from None
+                raise ServiceError(
+                    504, "timeout", "the answer took longer than the request may", 1.0
+                ) from None
             finally:
                 pending.gone.set()  # also on a disconnect: the row ends at its next token
         self._meter.record("invar_stage_seconds", time.perf_counter() - start, stage="generate")
@@ -141,7 +156,9 @@ class TransformersEngine:
         return await self._worker.run(self.answer_batch, batch)
 
     def answer_batch(self, batch: Sequence[_Pending]) -> list[Reply | Exception]:
-        """Replies in order; a question that cannot be answered gets its error, and does not harm the others."""
+        """Replies in order; a question that cannot be answered gets its error, and does not harm
+        the others.
+        """
         from invar_ray.answering.rag import build_prompt, read_answer
         from invar_ray.models.generator import Task
 
@@ -152,7 +169,10 @@ class TransformersEngine:
             try:
                 sampling = _sampling(question)
                 prompt = build_prompt(
-                    self._generator, question.text, question.hits, max_new_tokens=question.max_new_tokens
+                    self._generator,
+                    question.text,
+                    question.hits,
+                    max_new_tokens=question.max_new_tokens,
                 )
                 prompts.append((prompt, Task(prompt.text, sampling, pending.on_text, pending.over)))
                 rows.append(row)
@@ -164,7 +184,9 @@ class TransformersEngine:
         versions = self.describe()["versions"]
         for row, (prompt, _), generation in zip(rows, prompts, generations, strict=True):
             if generation.finish == "cancelled":
-                results[row] = ServiceError(504, "timeout", "the answer took longer than the request may", 1.0)
+                results[row] = ServiceError(
+                    504, "timeout", "the answer took longer than the request may", 1.0
+                )
                 continue
             answer = read_answer(batch[row].question.text, prompt, generation)
             results[row] = Reply(
@@ -176,7 +198,9 @@ class TransformersEngine:
                 versions=versions,
             )
         if generations and seconds > 0:
-            self._meter.record("invar_tokens_per_second", sum(each.num_tokens for each in generations) / seconds)
+            self._meter.record(
+                "invar_tokens_per_second", sum(each.num_tokens for each in generations) / seconds
+            )
         return [results[row] for row in range(len(batch))]
 
     def _seen(self, size: int, waiting: int) -> None:
@@ -188,7 +212,11 @@ class TransformersEngine:
 
     def describe(self) -> dict[str, Any]:
         """See :class:`AnswerEngine`."""
-        state = {"engine": "transformers", "uri": self.uri, "max_context": self._generator.max_context}
+        state = {
+            "engine": "transformers",
+            "uri": self.uri,
+            "max_context": self._generator.max_context,
+        }
         return {"generator": state, "versions": {"generator": str(self._generator.version)}}
 
     async def check_health(self) -> None:
@@ -201,7 +229,9 @@ class TransformersEngine:
 
 
 class GeneratorCore:
-    """An engine under the names that the service calls, beside which a retriever's methods have room."""
+    """An engine under the names that the service calls, beside which a retriever's methods have
+    room.
+    """
 
     def __init__(self, engine: AnswerEngine) -> None:
         self.engine = engine

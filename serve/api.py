@@ -1,4 +1,6 @@
-"""The web application: routes, error forms, page and guard, over a :class:`~serve.service.Service` (no Ray in here)."""
+"""The web application: routes, error forms, page and guard, over a :class:`~serve.service.Service`
+(no Ray in here).
+"""
 
 import logging
 from collections.abc import Sequence
@@ -59,9 +61,18 @@ def make_api(
         tracer=service.tracer,
     )
     if cors_origins:  # outermost: a browser's preflight carries no key
-        allowed = ["Authorization", "Content-Type", "X-API-Key", "X-Request-ID", "X-Request-Timeout"]
+        allowed = [
+            "Authorization",
+            "Content-Type",
+            "X-API-Key",
+            "X-Request-ID",
+            "X-Request-Timeout",
+        ]
         guarded = CORSMiddleware(
-            guarded, allow_origins=list(cors_origins), allow_methods=["GET", "POST"], allow_headers=allowed
+            guarded,
+            allow_origins=list(cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=allowed,
         )
     return guarded
 
@@ -76,19 +87,40 @@ def openapi_app(service: Service, limits: Limits, audit_text: bool = False) -> F
         redoc_url=None,
         responses={
             "4XX": {"model": ErrorResponse, "description": "The request cannot be answered."},
-            "5XX": {"model": ErrorResponse, "description": "The service cannot answer now; Retry-After says when."},
+            "5XX": {
+                "model": ErrorResponse,
+                "description": "The service cannot answer now; Retry-After says when.",
+            },
         },
     )
-    # Says in the description that there may be a key, so that the docs ask for one; it is the guard that checks it.
-    key = [Security(HTTPBearer(auto_error=False, scheme_name="key", description="Needed where the service has keys."))]
+    # Says in the description that there may be a key, so that the docs ask for one; it is the guard
+    # that checks it.
+    key = [
+        Security(
+            HTTPBearer(
+                auto_error=False,
+                scheme_name="key",
+                description="Needed where the service has keys.",
+            )
+        )
+    ]
     api.include_router(native_routes(service, limits, audit_text), tags=["invar"], dependencies=key)
-    api.include_router(openai_routes(service, limits, audit_text), tags=["openai"], dependencies=key)
+    api.include_router(
+        openai_routes(service, limits, audit_text), tags=["openai"], dependencies=key
+    )
 
-    @api.get("/healthz", response_model=HealthResponse, summary="The process answers", tags=["health"])
+    @api.get(
+        "/healthz", response_model=HealthResponse, summary="The process answers", tags=["health"]
+    )
     async def healthz() -> HealthResponse:
         return HealthResponse(status="ok")
 
-    @api.get("/readyz", response_model=HealthResponse, summary="A search and a token were produced", tags=["health"])
+    @api.get(
+        "/readyz",
+        response_model=HealthResponse,
+        summary="A search and a token were produced",
+        tags=["health"],
+    )
     async def readyz() -> HealthResponse:
         await service.check()
         return HealthResponse(status="ready")
@@ -115,7 +147,11 @@ def _add_error_forms(api: FastAPI) -> None:
     async def service_error(request: Request, error: ServiceError) -> JSONResponse:
         logger.warning("request %s: %s (%s)", identifier(request), error.code, error.message)
         return error_response(
-            error.status, error.code, error.message, identifier(request), retry_after_s=error.retry_after_s
+            error.status,
+            error.code,
+            error.message,
+            identifier(request),
+            retry_after_s=error.retry_after_s,
         )
 
     @api.exception_handler(Exception)  # raised again by the framework, so that the guard logs it
@@ -126,7 +162,9 @@ def _add_error_forms(api: FastAPI) -> None:
     async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
         faults = error.errors()
         if any(fault["type"] == "json_invalid" for fault in faults):
-            return error_response(400, "invalid_json", "the body is not valid JSON", identifier(request))
+            return error_response(
+                400, "invalid_json", "the body is not valid JSON", identifier(request)
+            )
         # Never echo the input: it may be large, or hold characters that cannot be encoded.
         message = "; ".join(f"{_place(fault['loc'])}: {fault['msg']}" for fault in faults[:10])
         if any(fault["type"] == "model_attributes_type" for fault in faults):
@@ -137,7 +175,9 @@ def _add_error_forms(api: FastAPI) -> None:
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
         kind = _KINDS.get(error.status_code, "invalid_request")
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
-        return error_response(error.status_code, kind, message, identifier(request), headers=error.headers)
+        return error_response(
+            error.status_code, kind, message, identifier(request), headers=error.headers
+        )
 
 
 def _place(location: tuple[Any, ...]) -> str:

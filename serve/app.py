@@ -1,7 +1,8 @@
-"""The application: for ``serve deploy serve/config.yaml``, ``serve run serve.app:build_app ...`` or :func:`start`.
+"""The application: for ``serve deploy serve/config.yaml``, ``serve run serve.app:build_app ...`` or
+:func:`start`.
 
-No ``from __future__ import annotations`` in this file: Serve reads ``build_app``'s annotation as an object, and would
-hand over a plain dict without a word if it were a string.
+No ``from __future__ import annotations`` in this file: Serve reads ``build_app``'s annotation as an
+object, and would hand over a plain dict without a word if it were a string.
 """
 
 import logging
@@ -23,7 +24,12 @@ from ray.serve.schema import LoggingConfig
 from invar_ray.errors import ResourceError
 from serve.answering import GeneratorLoader
 from serve.args import AppArgs, EngineOptions, IngressOptions, RetrieverOptions
-from serve.deployments import ColocatedDeployment, GeneratorDeployment, IngressDeployment, RetrieverDeployment
+from serve.deployments import (
+    ColocatedDeployment,
+    GeneratorDeployment,
+    IngressDeployment,
+    RetrieverDeployment,
+)
 from serve.keys import keys_from_environment, service_keys
 from serve.limits import SERVICE
 from serve.retrieving import load_retriever
@@ -45,7 +51,8 @@ def compose(args: AppArgs, *, generator_loader: GeneratorLoader | None = None) -
         memory_map=args.memory_map,
         collapse=args.collapse_duplicates,
     )
-    # Here as well as in each replica, whose environment may be another: a wrong key shows before anything starts.
+    # Here as well as in each replica, whose environment may be another: a wrong key shows before
+    # anything starts.
     service_keys(args.api_keys, os.environ)
     record = args.record()
     engine_actor = {"num_cpus": args.num_cpus_per_replica}
@@ -66,7 +73,8 @@ def compose(args: AppArgs, *, generator_loader: GeneratorLoader | None = None) -
     engine = EngineOptions(args, generator_loader)
     if args.topology == "colocated":
         both = ColocatedDeployment.options(
-            **_options(args, args.generator_replicas, engine_actor), user_config={"index_uri": args.index_uri}
+            **_options(args, args.generator_replicas, engine_actor),
+            user_config={"index_uri": args.index_uri},
         ).bind(retriever_options(0), engine)
         shards, generator = [both], both
     else:
@@ -74,24 +82,30 @@ def compose(args: AppArgs, *, generator_loader: GeneratorLoader | None = None) -
             RetrieverDeployment.options(
                 name="RetrieverDeployment" if shard == 0 else f"RetrieverDeployment{shard}",
                 **_options(args, args.retriever_replicas, engine_actor),
-                # In user_config, not an init argument: changing it changes the index in place, without new replicas.
+                # In user_config, not an init argument: changing it changes the index in place,
+                # without new replicas.
                 user_config={"index_uri": uri},
             ).bind(retriever_options(shard), loader)
             for shard, uri in enumerate(args.configured)
         ]
-        generator = GeneratorDeployment.options(**_options(args, args.generator_replicas, engine_actor)).bind(engine)
+        generator = GeneratorDeployment.options(
+            **_options(args, args.generator_replicas, engine_actor)
+        ).bind(engine)
     # The ingress refuses by itself, in the service's error form, before Serve would in plain text.
     in_flight = args.max_ongoing_requests + args.max_queued_requests
     ingress_options = _options(args, args.ingress_replicas, {"num_cpus": args.num_cpus_per_ingress})
     ingress_options["max_ongoing_requests"] = 4 * in_flight
     ingress_options["autoscaling_config"].target_ongoing_requests = in_flight / 2
-    ingress_options["backpressure_config"] = BackpressureConfig(status_code=503, retry_after_s=args.retry_after_s)
+    ingress_options["backpressure_config"] = BackpressureConfig(
+        status_code=503, retry_after_s=args.retry_after_s
+    )
     options = IngressOptions(
         limits=args.limits(),
         configured=args.configured,
         max_in_flight=in_flight,
         retry_after_s=args.retry_after_s,
-        # A key in this process's environment is meant to be asked for: replicas that lack it fail rather than open up.
+        # A key in this process's environment is meant to be asked for: replicas that lack it fail
+        # rather than open up.
         require_api_key=args.require_api_key or bool(keys_from_environment(os.environ)),
         keys=tuple(args.api_keys),
         cors_origins=tuple(args.cors_origins),
@@ -102,7 +116,9 @@ def compose(args: AppArgs, *, generator_loader: GeneratorLoader | None = None) -
         stability_share=args.stability_share,
         tracing=args.tracing,
     )
-    application: Application = IngressDeployment.options(**ingress_options).bind(shards, generator, options)
+    application: Application = IngressDeployment.options(**ingress_options).bind(
+        shards, generator, options
+    )
     return application
 
 
@@ -112,7 +128,8 @@ def _options(args: AppArgs, replicas: tuple[int, int], actor: dict[str, Any]) ->
             min_replicas=replicas[0],
             max_replicas=replicas[1],
             initial_replicas=replicas[0],
-            target_ongoing_requests=args.target_ongoing_requests or max(1.0, args.max_ongoing_requests / 2),
+            target_ongoing_requests=args.target_ongoing_requests
+            or max(1.0, args.max_ongoing_requests / 2),
             upscale_delay_s=args.upscale_delay_s,
             downscale_delay_s=args.downscale_delay_s,
         ),
@@ -151,10 +168,12 @@ def start(
     ready_timeout_s: float = 300.0,
     log_level: str = "INFO",
 ) -> str:
-    """Start the service on the Ray that this process is connected to (``ray.init`` first), and wait until it is ready.
+    """Start the service on the Ray that this process is connected to (``ray.init`` first), and wait
+    until it is ready.
 
     Args:
-        args: what to serve; local artifact paths are made absolute, since replicas have other working directories.
+        args: what to serve; local artifact paths are made absolute, since replicas have other
+            working directories.
         host: address to listen on.
         port: HTTP port; 0 takes a free one.
         name: name of the Serve application.
@@ -169,14 +188,22 @@ def start(
         ResourceError: if the port is taken, or the service does not become ready in time.
     """
     args = args.resolved()
-    absolute: dict[str, Any] = {name: _absolute(getattr(args, name)) for name in ("index_uri", "generator_uri")}
+    absolute: dict[str, Any] = {
+        name: _absolute(getattr(args, name)) for name in ("index_uri", "generator_uri")
+    }
     absolute["shard_uris"] = [_absolute(uri) for uri in args.shard_uris]
     args = args.model_copy(update=absolute)
     if not serve.status().proxies:
         port = _free_port(host, port)
-    location = ProxyLocation.HeadOnly if host in {"127.0.0.1", "localhost", "::1"} else ProxyLocation.EveryNode
+    location = (
+        ProxyLocation.HeadOnly
+        if host in {"127.0.0.1", "localhost", "::1"}
+        else ProxyLocation.EveryNode
+    )
     logs = LoggingConfig(log_level=log_level)
-    serve.start(http_options={"host": host, "port": port}, proxy_location=location, logging_config=logs)
+    serve.start(
+        http_options={"host": host, "port": port}, proxy_location=location, logging_config=logs
+    )
     logging.getLogger("ray.serve").setLevel(log_level)
     try:
         serve.run(build_app(args), name=name, logging_config=logs)
@@ -195,7 +222,9 @@ def start(
 
 
 def stop() -> None:
-    """Stop Serve on this cluster: replicas finish what they have taken (``graceful_shutdown_timeout_s``)."""
+    """Stop Serve on this cluster: replicas finish what they have taken
+    (``graceful_shutdown_timeout_s``).
+    """
     serve.shutdown()
 
 

@@ -27,7 +27,8 @@ class AppArgs(BaseModel):
     store_uri: str = Field(
         "",
         description="Store of a run, e.g. runs/demo: its newest stage-1 index and generator are served where "
-        "the two fields below name none. A relative path is looked for here, then beside the package.",
+        "the two fields below name none. A relative path is looked for here, then beside the "
+        "package.",
     )
     index_uri: str = Field("", description="Index artifact.")
     shard_uris: list[str] = Field(
@@ -37,25 +38,43 @@ class AppArgs(BaseModel):
     )
     generator_uri: str = Field("", description="Generator artifact.")
     topology: Literal["split", "colocated"] = Field(
-        "split", description="Retriever and generator scaled apart, or both adapters over one base in each replica."
+        "split",
+        description="Retriever and generator scaled apart, or both adapters over one base in each replica.",
     )
     engine: Literal["transformers", "openai"] = Field(
-        "transformers", description="What generates: this service, or a server that speaks OpenAI's protocol."
+        "transformers",
+        description="What generates: this service, or a server that speaks OpenAI's protocol.",
     )
-    engine_url: str = Field("", description="For `openai`: its base URL, e.g. http://127.0.0.1:8001/v1.")
+    engine_url: str = Field(
+        "", description="For `openai`: its base URL, e.g. http://127.0.0.1:8001/v1."
+    )
     engine_model: str = Field("", description="For `openai`: the model's name there.")
     engine_api: Literal["completions", "chat"] = Field(
         "completions", description="For `openai`: send the prompt as it is, or as a user's message."
     )
-    engine_key_env: str = Field("INVAR_ENGINE_KEY", description="For `openai`: environment variable of its key.")
+    engine_key_env: str = Field(
+        "INVAR_ENGINE_KEY", description="For `openai`: environment variable of its key."
+    )
     ingress_replicas: tuple[int, int] = Field((1, 2), description="Fewest and most HTTP replicas.")
-    retriever_replicas: tuple[int, int] = Field((1, 4), description="Fewest and most retriever replicas, per shard.")
-    generator_replicas: tuple[int, int] = Field((1, 4), description="Fewest and most generator or colocated replicas.")
-    num_gpus_per_replica: float = Field(0.0, ge=0, description="GPU share of a retriever or generator replica.")
-    num_cpus_per_replica: float = Field(0.5, ge=0, description="CPU share of a retriever or generator replica.")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="Of both models; bf16 is for GPUs.")
+    retriever_replicas: tuple[int, int] = Field(
+        (1, 4), description="Fewest and most retriever replicas, per shard."
+    )
+    generator_replicas: tuple[int, int] = Field(
+        (1, 4), description="Fewest and most generator or colocated replicas."
+    )
+    num_gpus_per_replica: float = Field(
+        0.0, ge=0, description="GPU share of a retriever or generator replica."
+    )
+    num_cpus_per_replica: float = Field(
+        0.5, ge=0, description="CPU share of a retriever or generator replica."
+    )
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="Of both models; bf16 is for GPUs."
+    )
     num_cpus_per_ingress: float = Field(0.1, ge=0, description="CPU share of an HTTP replica.")
-    top_k: int = Field(5, ge=1, description="Passages per answer unless the request says otherwise.")
+    top_k: int = Field(
+        5, ge=1, description="Passages per answer unless the request says otherwise."
+    )
     max_top_k: int = Field(20, ge=1, description="Most passages that a request may ask for.")
     max_question_chars: int = Field(2000, ge=1, description="Longest question in characters.")
     max_new_tokens: int = Field(32, ge=1, description="Longest answer in tokens.")
@@ -64,21 +83,45 @@ class AppArgs(BaseModel):
     max_rewrites: int = Field(5, ge=1, description="Most rewordings of a stability request.")
     max_batch_size: int = Field(8, ge=1, description="Questions that a replica handles together.")
     batch_wait_s: float = Field(
-        0.005, ge=0, description="How long a batch waits for more, in seconds; a call alone does not wait."
+        0.005,
+        ge=0,
+        description="How long a batch waits for more, in seconds; a call alone does not wait.",
     )
-    max_ongoing_requests: int = Field(32, ge=1, description="Requests that a replica takes at once.")
-    max_queued_requests: int = Field(128, ge=1, description="Requests that wait for a replica, per HTTP replica.")
-    request_timeout_s: float = Field(60.0, gt=0, description="Longest that a request may take, in seconds.")
-    shard_timeout_s: float = Field(5.0, gt=0, description="Longest wait for one of several shards, in seconds.")
-    retry_after_s: float = Field(1.0, gt=0, description="Retry-After of a refused request, in seconds.")
-    upscale_delay_s: float = Field(10.0, ge=0, description="Load must last this long before replicas are added.")
-    downscale_delay_s: float = Field(300.0, ge=0, description="Calm must last this long before replicas are removed.")
+    max_ongoing_requests: int = Field(
+        32, ge=1, description="Requests that a replica takes at once."
+    )
+    max_queued_requests: int = Field(
+        128, ge=1, description="Requests that wait for a replica, per HTTP replica."
+    )
+    request_timeout_s: float = Field(
+        60.0, gt=0, description="Longest that a request may take, in seconds."
+    )
+    shard_timeout_s: float = Field(
+        5.0, gt=0, description="Longest wait for one of several shards, in seconds."
+    )
+    retry_after_s: float = Field(
+        1.0, gt=0, description="Retry-After of a refused request, in seconds."
+    )
+    upscale_delay_s: float = Field(
+        10.0, ge=0, description="Load must last this long before replicas are added."
+    )
+    downscale_delay_s: float = Field(
+        300.0, ge=0, description="Calm must last this long before replicas are removed."
+    )
     target_ongoing_requests: float = Field(
-        0.0, ge=0, description="Load per replica that autoscaling aims at; 0 takes half of max_ongoing_requests."
+        0.0,
+        ge=0,
+        description="Load per replica that autoscaling aims at; 0 takes half of max_ongoing_requests.",
     )
-    health_check_period_s: float = Field(10.0, gt=0, description="Time between health checks, in seconds.")
-    health_check_timeout_s: float = Field(30.0, gt=0, description="Longest health check, in seconds.")
-    graceful_shutdown_timeout_s: float = Field(20.0, ge=0, description="How long a leaving replica may work on.")
+    health_check_period_s: float = Field(
+        10.0, gt=0, description="Time between health checks, in seconds."
+    )
+    health_check_timeout_s: float = Field(
+        30.0, gt=0, description="Longest health check, in seconds."
+    )
+    graceful_shutdown_timeout_s: float = Field(
+        20.0, ge=0, description="How long a leaving replica may work on."
+    )
     record_uri: str | None = Field(
         None,
         description="JSON file that keeps changes of the index over restarts; null puts it into the index's store, an "
@@ -90,21 +133,32 @@ class AppArgs(BaseModel):
         le=1,
         description="By how much a new index's recall and overlap on probes may be below the old's.",
     )
-    memory_map: bool = Field(False, description="Map the index file in place of reading it: replicas share its pages.")
+    memory_map: bool = Field(
+        False, description="Map the index file in place of reading it: replicas share its pages."
+    )
     collapse_duplicates: bool = Field(
-        False, description="Of passages of a shard with nearly the same text, find the best one only."
+        False,
+        description="Of passages of a shard with nearly the same text, find the best one only.",
     )
     follow_uri: str = Field(
         "",
         description="Where it stands which index to serve: published versions, <root>/published/<name>, or a file with "
         "the URI of the index (of each shard) on a line; empty: nowhere.",
     )
-    require_api_key: bool = Field(False, description="Refuse to start without a key, see docs/design/serving.md.")
-    api_keys: list[ApiKey] = Field(default_factory=list, description="Hashed keys, beside those of the environment.")
-    cors_origins: list[str] = Field(default_factory=list, description="Origins whose pages may call; none by default.")
+    require_api_key: bool = Field(
+        False, description="Refuse to start without a key, see docs/design/serving.md."
+    )
+    api_keys: list[ApiKey] = Field(
+        default_factory=list, description="Hashed keys, beside those of the environment."
+    )
+    cors_origins: list[str] = Field(
+        default_factory=list, description="Origins whose pages may call; none by default."
+    )
     audit_text: bool = Field(False, description="Write questions into the audit log.")
     tracing: Tracing = Field("off", description="OpenTelemetry spans: off, log, or otlp.")
-    stability_share: float = Field(0.0, ge=0, le=1, description="Share of answers whose stability is measured.")
+    stability_share: float = Field(
+        0.0, ge=0, le=1, description="Share of answers whose stability is measured."
+    )
 
     @model_validator(mode="after")
     def _ranges(self) -> "AppArgs":
@@ -113,11 +167,16 @@ class AppArgs(BaseModel):
         for name in ("ingress_replicas", "retriever_replicas", "generator_replicas"):
             fewest, most = getattr(self, name)
             if not 1 <= fewest <= most:
-                raise ValueError(f"{name} is [{fewest}, {most}]: expected [fewest, most] with 1 <= fewest <= most")
+                raise ValueError(
+                    f"{name} is [{fewest}, {most}]: expected [fewest, most] with 1 <= fewest <= "
+                    "most"
+                )
         if self.top_k > self.max_top_k:
             raise ValueError(f"top_k ({self.top_k}) is larger than max_top_k ({self.max_top_k})")
         if self.max_batch_size > self.max_ongoing_requests:
-            raise ValueError("max_batch_size is larger than max_ongoing_requests: such a batch could never fill")
+            raise ValueError(
+                "max_batch_size is larger than max_ongoing_requests: such a batch could never fill"
+            )
         if self.engine == "openai" and not (self.engine_url and self.engine_model):
             raise ValueError("engine is openai: engine_url and engine_model are needed")
         try:
@@ -146,7 +205,9 @@ class AppArgs(BaseModel):
         store = Store(root if "://" in root else str(Path(root).resolve()))
         found = {}
         for name, kind in (("index_uri", "index"), ("generator_uri", "generator")):
-            artifacts = [a for a in store.list(kind) if kind != "index" or a.manifest.name == "retriever"]
+            artifacts = [
+                a for a in store.list(kind) if kind != "index" or a.manifest.name == "retriever"
+            ]
             if not artifacts:
                 raise MissingArtifactError(
                     f"no {kind} of a trained run below {store.root_uri}",
@@ -179,7 +240,9 @@ class AppArgs(BaseModel):
         )
 
     def record(self) -> str:
-        """Where changes of the index are kept: ``<store>/serving/<index folder's name>.json`` unless said otherwise."""
+        """Where changes of the index are kept: ``<store>/serving/<index folder's name>.json``
+        unless said otherwise.
+        """
         if self.record_uri is not None:
             return self.record_uri
         from invar_ray.store.files import join_uri
@@ -224,7 +287,9 @@ class EngineOptions:
         """See :class:`AppArgs`."""
         return self.args.precision
 
-    def make(self, meter: Meter, tracer: Tracer, loader: "GeneratorLoader | None" = None) -> "AnswerEngine":
+    def make(
+        self, meter: Meter, tracer: Tracer, loader: "GeneratorLoader | None" = None
+    ) -> "AnswerEngine":
         """The engine; ``loader`` goes before the options' own."""
         from functools import partial
 
@@ -248,7 +313,12 @@ class EngineOptions:
         if chosen is None:
             chosen = partial(load_generator, device=self.device, precision=self.precision)
         return TransformersEngine(
-            args.generator_uri, chosen, args.max_batch_size, args.batch_wait_s, meter=meter, tracer=tracer
+            args.generator_uri,
+            chosen,
+            args.max_batch_size,
+            args.batch_wait_s,
+            meter=meter,
+            tracer=tracer,
         )
 
 

@@ -14,7 +14,8 @@ R = TypeVar("R")
 
 
 class Worker:
-    """One thread in which an engine runs, so that the event loop stays free to take requests and health checks.
+    """One thread in which an engine runs, so that the event loop stays free to take requests and
+    health checks.
 
     Args:
         stuck_s: a piece of work that takes longer than this makes :meth:`check` fail.
@@ -30,10 +31,11 @@ class Worker:
         return await asyncio.get_running_loop().run_in_executor(self._pool, self._timed, work, args)
 
     async def check(self, probe: Callable[[], None]) -> None:
-        """Run ``probe``; while the thread is at work, that it has not been for too long is proof enough.
+        """Run ``probe``; while the thread is at work, that it has not been for too long is proof
+        enough.
 
-        A probe would have to wait behind the work, miss its deadline, and have a busy replica replaced: under load,
-        when it is needed most.
+        A probe would have to wait behind the work, miss its deadline, and have a busy replica
+        replaced: under load, when it is needed most.
 
         Raises:
             RuntimeError: if one piece of work takes longer than ``stuck_s``.
@@ -43,7 +45,9 @@ class Worker:
         if since is None:
             await self.run(probe)
         elif time.monotonic() - since > self._stuck_s:
-            raise RuntimeError(f"one piece of work has been running for more than {self._stuck_s:g} s")
+            raise RuntimeError(
+                f"one piece of work has been running for more than {self._stuck_s:g} s"
+            )
 
     def close(self) -> None:
         """Let running work end; take no more."""
@@ -58,18 +62,22 @@ class Worker:
 
 
 class Batcher(Generic[T, R]):
-    """Collects single calls into batches: what comes during a batch is the next, and waits a little for more.
+    """Collects single calls into batches: what comes during a batch is the next, and waits a little
+    for more.
 
-    A call that comes alone, after a batch of one, does not wait: nobody else is to be expected, and the wait would be
-    much of what the service adds to a search.
+    A call that comes alone, after a batch of one, does not wait: nobody else is to be expected, and
+    the wait would be much of what the service adds to a search.
 
-    Serve has a decorator for this, ``serve.batch``.  It keeps its queue on the class: two applications in one process
-    would share it, a class that was used can no longer be sent to a replica, and it runs in replicas only.
+    Serve has a decorator for this, ``serve.batch``.  It keeps its queue on the class: two
+    applications in one process would share it, a class that was used can no longer be sent to a
+    replica, and it runs in replicas only.
 
     Args:
-        work: answers a batch, in order; an exception in the place of an answer goes to that caller alone.
+        work: answers a batch, in order; an exception in the place of an answer goes to that caller
+            alone.
         max_size: most calls in a batch.
-        wait_s: how long the first call of a batch waits for others, in seconds, where there are others.
+        wait_s: how long the first call of a batch waits for others, in seconds, where there are
+            others.
         seen: told the size of each batch, and how many calls are left waiting.
     """
 
@@ -103,7 +111,8 @@ class Batcher(Generic[T, R]):
                 self._full.clear()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._full.wait(), self._wait_s)
-            # Callers that have gone away (disconnects, timeouts) leave a cancelled future: no work for them.
+            # Callers that have gone away (disconnects, timeouts) leave a cancelled future: no work
+            # for them.
             alive = [call for call in self._waiting if not call[1].done()]
             batch, self._waiting = alive[: self._max_size], alive[self._max_size :]
             if not batch:

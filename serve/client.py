@@ -10,7 +10,11 @@ from invar_ray.errors import RequestError, ResourceError
 
 
 def ask(
-    url: str, question: str, top_k: int | None = None, api_key: str | None = None, timeout_s: float = 60.0
+    url: str,
+    question: str,
+    top_k: int | None = None,
+    api_key: str | None = None,
+    timeout_s: float = 60.0,
 ) -> dict[str, Any]:
     """Ask a service for an answer.
 
@@ -38,7 +42,8 @@ def ask(
         response = httpx.post(address, json=body, headers=headers, timeout=timeout_s)
     except httpx.TimeoutException as error:
         raise ResourceError(
-            f"no answer from {address} within {timeout_s:g} s", action="wait longer, or look at the service's log"
+            f"no answer from {address} within {timeout_s:g} s",
+            action="wait longer, or look at the service's log",
         ) from error
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         raise ResourceError(
@@ -52,11 +57,15 @@ def ask(
             answer = None
         if isinstance(answer, dict) and "answer" in answer:
             return answer
-        raise ResourceError(f"{address} sent something else than an answer", action="check the address")
+        raise ResourceError(
+            f"{address} sent something else than an answer", action="check the address"
+        )
     message = _message(response)
     if 400 <= response.status_code < 500 and response.status_code != 429:
         action = "set INVAR_API_KEY to the service's key" if response.status_code == 401 else ""
-        raise RequestError(f"{address} refused the request (HTTP {response.status_code}): {message}", action=action)
+        raise RequestError(
+            f"{address} refused the request (HTTP {response.status_code}): {message}", action=action
+        )
     wait = response.headers.get("Retry-After")
     raise ResourceError(
         f"{address} cannot answer now (HTTP {response.status_code}): {message}",

@@ -1,7 +1,8 @@
-"""Both adapters over one base in one process: two module trees over the same tensors, each with its own adapter.
+"""Both adapters over one base in one process: two module trees over the same tensors, each with its
+own adapter.
 
-Switching one tree between adapters is not thread-safe; two trees that are never switched are.  Adapters stay unmerged:
-merging would change the tensors that the other tree reads.
+Switching one tree between adapters is not thread-safe; two trees that are never switched are.
+Adapters stay unmerged: merging would change the tensors that the other tree reads.
 """
 
 from __future__ import annotations
@@ -26,7 +27,12 @@ class SharedBase:
     """
 
     def __init__(
-        self, device: str = "cpu", precision: str = "fp32", *, memory_map: bool = False, collapse: bool = False
+        self,
+        device: str = "cpu",
+        precision: str = "fp32",
+        *,
+        memory_map: bool = False,
+        collapse: bool = False,
     ) -> None:
         self._device, self._precision = device, precision
         self._memory_map, self._collapse = memory_map, collapse
@@ -43,7 +49,9 @@ class SharedBase:
         """
         from invar_ray.answering.retriever import open_retriever
 
-        return open_retriever(uri, open_base_tree=self._tree, memory_map=self._memory_map, collapse=self._collapse)
+        return open_retriever(
+            uri, open_base_tree=self._tree, memory_map=self._memory_map, collapse=self._collapse
+        )
 
     def generator(self, uri: str) -> Generator:
         """The generator of a generator artifact; errors as :meth:`retriever`."""
@@ -53,7 +61,9 @@ class SharedBase:
         return generator
 
     def _tree(self, ref: Any, store: Any) -> tuple[Any, Any]:
-        """A module tree over the shared tensors, and a tokenizer of its own (a tokenizer does not bear two threads)."""
+        """A module tree over the shared tensors, and a tokenizer of its own (a tokenizer does not
+        bear two threads).
+        """
         from invar_ray.models.adapters import share_base
         from invar_ray.models.base import load_causal_lm, load_tokenizer
         from invar_ray.models.precision import torch_dtype
@@ -62,7 +72,10 @@ class SharedBase:
         with self._lock:
             if self._base is None:
                 self._base = load_causal_lm(
-                    source, revision=ref.revision, dtype=torch_dtype(self._precision), device=self._device
+                    source,
+                    revision=ref.revision,
+                    dtype=torch_dtype(self._precision),
+                    device=self._device,
                 )
                 self._fingerprint = ref.fingerprint
             if ref.fingerprint != self._fingerprint:

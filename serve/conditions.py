@@ -19,8 +19,9 @@ Values = Value | Annotated[list[Value], Field(min_length=1)]
 class Conditions(BaseModel):
     """All conditions hold; of the values of one column any will do.
 
-    Columns are those of the passages: ``document_id``, ``title``, ``uri``, ``place``, and what ``corpus.metadata`` took
-    from the corpus (``tenant``, ``language`` ..).  A passage without a value meets no condition on it.
+    Columns are those of the passages: ``document_id``, ``title``, ``uri``, ``place``, and what
+    ``corpus.metadata`` took from the corpus (``tenant``, ``language`` ..).  A passage without a
+    value meets no condition on it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -38,12 +39,15 @@ class Conditions(BaseModel):
         examples=[{"uri": "s3://bucket/acme/"}],
     )
     without: list[Value] = Field(
-        default_factory=list, description="Ids of passages that are left out, e.g. those seen already."
+        default_factory=list,
+        description="Ids of passages that are left out, e.g. those seen already.",
     )
 
     @field_validator("equals", "starts", "without")
     @classmethod
-    def _encodable(cls, given: Mapping[str, str | list[str]] | list[str]) -> Mapping[str, str | list[str]] | list[str]:
+    def _encodable(
+        cls, given: Mapping[str, str | list[str]] | list[str]
+    ) -> Mapping[str, str | list[str]] | list[str]:
         for text in _texts(given):
             try:
                 text.encode("utf-8")
@@ -56,7 +60,11 @@ class Conditions(BaseModel):
         count = sum(len(_texts(each)) for each in (self.equals, self.starts, self.without))
         if count > MOST_VALUES:
             raise ValueError(f"{count} columns and values: at most {MOST_VALUES}")
-        beginnings = [text for value in self.starts.values() for text in ([value] if isinstance(value, str) else value)]
+        beginnings = [
+            text
+            for value in self.starts.values()
+            for text in ([value] if isinstance(value, str) else value)
+        ]
         if len(beginnings) > MOST_BEGINNINGS:  # each is a pass over all passages
             raise ValueError(f"starts holds {len(beginnings)} values: at most {MOST_BEGINNINGS}")
         if "" in beginnings:
@@ -69,7 +77,8 @@ class Conditions(BaseModel):
 
     @staticmethod
     def parse(text: str) -> Conditions:
-        """``column=value`` or ``column^=beginning``, joined by ``&``; a column that comes twice may have either value.
+        """``column=value`` or ``column^=beginning``, joined by ``&``; a column that comes twice may
+        have either value.
 
         Raises:
             ValueError: there is none, or one is neither.
@@ -81,7 +90,9 @@ class Conditions(BaseModel):
             begins = name.endswith("^")
             name = name.removesuffix("^").strip()
             if not mark or not name or not value:
-                raise ValueError(f"condition {part[:100]!r}: expected column=value or column^=beginning")
+                raise ValueError(
+                    f"condition {part[:100]!r}: expected column=value or column^=beginning"
+                )
             target = starts if begins else equals
             held = target.get(name, [])
             target[name] = [*([held] if isinstance(held, str) else held), value]

@@ -1,4 +1,6 @@
-"""The deployments: ingress (HTTP), retriever, generator, or both on one base.  Options come from ``serve/app.py``."""
+"""The deployments: ingress (HTTP), retriever, generator, or both on one base.  Options come from
+``serve/app.py``.
+"""
 
 from __future__ import annotations
 
@@ -40,19 +42,31 @@ class RetrieverReplica:
         self._retriever = _retriever_core(options, loader)
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
-        """Serve another index; what is in service stays so until the new one has answered its probes."""
+        """Serve another index; what is in service stays so until the new one has answered its
+        probes.
+        """
         uri = user_config.get("index_uri")
         if not isinstance(uri, str) or not uri:
-            raise ConfigError("user_config has no index_uri", expected="user_config: {index_uri: <index artifact>}")
+            raise ConfigError(
+                "user_config has no index_uri",
+                expected="user_config: {index_uri: <index artifact>}",
+            )
         await self._retriever.configure(uri)
 
     async def retrieve(
-        self, question: str | Vectors, top_k: int, left_s: float, trace: dict[str, str], where: Where | None = None
+        self,
+        question: str | Vectors,
+        top_k: int,
+        left_s: float,
+        trace: dict[str, str],
+        where: Where | None = None,
     ) -> Found:
         """See :class:`serve.retrieving.RetrieverCore`."""
         return await self._retriever.retrieve(question, top_k, left_s, trace, where)
 
-    async def embed(self, texts: list[str], kind: Literal["query", "passage"], trace: dict[str, str]) -> Embedded:
+    async def embed(
+        self, texts: list[str], kind: Literal["query", "passage"], trace: dict[str, str]
+    ) -> Embedded:
         """See :class:`serve.retrieving.RetrieverCore`."""
         return await self._retriever.embed(texts, kind, trace)
 
@@ -87,7 +101,9 @@ class GeneratorReplica(GeneratorCore):
         super().__init__(options.make(ray_meter(), Tracer(options.tracing)))
 
     async def check_health(self) -> None:
-        """Generate a token for real; Serve calls this now and then, and replaces the replica if it fails."""
+        """Generate a token for real; Serve calls this now and then, and replaces the replica if it
+        fails.
+        """
         await self.check_generator()
 
     def __del__(self) -> None:
@@ -95,7 +111,9 @@ class GeneratorReplica(GeneratorCore):
 
 
 class ColocatedReplica(RetrieverReplica):
-    """Both adapters over one base: retriever and generator in one replica, each in a thread of its own."""
+    """Both adapters over one base: retriever and generator in one replica, each in a thread of its
+    own.
+    """
 
     def __init__(self, retriever: RetrieverOptions, generator: EngineOptions) -> None:
         from serve.colocated import SharedBase
@@ -107,7 +125,9 @@ class ColocatedReplica(RetrieverReplica):
             collapse=generator.args.collapse_duplicates,
         )
         super().__init__(retriever, shared.retriever)
-        self._generator = GeneratorCore(generator.make(ray_meter(), Tracer(generator.tracing), shared.generator))
+        self._generator = GeneratorCore(
+            generator.make(ray_meter(), Tracer(generator.tracing), shared.generator)
+        )
 
     async def answer(self, question: Question) -> Reply:
         """See :class:`serve.answering.GeneratorCore`."""
@@ -177,10 +197,15 @@ class IngressReplica:
         self._keys = service_keys(options.keys, os.environ)
         if options.require_api_key and not self._keys:
             raise ConfigError(
-                f"the replica's environment has neither {KEY_ENV} nor {KEYS_ENV}, and the configuration asks for a key",
+                f"the replica's environment has neither {KEY_ENV} nor {KEYS_ENV}, and the "
+                "configuration asks for a key",
                 action=f"set {KEY_ENV} where the Ray nodes start, or in the application's runtime_env.env_vars",
             )
-        names = ["retriever"] if len(shards) == 1 else [f"retriever shard {number}" for number in range(len(shards))]
+        names = (
+            ["retriever"]
+            if len(shards) == 1
+            else [f"retriever shard {number}" for number in range(len(shards))]
+        )
         self._service = Service(
             [
                 HandleTarget(name, handle, options.retry_after_s, meter)

@@ -1,4 +1,6 @@
-"""Outermost layer of the web application: request id, key, rate, body size, admission, disconnects, headers, audit."""
+"""Outermost layer of the web application: request id, key, rate, body size, admission, disconnects,
+headers, audit.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ from serve.records import Context
 from serve.tracing import Tracer
 
 logger = logging.getLogger("ray.serve")
-audit_logger = logging.getLogger("ray.serve.audit")  # below Serve's own, whose handlers and format it takes
+audit_logger = logging.getLogger(
+    "ray.serve.audit"
+)  # below Serve's own, whose handlers and format it takes
 _OPEN_PATHS = {"/healthz", "/readyz", "/openapi.json", *PATHS}
 _HEADERS = {
     b"x-content-type-options": b"nosniff",
@@ -31,7 +35,9 @@ _HEADERS = {
     b"cache-control": b"no-store",
 }
 BODY_TIMEOUT_S = 20.0
-"""A body must have arrived by then: a client that sends a byte now and then would hold a place for ever."""
+"""A body must have arrived by then: a client that sends a byte now and then would hold a place for
+ever.
+"""
 
 
 def error_response(
@@ -58,8 +64,8 @@ class _Gone(Exception):
 class Guard:
     """Lets a request through to the application, or answers it.
 
-    The id of a request comes from its ``X-Request-ID`` header, which Serve's proxy fills in if the caller did not and
-    sends back; setting it here as well would double it.
+    The id of a request comes from its ``X-Request-ID`` header, which Serve's proxy fills in if the
+    caller did not and sends back; setting it here as well would double it.
 
     Args:
         app: what is guarded; finds ``invar_context`` in the scope.
@@ -99,7 +105,9 @@ class Guard:
         key: ApiKey | None = None
         guarded = scope["path"] not in _OPEN_PATHS
         try:
-            key, refusal = self._admit(scope["path"], headers, identifier) if guarded else (None, None)
+            key, refusal = (
+                self._admit(scope["path"], headers, identifier) if guarded else (None, None)
+            )
             if refusal is not None:
                 await refusal(scope, receive, exchange.send)
                 return
@@ -139,7 +147,9 @@ class Guard:
             wait = self._keys.wait_s(key)
             if wait > 0:
                 message = f"key {key.name} may ask {key.requests_per_minute} times a minute"
-                return key, error_response(429, "rate_limited", message, identifier, retry_after_s=wait)
+                return key, error_response(
+                    429, "rate_limited", message, identifier, retry_after_s=wait
+                )
         if self._in_flight >= self._max_in_flight:
             message = f"{self._in_flight} requests are being answered already"
             wait = self._retry_after_s
@@ -160,16 +170,24 @@ class Guard:
 
         try:
             given = headers.get(b"x-request-timeout")
-            timeout_s = self._limits.check_timeout(given.decode("latin-1") if given is not None else None)
+            timeout_s = self._limits.check_timeout(
+                given.decode("latin-1") if given is not None else None
+            )
             body = await asyncio.wait_for(self._body(headers, receive), BODY_TIMEOUT_S)
         except RequestError as error:
             return await refuse(400, "invalid_request", str(error))
         except TimeoutError:
-            return await refuse(408, "timeout", f"the body did not arrive within {BODY_TIMEOUT_S:g} s")
+            return await refuse(
+                408, "timeout", f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
+            )
         if body is None:
             most = self._limits.max_body_bytes
             return await refuse(413, "body_too_large", f"the body is longer than {most} bytes")
-        parent = {"traceparent": headers[b"traceparent"].decode("latin-1")} if b"traceparent" in headers else None
+        parent = (
+            {"traceparent": headers[b"traceparent"].decode("latin-1")}
+            if b"traceparent" in headers
+            else None
+        )
         with self._tracer.span("request", parent, route=scope["path"]) as trace:
             bound = key.where.to_where() if key is not None else Where()
             scope["invar_context"] = Context(identifier, time.monotonic() + timeout_s, trace, bound)
@@ -193,8 +211,12 @@ class Guard:
             more = message.get("more_body", False)
         return b"".join(chunks)
 
-    def _note(self, scope: Scope, key: ApiKey | None, exchange: _Exchange, identifier: str, seconds: float) -> None:
-        route = getattr(scope.get("route"), "path", "other")  # never the raw path: anyone could fill the label
+    def _note(
+        self, scope: Scope, key: ApiKey | None, exchange: _Exchange, identifier: str, seconds: float
+    ) -> None:
+        route = getattr(
+            scope.get("route"), "path", "other"
+        )  # never the raw path: anyone could fill the label
         self._meter.record("invar_requests_total", route=route, status=str(exchange.status))
         self._meter.record("invar_request_seconds", seconds, route=route)
         line = {
@@ -234,8 +256,12 @@ def internal(identifier: str) -> JSONResponse:
     return error_response(500, "internal", "the service failed; its log has the cause", identifier)
 
 
-async def _until_gone(app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send) -> None:
-    """Run the application on a body that was read; cancel it when the client goes away, so that the model stops."""
+async def _until_gone(
+    app: ASGIApp, scope: Scope, body: bytes, receive: Receive, send: Send
+) -> None:
+    """Run the application on a body that was read; cancel it when the client goes away, so that the
+    model stops.
+    """
     gone = asyncio.Event()
     sent = False
 
@@ -251,7 +277,10 @@ async def _until_gone(app: ASGIApp, scope: Scope, body: bytes, receive: Receive,
         while (await receive())["type"] != "http.disconnect":
             pass
 
-    running, watching = asyncio.ensure_future(app(scope, replayed, send)), asyncio.create_task(watch())
+    running, watching = (
+        asyncio.ensure_future(app(scope, replayed, send)),
+        asyncio.create_task(watch()),
+    )
     try:
         await asyncio.wait({running, watching}, return_when=asyncio.FIRST_COMPLETED)
         if not running.done():

@@ -1,4 +1,6 @@
-"""Serve's deployments as :class:`~serve.targets.Target`: deadlines, one more try where a replica died, clear errors."""
+"""Serve's deployments as :class:`~serve.targets.Target`: deadlines, one more try where a replica
+died, clear errors.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,11 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from ray.exceptions import RayActorError, RayTaskError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError, ReplicaUnavailableError
+from ray.serve.exceptions import (
+    BackPressureError,
+    DeploymentUnavailableError,
+    ReplicaUnavailableError,
+)
 from ray.serve.handle import DeploymentHandle
 
 from invar_ray.errors import InvarError
@@ -30,8 +36,15 @@ class HandleTarget:
         retry_after_s: when a client may try again, in seconds.
     """
 
-    def __init__(self, name: str, handle: DeploymentHandle[Any], retry_after_s: float, meter: Meter) -> None:
-        self.name, self._handle, self._retry_after_s, self._meter = name, handle, retry_after_s, meter
+    def __init__(
+        self, name: str, handle: DeploymentHandle[Any], retry_after_s: float, meter: Meter
+    ) -> None:
+        self.name, self._handle, self._retry_after_s, self._meter = (
+            name,
+            handle,
+            retry_after_s,
+            meter,
+        )
 
     async def call(self, method: str, *args: Any, left_s: float) -> Any:
         """See :class:`serve.targets.Target`."""
@@ -48,7 +61,8 @@ class HandleTarget:
         """See :class:`serve.targets.Target`."""
         streaming = self._handle.options(stream=True)
         items: Any = None
-        # The last item, a whole reply, may come as late as the deadline and a little: the replica keeps the time.
+        # The last item, a whole reply, may come as late as the deadline and a little: the replica
+        # keeps the time.
         patience = left_s + 5
 
         async def first() -> Any:
@@ -85,7 +99,11 @@ class HandleTarget:
                 if attempt == _TRIES - 1:
                     raise self._known(error) from error
                 self._meter.record("invar_retries_total", target=self.name)
-                logger.warning("a replica of the %s died in a call (%s): trying again", self.name, type(error).__name__)
+                logger.warning(
+                    "a replica of the %s died in a call (%s): trying again",
+                    self.name,
+                    type(error).__name__,
+                )
                 await asyncio.sleep(0.05 * 4**attempt)  # until the router has heard of it
             except Exception as error:
                 raise self._known(error) from error
@@ -95,10 +113,15 @@ class HandleTarget:
         """What the caller may know of an error."""
         if isinstance(error, BackPressureError):
             return ServiceError(
-                503, "overloaded", f"the {self.name} has too many requests waiting", self._retry_after_s
+                503,
+                "overloaded",
+                f"the {self.name} has too many requests waiting",
+                self._retry_after_s,
             )
         if isinstance(error, (*_LOST, DeploymentUnavailableError)):
-            return ServiceError(503, "unavailable", f"the {self.name} is not available", self._retry_after_s)
+            return ServiceError(
+                503, "unavailable", f"the {self.name} is not available", self._retry_after_s
+            )
         if isinstance(error, TimeoutError):
             return self._timeout(0.0)
         if isinstance(error, RayTaskError) and isinstance(error.cause, (InvarError, ServiceError)):
@@ -107,17 +130,22 @@ class HandleTarget:
 
     def _timeout(self, seconds: float) -> ServiceError:
         within = f" within {seconds:g} s" if seconds else " in time"
-        return ServiceError(504, "timeout", f"the {self.name} did not answer{within}", self._retry_after_s)
+        return ServiceError(
+            504, "timeout", f"the {self.name} did not answer{within}", self._retry_after_s
+        )
 
 
 async def _finished(response: Any, timeout_s: float) -> bool:
-    """Whether a call ends, well or not, in time; it is cancelled if it does not, or if the client went away."""
+    """Whether a call ends, well or not, in time; it is cancelled if it does not, or if the client
+    went away.
+    """
 
     async def settle() -> None:
         with contextlib.suppress(Exception):
             await response
 
-    # Not wait_for: what it cancels answers with an exception of Serve's own, which would hide the time-out.
+    # Not wait_for: what it cancels answers with an exception of Serve's own, which would hide the
+    # time-out.
     task = asyncio.create_task(settle())
     try:
         done, _ = await asyncio.wait({task}, timeout=max(0.0, timeout_s))

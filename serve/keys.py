@@ -16,7 +16,9 @@ from serve.conditions import Conditions
 
 KEY_ENV, KEYS_ENV = "INVAR_API_KEY", "INVAR_API_KEYS"
 Scope = Literal["query", "admin"]
-_EMPTY = frozenset(hashlib.sha256(text).hexdigest() for text in (b"", b" ", b"\n", b"\r\n", b"\x00"))
+_EMPTY = frozenset(
+    hashlib.sha256(text).hexdigest() for text in (b"", b" ", b"\n", b"\r\n", b"\x00")
+)
 """Hashes of what a shell makes of a variable that is not set: a key that everybody has."""
 _EMPTY_HASH = "the SHA-256 of an empty key, which everybody has"
 _HASH_IT = "hash a real key: printf %s KEY | sha256sum"
@@ -28,7 +30,9 @@ class ApiKey(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     name: str = Field(pattern=r"^[A-Za-z0-9._\-]{1,64}$", description="For logs; never the key.")
-    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="Hex SHA-256 of the key: printf %s KEY | sha256sum")
+    sha256: str = Field(
+        pattern=r"^[0-9a-f]{64}$", description="Hex SHA-256 of the key: printf %s KEY | sha256sum"
+    )
     scopes: tuple[Scope, ...] = Field(("query",), min_length=1, description="What it is for.")
     requests_per_minute: int = Field(0, ge=0, description="Of one HTTP replica; 0 sets no limit.")
     where: Conditions = Field(
@@ -48,14 +52,17 @@ class ApiKey(BaseModel):
 def keys_from_environment(environment: Mapping[str, str]) -> list[ApiKey]:
     """The keys of ``INVAR_API_KEY`` (one, in the clear, for queries) and ``INVAR_API_KEYS``.
 
-    ``INVAR_API_KEYS`` holds ``name:sha256:scopes[:requests per minute[:conditions]]``, separated by commas or line
-    breaks, scopes joined by ``+``, e.g. ``ops:9f86...:query+admin:600``.  Conditions bind the key to passages:
-    ``column=value`` or ``column^=beginning``, joined by ``&``, e.g. ``acme:9f86...:query:0:tenant=acme``.
+    ``INVAR_API_KEYS`` holds ``name:sha256:scopes[:requests per minute[:conditions]]``, separated by
+    commas or line breaks, scopes joined by ``+``, e.g. ``ops:9f86...:query+admin:600``.  Conditions
+    bind the key to passages: ``column=value`` or ``column^=beginning``, joined by ``&``, e.g.
+    ``acme:9f86...:query:0:tenant=acme``.
 
-    White space around a key is no part of it: mounted secrets end in a line break, which no client can send.
+    White space around a key is no part of it: mounted secrets end in a line break, which no client
+    can send.
 
     Raises:
-        ConfigError: if a variable is set and holds no key, or an entry is malformed; it prints neither key nor hash.
+        ConfigError: if a variable is set and holds no key, or an entry is malformed; it prints
+            neither key nor hash.
     """
     keys = []
     given = environment.get(KEY_ENV)
@@ -63,7 +70,8 @@ def keys_from_environment(environment: Mapping[str, str]) -> list[ApiKey]:
         plain = given.strip()
         if not plain or not plain.isprintable() or " " in plain:
             raise ConfigError(
-                f"{KEY_ENV} is set and {'holds white space or control characters within' if plain else 'empty'}",
+                f"{KEY_ENV} is set and "
+                f"{'holds white space or control characters within' if plain else 'empty'}",
                 expected="one key, without white space",
                 action=f"set it to a key, or unset it (then queries need none, unless {KEYS_ENV} or api_keys has one)",
             )
@@ -85,7 +93,12 @@ def keys_from_environment(environment: Mapping[str, str]) -> list[ApiKey]:
             if len(parts) < 3:
                 raise ValueError
             scopes = tuple(parts[2].split("+"))
-            values = {"name": parts[0], "sha256": parts[1].lower(), "scopes": scopes, "requests_per_minute": rate}
+            values = {
+                "name": parts[0],
+                "sha256": parts[1].lower(),
+                "scopes": scopes,
+                "requests_per_minute": rate,
+            }
             bound = {"where": Conditions.parse(parts[4])} if len(parts) > 4 else {}
             keys.append(ApiKey.model_validate(values | bound))
         except ValueError:
@@ -120,14 +133,18 @@ class KeyRing:
     def __init__(self, keys: Sequence[ApiKey]) -> None:
         names = [key.name for key in keys]
         if len(set(names)) < len(names):
-            raise ConfigError("two API keys have one name", expected="a name for each, by which logs tell them apart")
+            raise ConfigError(
+                "two API keys have one name",
+                expected="a name for each, by which logs tell them apart",
+            )
         first: dict[str, str] = {}
         for key in keys:
             if key.sha256 in _EMPTY:
                 raise ConfigError(f"API key {key.name} has {_EMPTY_HASH}", action=_HASH_IT)
             if key.sha256 in first:
                 raise ConfigError(
-                    f"API keys {first[key.sha256]} and {key.name} are one key: the hash is the same",
+                    f"API keys {first[key.sha256]} and {key.name} are one key: the hash is the "
+                    "same",
                     expected="a key for each name, or the conditions and scopes of one of them would be lost",
                     action="make another key for one of them, or take one entry out",
                 )
@@ -141,7 +158,9 @@ class KeyRing:
         return not self._keys
 
     def find(self, given: bytes) -> ApiKey | None:
-        """The key that was sent, if it is one of ours.  Every key is compared, whichever fits; nothing sent is none."""
+        """The key that was sent, if it is one of ours.  Every key is compared, whichever fits;
+        nothing sent is none.
+        """
         digest = hashlib.sha256(given).hexdigest()
         found = None
         for key in self._keys:
@@ -150,7 +169,9 @@ class KeyRing:
         return found if given.strip() else None
 
     def wait_s(self, key: ApiKey) -> float:
-        """0 and one request counted, or the seconds until the key may ask again (a token bucket of a minute)."""
+        """0 and one request counted, or the seconds until the key may ask again (a token bucket of
+        a minute).
+        """
         if key.requests_per_minute == 0:
             return 0.0
         now, rate = time.monotonic(), key.requests_per_minute / 60

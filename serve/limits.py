@@ -1,4 +1,6 @@
-"""What requests may ask for, and the one form that every error has (OpenAI's, with the request's id)."""
+"""What requests may ask for, and the one form that every error has (OpenAI's, with the request's
+id).
+"""
 
 from __future__ import annotations
 
@@ -19,13 +21,19 @@ class Limits(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    top_k: int = Field(5, ge=1, description="Passages per answer unless the request says otherwise.")
+    top_k: int = Field(
+        5, ge=1, description="Passages per answer unless the request says otherwise."
+    )
     max_top_k: int = Field(20, ge=1, description="Most passages that a request may ask for.")
     max_question_chars: int = Field(2000, ge=1, description="Longest question in characters.")
-    max_new_tokens: int = Field(32, ge=1, description="Longest answer in tokens; a request may ask for less.")
+    max_new_tokens: int = Field(
+        32, ge=1, description="Longest answer in tokens; a request may ask for less."
+    )
     max_body_bytes: int = Field(65536, ge=256, description="Longest request body in bytes.")
     max_inputs: int = Field(64, ge=1, description="Most texts that one request may have embedded.")
-    max_rewrites: int = Field(5, ge=1, description="Most rewordings that one stability request may ask for.")
+    max_rewrites: int = Field(
+        5, ge=1, description="Most rewordings that one stability request may ask for."
+    )
     timeout_s: float = Field(60.0, gt=0, description="Longest that a request may take, in seconds.")
 
     def check_question(self, question: str) -> str:
@@ -39,7 +47,8 @@ class Limits(BaseModel):
             raise RequestError("the question is empty", expected="some words")
         if len(text) > self.max_question_chars:
             raise RequestError(
-                f"the question has {len(text)} characters", expected=f"at most {self.max_question_chars}"
+                f"the question has {len(text)} characters",
+                expected=f"at most {self.max_question_chars}",
             )
         return text
 
@@ -74,18 +83,22 @@ class Limits(BaseModel):
             RequestError: if there are none or too many, or one is blank or too long.
         """
         if not 1 <= len(texts) <= self.max_inputs:
-            raise RequestError(f"input holds {len(texts)} texts", expected=f"1 to {self.max_inputs}")
+            raise RequestError(
+                f"input holds {len(texts)} texts", expected=f"1 to {self.max_inputs}"
+            )
         for number, text in enumerate(texts):
             if not text.strip():
                 raise RequestError(f"input {number} is empty", expected="some words")
             if len(text) > 4 * self.max_question_chars:
                 raise RequestError(
-                    f"input {number} has {len(text)} characters", expected=f"at most {4 * self.max_question_chars}"
+                    f"input {number} has {len(text)} characters",
+                    expected=f"at most {4 * self.max_question_chars}",
                 )
         return texts
 
     def check_timeout(self, given: str | None) -> float:
-        """Seconds that a request may take: what its ``X-Request-Timeout`` header says, within the service's limit.
+        """Seconds that a request may take: what its ``X-Request-Timeout`` header says, within the
+        service's limit.
 
         Raises:
             RequestError: if the header is no positive number.
@@ -120,7 +133,8 @@ class ErrorBody(BaseModel):
     param: str | None = Field(None, description="Always null; the message names the field.")
     code: str = Field(
         description="One of: invalid_json, invalid_request, unauthorized, forbidden, not_found, model_not_found, "
-        "method_not_allowed, conflict, body_too_large, rate_limited, overloaded, unavailable, timeout, internal."
+        "method_not_allowed, conflict, body_too_large, rate_limited, overloaded, unavailable, "
+        "timeout, internal."
     )
     request_id: str
 
@@ -142,7 +156,11 @@ class ErrorResponse(BaseModel):
     def of(cls, status: int, code: str, message: str, request_id: str) -> ErrorResponse:
         """The error that a response with ``status`` carries."""
         kind = "server_error" if status >= 500 else _TYPES.get(status, "invalid_request_error")
-        return cls(error=ErrorBody(message=message, type=kind, param=None, code=code, request_id=request_id))
+        return cls(
+            error=ErrorBody(
+                message=message, type=kind, param=None, code=code, request_id=request_id
+            )
+        )
 
 
 @dataclass
@@ -162,7 +180,8 @@ class ServiceError(Exception):
     retry_after_s: float | None = None
 
     def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        # An exception is rebuilt from its ``args``, which a dataclass leaves empty; replicas send these to the ingress.
+        # An exception is rebuilt from its ``args``, which a dataclass leaves empty; replicas send
+        # these to the ingress.
         return type(self), (self.status, self.code, self.message, self.retry_after_s)
 
 

@@ -1,7 +1,8 @@
-"""What the service measures: one list of metrics, recorded through Ray (Prometheus, from every process) or in memory.
+"""What the service measures: one list of metrics, recorded through Ray (Prometheus, from every
+process) or in memory.
 
-Ray exports them on each node's metrics port under the names below with the prefix ``ray_``; the dashboard in
-``cluster/observability`` draws them.
+Ray exports them on each node's metrics port under the names below with the prefix ``ray_``; the
+dashboard in ``cluster/observability`` draws them.
 """
 
 from __future__ import annotations
@@ -10,7 +11,23 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
-_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_SECONDS = (
+    0.001,
+    0.0025,
+    0.005,
+    0.01,
+    0.025,
+    0.05,
+    0.1,
+    0.25,
+    0.5,
+    1.0,
+    2.5,
+    5.0,
+    10.0,
+    30.0,
+    60.0,
+)
 _SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
@@ -29,20 +46,58 @@ CATALOG = {
     metric.name: metric
     for metric in (
         Metric("invar_requests_total", "counter", "Requests answered.", ("route", "status")),
-        Metric("invar_request_seconds", "histogram", "Whole request, in seconds.", ("route",), _SECONDS),
-        Metric("invar_stage_seconds", "histogram", "One stage of a request, in seconds.", ("stage",), _SECONDS),
+        Metric(
+            "invar_request_seconds", "histogram", "Whole request, in seconds.", ("route",), _SECONDS
+        ),
+        Metric(
+            "invar_stage_seconds",
+            "histogram",
+            "One stage of a request, in seconds.",
+            ("stage",),
+            _SECONDS,
+        ),
         Metric("invar_in_flight", "gauge", "Requests that an HTTP replica is answering."),
-        Metric("invar_queue", "gauge", "Calls that wait for the next batch of a replica.", ("engine",)),
-        Metric("invar_batch_size", "histogram", "Calls in a batch.", ("engine",), (1, 2, 4, 8, 16, 32, 64)),
+        Metric(
+            "invar_queue", "gauge", "Calls that wait for the next batch of a replica.", ("engine",)
+        ),
+        Metric(
+            "invar_batch_size",
+            "histogram",
+            "Calls in a batch.",
+            ("engine",),
+            (1, 2, 4, 8, 16, 32, 64),
+        ),
         Metric("invar_tokens_total", "counter", "Tokens generated."),
         Metric(
-            "invar_tokens_per_second", "histogram", "Tokens a second of a batch.", (), (1, 5, 10, 50, 100, 500, 1000)
+            "invar_tokens_per_second",
+            "histogram",
+            "Tokens a second of a batch.",
+            (),
+            (1, 5, 10, 50, 100, 500, 1000),
         ),
         Metric("invar_top_score", "histogram", "Cosine of the best passage.", (), _SHARES),
-        Metric("invar_answers_total", "counter", "Answers, by whether the model refused.", ("refused",)),
-        Metric("invar_stability_overlap", "histogram", "Overlap of the hits of two wordings, sampled.", (), _SHARES),
-        Metric("invar_index_changes_total", "counter", "Changes of the index, by outcome.", ("outcome",)),
-        Metric("invar_retries_total", "counter", "Calls sent again because a replica died.", ("target",)),
+        Metric(
+            "invar_answers_total", "counter", "Answers, by whether the model refused.", ("refused",)
+        ),
+        Metric(
+            "invar_stability_overlap",
+            "histogram",
+            "Overlap of the hits of two wordings, sampled.",
+            (),
+            _SHARES,
+        ),
+        Metric(
+            "invar_index_changes_total",
+            "counter",
+            "Changes of the index, by outcome.",
+            ("outcome",),
+        ),
+        Metric(
+            "invar_retries_total",
+            "counter",
+            "Calls sent again because a replica died.",
+            ("target",),
+        ),
     )
 }
 """Every metric by name."""
@@ -83,7 +138,9 @@ def ray_meter() -> Meter:
         if metric.name not in made:
             options: dict[str, Any] = {"description": metric.help, "tag_keys": metric.labels}
             if metric.kind == "histogram":
-                made[metric.name] = metrics.Histogram(metric.name, boundaries=list(metric.buckets), **options)
+                made[metric.name] = metrics.Histogram(
+                    metric.name, boundaries=list(metric.buckets), **options
+                )
             else:
                 kind = metrics.Counter if metric.kind == "counter" else metrics.Gauge
                 made[metric.name] = kind(metric.name, **options)

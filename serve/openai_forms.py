@@ -1,4 +1,5 @@
-"""OpenAI's forms of requests and responses: what this service takes of them, and the field that it adds (``invar``).
+"""OpenAI's forms of requests and responses: what this service takes of them, and the field that it
+adds (``invar``).
 
 A parameter that the service cannot honour is refused rather than passed over.
 """
@@ -77,7 +78,9 @@ class ChatRequest(BaseModel):
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, description="Longest answer in tokens.")
     max_completion_tokens: int | None = Field(None, description="The same, by its newer name.")
-    temperature: float | None = Field(None, ge=0, le=2, description="0, the default, takes the likeliest token.")
+    temperature: float | None = Field(
+        None, ge=0, le=2, description="0, the default, takes the likeliest token."
+    )
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
@@ -85,9 +88,12 @@ class ChatRequest(BaseModel):
     presence_penalty: float | None = Field(None, ge=0, le=0, description="0 only.")
     frequency_penalty: float | None = Field(None, ge=0, le=0, description="0 only.")
     user: str | None = Field(None, description="Has no effect.")
-    top_k: int | None = Field(None, strict=True, description="Number of passages; an extension (`extra_body`).")
+    top_k: int | None = Field(
+        None, strict=True, description="Number of passages; an extension (`extra_body`)."
+    )
     where: Conditions = Field(
-        Conditions(), description="Only passages that meet these conditions are found; an extension (`extra_body`)."
+        Conditions(),
+        description="Only passages that meet these conditions are found; an extension (`extra_body`).",
     )
 
     @field_validator("stop")
@@ -104,9 +110,16 @@ class ChatRequest(BaseModel):
             RequestError: if there is none, or it is not the last message.
         """
         if self.messages[-1].role != "user":
-            raise RequestError(f"the last message is of the {self.messages[-1].role}", expected="a message of the user")
+            raise RequestError(
+                f"the last message is of the {self.messages[-1].role}",
+                expected="a message of the user",
+            )
         others = len(self.messages) - 1
-        notes = [f"{others} other messages were not used: the last one is searched with and answered"] if others else []
+        notes = (
+            [f"{others} other messages were not used: the last one is searched with and answered"]
+            if others
+            else []
+        )
         return self.messages[-1].text(), notes
 
     def length(self) -> int | None:
@@ -121,7 +134,9 @@ class ChatRequest(BaseModel):
         """
         stops = (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
         if len(stops) > 4 or any(not 1 <= len(text) <= 200 for text in stops):
-            raise RequestError("stop is not usable", expected="at most 4 strings of 1 to 200 characters")
+            raise RequestError(
+                "stop is not usable", expected="at most 4 strings of 1 to 200 characters"
+            )
         return stops
 
 
@@ -136,7 +151,9 @@ class Usage(BaseModel):
     def of(cls, prompt_tokens: int, completion_tokens: int) -> "Usage":
         """With their sum."""
         total = prompt_tokens + completion_tokens
-        return cls(prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=total)
+        return cls(
+            prompt_tokens=prompt_tokens, completion_tokens=completion_tokens, total_tokens=total
+        )
 
 
 class ChatMessage(BaseModel):
@@ -157,7 +174,9 @@ class Choice(BaseModel):
 
 
 class ChatResponse(BaseModel):
-    """OpenAI's `chat.completion`; `invar` holds the checked answer with citations, passages, notes and versions."""
+    """OpenAI's `chat.completion`; `invar` holds the checked answer with citations, passages, notes
+    and versions.
+    """
 
     id: str
     object: Literal["chat.completion"] = "chat.completion"
@@ -174,7 +193,9 @@ class EmbeddingRequest(BaseModel):
 
     model_config = ConfigDict(
         extra="forbid",
-        json_schema_extra={"examples": [{"model": EMBEDDING_MODEL, "input": ["Who keeps the lighthouse?"]}]},
+        json_schema_extra={
+            "examples": [{"model": EMBEDDING_MODEL, "input": ["Who keeps the lighthouse?"]}]
+        },
     )
 
     model: str = Field(description=f"`{EMBEDDING_MODEL}`.", examples=[EMBEDDING_MODEL])

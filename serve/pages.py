@@ -1,6 +1,8 @@
-"""The pages for people: ``/``, the API docs at ``/docs``, and the files of both; nothing comes from elsewhere.
+"""The pages for people: ``/``, the API docs at ``/docs``, and the files of both; nothing comes from
+elsewhere.
 
-The files in ``web/`` are served as they are, there is no build step.  Swagger UI's two come from ``fastapi-offline``.
+The files in ``web/`` are served as they are, there is no build step.  Swagger UI's two come from
+``fastapi-offline``.
 """
 
 from __future__ import annotations
@@ -13,15 +15,31 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript", ".svg": "image/svg+xml"}
-_OWN = ("page.css", "page.js", "service.js", "answer.js", "stability.js", "text.js", "theme.js", "docs.js", "icon.svg")
+_TYPES = {
+    ".css": "text/css",
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".svg": "image/svg+xml",
+}
+_OWN = (
+    "page.css",
+    "page.js",
+    "service.js",
+    "answer.js",
+    "stability.js",
+    "text.js",
+    "theme.js",
+    "docs.js",
+    "icon.svg",
+)
 _SWAGGER = ("swagger-ui.css", "swagger-ui-bundle.js")
 _PAGES = {"/": "index.html", "/docs": "docs.html"}
 PATHS = frozenset({*_PAGES, *(f"/web/{name}" for name in (*_OWN, *_SWAGGER))})
 """What needs no key: these files are the same for everyone and say nothing of what is served."""
 
 _POLICY = (
-    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; base-uri 'none'; "
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; connect-src 'self'; "
+    "base-uri 'none'; "
     "form-action 'none'; frame-ancestors 'none'"
 )
 # Swagger UI draws its signs from data: images and sets styles on its elements.
@@ -36,7 +54,13 @@ def page_routes() -> APIRouter:
     web = Path(__file__).parent / "web"
     swagger = resources.files("fastapi_offline") / "static"
     for path, name in _PAGES.items():
-        _add(routes, path, name, (web / name).read_bytes(), _DOCS_POLICY if path == "/docs" else _POLICY)
+        _add(
+            routes,
+            path,
+            name,
+            (web / name).read_bytes(),
+            _DOCS_POLICY if path == "/docs" else _POLICY,
+        )
     for name in _OWN:
         _add(routes, f"/web/{name}", name, (web / name).read_bytes(), _POLICY)
     for name in _SWAGGER:

@@ -25,8 +25,12 @@ def clean_text(value: str) -> str:
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    question: str = Field(description="The question in plain words.", examples=["Who keeps the lighthouse?"])
-    top_k: int | None = Field(None, strict=True, description="Number of passages; null takes the service's default.")
+    question: str = Field(
+        description="The question in plain words.", examples=["Who keeps the lighthouse?"]
+    )
+    top_k: int | None = Field(
+        None, strict=True, description="Number of passages; null takes the service's default."
+    )
     where: Conditions = Field(
         Conditions(),
         description="Only passages that meet these conditions are found; a key may be bound to conditions of its own, "
@@ -43,7 +47,8 @@ class RetrieveRequest(_Request):
     """Ask for passages."""
 
     model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"question": "Who keeps the lighthouse?", "top_k": 3}]}
+        extra="forbid",
+        json_schema_extra={"examples": [{"question": "Who keeps the lighthouse?", "top_k": 3}]},
     )
 
 
@@ -51,7 +56,8 @@ class AnswerRequest(_Request):
     """Ask for an answer."""
 
     model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"question": "Who keeps the lighthouse?", "top_k": 5}]}
+        extra="forbid",
+        json_schema_extra={"examples": [{"question": "Who keeps the lighthouse?", "top_k": 5}]},
     )
 
     max_new_tokens: int | None = Field(
@@ -69,12 +75,19 @@ class StabilityRequest(_Request):
     """Ask a question in several wordings."""
 
     model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"question": "Who keeps the lighthouse?", "rewrites": 3}]}
+        extra="forbid",
+        json_schema_extra={"examples": [{"question": "Who keeps the lighthouse?", "rewrites": 3}]},
     )
 
-    rewrites: int | None = Field(None, strict=True, description="Number of rewordings; null takes 3.")
-    seed: int = Field(0, strict=True, ge=0, le=2**31, description="Another seed gives other rewordings.")
-    answers: bool = Field(True, strict=True, description="Answer every wording as well; false compares hits only.")
+    rewrites: int | None = Field(
+        None, strict=True, description="Number of rewordings; null takes 3."
+    )
+    seed: int = Field(
+        0, strict=True, ge=0, le=2**31, description="Another seed gives other rewordings."
+    )
+    answers: bool = Field(
+        True, strict=True, description="Answer every wording as well; false compares hits only."
+    )
     max_new_tokens: int | None = Field(None, strict=True, description="Longest answer in tokens.")
 
 
@@ -82,24 +95,35 @@ class IndexChange(BaseModel):
     """Ask for another index, or for the one before."""
 
     model_config = ConfigDict(
-        extra="forbid", json_schema_extra={"examples": [{"index_uri": "s3://bucket/invar/index/retriever-3f0c9a1b"}]}
+        extra="forbid",
+        json_schema_extra={
+            "examples": [{"index_uri": "s3://bucket/invar/index/retriever-3f0c9a1b"}]
+        },
     )
 
     index_uri: str | list[str] | None = Field(
         None, description="Index artifact (one for each shard, where the service has several)."
     )
-    rollback: bool = Field(False, strict=True, description="Instead: go back to what was served before.")
+    rollback: bool = Field(
+        False, strict=True, description="Instead: go back to what was served before."
+    )
 
     @field_validator("index_uri")
     @classmethod
     def _clean(cls, value: str | list[str] | None) -> str | list[str] | None:
-        return [clean_text(each) for each in value] if isinstance(value, list) else value and clean_text(value)
+        return (
+            [clean_text(each) for each in value]
+            if isinstance(value, list)
+            else value and clean_text(value)
+        )
 
 
 class PassageOut(BaseModel):
     """A retrieved passage."""
 
-    number: int = Field(description="The [n] by which an answer cites it; 1-based position in the list.")
+    number: int = Field(
+        description="The [n] by which an answer cites it; 1-based position in the list."
+    )
     rank: int = Field(description="Rank in the retriever's list; 1 is the best.")
     score: float = Field(description="Cosine similarity with the question, in [-1, 1].")
     passage_id: str
@@ -107,7 +131,9 @@ class PassageOut(BaseModel):
     title: str
     text: str
     uri: str = Field(description="Where the document came from; may be empty.")
-    place: str = Field("", description="File and place in it, such as `manual.pdf, page 3`; may be empty.")
+    place: str = Field(
+        "", description="File and place in it, such as `manual.pdf, page 3`; may be empty."
+    )
 
     @classmethod
     def of(cls, number: int, hit: Hit) -> "PassageOut":
@@ -135,7 +161,9 @@ class CitationOut(BaseModel):
     source: str = Field(
         description="`generated`: the model cited it; `matched`: the model cited nothing and the answer stands in it."
     )
-    place: str = Field("", description="File and place in it, such as `manual.pdf, page 3`; may be empty.")
+    place: str = Field(
+        "", description="File and place in it, such as `manual.pdf, page 3`; may be empty."
+    )
 
     @classmethod
     def of(cls, citation: Citation) -> "CitationOut":
@@ -161,9 +189,16 @@ class RetrieveResponse(BaseModel):
 
     question: str
     passages: list[PassageOut]
-    partial: bool = Field(False, description="True where a shard of the index did not answer: passages may be missing.")
-    missing_shards: list[str] = Field(default_factory=list, description="Shards that did not answer in time.")
-    timings: dict[str, float] = Field(description="Seconds, by step.", examples=[{"retrieve_s": 0.012}])
+    partial: bool = Field(
+        False,
+        description="True where a shard of the index did not answer: passages may be missing.",
+    )
+    missing_shards: list[str] = Field(
+        default_factory=list, description="Shards that did not answer in time."
+    )
+    timings: dict[str, float] = Field(
+        description="Seconds, by step.", examples=[{"retrieve_s": 0.012}]
+    )
     versions: dict[str, str] = _VERSIONS
     request_id: str
 
@@ -172,16 +207,32 @@ class AnswerResponse(BaseModel):
     """An answer with the passages that it rests on."""
 
     question: str
-    answer: str = Field(description="The answer without its citation marks.", examples=["Mara Lindqvist"])
-    refused: bool = Field(description="True where the model said that the passages do not answer the question.")
-    confidence: float | None = Field(description="Mean log-probability of the answer's tokens, in nats.")
+    answer: str = Field(
+        description="The answer without its citation marks.", examples=["Mara Lindqvist"]
+    )
+    refused: bool = Field(
+        description="True where the model said that the passages do not answer the question."
+    )
+    confidence: float | None = Field(
+        description="Mean log-probability of the answer's tokens, in nats."
+    )
     citations: list[CitationOut]
-    passages: list[PassageOut] = Field(description="The passages that the model was given, in its order.")
-    notes: list[str] = Field(description="What the reader must know, e.g. passages left out for lack of room.")
-    partial: bool = Field(False, description="True where a shard of the index did not answer: passages may be missing.")
-    missing_shards: list[str] = Field(default_factory=list, description="Shards that did not answer in time.")
+    passages: list[PassageOut] = Field(
+        description="The passages that the model was given, in its order."
+    )
+    notes: list[str] = Field(
+        description="What the reader must know, e.g. passages left out for lack of room."
+    )
+    partial: bool = Field(
+        False,
+        description="True where a shard of the index did not answer: passages may be missing.",
+    )
+    missing_shards: list[str] = Field(
+        default_factory=list, description="Shards that did not answer in time."
+    )
     timings: dict[str, float] = Field(
-        description="Seconds, by step.", examples=[{"retrieve_s": 0.012, "generate_s": 0.31, "total_s": 0.33}]
+        description="Seconds, by step.",
+        examples=[{"retrieve_s": 0.012, "generate_s": 0.31, "total_s": 0.33}],
     )
     versions: dict[str, str] = _VERSIONS
     request_id: str
@@ -203,7 +254,9 @@ class AnswerResponse(BaseModel):
             refused=answer.refused,
             confidence=answer.confidence,
             citations=[CitationOut.of(citation) for citation in answer.citations],
-            passages=[PassageOut.of(number, hit) for number, hit in enumerate(answer.hits, start=1)],
+            passages=[
+                PassageOut.of(number, hit) for number, hit in enumerate(answer.hits, start=1)
+            ],
             notes=list(answer.notes),
             partial=bool(missing_shards),
             missing_shards=list(missing_shards),
@@ -217,9 +270,13 @@ class WordingOut(BaseModel):
     """One wording of the question and what it led to."""
 
     text: str
-    kind: str = Field(description="`anchor` for the question as asked, else how it was reworded, e.g. `typo`.")
+    kind: str = Field(
+        description="`anchor` for the question as asked, else how it was reworded, e.g. `typo`."
+    )
     passages: list[PassageOut]
-    overlap: float = Field(description="Jaccard overlap of its passages with those of the question as asked, 0 to 1.")
+    overlap: float = Field(
+        description="Jaccard overlap of its passages with those of the question as asked, 0 to 1."
+    )
     answer: str | None = Field(None, description="Null unless answers were asked for.")
     refused: bool | None = None
     agreement: float | None = Field(
@@ -230,11 +287,14 @@ class WordingOut(BaseModel):
 class StabilityResponse(BaseModel):
     """How much the passages and the answer depend on the wording.
 
-    Where the index changed between two wordings, everything is asked again: one response has one version.
+    Where the index changed between two wordings, everything is asked again: one response has one
+    version.
     """
 
     question: str
-    overlap: float = Field(description="Mean Jaccard overlap of the passages over all pairs of wordings, 0 to 1.")
+    overlap: float = Field(
+        description="Mean Jaccard overlap of the passages over all pairs of wordings, 0 to 1."
+    )
     agreement: float | None = Field(
         description="Share of pairs of wordings whose answers are equal after SQuAD's normalisation (refusals are); "
         "null without answers."
@@ -250,7 +310,9 @@ class IndexState(BaseModel):
 
     requested_uri: str = Field(description="The index that was asked for last.")
     active_uri: str = Field(description="The index that is being searched.")
-    error: str | None = Field(description="Why the requested index is not the active one; null if it is.")
+    error: str | None = Field(
+        description="Why the requested index is not the active one; null if it is."
+    )
 
 
 class ReplicaState(IndexState):
@@ -264,7 +326,9 @@ class ReplicaState(IndexState):
 class GeneratorState(BaseModel):
     """The generator that a replica serves."""
 
-    engine: str = Field("transformers", description="`transformers`, or `openai` for a server elsewhere.")
+    engine: str = Field(
+        "transformers", description="`transformers`, or `openai` for a server elsewhere."
+    )
     uri: str
     max_context: int = Field(description="Most tokens of prompt and answer together.")
 
@@ -273,8 +337,12 @@ class IndexResponse(BaseModel):
     """What is being served."""
 
     index: IndexState
-    replicas: list[ReplicaState] = Field(default_factory=list, description="Every retriever replica's own state.")
-    history: list[str] = Field(default_factory=list, description="Indexes that were served before, oldest first.")
+    replicas: list[ReplicaState] = Field(
+        default_factory=list, description="Every retriever replica's own state."
+    )
+    history: list[str] = Field(
+        default_factory=list, description="Indexes that were served before, oldest first."
+    )
     generator: GeneratorState
     versions: dict[str, str] = _VERSIONS
     limits: Limits

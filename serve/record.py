@@ -1,8 +1,9 @@
-"""The index that a service was told to serve: one small file beside the artifacts, so that it outlives every replica.
+"""The index that a service was told to serve: one small file beside the artifacts, so that it
+outlives every replica.
 
-A change through the API is written here once all replicas have the new index ready.  A replica that starts later, or
-missed the change, reads it here.  The record holds for the configured index that it was made over: deploying the
-application with another ``index_uri`` overrules it.
+A change through the API is written here once all replicas have the new index ready.  A replica that
+starts later, or missed the change, reads it here.  The record holds for the configured index that
+it was made over: deploying the application with another ``index_uri`` overrules it.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ class Desired:
     """What the record says.
 
     Attributes:
-        configured: index URIs of the deployed configuration, one per shard, that the record was made over.
+        configured: index URIs of the deployed configuration, one per shard, that the record was
+            made over.
         index: index URIs to serve.
         history: what was served before, oldest first.
         generation: counts the changes.
@@ -38,7 +40,9 @@ class Desired:
 
     def changed(self, index: tuple[str, ...]) -> Desired:
         """The record after a change to ``index``."""
-        return Desired(self.configured, index, (*self.history, self.index)[-_KEPT:], self.generation + 1)
+        return Desired(
+            self.configured, index, (*self.history, self.index)[-_KEPT:], self.generation + 1
+        )
 
     def rolled_back(self) -> Desired:
         """The record after going back by one change; the caller has seen that there is one."""
@@ -71,7 +75,8 @@ class RecordFile:
             return plain
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise ArtifactError(
-                f"the record of the served index at {self.uri} cannot be read ({type(error).__name__})",
+                f"the record of the served index at {self.uri} cannot be read "
+                f"({type(error).__name__})",
                 expected="the file that POST /admin/index wrote",
                 action="restore it, or remove it to serve the configured index",
             ) from error
@@ -84,7 +89,9 @@ class RecordFile:
         if isinstance(filesystem, fs.LocalFileSystem):
             write_atomic(Path(path), content)
             return
-        with filesystem.open_output_stream(path) as stream:  # an object store shows a whole object or the old one
+        with filesystem.open_output_stream(
+            path
+        ) as stream:  # an object store shows a whole object or the old one
             stream.write(content)
 
 
@@ -92,10 +99,12 @@ def named_index(uri: str) -> tuple[str, ...]:
     """The index (URI of each shard) that a place to follow names.
 
     Args:
-        uri: ``<root>/published/<name>`` of published versions, or a file whose lines are URIs (# begins a comment).
+        uri: ``<root>/published/<name>`` of published versions, or a file whose lines are URIs (#
+            begins a comment).
 
     Raises:
-        OSError: there is no such file.  ArtifactError: nothing has been published, or the store cannot be read.
+        OSError: there is no such file.  ArtifactError: nothing has been published, or the store
+            cannot be read.
     """
     from invar_ray.store.published import is_published, open_published
 

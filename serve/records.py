@@ -23,7 +23,8 @@ class Context:
         request_id: for logs.
         deadline: when it has to be answered, on this process's ``time.monotonic``.
         trace: the span that later ones are children of.
-        where: the only passages that it may find: what the caller's key is bound to, and what the request asks for.
+        where: the only passages that it may find: what the caller's key is bound to, and what the
+            request asks for.
     """
 
     request_id: str = ""
@@ -58,7 +59,9 @@ class Question:
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """Passages for one question, and the versions of what found them (an index may change between two calls)."""
+    """Passages for one question, and the versions of what found them (an index may change between
+    two calls).
+    """
 
     hits: tuple[Hit, ...]
     versions: dict[str, str]

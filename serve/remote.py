@@ -1,4 +1,6 @@
-"""The engine on any server that speaks OpenAI's protocol: vLLM, SGLang, llama.cpp, a vendor's, or this service."""
+"""The engine on any server that speaks OpenAI's protocol: vLLM, SGLang, llama.cpp, a vendor's, or
+this service.
+"""
 
 from __future__ import annotations
 
@@ -76,11 +78,17 @@ class OpenAIEngine:
         self._budget, self._version = _Budget(tokenizer, max_context), version
         self._meter, self._tracer = meter or Meter(), tracer or Tracer()
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self._client = httpx.AsyncClient(headers=headers, timeout=timeout_s, transport=transport, trust_env=False)
+        self._client = httpx.AsyncClient(
+            headers=headers, timeout=timeout_s, transport=transport, trust_env=False
+        )
 
     @classmethod
-    def over_artifact(cls, url: str, model: str, generator_uri: str, *, key_env: str, **options: Any) -> OpenAIEngine:
-        """The engine whose context and tokenizer are those of a generator artifact; its key is in ``key_env``."""
+    def over_artifact(
+        cls, url: str, model: str, generator_uri: str, *, key_env: str, **options: Any
+    ) -> OpenAIEngine:
+        """The engine whose context and tokenizer are those of a generator artifact; its key is in
+        ``key_env``.
+        """
         from invar_ray.models.base import BaseRef, load_tokenizer
         from invar_ray.store.artifacts import open_artifact
 
@@ -120,7 +128,9 @@ class OpenAIEngine:
                     usage = chunk.get("usage") or usage
                     for choice in chunk.get("choices") or []:
                         finish = choice.get("finish_reason") or finish
-                        text = choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+                        text = (
+                            choice.get("text") or (choice.get("delta") or {}).get("content") or ""
+                        )
                         text = text if pieces else text.lstrip()
                         if text:
                             pieces.append(text)
@@ -129,10 +139,14 @@ class OpenAIEngine:
                 await chunks.aclose()  # type: ignore[attr-defined]
         seconds = time.perf_counter() - start
         text = "".join(pieces)
-        completion = int(usage.get("completion_tokens") or self._budget.count_tokens(text) if text else 0)
+        completion = int(
+            usage.get("completion_tokens") or self._budget.count_tokens(text) if text else 0
+        )
         self._meter.record("invar_stage_seconds", seconds, stage="generate")
         self._meter.record("invar_tokens_total", completion)
-        generation = Generation(text.strip(), [], completion, "length" if finish == "length" else "eos")
+        generation = Generation(
+            text.strip(), [], completion, "length" if finish == "length" else "eos"
+        )
         answer = read_answer(question.text, prompt, generation)
         self._meter.record("invar_answers_total", refused=str(answer.refused).lower())
         yield Reply(
@@ -148,7 +162,9 @@ class OpenAIEngine:
         from invar_ray.answering.rag import build_prompt
 
         budget: Any = self._budget
-        prompt = build_prompt(budget, question.text, question.hits, max_new_tokens=question.max_new_tokens)
+        prompt = build_prompt(
+            budget, question.text, question.hits, max_new_tokens=question.max_new_tokens
+        )
         # The server tokenises by itself, and takes what looks like a control token for one.
         return replace(prompt, text=plain_text(self._budget.tokenizer, prompt.text))
 
@@ -156,7 +172,9 @@ class OpenAIEngine:
         from invar_ray.answering.rag import STOP_STRINGS
 
         asked = (
-            {"prompt": prompt} if self._api == "completions" else {"messages": [{"role": "user", "content": prompt}]}
+            {"prompt": prompt}
+            if self._api == "completions"
+            else {"messages": [{"role": "user", "content": prompt}]}
         )
         return {
             "model": self._model,
@@ -186,7 +204,9 @@ class OpenAIEngine:
                             yield chunk
                         return
             except TimeoutError:
-                raise ServiceError(504, "timeout", "the answer took longer than the request may", 1.0) from None
+                raise ServiceError(
+                    504, "timeout", "the answer took longer than the request may", 1.0
+                ) from None
             except httpx.HTTPError as error:
                 if started or attempt == _TRIES - 1:
                     raise self._unavailable(type(error).__name__) from error
@@ -212,7 +232,11 @@ class OpenAIEngine:
 
     def describe(self) -> dict[str, Any]:
         """See :class:`serve.answering.AnswerEngine`."""
-        state = {"engine": "openai", "uri": f"{self.url} {self._model}", "max_context": self._budget.max_context}
+        state = {
+            "engine": "openai",
+            "uri": f"{self.url} {self._model}",
+            "max_context": self._budget.max_context,
+        }
         return {"generator": state, "versions": {"generator": f"{self._model}@{self._version}"}}
 
     async def check_health(self) -> None:
@@ -236,7 +260,9 @@ async def _data(response: httpx.Response) -> AsyncIterator[dict[str, Any]]:
         try:
             chunk = json.loads(data)
         except ValueError:
-            raise ServiceError(503, "unavailable", "the engine sent something that is not JSON", 1.0) from None
+            raise ServiceError(
+                503, "unavailable", "the engine sent something that is not JSON", 1.0
+            ) from None
         if "error" in chunk:
             raise ServiceError(503, "unavailable", "the engine's stream ended with an error", 1.0)
         yield chunk

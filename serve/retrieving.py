@@ -1,4 +1,6 @@
-"""The retriever inside a replica, without Ray: batches of searches, and an index that changes while it serves."""
+"""The retriever inside a replica, without Ray: batches of searches, and an index that changes while
+it serves.
+"""
 
 from __future__ import annotations
 
@@ -29,28 +31,36 @@ logger = logging.getLogger("ray.serve")
 RetrieverLoader = Callable[[str], "Retriever"]
 Request = tuple[str | Vectors, int, Where | None]
 PROBE = "is anyone there?"
-# Transformers builds models on a device that it sets for the whole process: two loads at once break each other.
+# Transformers builds models on a device that it sets for the whole process: two loads at once break
+# each other.
 loading = threading.Lock()
 
 
 def load_retriever(
-    uri: str, device: str = "cpu", precision: Precision | None = None, memory_map: bool = False, collapse: bool = False
+    uri: str,
+    device: str = "cpu",
+    precision: Precision | None = None,
+    memory_map: bool = False,
+    collapse: bool = False,
 ) -> Retriever:
-    """The retriever of an index artifact; it is refused unless its encoder reproduces the index's probe texts.
+    """The retriever of an index artifact; it is refused unless its encoder reproduces the index's
+    probe texts.
 
     ``precision``: see :func:`invar_ray.answering.retriever.open_retriever`.
     """
     from invar_ray.answering.retriever import open_retriever
 
-    return open_retriever(uri, device=device, precision=precision, memory_map=memory_map, collapse=collapse)
+    return open_retriever(
+        uri, device=device, precision=precision, memory_map=memory_map, collapse=collapse
+    )
 
 
 class RetrieverCore:
     """Searches one shard of the index.
 
-    The first index must load, so that a wrong one fails the deployment.  Later the old one stays in service where a new
-    one cannot be served: an exception in Serve's ``reconfigure`` would replace the replica, an outage instead of a
-    change that did not happen.
+    The first index must load, so that a wrong one fails the deployment.  Later the old one stays in
+    service where a new one cannot be served: an exception in Serve's ``reconfigure`` would replace
+    the replica, an outage instead of a change that did not happen.
 
     Args:
         loader: index URI in, ready retriever out.
@@ -75,11 +85,18 @@ class RetrieverCore:
         meter: Meter | None = None,
         tracer: Tracer | None = None,
     ) -> None:
-        self._loader, self._record, self._shard, self._allowed_drop = loader, record, shard, allowed_drop
+        self._loader, self._record, self._shard, self._allowed_drop = (
+            loader,
+            record,
+            shard,
+            allowed_drop,
+        )
         self._configured, self.replica = configured, replica
         self._meter, self._tracer = meter or Meter(), tracer or Tracer()
         self._worker = Worker()
-        self._search: Batcher[Request, Found] = Batcher(self._search_batch, max_batch_size, batch_wait_s, self._seen)
+        self._search: Batcher[Request, Found] = Batcher(
+            self._search_batch, max_batch_size, batch_wait_s, self._seen
+        )
         self._changing = asyncio.Lock()
         self._retriever: Retriever | None = None
         self._staged: dict[str, Retriever] = {}
@@ -92,7 +109,12 @@ class RetrieverCore:
     # Searching
 
     async def retrieve(
-        self, question: str | Vectors, top_k: int, left_s: float, trace: dict[str, str], where: Where | None = None
+        self,
+        question: str | Vectors,
+        top_k: int,
+        left_s: float,
+        trace: dict[str, str],
+        where: Where | None = None,
     ) -> Found:
         """The best passages for a question, or for a [D] vector that another shard's encoder made.
 
@@ -106,13 +128,19 @@ class RetrieverCore:
         start = time.perf_counter()
         with self._tracer.span("search", trace, top_k=top_k, shard=self._shard):
             try:
-                found = await asyncio.wait_for(self._search((question, top_k, where)), max(0.0, left_s))
+                found = await asyncio.wait_for(
+                    self._search((question, top_k, where)), max(0.0, left_s)
+                )
             except TimeoutError:
-                raise ServiceError(504, "timeout", "the search took longer than the request may", 1.0) from None
+                raise ServiceError(
+                    504, "timeout", "the search took longer than the request may", 1.0
+                ) from None
         self._meter.record("invar_stage_seconds", time.perf_counter() - start, stage="search")
         return found
 
-    async def embed(self, texts: list[str], kind: Literal["query", "passage"], trace: dict[str, str]) -> Embedded:
+    async def embed(
+        self, texts: list[str], kind: Literal["query", "passage"], trace: dict[str, str]
+    ) -> Embedded:
         """Unit vectors of texts by the index's own encoder."""
         start = time.perf_counter()
         with self._tracer.span("embed", trace, texts=len(texts)):
@@ -123,7 +151,9 @@ class RetrieverCore:
     def _embed(self, texts: list[str], kind: str) -> Embedded:
         encoder: Any = self._loaded().encoder
         pairs = [("", text) for text in texts]
-        vectors = encoder.encode_queries(texts) if kind == "query" else encoder.encode_passages(pairs)
+        vectors = (
+            encoder.encode_queries(texts) if kind == "query" else encoder.encode_passages(pairs)
+        )
         tokens = sum(len(row) for row in text_ids(encoder.tokenizer, texts))
         return Embedded(vectors, tokens, dict(self._loaded().versions))
 
@@ -131,16 +161,22 @@ class RetrieverCore:
         return await self._worker.run(self.search, requests)
 
     def search(self, requests: Sequence[Request]) -> list[Found | Exception]:
-        """Passages for each (question or vector, top_k, conditions): all encoded together, all from one version.
+        """Passages for each (question or vector, top_k, conditions): all encoded together, all from
+        one version.
 
-        Requests of the same conditions are searched together.  In the place of a request whose conditions name no
-        column stands the error: the others of the batch are answered.
+        Requests of the same conditions are searched together.  In the place of a request whose
+        conditions name no column stands the error: the others of the batch are answered.
         """
         retriever = self._loaded()
         versions = dict(retriever.versions)
         texts = [question for question, _, _ in requests if isinstance(question, str)]
         encoded = iter(retriever.encoder.encode_queries(texts)) if texts else iter(())
-        queries = np.stack([next(encoded) if isinstance(question, str) else question for question, _, _ in requests])
+        queries = np.stack(
+            [
+                next(encoded) if isinstance(question, str) else question
+                for question, _, _ in requests
+            ]
+        )
         groups: dict[Where | None, list[int]] = {}
         for number, (_, _, where) in enumerate(requests):
             groups.setdefault(where, []).append(number)
@@ -178,7 +214,11 @@ class RetrieverCore:
         if len(self._configured) <= 1:
             self._configured = (uri,)
         else:  # of several shards, Serve tells this one its own part only
-            self._configured = (*self._configured[: self._shard], uri, *self._configured[self._shard + 1 :])
+            self._configured = (
+                *self._configured[: self._shard],
+                uri,
+                *self._configured[self._shard + 1 :],
+            )
         wanted = await asyncio.to_thread(self._desired)
         first = self._retriever is None
         outcome = await self.prepare(wanted, first=first and wanted == uri)
@@ -201,12 +241,20 @@ class RetrieverCore:
                 return Prepared(self.replica, None, self._reports.get(uri, {}))
             self.requested_uri = uri
             try:
-                retriever, report = await asyncio.to_thread(self._load, uri, asyncio.get_running_loop())
+                retriever, report = await asyncio.to_thread(
+                    self._load, uri, asyncio.get_running_loop()
+                )
             except Exception as error:
                 if first:
                     raise
-                self.error = str(error) if isinstance(error, InvarError) else f"{type(error).__name__} while loading it"
-                logger.exception("index %s cannot be served, %s stays in service", uri, self.active_uri)
+                self.error = (
+                    str(error)
+                    if isinstance(error, InvarError)
+                    else f"{type(error).__name__} while loading it"
+                )
+                logger.exception(
+                    "index %s cannot be served, %s stays in service", uri, self.active_uri
+                )
                 return Prepared(self.replica, self.error, {})
             self._staged, self._reports = {uri: retriever}, {uri: report}
             return Prepared(self.replica, None, report)
@@ -223,12 +271,16 @@ class RetrieverCore:
 
         def search_old(queries: Sequence[str], top_k: int) -> Any:
             # In the thread that serves: a tokenizer does not bear two threads.
-            return asyncio.run_coroutine_threadsafe(self._worker.run(old.retrieve, queries, top_k), loop).result(120)
+            return asyncio.run_coroutine_threadsafe(
+                self._worker.run(old.retrieve, queries, top_k), loop
+            ).result(120)
 
         return retriever, compare(retriever, old, search_old, self._allowed_drop)
 
     async def activate(self, uri: str) -> dict[str, Any]:
-        """Serve a prepared index from the next batch on; one that is not (this replica is new) is prepared first."""
+        """Serve a prepared index from the next batch on; one that is not (this replica is new) is
+        prepared first.
+        """
         if uri != self.active_uri:
             if uri not in self._staged and (await self.prepare(uri)).error is not None:
                 return self.state()
@@ -253,7 +305,11 @@ class RetrieverCore:
         """Take up a change that this replica missed (it was starting, or could not be reached)."""
         before = self._generation
         wanted = await asyncio.to_thread(self._desired)
-        if self._generation != before and wanted != self.active_uri and (await self.prepare(wanted)).error is None:
+        if (
+            self._generation != before
+            and wanted != self.active_uri
+            and (await self.prepare(wanted)).error is None
+        ):
             await self.activate(wanted)
 
     # State and health
@@ -277,7 +333,9 @@ class RetrieverCore:
         """Search for real; also the moment at which a missed change is noticed."""
         await self._worker.check(self._probe)
         if self._record is not None and not self._changing.locked() and not self._tasks:
-            task = asyncio.create_task(self._follow_quietly())  # loading takes longer than a health check may
+            task = asyncio.create_task(
+                self._follow_quietly()
+            )  # loading takes longer than a health check may
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 

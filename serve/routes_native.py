@@ -33,7 +33,9 @@ def passages_of(found: Found) -> list[PassageOut]:
     return [PassageOut.of(number, hit) for number, hit in enumerate(found.hits, start=1)]
 
 
-def answer_of(found: Found, reply: Reply, timings: dict[str, float], context: Context) -> AnswerResponse:
+def answer_of(
+    found: Found, reply: Reply, timings: dict[str, float], context: Context
+) -> AnswerResponse:
     """The response to a question."""
     return AnswerResponse.of(
         reply.answer,
@@ -45,7 +47,9 @@ def answer_of(found: Found, reply: Reply, timings: dict[str, float], context: Co
 
 
 def note_for_audit(request: Request, question: str, with_text: bool) -> None:
-    """What the audit log says of a question: its length, and its text only where the service was told so."""
+    """What the audit log says of a question: its length, and its text only where the service was
+    told so.
+    """
     values: dict[str, Any] = {"question_chars": len(question)}
     request.scope["invar_audit"] = values | ({"question": question} if with_text else {})
 
@@ -56,7 +60,10 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
 
     @routes.post("/v1/retrieve", response_model=RetrieveResponse, summary="Passages for a question")
     async def retrieve(body: RetrieveRequest, request: Request) -> RetrieveResponse:
-        start, context = time.perf_counter(), request.scope["invar_context"].narrowed(body.where.to_where())
+        start, context = (
+            time.perf_counter(),
+            request.scope["invar_context"].narrowed(body.where.to_where()),
+        )
         question, top_k = limits.check_question(body.question), limits.check_top_k(body.top_k)
         note_for_audit(request, question, audit_text)
         found = await service.retrieve(question, top_k, context)
@@ -74,10 +81,18 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         "/v1/answer",
         response_model=AnswerResponse,
         summary="An answer with citations",
-        responses={200: {"content": {"text/event-stream": {}}, "description": "The answer, or a stream of events."}},
+        responses={
+            200: {
+                "content": {"text/event-stream": {}},
+                "description": "The answer, or a stream of events.",
+            }
+        },
     )
     async def answer(body: AnswerRequest, request: Request) -> Response:
-        start, context = time.perf_counter(), request.scope["invar_context"].narrowed(body.where.to_where())
+        start, context = (
+            time.perf_counter(),
+            request.scope["invar_context"].narrowed(body.where.to_where()),
+        )
         question, top_k = limits.check_question(body.question), limits.check_top_k(body.top_k)
         max_new_tokens = limits.check_max_new_tokens(body.max_new_tokens)
         note_for_audit(request, question, audit_text)
@@ -92,7 +107,9 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         async def events() -> AsyncIterator[str]:
             items = service.stream(asked, context)
             try:
-                first = await anext(items)  # a question that cannot be answered is refused, not streamed
+                first = await anext(
+                    items
+                )  # a question that cannot be answered is refused, not streamed
                 found_out = {
                     "passages": [passage.model_dump() for passage in passages_of(found)],
                     "missing_shards": list(found.missing_shards),
@@ -105,19 +122,32 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
                     if isinstance(item, str):
                         yield event({"text": item}, "delta")
                     else:
-                        times = timings | {**item.answer.timings, "total_s": time.perf_counter() - start}
+                        times = timings | {
+                            **item.answer.timings,
+                            "total_s": time.perf_counter() - start,
+                        }
                         yield event(answer_of(found, item, times, context).model_dump(), "answer")
                     item = await anext(items, None)
             finally:
                 await items.aclose()  # type: ignore[attr-defined]
 
-        return await respond(events(), context.request_id, lambda error: event(error, "error"), event("{}", "done"))
+        return await respond(
+            events(), context.request_id, lambda error: event(error, "error"), event("{}", "done")
+        )
 
-    @routes.post("/v1/stability", response_model=StabilityResponse, summary="Does the wording matter?")
+    @routes.post(
+        "/v1/stability", response_model=StabilityResponse, summary="Does the wording matter?"
+    )
     async def stability(body: StabilityRequest, request: Request) -> StabilityResponse:
-        start, context = time.perf_counter(), request.scope["invar_context"].narrowed(body.where.to_where())
+        start, context = (
+            time.perf_counter(),
+            request.scope["invar_context"].narrowed(body.where.to_where()),
+        )
         question, top_k = limits.check_question(body.question), limits.check_top_k(body.top_k)
-        rewrites, length = limits.check_rewrites(body.rewrites), limits.check_max_new_tokens(body.max_new_tokens)
+        rewrites, length = (
+            limits.check_rewrites(body.rewrites),
+            limits.check_max_new_tokens(body.max_new_tokens),
+        )
         note_for_audit(request, question, audit_text)
         wordings = await ask_all(
             service, question, rewrites, body.seed, top_k, length if body.answers else None, context
@@ -136,7 +166,9 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
                     overlap=pair_overlap(anchor.found.hits, each.found.hits, top_k),
                     answer=each.reply.answer.text if each.reply else None,
                     refused=each.reply.answer.refused if each.reply else None,
-                    agreement=agreement(anchor.reply, each.reply) if anchor.reply and each.reply else None,
+                    agreement=agreement(anchor.reply, each.reply)
+                    if anchor.reply and each.reply
+                    else None,
                 )
                 for each in wordings
             ],
@@ -149,15 +181,23 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
     async def index() -> IndexResponse:
         return IndexResponse.model_validate({**await service.describe(), "limits": limits})
 
-    @routes.post("/admin/index", response_model=IndexChangeResponse, summary="Serve another index, or go back")
+    @routes.post(
+        "/admin/index",
+        response_model=IndexChangeResponse,
+        summary="Serve another index, or go back",
+    )
     async def change(body: IndexChange, request: Request) -> IndexChangeResponse:
         if (body.index_uri is None) != body.rollback:
-            raise RequestError("the body names neither or both", expected="either index_uri, or rollback: true")
+            raise RequestError(
+                "the body names neither or both", expected="either index_uri, or rollback: true"
+            )
         uris = [body.index_uri] if isinstance(body.index_uri, str) else body.index_uri
         if uris is not None and not all(uri.strip() for uri in uris):
             raise RequestError("index_uri is empty", expected="the URI of an index artifact")
         request.scope["invar_audit"] = {"index_uri": uris or "rollback"}
         state = await service.change_index(uris)
-        return IndexChangeResponse.model_validate({**state, "request_id": request.scope["invar_context"].request_id})
+        return IndexChangeResponse.model_validate(
+            {**state, "request_id": request.scope["invar_context"].request_id}
+        )
 
     return routes

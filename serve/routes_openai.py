@@ -1,4 +1,6 @@
-"""OpenAI's routes: chat completions, embeddings, models.  The real ``openai`` client uses them unmodified."""
+"""OpenAI's routes: chat completions, embeddings, models.  The real ``openai`` client uses them
+unmodified.
+"""
 
 import base64
 import time
@@ -34,7 +36,9 @@ from serve.sse import event, respond
 
 def _known(model: str, expected: str) -> None:
     if model != expected:
-        raise ServiceError(404, "model_not_found", f"there is no model {model!r} here; use {expected!r}")
+        raise ServiceError(
+            404, "model_not_found", f"there is no model {model!r} here; use {expected!r}"
+        )
 
 
 def _fingerprint(answer: AnswerResponse) -> str:
@@ -50,18 +54,31 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         "/v1/chat/completions",
         response_model=ChatResponse,
         summary="An answer, in OpenAI's form",
-        responses={200: {"content": {"text/event-stream": {}}, "description": "The answer, or a stream of chunks."}},
+        responses={
+            200: {
+                "content": {"text/event-stream": {}},
+                "description": "The answer, or a stream of chunks.",
+            }
+        },
     )
     async def chat(body: ChatRequest, request: Request) -> Response:
-        """The last user message is searched with and answered; earlier messages are not used (a note says so)."""
-        start, context = time.perf_counter(), request.scope["invar_context"].narrowed(body.where.to_where())
+        """The last user message is searched with and answered; earlier messages are not used (a
+        note says so).
+        """
+        start, context = (
+            time.perf_counter(),
+            request.scope["invar_context"].narrowed(body.where.to_where()),
+        )
         _known(body.model, CHAT_MODEL)
         text, notes = body.question()
         question, top_k = limits.check_question(text), limits.check_top_k(body.top_k)
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         asked_length = body.length()
-        # Clients send large round numbers: more than the service gives is cut, as its own limit would.
-        length = limits.check_max_new_tokens(asked_length and min(asked_length, limits.max_new_tokens), name)
+        # Clients send large round numbers: more than the service gives is cut, as its own limit
+        # would.
+        length = limits.check_max_new_tokens(
+            asked_length and min(asked_length, limits.max_new_tokens), name
+        )
         note_for_audit(request, question, audit_text)
         stops = body.stops()
         found = await service.retrieve(question, top_k, context)
@@ -90,7 +107,9 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
                 created=created,
                 model=CHAT_MODEL,
                 system_fingerprint=_fingerprint(answer),
-                choices=[Choice(message=ChatMessage(content=reply.text), finish_reason=_finish(reply))],
+                choices=[
+                    Choice(message=ChatMessage(content=reply.text), finish_reason=_finish(reply))
+                ],
                 usage=Usage.of(reply.prompt_tokens, reply.completion_tokens),
                 invar=answer,
             )
@@ -112,14 +131,19 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         async def events() -> AsyncIterator[str]:
             items = service.stream(asked, context)
             try:
-                item: str | Reply | None = await anext(items)  # what cannot be answered is refused, not streamed
+                item: str | Reply | None = await anext(
+                    items
+                )  # what cannot be answered is refused, not streamed
                 yield chunk({"role": "assistant", "content": ""})
                 while item is not None:
                     if isinstance(item, str):
                         yield chunk({"content": item})
                     else:
                         answer = whole(item)
-                        more = {"invar": answer.model_dump(), "system_fingerprint": _fingerprint(answer)}
+                        more = {
+                            "invar": answer.model_dump(),
+                            "system_fingerprint": _fingerprint(answer),
+                        }
                         yield chunk({}, _finish(item), **more)
                         if with_usage:
                             usage = Usage.of(item.prompt_tokens, item.completion_tokens)
@@ -130,7 +154,9 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
 
         return await respond(events(), context.request_id, event, event("[DONE]"))
 
-    @routes.post("/v1/embeddings", response_model=EmbeddingResponse, summary="Vectors, in OpenAI's form")
+    @routes.post(
+        "/v1/embeddings", response_model=EmbeddingResponse, summary="Vectors, in OpenAI's form"
+    )
     async def embeddings(body: EmbeddingRequest, request: Request) -> EmbeddingResponse:
         context = request.scope["invar_context"]
         _known(body.model, EMBEDDING_MODEL)
@@ -138,10 +164,14 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         embedded = await service.embed(texts, body.input_type, context)
         dimension = int(embedded.vectors.shape[1])
         if body.dimensions not in {None, dimension}:
-            raise RequestError(f"dimensions is {body.dimensions}", expected=f"{dimension}, the encoder's own")
+            raise RequestError(
+                f"dimensions is {body.dimensions}", expected=f"{dimension}, the encoder's own"
+            )
         as_text = body.encoding_format == "base64"
         rows = [
-            base64.b64encode(np.asarray(row, dtype="<f4").tobytes()).decode() if as_text else row.tolist()
+            base64.b64encode(np.asarray(row, dtype="<f4").tobytes()).decode()
+            if as_text
+            else row.tolist()
             for row in embedded.vectors
         ]
         return EmbeddingResponse(
@@ -153,18 +183,25 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
 
     async def _models() -> list[ModelOut]:
         versions = {"versions": (await service.describe())["versions"]}
-        return [ModelOut(id=name, created=started, invar=versions) for name in (CHAT_MODEL, EMBEDDING_MODEL)]
+        return [
+            ModelOut(id=name, created=started, invar=versions)
+            for name in (CHAT_MODEL, EMBEDDING_MODEL)
+        ]
 
     @routes.get("/v1/models", response_model=ModelList, summary="Models, in OpenAI's form")
     async def models() -> ModelList:
         return ModelList(data=await _models())
 
-    @routes.get("/v1/models/{model}", response_model=ModelOut, summary="One model, in OpenAI's form")
+    @routes.get(
+        "/v1/models/{model}", response_model=ModelOut, summary="One model, in OpenAI's form"
+    )
     async def model(model: str) -> ModelOut:
         for each in await _models():
             if each.id == model:
                 return each
-        raise ServiceError(404, "model_not_found", "there is no such model here; GET /v1/models lists them")
+        raise ServiceError(
+            404, "model_not_found", "there is no such model here; GET /v1/models lists them"
+        )
 
     return routes
 

@@ -1,4 +1,6 @@
-"""What the routes call: search over all shards, answers, changes of the index; over any :mod:`serve.targets`."""
+"""What the routes call: search over all shards, answers, changes of the index; over any
+:mod:`serve.targets`.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +65,8 @@ class Service:
     # Requests
 
     async def retrieve(self, question: str, top_k: int, context: Context) -> Found:
-        """The best passages for a question among those that ``context.where`` allows, from all shards that answer in
-        time.
+        """The best passages for a question among those that ``context.where`` allows, from all
+        shards that answer in time.
 
         Raises:
             RequestError: a condition names no column of the passages.
@@ -77,28 +79,42 @@ class Service:
         embedded = await self.embed([question], "query", context)
         left_s = min(self._shard_timeout_s, context.left_s)
         calls = [
-            shard.call("retrieve", embedded.vectors[0], top_k, left_s, context.trace, where, left_s=left_s)
+            shard.call(
+                "retrieve", embedded.vectors[0], top_k, left_s, context.trace, where, left_s=left_s
+            )
             for shard in self._shards
         ]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         good = [outcome for outcome in outcomes if isinstance(outcome, Found)]
-        missing = tuple(str(number) for number, outcome in enumerate(outcomes) if not isinstance(outcome, Found))
+        missing = tuple(
+            str(number) for number, outcome in enumerate(outcomes) if not isinstance(outcome, Found)
+        )
         for number, outcome in enumerate(outcomes):
             if isinstance(outcome, BaseException):
-                logger.warning("request %s: shard %d did not answer: %r", context.request_id, number, outcome)
+                logger.warning(
+                    "request %s: shard %d did not answer: %r", context.request_id, number, outcome
+                )
         refused = [outcome for outcome in outcomes if isinstance(outcome, RequestError)]
-        if refused:  # the request's fault, not the shard's: it must not pass for one that is missing
+        if (
+            refused
+        ):  # the request's fault, not the shard's: it must not pass for one that is missing
             raise refused[0]
         if not good:
-            raise ServiceError(503, "unavailable", "no shard of the index answered", self._retry_after_s)
+            raise ServiceError(
+                503, "unavailable", "no shard of the index answered", self._retry_after_s
+            )
         return merge(good, top_k, missing, embedded.versions)
 
-    async def embed(self, texts: list[str], kind: Literal["query", "passage"], context: Context) -> Embedded:
+    async def embed(
+        self, texts: list[str], kind: Literal["query", "passage"], context: Context
+    ) -> Embedded:
         """Vectors of texts by the index's encoder, which all shards have: any of them will do."""
         order = random.sample(self._shards, len(self._shards))
         for last, shard in zip([False] * (len(order) - 1) + [True], order, strict=True):
             try:
-                embedded: Embedded = await shard.call("embed", texts, kind, context.trace, left_s=context.left_s)
+                embedded: Embedded = await shard.call(
+                    "embed", texts, kind, context.trace, left_s=context.left_s
+                )
                 return embedded
             except ServiceError:
                 if last:
@@ -128,13 +144,17 @@ class Service:
     async def describe(self) -> dict[str, Any]:
         """See :class:`serve.protocol.IndexResponse` (without limits)."""
         jobs = [shard.broadcast("describe", timeout_s=30) for shard in self._shards]
-        *shards, generator = await asyncio.gather(*jobs, self._generator.call("describe_generator", left_s=30))
+        *shards, generator = await asyncio.gather(
+            *jobs, self._generator.call("describe_generator", left_s=30)
+        )
         replicas = [replica for shard in shards for replica in shard]
         states = [replica["state"] for replica in replicas]
         record = await asyncio.to_thread(self._read)
         active = _joined(sorted({(state["shard"], state["active_uri"]) for state in states}))
         failed = [state for state in states if state["error"]]
-        requested = _joined(sorted({(state["shard"], state["requested_uri"]) for state in failed or states}))
+        requested = _joined(
+            sorted({(state["shard"], state["requested_uri"]) for state in failed or states})
+        )
         return {
             "index": {
                 "requested_uri": requested,
@@ -144,11 +164,15 @@ class Service:
             "replicas": states,
             "history": [",".join(entry) for entry in record.history],
             "generator": generator["generator"],
-            "versions": {**_versions([each["versions"] for each in replicas]), **generator["versions"]},
+            "versions": {
+                **_versions([each["versions"] for each in replicas]),
+                **generator["versions"],
+            },
         }
 
     async def check(self) -> None:
-        """Search every shard and generate a token.  A success counts for a second: anyone may ask, and it costs.
+        """Search every shard and generate a token.  A success counts for a second: anyone may ask,
+        and it costs.
 
         Raises:
             ServiceError: 503, whatever is wrong.
@@ -158,12 +182,16 @@ class Service:
         try:
             context = Context(deadline=time.monotonic() + 30)
             checks = [shard.call("check_health", left_s=context.left_s) for shard in self._shards]
-            await asyncio.gather(*checks, self._generator.call("check_generator", left_s=context.left_s))
+            await asyncio.gather(
+                *checks, self._generator.call("check_generator", left_s=context.left_s)
+            )
         except ServiceError:
             raise
         except Exception as error:
             logger.exception("not ready")
-            raise ServiceError(503, "unavailable", "a health check failed", self._retry_after_s) from error
+            raise ServiceError(
+                503, "unavailable", "a health check failed", self._retry_after_s
+            ) from error
         self._ready_at = time.monotonic()
 
     # Changes of the index
@@ -171,50 +199,69 @@ class Service:
     async def change_index(self, uris: Sequence[str] | None) -> dict[str, Any]:
         """Serve other indexes, one per shard; ``None`` goes back to those before.
 
-        Every replica loads and probes its new index beside the old one; only once all have it ready is the change
-        written down and made.  A failure anywhere leaves everything as it was.
+        Every replica loads and probes its new index beside the old one; only once all have it ready
+        is the change written down and made.  A failure anywhere leaves everything as it was.
 
         Returns:
             ``report`` of the shadow search, and what :meth:`describe` gives.
 
         Raises:
-            RequestError: for another number of indexes than of shards, or with nothing to go back to.
+            RequestError: for another number of indexes than of shards, or with nothing to go back
+                to.
             ServiceError: 409 if a replica cannot serve its index, or another change is under way.
         """
         if self._record is None:
-            raise ServiceError(409, "conflict", "this service keeps no record of its index, so it cannot change it")
+            raise ServiceError(
+                409, "conflict", "this service keeps no record of its index, so it cannot change it"
+            )
         if self._changing.locked():
-            raise ServiceError(409, "conflict", "another change of the index is under way", self._retry_after_s)
+            raise ServiceError(
+                409, "conflict", "another change of the index is under way", self._retry_after_s
+            )
         async with self._changing:
             record = await asyncio.to_thread(self._read)
             if uris is not None and len(uris) != len(self._shards):
                 raise RequestError(
-                    f"index_uri names {len(uris)} indexes", expected=f"{len(self._shards)}, one per shard"
+                    f"index_uri names {len(uris)} indexes",
+                    expected=f"{len(self._shards)}, one per shard",
                 )
             if uris is None and not record.history:
-                raise RequestError("there is no earlier index to go back to", action="name one with index_uri")
+                raise RequestError(
+                    "there is no earlier index to go back to", action="name one with index_uri"
+                )
             wanted = record.rolled_back() if uris is None else record.changed(tuple(uris))
             report = await self._prepare(wanted.index)
             if wanted.index != record.index:
                 await asyncio.to_thread(self._record.write, wanted)
             try:
                 await self._everywhere("activate", [(uri,) for uri in wanted.index])
-            except ServiceError as error:  # it is written down: who missed it reads it at the next health check
+            except (
+                ServiceError
+            ) as error:  # it is written down: who missed it reads it at the next health check
                 logger.warning("not every replica could be told of the change: %s", error.message)
             self.meter.record("invar_index_changes_total", outcome="changed")
             logger.info("the index is now %s", ",".join(wanted.index))
             return {"report": report, **await self.describe()}
 
     async def _prepare(self, uris: Sequence[str]) -> dict[str, Any]:
-        prepared = [each for shard in await self._everywhere("prepare", [(uri,) for uri in uris]) for each in shard]
+        prepared = [
+            each
+            for shard in await self._everywhere("prepare", [(uri,) for uri in uris])
+            for each in shard
+        ]
         errors = [each.error for each in prepared if each.error is not None]
         if errors:
             await self._everywhere("discard", [(uri, errors[0]) for uri in uris])
             self.meter.record("invar_index_changes_total", outcome="refused")
             raise ServiceError(409, "conflict", f"the index was not changed: {errors[0]}")
-        return {"replicas": len(prepared), **next((each.report for each in prepared if each.report), {})}
+        return {
+            "replicas": len(prepared),
+            **next((each.report for each in prepared if each.report), {}),
+        }
 
-    async def _everywhere(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> list[list[Any]]:
+    async def _everywhere(
+        self, method: str, arguments: Sequence[tuple[Any, ...]]
+    ) -> list[list[Any]]:
         jobs = [
             shard.broadcast(method, *each, timeout_s=_CHANGE_S)
             for shard, each in zip(self._shards, arguments, strict=True)
@@ -234,7 +281,9 @@ class Service:
             self._requested = wanted  # a broken one is tried once, not at every look
             await self.change_index(wanted)
         except (OSError, UnicodeDecodeError, InvarError, ServiceError) as error:
-            logger.warning("the index that %s names is not served: %s", uri, getattr(error, "message", error))
+            logger.warning(
+                "the index that %s names is not served: %s", uri, getattr(error, "message", error)
+            )
 
     def _read(self) -> Desired:
         plain = Desired(self._configured, self._configured)
@@ -243,7 +292,9 @@ class Service:
     # Live stability
 
     def _sample_stability(self, question: Question, asked: Context) -> None:
-        if random.random() < self._stability_share and not self._background:  # one at a time: it is not worth a queue
+        if (
+            random.random() < self._stability_share and not self._background
+        ):  # one at a time: it is not worth a queue
             task = asyncio.create_task(self._measure_stability(question, asked))
             self._background.add(task)
             task.add_done_callback(self._background.discard)
@@ -256,23 +307,31 @@ class Service:
                 top_k = max(1, len(question.hits))
                 mine = await self.retrieve(question.text, top_k, context)
                 found = await self.retrieve(other[0].text, top_k, context)
-                self.meter.record("invar_stability_overlap", pair_overlap(mine.hits, found.hits, top_k))
+                self.meter.record(
+                    "invar_stability_overlap", pair_overlap(mine.hits, found.hits, top_k)
+                )
 
 
-def merge(found: Sequence[Found], top_k: int, missing: tuple[str, ...], encoded_by: dict[str, str]) -> Found:
+def merge(
+    found: Sequence[Found], top_k: int, missing: tuple[str, ...], encoded_by: dict[str, str]
+) -> Found:
     """The best of all shards' passages by score (cosines of one encoder compare across shards).
 
     Raises:
-        ConfigError: if a shard belongs to another encoder than the one that made the query's vector.
+        ConfigError: if a shard belongs to another encoder than the one that made the query's
+            vector.
     """
     for each in found:
         if each.versions.get("encoder") != encoded_by.get("encoder"):
             raise ConfigError(
-                f"index {each.versions.get('index')} belongs to encoder {each.versions.get('encoder')}, the query was "
+                f"index {each.versions.get('index')} belongs to encoder "
+                f"{each.versions.get('encoder')}, the query was "
                 f"encoded by {encoded_by.get('encoder')}",
                 expected="shards of one encoder",
             )
-    hits = sorted((hit for each in found for hit in each.hits), key=lambda hit: (-hit.score, hit.passage_id))[:top_k]
+    hits = sorted(
+        (hit for each in found for hit in each.hits), key=lambda hit: (-hit.score, hit.passage_id)
+    )[:top_k]
     ranked = tuple(replace(hit, rank=rank) for rank, hit in enumerate(hits, start=1))
     return Found(ranked, _versions([each.versions for each in found]), missing)
 

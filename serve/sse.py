@@ -1,4 +1,6 @@
-"""Server-sent events: an iterator of events becomes a response that ends with an error event, never in silence."""
+"""Server-sent events: an iterator of events becomes a response that ends with an error event, never
+in silence.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,19 @@ logger = logging.getLogger("ray.serve")
 
 def event(data: Any, name: str | None = None) -> str:
     """One event; ``data`` is a string as it is, or anything that JSON can hold."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    text = (
+        data
+        if isinstance(data, str)
+        else json.dumps(data, ensure_ascii=False, separators=(",", ":"))
+    )
     return (f"event: {name}\n" if name else "") + f"data: {text}\n\n"
 
 
 async def respond(
-    events: AsyncIterator[str], identifier: str, on_error: Callable[[dict[str, Any]], str], last: str
+    events: AsyncIterator[str],
+    identifier: str,
+    on_error: Callable[[dict[str, Any]], str],
+    last: str,
 ) -> StreamingResponse:
     """Stream events.  What fails before the first is an ordinary error response, later an event.
 
@@ -42,10 +51,16 @@ async def respond(
             async for each in events:
                 yield each
         except ServiceError as error:
-            logger.warning("request %s: its stream ends: %s (%s)", identifier, error.code, error.message)
-            yield on_error(ErrorResponse.of(error.status, error.code, error.message, identifier).model_dump())
+            logger.warning(
+                "request %s: its stream ends: %s (%s)", identifier, error.code, error.message
+            )
+            yield on_error(
+                ErrorResponse.of(error.status, error.code, error.message, identifier).model_dump()
+            )
         except RequestError as error:
-            yield on_error(ErrorResponse.of(400, "invalid_request", str(error), identifier).model_dump())
+            yield on_error(
+                ErrorResponse.of(400, "invalid_request", str(error), identifier).model_dump()
+            )
         except Exception:
             logger.exception("request %s: its stream ends", identifier)
             message = "the service failed; its log has the cause"
@@ -55,4 +70,6 @@ async def respond(
         yield last
 
     # No proxy on the way may keep events back.
-    return StreamingResponse(body(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+    return StreamingResponse(
+        body(), media_type="text/event-stream", headers={"X-Accel-Buffering": "no"}
+    )

@@ -1,4 +1,6 @@
-"""How much hits and answer depend on the wording: the question is reworded by rule, everything is asked again."""
+"""How much hits and answer depend on the wording: the question is reworded by rule, everything is
+asked again.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ class Asked(Protocol):
 
 
 def reword(question: str, count: int, seed: int) -> list[Variant]:
-    """At most ``count`` rewordings by the rules of ``text/variants``; the same seed gives the same ones."""
+    """At most ``count`` rewordings by the rules of ``text/variants``; the same seed gives the same
+    ones.
+    """
     return RuleRewriter().rewrite(Example("asked", question, (), ()), count, seed)
 
 
@@ -51,7 +55,10 @@ def pair_overlap(a: Sequence[Hit], b: Sequence[Hit], top_k: int) -> float:
 
 def mean_overlap(wordings: Sequence[Wording], top_k: int) -> float:
     """Mean over all pairs of wordings; 1 for a lone one."""
-    pairs = [pair_overlap(a.found.hits, b.found.hits, top_k) for a, b in itertools.combinations(wordings, 2)]
+    pairs = [
+        pair_overlap(a.found.hits, b.found.hits, top_k)
+        for a, b in itertools.combinations(wordings, 2)
+    ]
     return sum(pairs) / len(pairs) if pairs else 1.0
 
 
@@ -65,7 +72,8 @@ def agreement(a: Reply, b: Reply) -> float:
 def share_equal(replies: Sequence[Reply]) -> float:
     """Share of pairs whose answers are equal after SQuAD's normalisation; 1 for a lone one."""
     keys = [
-        (each.answer.refused, "" if each.answer.refused else normalise_answer(each.answer.text)) for each in replies
+        (each.answer.refused, "" if each.answer.refused else normalise_answer(each.answer.text))
+        for each in replies
     ]
     pairs = [float(a == b) for a, b in itertools.combinations(keys, 2)]
     return sum(pairs) / len(pairs) if pairs else 1.0
@@ -80,7 +88,8 @@ async def ask_all(
     max_new_tokens: int | None,
     context: Context,
 ) -> list[Wording]:
-    """Ask a question as given and in ``rewrites`` other wordings; all from one version of everything.
+    """Ask a question as given and in ``rewrites`` other wordings; all from one version of
+    everything.
 
     Args:
         max_new_tokens: ``None`` compares passages only.
@@ -94,14 +103,21 @@ async def ask_all(
         replies: list[Reply | None] = [None] * len(texts)
         if max_new_tokens is not None:
             questions = [
-                Question(text, each.hits, max_new_tokens) for (text, _), each in zip(texts, found, strict=True)
+                Question(text, each.hits, max_new_tokens)
+                for (text, _), each in zip(texts, found, strict=True)
             ]
-            replies = list(await asyncio.gather(*(service.answer(each, context) for each in questions)))
+            replies = list(
+                await asyncio.gather(*(service.answer(each, context) for each in questions))
+            )
         versions = {tuple(sorted(each.versions.items())) for each in found}
-        versions_of_answers = {tuple(sorted(each.versions.items())) for each in replies if each is not None}
+        versions_of_answers = {
+            tuple(sorted(each.versions.items())) for each in replies if each is not None
+        }
         if len(versions) == 1 and len(versions_of_answers) <= 1:
             return [
                 Wording(text, kind, each, reply)
                 for (text, kind), each, reply in zip(texts, found, replies, strict=True)
             ]
-    raise ServiceError(503, "unavailable", "what is served changed between two wordings, three times", 1.0)
+    raise ServiceError(
+        503, "unavailable", "what is served changed between two wordings, three times", 1.0
+    )

@@ -1,4 +1,6 @@
-"""How the service reaches its replicas: one interface for engines in this process and for Serve's deployments."""
+"""How the service reaches its replicas: one interface for engines in this process and for Serve's
+deployments.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,8 @@ from typing import Any, Protocol
 class Target(Protocol):
     """Equal replicas behind one name.
 
-    Calls raise ``RequestError`` or :class:`~serve.limits.ServiceError` for what the caller may know.
+    Calls raise ``RequestError`` or :class:`~serve.limits.ServiceError` for what the caller may
+    know.
     """
 
     name: str

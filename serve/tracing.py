@@ -1,4 +1,6 @@
-"""OpenTelemetry spans by switch: request -> embed, search, generate, across processes (W3C ``traceparent``)."""
+"""OpenTelemetry spans by switch: request -> embed, search, generate, across processes (W3C
+``traceparent``).
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ class Tracer:
     """Makes spans; :meth:`span` costs nothing where tracing is off.
 
     Args:
-        mode: ``off``; ``log`` writes each span as a line of JSON to the log; ``otlp`` sends them to the collector that
-            the usual variables name (``OTEL_EXPORTER_OTLP_ENDPOINT`` ..).
+        mode: ``off``; ``log`` writes each span as a line of JSON to the log; ``otlp`` sends them to
+            the collector that the usual variables name (``OTEL_EXPORTER_OTLP_ENDPOINT`` ..).
         service: the spans' ``service.name``.
         exporter: another exporter of OpenTelemetry's, for tests.
 
@@ -30,7 +32,9 @@ class Tracer:
         ConfigError: if ``otlp`` is asked for and its package is not there.
     """
 
-    def __init__(self, mode: Tracing = "off", service: str = "invar-ray", exporter: Any = None) -> None:
+    def __init__(
+        self, mode: Tracing = "off", service: str = "invar-ray", exporter: Any = None
+    ) -> None:
         self._tracer: Any = None
         if mode == "off" and exporter is None:
             return
@@ -48,8 +52,12 @@ class Tracer:
         self._tracer = provider.get_tracer("serve")
 
     @contextlib.contextmanager
-    def span(self, name: str, parent: Carrier | None = None, **attributes: str | int | float) -> Iterator[Carrier]:
-        """A span around the block; yields the carrier that makes later spans its children, in any process."""
+    def span(
+        self, name: str, parent: Carrier | None = None, **attributes: str | int | float
+    ) -> Iterator[Carrier]:
+        """A span around the block; yields the carrier that makes later spans its children, in any
+        process.
+        """
         if self._tracer is None:
             yield parent or {}
             return
@@ -57,7 +65,9 @@ class Tracer:
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         propagator = TraceContextTextMapPropagator()
-        span = self._tracer.start_span(name, context=propagator.extract(parent or {}), attributes=attributes)
+        span = self._tracer.start_span(
+            name, context=propagator.extract(parent or {}), attributes=attributes
+        )
         carrier: Carrier = {}
         propagator.inject(carrier, context=trace.set_span_in_context(span))
         try:

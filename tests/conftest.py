@@ -1,4 +1,6 @@
-"""What all tests share: a fixed environment, markers by folder, time limits, and the fixtures for data and clusters."""
+"""What all tests share: a fixed environment, markers by folder, time limits, and the fixtures for
+data and clusters.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from typing import Any
 
 import pytest
 
-# Before anything imports torch, transformers or ray: they read these at import or at start. Only tests set them.
+# Before anything imports torch, transformers or ray: they read these at import or at start. Only
+# tests set them.
 _ENVIRONMENT = {
     "HF_HUB_OFFLINE": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -32,7 +35,9 @@ UNIT_TIMEOUT_S = 120
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their folder, give unit tests a shorter limit, and skip GPU tests where there is no GPU."""
+    """Mark tests by their folder, give unit tests a shorter limit, and skip GPU tests where there
+    is no GPU.
+    """
     for item in items:
         if not item.path.is_relative_to(TESTS):
             continue
@@ -74,9 +79,11 @@ def minilm_path() -> Path:
 
 @pytest.fixture(scope="module")
 def local_ray() -> Iterator[Any]:
-    """A local Ray of its own with 4 logical CPUs, shared by the tests of a module; yields the ``ray`` module.
+    """A local Ray of its own with 4 logical CPUs, shared by the tests of a module; yields the
+    ``ray`` module.
 
-    ``ray.shutdown()`` ends exactly this one; a cluster-wide stop would end every Ray of the machine.
+    ``ray.shutdown()`` ends exactly this one; a cluster-wide stop would end every Ray of the
+    machine.
     """
     import ray
 

@@ -2,8 +2,8 @@
 
     python -m tests.lock_steps
 
-Run it after a change to a step's modules, once its version in ``invar_ray/versions.py`` is right: raised if the output
-changed, as it was if not.  ``tests/unit/test_versions.py`` compares.
+Run it after a change to a step's modules, once its version in ``invar_ray/versions.py`` is right:
+raised if the output changed, as it was if not.  ``tests/unit/test_versions.py`` compares.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ _IGNORED_FIELDS = {"type_params"}
 def code_hash(source: str) -> str:
     """16 hex digits that change with the code, but not with comments, docstrings or layout.
 
-    The same for all Python versions that the project supports: absent and empty fields are left out.
+    The same for all Python versions that the project supports: absent and empty fields are left
+    out.
     """
     return hashlib.sha256(json.dumps(_tree(ast.parse(source))).encode()).hexdigest()[:16]
 
@@ -50,7 +51,10 @@ def current(steps: Mapping[str, StepCode]) -> dict[str, dict[str, Any]]:
         for module in sorted({module for step in steps.values() for module in step.modules})
     }
     return {
-        name: {"version": step.version, "modules": {module: hashes[module] for module in sorted(step.modules)}}
+        name: {
+            "version": step.version,
+            "modules": {module: hashes[module] for module in sorted(step.modules)},
+        }
         for name, step in sorted(steps.items())
     }
 
@@ -61,7 +65,10 @@ def differences(locked: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     for name in sorted({*locked, *now}):
         old, new = locked.get(name), now.get(name)
         if old is None or new is None:
-            lines.append(f"{name}: the step is {'new' if old is None else 'gone'}. Run: python -m tests.lock_steps")
+            lines.append(
+                f"{name}: the step is {'new' if old is None else 'gone'}. Run: python -m "
+                "tests.lock_steps"
+            )
             continue
         changed = sorted(
             module
@@ -70,12 +77,14 @@ def differences(locked: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         )
         if old["version"] != new["version"]:
             lines.append(
-                f"{name}: version {new['version']} is not recorded yet (recorded: {old['version']}). "
+                f"{name}: version {new['version']} is not recorded yet (recorded: "
+                f"{old['version']}). "
                 "Run: python -m tests.lock_steps"
             )
         elif changed:
             lines.append(
-                f"{name}: the code of {', '.join(changed)} changed. Raise STEPS[{name!r}].version in "
+                f"{name}: the code of {', '.join(changed)} changed. Raise STEPS[{name!r}].version "
+                "in "
                 "invar_ray/versions.py if the output changes, then run: python -m tests.lock_steps"
             )
     return lines
@@ -85,21 +94,38 @@ def _tree(node: Any) -> Any:
     if isinstance(node, ast.JoinedStr):
         return ["JoinedStr", [_tree(value) for value in _joined(node.values)]]
     if isinstance(node, ast.AST):
-        fields = {name: _tree(value) for name, value in ast.iter_fields(node) if name not in _IGNORED_FIELDS}
-        return [type(node).__name__, {name: value for name, value in fields.items() if value not in (None, [])}]
+        fields = {
+            name: _tree(value)
+            for name, value in ast.iter_fields(node)
+            if name not in _IGNORED_FIELDS
+        }
+        return [
+            type(node).__name__,
+            {name: value for name, value in fields.items() if value not in (None, [])},
+        ]
     if isinstance(node, list):
         return [_tree(item) for item in node if not _is_text(item)]
-    return node if node is None or isinstance(node, (str, bool, int)) else [type(node).__name__, repr(node)]
+    return (
+        node
+        if node is None or isinstance(node, (str, bool, int))
+        else [type(node).__name__, repr(node)]
+    )
 
 
 def _joined(values: list[ast.expr]) -> list[ast.expr]:
     """The parts of an f-string without the empty text that some Python versions put between them."""
-    return [value for value in values if not (isinstance(value, ast.Constant) and value.value == "")]
+    return [
+        value for value in values if not (isinstance(value, ast.Constant) and value.value == "")
+    ]
 
 
 def _is_text(node: Any) -> bool:
     """A string on its own line: a docstring, of whatever."""
-    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+    return (
+        isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and isinstance(node.value.value, str)
+    )
 
 
 def main() -> None:

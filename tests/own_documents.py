@@ -40,12 +40,15 @@ def pdf_bytes(pages: list[str], title: str = "") -> bytes:
     objects = [b"<< /Type /Catalog /Pages 2 0 R >>"]
     kids = " ".join(f"{4 + 2 * number} 0 R" for number in range(len(pages)))
     objects.append(f"<< /Type /Pages /Kids [{kids}] /Count {len(pages)} >>".encode())
-    objects.append(b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding >>")
+    objects.append(
+        b"<< /Type /Font /Subtype /Type1 /BaseFont /Helvetica /Encoding /WinAnsiEncoding >>"
+    )
     for number, page in enumerate(pages):
         lines = "".join(f"({line}) Tj T* " for line in page.splitlines())
         stream = f"BT /F1 12 Tf 14 TL 72 720 Td {lines}ET".encode("cp1252")
         objects.append(
-            f"<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Resources << /Font << /F1 3 0 R >> >> "
+            "<< /Type /Page /Parent 2 0 R /MediaBox [0 0 612 792] /Resources << /Font << /F1 3 0 "
+            "R >> >> "
             f"/Contents {5 + 2 * number} 0 R >>".encode()
         )
         objects.append(f"<< /Length {len(stream)} >>\nstream\n".encode() + stream + b"\nendstream")
@@ -84,7 +87,9 @@ def docx_bytes() -> bytes:
         table.cell(at // 2, at % 2).text = text
     document.add_paragraph("")
     document.add_heading("Care", level=1)
-    document.add_paragraph("To descale the espresso machine, run citric acid through it every two months.")
+    document.add_paragraph(
+        "To descale the espresso machine, run citric acid through it every two months."
+    )
     out = io.BytesIO()
     document.save(out)
     return out.getvalue()
@@ -106,7 +111,9 @@ def docx_bomb(megabytes: int) -> bytes:
 
 
 def _rows(names: dict[str, str]) -> bytes:
-    return "".join(json.dumps({"id": f"{n}", "title": n, "text": text}) + "\n" for n, text in names.items()).encode()
+    return "".join(
+        json.dumps({"id": f"{n}", "title": n, "text": text}) + "\n" for n, text in names.items()
+    ).encode()
 
 
 def write_sound(folder: Path) -> None:
@@ -114,9 +121,11 @@ def write_sound(folder: Path) -> None:
     contents: dict[str, bytes] = {
         "arvon.pdf": pdf_bytes(
             [
-                "Arvon is a small island in the northern sound, some three miles from the mainland.\n"
+                "Arvon is a small island in the northern sound, some three miles from the "
+                "mainland.\n"
                 "The ferry leaves at five in the morning and comes back with the tide.",
-                "The lighthouse of Arvon was built by Ada Mor-\nvane after the great storm of 1841.\nIts lamp burned "
+                "The lighthouse of Arvon was built by Ada Mor-\nvane after the great storm of "
+                "1841.\nIts lamp burned "
                 "whale oil for a century, and its keeper lived there with two goats and a clock.",
                 "Farmers on the island grow barley on the terraces.",
             ],
@@ -132,7 +141,9 @@ def write_sound(folder: Path) -> None:
         "policies/travel.md": b"Travel\n======\n\nBook trains first.\n\n## Approval\n\nTravel expenses are approved by "
         b"the head of department.\n",
         "recipes/rye.txt": b"Rye bread\n\nThe rye sourdough needs no yeast at all,\nonly the starter.\n",
-        "recipes/soup.txt": "Barley soup\n\nThe barley soup simmers for ninety minutes.\n".encode("utf-16"),
+        "recipes/soup.txt": "Barley soup\n\nThe barley soup simmers for ninety minutes.\n".encode(
+            "utf-16"
+        ),
         "recipes/tea.markdown": b"# Tea\n\nSteep green tea at seventy degrees.\n",
         "site/errors.html": b"<html><head><title>Error codes</title><style>p{}</style></head><body><nav>Home</nav>"
         b"<h1>Errors</h1><h2>E17</h2><p>E17: the door is <b>open</b>.</p><h2>E42</h2><p>Error E42 means that the filter"
@@ -149,7 +160,12 @@ def write_sound(folder: Path) -> None:
             }
         ),
         "rivers.jsonl.gz": gzip.compress(
-            _rows({"Jorsay": "Jorsay is a chalk stream.", "Lunna": "The river Lunna is fed by the Corrie glacier."})
+            _rows(
+                {
+                    "Jorsay": "Jorsay is a chalk stream.",
+                    "Lunna": "The river Lunna is fed by the Corrie glacier.",
+                }
+            )
         ),
         "nameless.jsonl": b'{"text": "A row with neither id nor title is fine."}\n',
         "notes.txt": b"One line about the cellar key, which hangs behind the door.\n",
@@ -161,7 +177,11 @@ def write_sound(folder: Path) -> None:
         {
             "id": ["m1", "m2", "m3"],
             "title": ["Elvay blue", "Kelda green", "Garsa red"],
-            "text": ["Lapis makes elvay blue.", "Malachite gives kelda green its colour.", "Iron oxide, of course."],
+            "text": [
+                "Lapis makes elvay blue.",
+                "Malachite gives kelda green its colour.",
+                "Iron oxide, of course.",
+            ],
         }
     )
     pq.write_table(table, folder / "minerals.parquet")

@@ -1,4 +1,6 @@
-"""Publishers and readers as processes: ``python -m tests.publishing ROLE ROOT ..``; see test_published."""
+"""Publishers and readers as processes: ``python -m tests.publishing ROLE ROOT ..``; see
+test_published.
+"""
 
 from __future__ import annotations
 
@@ -15,14 +17,18 @@ from invar_ray.store.published import Published
 SHARDS = 3
 
 
-def make_index(store: Store, generation: int, shard: int = 0, encoder: str = "e", **info: object) -> Artifact:
+def make_index(
+    store: Store, generation: int, shard: int = 0, encoder: str = "e", **info: object
+) -> Artifact:
     """An index artifact that says which generation and shard it is of."""
 
     def fill(building: Building) -> None:
         (building.path / "index.faiss").write_text(f"{generation}/{shard}")
         building.info |= {"encoder": {"name": encoder}, "rows": 10 + shard, **info}
 
-    return store.get_or_build(Plan("index", "retriever", {"generation": generation, "shard": shard}), fill)[0]
+    return store.get_or_build(
+        Plan("index", "retriever", {"generation": generation, "shard": shard}), fill
+    )[0]
 
 
 def make_generation(store: Store, generation: int) -> list[Artifact]:
@@ -44,7 +50,9 @@ def publish_once(root: str, generation: int, expected: str) -> None:
     print("ready", flush=True)
     wait_for(Path(os.environ["GO"]))
     try:
-        number = published.publish(indexes, expected=None if expected == "none" else int(expected)).number
+        number = published.publish(
+            indexes, expected=None if expected == "none" else int(expected)
+        ).number
         print(json.dumps({"won": number}), flush=True)
     except ConflictError as error:
         print(json.dumps({"lost": str(error)}), flush=True)
@@ -65,7 +73,9 @@ def publish_on(root: str, first: int, count: int) -> None:
 
 
 def read_on(root: str, reads: int) -> None:
-    """Read the current version and the pointer file ``reads`` times; prints what was wrong, and how many were seen."""
+    """Read the current version and the pointer file ``reads`` times; prints what was wrong, and how
+    many were seen.
+    """
     store = Store(root)
     published, pointer = Published(store), Path(root) / "published/main/CURRENT"
     seen, wrong, last = set(), [], 0
@@ -77,7 +87,11 @@ def read_on(root: str, reads: int) -> None:
         pointed = [Path(line, "index.faiss").read_text() for line in lines]
         for found in (texts, pointed):
             generations = {text.partition("/")[0] for text in found}
-            if len(generations) != 1 or [text.partition("/")[2] for text in found] != ["0", "1", "2"]:
+            if len(generations) != 1 or [text.partition("/")[2] for text in found] != [
+                "0",
+                "1",
+                "2",
+            ]:
                 wrong.append(found)
         if version.number < last:
             wrong.append(["backwards", str(last), str(version.number)])

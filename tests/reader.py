@@ -1,7 +1,8 @@
-"""A server of OpenAI's completions protocol that reads by rule: what it writes depends on the prompt it is sent.
+"""A server of OpenAI's completions protocol that reads by rule: what it writes depends on the
+prompt it is sent.
 
-It stands where a vLLM would stand, for tests that need sensible answers, refusals, silence and broken connections,
-which the untrained model of the test store does not write.
+It stands where a vLLM would stand, for tests that need sensible answers, refusals, silence and
+broken connections, which the untrained model of the test store does not write.
 """
 
 from __future__ import annotations
@@ -65,20 +66,34 @@ class Reader:
             pieces = re.findall(r"\s*\S+", read(body["prompt"]))
 
             async def chunks() -> AsyncIterator[str]:
-                base = {"id": "c", "object": "text_completion", "created": 1, "model": body["model"]}
+                base = {
+                    "id": "c",
+                    "object": "text_completion",
+                    "created": 1,
+                    "model": body["model"],
+                }
                 done = False
                 try:
                     for count, piece in enumerate([*pieces, ""]):
                         if count == self.broken_after:
                             raise OSError("the connection breaks")
                         reason = None if piece else "stop"
-                        choice = {"text": piece, "index": 0, "logprobs": None, "finish_reason": reason}
+                        choice = {
+                            "text": piece,
+                            "index": 0,
+                            "logprobs": None,
+                            "finish_reason": reason,
+                        }
                         yield f"data: {json.dumps({**base, 'choices': [choice]})}\n\n"
                         await asyncio.sleep(self.pause_s)
                     done = True
                 finally:
                     self.gone += not done
-                counts = {"prompt_tokens": 1, "completion_tokens": len(pieces), "total_tokens": 1 + len(pieces)}
+                counts = {
+                    "prompt_tokens": 1,
+                    "completion_tokens": len(pieces),
+                    "total_tokens": 1 + len(pieces),
+                }
                 yield f"data: {json.dumps({**base, 'choices': [], 'usage': counts})}\n\n"
                 yield "data: [DONE]\n\n"
 

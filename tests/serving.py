@@ -1,4 +1,6 @@
-"""Small real artifacts to serve, and the service over them in this process, behind a real web server."""
+"""Small real artifacts to serve, and the service over them in this process, behind a real web
+server.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,13 @@ TEXTS = {
     "Orchard": "Pears and plums grow in the orchard behind the chapel.",
     "Mill": "The water mill grinds oats for three villages.",
 }
-TENANTS = {"Gorse Island": "sea", "Harbour": "sea", "Ferry": "sea", "Orchard": "land", "Mill": "land"}
+TENANTS = {
+    "Gorse Island": "sea",
+    "Harbour": "sea",
+    "Ferry": "sea",
+    "Orchard": "land",
+    "Mill": "land",
+}
 
 
 @dataclass(frozen=True)
@@ -61,7 +69,9 @@ class Artifacts:
 def make_artifacts(folder: Path) -> Artifacts:
     """A one-layer base, Flat indexes over its vectors, and an untrained generator adapter."""
     store = Store(str(folder))
-    model_config = ModelConfig(tiny=TinyConfig(num_layers=1, num_heads=6, intermediate_size=32), pooling="mean")
+    model_config = ModelConfig(
+        tiny=TinyConfig(num_layers=1, num_heads=6, intermediate_size=32), pooling="mean"
+    )
     config = dataclasses.replace(Config(), model=model_config)
     tiny, _ = store.get_or_build(base_plan(config), lambda building: build_base(building, config))
     base = resolve_base(config.model, tiny)
@@ -87,15 +97,21 @@ def make_artifacts(folder: Path) -> Artifacts:
             schema = passage_schema(["tenant"] if tenants else [])
             pq.write_table(to_table(rows, schema), building.path / "passages.parquet")
 
-        passages_artifact, _ = store.get_or_build(Plan("passages", name, {"titles": titles}), passages)
+        passages_artifact, _ = store.get_or_build(
+            Plan("passages", name, {"titles": titles}), passages
+        )
 
         def vectors(building: Any) -> None:
             matrix = encoder.encode_passages([(row.title, row.text) for row in rows])
             if shuffled:  # the probes still hold, the rows belong to other passages
                 matrix = -np.roll(matrix, 1, axis=0)
             schema = vector_schema(matrix.shape[1])
-            column = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), matrix.shape[1])
-            table = pa.table({"id": [row.id for row in rows], "vector": column.cast(schema.field("vector").type)})
+            column = pa.FixedSizeListArray.from_arrays(
+                pa.array(matrix.reshape(-1)), matrix.shape[1]
+            )
+            table = pa.table(
+                {"id": [row.id for row in rows], "vector": column.cast(schema.field("vector").type)}
+            )
             (building.path / "shards").mkdir()
             pq.write_table(table, building.path / "shards" / "part-00000.parquet")
             texts = [(row.title, row.text) for row in rows[:2]]
@@ -103,10 +119,13 @@ def make_artifacts(folder: Path) -> Artifacts:
             building.info["encoder"] = spec.to_json()
 
         parents = {"passages": passages_artifact}
-        vectors_artifact, _ = store.get_or_build(Plan("vectors", name, {"shuffled": shuffled}, parents), vectors)
+        vectors_artifact, _ = store.get_or_build(
+            Plan("vectors", name, {"shuffled": shuffled}, parents), vectors
+        )
         parents["vectors"] = vectors_artifact
         artifact, _ = store.get_or_build(
-            Plan("index", name, {}, parents), lambda b: build_index(b, vectors_artifact, passages_artifact, "Flat")
+            Plan("index", name, {}, parents),
+            lambda b: build_index(b, vectors_artifact, passages_artifact, "Flat"),
         )
         return artifact.uri
 
@@ -141,18 +160,22 @@ class Memory:
 
     def of(self, name: str) -> list[float]:
         """All values of a metric, whatever its labels."""
-        return [value for (known, _), values in self.values.items() if known == name for value in values]
+        return [
+            value for (known, _), values in self.values.items() if known == name for value in values
+        ]
 
 
 class Live:
-    """A service in this process: its event loop in a thread, its routes behind uvicorn on a free port.
+    """A service in this process: its event loop in a thread, its routes behind uvicorn on a free
+    port.
 
     Args:
         artifacts: what it serves.
         shards: index URIs; ``None`` is the one of all passages.
         record: file that keeps changes of the index.
         engine: answers instead of the artifact's generator.
-        options: of :func:`serve.api.make_api`; ``service`` has those of :class:`serve.service.Service`.
+        options: of :func:`serve.api.make_api`; ``service`` has those of
+            :class:`serve.service.Service`.
     """
 
     def __init__(
@@ -178,7 +201,12 @@ class Live:
         async def build() -> None:
             self.retrievers = [
                 RetrieverCore(
-                    load_retriever, record=file, shard=number, configured=configured, meter=meter, tracer=tracer
+                    load_retriever,
+                    record=file,
+                    shard=number,
+                    configured=configured,
+                    meter=meter,
+                    tracer=tracer,
                 )
                 for number in range(len(configured))
             ]
@@ -187,14 +215,24 @@ class Live:
             self.engine = engine or TransformersEngine(
                 artifacts.generator_uri, load_generator, meter=meter, tracer=tracer
             )
-            self.targets = [LocalTarget(f"shard {n}", core) for n, core in enumerate(self.retrievers)]
+            self.targets = [
+                LocalTarget(f"shard {n}", core) for n, core in enumerate(self.retrievers)
+            ]
             generator = LocalTarget("generator", GeneratorCore(self.engine))
-            given = {"configured": configured, "record": file, "meter": meter, "tracer": tracer, **(service or {})}
+            given = {
+                "configured": configured,
+                "record": file,
+                "meter": meter,
+                "tracer": tracer,
+                **(service or {}),
+            }
             self.service = Service(self.targets, generator, **given)
             self.app = make_api(self.service, limits, **options)
 
         self.run(build())
-        config = uvicorn.Config(self.app, host="127.0.0.1", port=0, log_level="error", lifespan="off")
+        config = uvicorn.Config(
+            self.app, host="127.0.0.1", port=0, log_level="error", lifespan="off"
+        )
         self._server = uvicorn.Server(config)
         self._serving = asyncio.run_coroutine_threadsafe(self._server.serve(), self.loop)
         while not self._server.started:

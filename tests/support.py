@@ -1,6 +1,8 @@
-"""Small real things that unit tests share: a one-layer base, a corpus in files, and the artifacts of every step.
+"""Small real things that unit tests share: a one-layer base, a corpus in files, and the artifacts
+of every step.
 
-Everything is made by the package's own code, without a cluster, once a session and only when a test asks for it.
+Everything is made by the package's own code, without a cluster, once a session and only when a test
+asks for it.
 """
 
 from __future__ import annotations
@@ -21,8 +23,22 @@ from invar_ray.config import Config, LoraConfig, TinyConfig, load_config
 from invar_ray.index.build import build_index
 from invar_ray.index.probes import write_probes
 from invar_ray.models.adapters import new_adapter, save_adapter
-from invar_ray.models.base import BaseRef, base_plan, build_base, load_tokenizer, open_base, resolve_base
-from invar_ray.models.encoder import Encoder, EncoderSpec, coarse_spec, keep_first_layers, llm_spec, open_encoder
+from invar_ray.models.base import (
+    BaseRef,
+    base_plan,
+    build_base,
+    load_tokenizer,
+    open_base,
+    resolve_base,
+)
+from invar_ray.models.encoder import (
+    Encoder,
+    EncoderSpec,
+    coarse_spec,
+    keep_first_layers,
+    llm_spec,
+    open_encoder,
+)
 from invar_ray.models.precision import Precision
 from invar_ray.models.tiny import build_tiny
 from invar_ray.steps.passages import build_passages, passages_plan
@@ -50,11 +66,16 @@ def documents() -> list[dict[str, str]]:
     for number, name in enumerate(ISLANDS):
         builder, crop, animal = _BUILDERS[number % 6], _CROPS[number // 2 % 6], _ANIMALS[number % 5]
         text = (
-            f"{name} is a small island in the northern sound, some {number + 3} miles from the mainland. "
-            f"Its lighthouse was built by {builder} after the great storm, and its lamp burned oil for a century. "
-            f"Farmers there grow {crop} on the terraces above the bay, and they carry it down to the harbour by cart. "
-            f"The ferry leaves at {number + 5} in the morning. When the harbour freezes in winter, {animal} come to "
-            f"the pier, and the children of {name} feed them with bread until the ice breaks and the boats return."
+            f"{name} is a small island in the northern sound, some {number + 3} miles from the "
+            "mainland. "
+            f"Its lighthouse was built by {builder} after the great storm, and its lamp burned oil "
+            "for a century. "
+            f"Farmers there grow {crop} on the terraces above the bay, and they carry it down to "
+            "the harbour by cart. "
+            f"The ferry leaves at {number + 5} in the morning. When the harbour freezes in winter, "
+            f"{animal} come to "
+            f"the pier, and the children of {name} feed them with bread until the ice breaks and "
+            "the boats return."
         )
         rows.append({"id": f"doc-{name.lower()}", "title": name, "text": text})
     return rows
@@ -66,7 +87,10 @@ def questions(split: str) -> list[dict[str, Any]]:
     for number, name in enumerate(ISLANDS):
         if split == "train":
             question, answer = f"Who built the lighthouse of {name}?", _BUILDERS[number % 6]
-            rewrites = [f"Which person put up the lighthouse on {name}?", f"The lighthouse on {name} is whose work?"]
+            rewrites = [
+                f"Which person put up the lighthouse on {name}?",
+                f"The lighthouse on {name} is whose work?",
+            ]
         else:
             question, answer = f"What do farmers grow on {name}?", _CROPS[number // 2 % 6]
             rewrites = [f"Which crop comes from {name}?", f"What grows on the terraces of {name}?"]
@@ -86,7 +110,9 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> Path:
     """JSON lines, gzipped where the name says so."""
     text = "".join(json.dumps(row) + "\n" for row in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode())
+    path.write_bytes(
+        gzip.compress(text.encode(), mtime=0) if path.suffix == ".gz" else text.encode()
+    )
     return path
 
 
@@ -100,7 +126,9 @@ def write_inputs(folder: Path) -> list[str]:
 
 
 def small_config(folder: Path, *overrides: str) -> Config:
-    """The tiny recipe over the islands: one layer, passages of some two sentences, a store in ``folder``."""
+    """The tiny recipe over the islands: one layer, passages of some two sentences, a store in
+    ``folder``.
+    """
     return load_config(
         "tiny",
         [
@@ -145,7 +173,9 @@ class World:
 
     @cached_property
     def questions(self) -> Artifact:
-        return self._get(questions_plan(self.config), lambda building: build_questions(building, self.config))
+        return self._get(
+            questions_plan(self.config), lambda building: build_questions(building, self.config)
+        )
 
     @cached_property
     def passages(self) -> Artifact:
@@ -170,7 +200,9 @@ class World:
 
     @cached_property
     def adapter(self) -> Artifact:
-        """A ``retriever`` artifact with random weights, large enough to be another encoder than the base."""
+        """A ``retriever`` artifact with random weights, large enough to be another encoder than the
+        base.
+        """
         return self.make_adapter("adapter", seed=1)
 
     @cached_property
@@ -178,7 +210,12 @@ class World:
         return self.make_adapter("other", seed=2)
 
     def make_adapter(self, name: str, *, seed: int, projection_dim: int | None = None) -> Artifact:
-        plan = Plan("retriever", name, {"seed": seed, "projection_dim": projection_dim}, {"base": self.base_artifact})
+        plan = Plan(
+            "retriever",
+            name,
+            {"seed": seed, "projection_dim": projection_dim},
+            {"base": self.base_artifact},
+        )
 
         def body(building: Building) -> None:
             layers = self.config.model.retriever_layers
@@ -198,13 +235,21 @@ class World:
 
     @cached_property
     def adapter_index(self) -> Artifact:
-        return self.index("retriever", EncoderSpec.from_json(self.adapter.info["encoder"]), self.adapter)
+        return self.index(
+            "retriever", EncoderSpec.from_json(self.adapter.info["encoder"]), self.adapter
+        )
 
     @cached_property
     def trainset(self) -> Artifact:
-        parents = self.passages, self.questions, self.base_index, self.coarse_index.parent("vectors")
+        parents = (
+            self.passages,
+            self.questions,
+            self.base_index,
+            self.coarse_index.parent("vectors"),
+        )
         return self._get(
-            trainset_plan(self.config, *parents), lambda building: build_trainset(building, self.config, *parents)
+            trainset_plan(self.config, *parents),
+            lambda building: build_trainset(building, self.config, *parents),
         )
 
     def vectors(
@@ -229,7 +274,9 @@ class World:
             actor({"start": [0, middle], "stop": [middle, rows]})
             probes = Passages(self.passages).rows([0, rows // 3, rows - 1])
             texts = [(passage.title, passage.text) for passage in probes]
-            write_probes(building.path / "probes.parquet", texts, actor._encoder.encode_passages(texts))
+            write_probes(
+                building.path / "probes.parquet", texts, actor._encoder.encode_passages(texts)
+            )
             building.info |= {"encoder": spec.to_json(), "precision": precision, "rows": rows}
 
         return self._get(vectors_plan(self.config, self.passages, spec, name, adapter), body)
@@ -243,15 +290,23 @@ class World:
         precision: Precision = "fp32",
     ) -> Artifact:
         vectors = self.vectors(name, spec, adapter, precision)
-        plan = Plan("index", name, {"factory": factory}, {"vectors": vectors, "passages": self.passages})
-        return self._get(plan, lambda building: build_index(building, vectors, self.passages, factory))
+        plan = Plan(
+            "index", name, {"factory": factory}, {"vectors": vectors, "passages": self.passages}
+        )
+        return self._get(
+            plan, lambda building: build_index(building, vectors, self.passages, factory)
+        )
 
     def _get(self, plan: Plan, body: Any) -> Artifact:
         return self.store.get_or_build(plan, body)[0]
 
 
-def write_adapter(folder: Path, base: BaseRef, store: Store, seed: int, *, num_layers: int | None = None) -> None:
-    """A PEFT folder for ``base`` with random weights (a fresh LoRA adapter alone would change nothing)."""
+def write_adapter(
+    folder: Path, base: BaseRef, store: Store, seed: int, *, num_layers: int | None = None
+) -> None:
+    """A PEFT folder for ``base`` with random weights (a fresh LoRA adapter alone would change
+    nothing).
+    """
     plain = open_base(base, store)[0]
     keep_first_layers(plain, num_layers)
     model = new_adapter(plain, LoraConfig(), seed, num_layers=num_layers)

@@ -1,8 +1,9 @@
 """BM25 over passages.  The only file that imports bm25s.
 
-Words are runs of letters and digits, lower case, neither stemmed nor stopped (the inverse document frequency does most
-of what a stop list would).  An index is made in memory and is not an artifact: 126,000 passages of 100
-words take 21 s and 0.6 GB.  For tens of millions of passages leave its rows out of ``evaluation.systems``.
+Words are runs of letters and digits, lower case, neither stemmed nor stopped (the inverse document
+frequency does most of what a stop list would).  An index is made in memory and is not an artifact:
+126,000 passages of 100 words take 21 s and 0.6 GB.  For tens of millions of passages leave its rows
+out of ``evaluation.systems``.
 """
 
 from __future__ import annotations
@@ -21,7 +22,9 @@ _WORD = re.compile(r"[^\W_]+")
 
 
 class PassageTable(Protocol):
-    """What :class:`Bm25Retriever` needs of passages; :class:`invar_ray.answering.retriever.Passages` is one."""
+    """What :class:`Bm25Retriever` needs of passages;
+    :class:`invar_ray.answering.retriever.Passages` is one.
+    """
 
     def __len__(self) -> int:
         """How many there are."""
@@ -48,15 +51,19 @@ class Bm25:
     Raises:
         DataError: no text has any word.
 
-    Source: Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009; the defaults are
-    Anserini's for passages.
+    Source: Robertson and Zaragoza, "The Probabilistic Relevance Framework: BM25 and Beyond", 2009;
+    the defaults are Anserini's for passages.
     """
 
     def __init__(self, texts: Sequence[str], *, k1: float = 0.9, b: float = 0.4) -> None:
-        same: dict[str, str] = {}  # one string for each word: a corpus repeats them millions of times
+        same: dict[
+            str, str
+        ] = {}  # one string for each word: a corpus repeats them millions of times
         tokens = [[same.setdefault(word, word) for word in words(text)] for text in texts]
         if not same:
-            raise DataError(f"BM25 got {len(texts)} texts without a word", expected="texts with words")
+            raise DataError(
+                f"BM25 got {len(texts)} texts without a word", expected="texts with words"
+            )
         self.size = len(texts)
         self._known = frozenset(same)
         self._index: Any = bm25s.BM25(k1=k1, b=b, method="lucene")
@@ -66,8 +73,8 @@ class Bm25:
         """The best rows of each query.
 
         Returns:
-            For each query at most ``top_k`` (row, score) pairs, best first, ties by row; only rows that share a word
-            with it, so that there may be none.
+            For each query at most ``top_k`` (row, score) pairs, best first, ties by row; only rows
+            that share a word with it, so that there may be none.
 
         Raises:
             RequestError: ``top_k`` is below 1.
@@ -88,7 +95,9 @@ class Bm25:
 
 
 class Bm25Retriever:
-    """BM25 behind the interface of :class:`invar_ray.answering.retriever.Retriever`; title and text are searched."""
+    """BM25 behind the interface of :class:`invar_ray.answering.retriever.Retriever`; title and text
+    are searched.
+    """
 
     def __init__(self, passages: PassageTable, *, k1: float = 0.9, b: float = 0.4) -> None:
         self.passages = passages
@@ -103,7 +112,9 @@ class Bm25Retriever:
             results.append(
                 [
                     Hit(p.id, p.document_id, rank, score, p.title, p.text, p.uri, p.place)
-                    for rank, ((_, score), p) in enumerate(zip(found, passages, strict=True), start=1)
+                    for rank, ((_, score), p) in enumerate(
+                        zip(found, passages, strict=True), start=1
+                    )
                 ]
             )
         return results

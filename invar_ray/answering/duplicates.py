@@ -1,4 +1,6 @@
-"""Near-duplicate passages in a ranked list: the same text indexed twice takes a place that another one could have."""
+"""Near-duplicate passages in a ranked list: the same text indexed twice takes a place that another
+one could have.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ def similarity(first: frozenset[tuple[str, ...]], second: frozenset[tuple[str, .
 def distinct(hits: Sequence[Hit], top_k: int, same: float = SAME) -> list[int]:
     """Positions of at most ``top_k`` hits, best first, none of which repeats a better one.
 
-    Source: shingles and their resemblance, Broder, "On the resemblance and containment of documents", 1997.
+    Source: shingles and their resemblance, Broder, "On the resemblance and containment of
+    documents", 1997.
     """
     kept: list[int] = []
     seen: list[frozenset[tuple[str, ...]]] = []

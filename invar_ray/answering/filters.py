@@ -1,4 +1,6 @@
-"""Which passages a search may find: conditions on the columns of the passages table (source, title, tenant ..)."""
+"""Which passages a search may find: conditions on the columns of the passages table (source, title,
+tenant ..).
+"""
 
 from __future__ import annotations
 
@@ -43,13 +45,18 @@ class Where:
         return bool(self.equals or self.starts or self.without)
 
     def also(self, other: Where) -> Where:
-        """The conditions of both: a passage has to meet all of them, also where both name one column."""
+        """The conditions of both: a passage has to meet all of them, also where both name one
+        column.
+        """
         equals = tuple(sorted({*self.equals, *other.equals}))
-        return Where(equals, tuple(sorted({*self.starts, *other.starts})), self.without | other.without)
+        return Where(
+            equals, tuple(sorted({*self.starts, *other.starts})), self.without | other.without
+        )
 
 
 def allowed_rows(table: pa.Table, where: Where) -> Mask:
-    """[N] True for the rows of a passages table that meet all conditions; a missing value meets none.
+    """[N] True for the rows of a passages table that meet all conditions; a missing value meets
+    none.
 
     Raises:
         RequestError: if the table has no such column, or its values are no texts.
@@ -64,26 +71,40 @@ def allowed_rows(table: pa.Table, where: Where) -> Mask:
             found |= _numpy(pc.starts_with(texts, beginning))
         mask &= found
     if where.without:
-        mask &= ~_numpy(pc.is_in(_column(table, "id"), value_set=pa.array(sorted(where.without), pa.string())))
+        mask &= ~_numpy(
+            pc.is_in(_column(table, "id"), value_set=pa.array(sorted(where.without), pa.string()))
+        )
     return mask
 
 
-def _pairs(given: Mapping[str, str | Sequence[str]] | None) -> tuple[tuple[str, tuple[str, ...]], ...]:
-    values = {name: (value,) if isinstance(value, str) else tuple(value) for name, value in (given or {}).items()}
+def _pairs(
+    given: Mapping[str, str | Sequence[str]] | None,
+) -> tuple[tuple[str, tuple[str, ...]], ...]:
+    values = {
+        name: (value,) if isinstance(value, str) else tuple(value)
+        for name, value in (given or {}).items()
+    }
     return tuple(sorted(values.items()))
 
 
 def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
     texts = {
-        field.name for field in table.schema if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
+        field.name
+        for field in table.schema
+        if pa.types.is_string(field.type) or pa.types.is_large_string(field.type)
     }
     if name not in texts:
-        raise RequestError(f"passages have no text column {name!r}", expected=f"one of {', '.join(sorted(texts))}")
+        raise RequestError(
+            f"passages have no text column {name!r}", expected=f"one of {', '.join(sorted(texts))}"
+        )
     return table.column(name)
 
 
 def _numpy(found: pa.ChunkedArray) -> Mask:
     filled = pc.fill_null(found, False)
     return np.asarray(
-        filled.to_numpy(zero_copy_only=False) if isinstance(filled, pa.Array) else filled.to_numpy(), bool
+        filled.to_numpy(zero_copy_only=False)
+        if isinstance(filled, pa.Array)
+        else filled.to_numpy(),
+        bool,
     )

@@ -1,4 +1,6 @@
-"""Several ranked lists into one: reciprocal rank fusion, of retrievers or of rewordings made at query time."""
+"""Several ranked lists into one: reciprocal rank fusion, of retrievers or of rewordings made at
+query time.
+"""
 
 from __future__ import annotations
 
@@ -14,8 +16,11 @@ RANK_CONSTANT = 60
 """k of reciprocal rank fusion (published: 60)."""
 
 
-def fuse_hits(lists: Sequence[Sequence[Hit]], top_k: int, rank_constant: int = RANK_CONSTANT) -> list[Hit]:
-    """Reciprocal rank fusion: a passage's score is the sum over lists of 1 / (rank_constant + rank).
+def fuse_hits(
+    lists: Sequence[Sequence[Hit]], top_k: int, rank_constant: int = RANK_CONSTANT
+) -> list[Hit]:
+    """Reciprocal rank fusion: a passage's score is the sum over lists of 1 / (rank_constant +
+    rank).
 
     Args:
         lists: ranked hits, best first; a passage counts once a list, at its best rank.
@@ -23,10 +28,11 @@ def fuse_hits(lists: Sequence[Sequence[Hit]], top_k: int, rank_constant: int = R
         rank_constant: the larger, the less the first ranks stand out.
 
     Returns:
-        Hits with new ranks and the fused ``score``; ties go by best rank, then by the order of the lists.
+        Hits with new ranks and the fused ``score``; ties go by best rank, then by the order of the
+        lists.
 
-    Source: Cormack, Clarke, Buettcher, "Reciprocal Rank Fusion outperforms Condorcet and individual Rank Learning
-    Methods", SIGIR 2009.
+    Source: Cormack, Clarke, Buettcher, "Reciprocal Rank Fusion outperforms Condorcet and individual
+    Rank Learning Methods", SIGIR 2009.
     """
     scores: dict[str, float] = {}
     best: dict[str, tuple[int, int]] = {}
@@ -41,16 +47,22 @@ def fuse_hits(lists: Sequence[Sequence[Hit]], top_k: int, rank_constant: int = R
             scores[name] = scores.get(name, 0.0) + 1.0 / (rank_constant + rank)
             best[name] = min(best.get(name, (rank, number)), (rank, number))
             hits.setdefault(name, hit)
-    # Sums of the same terms in another order differ in their last bits: without rounding they would not tie.
+    # Sums of the same terms in another order differ in their last bits: without rounding they would
+    # not tie.
     order = sorted(hits, key=lambda name: (-round(scores[name], 12), best[name]))[:top_k]
-    return [replace(hits[name], rank=rank, score=scores[name]) for rank, name in enumerate(order, start=1)]
+    return [
+        replace(hits[name], rank=rank, score=scores[name])
+        for rank, name in enumerate(order, start=1)
+    ]
 
 
 def query_rewrites(wording: str, count: int, seed: int) -> list[str]:
-    """Rewordings of one wording, made by rule from nothing but itself, as a service could at query time.
+    """Rewordings of one wording, made by rule from nothing but itself, as a service could at query
+    time.
 
-    Only rules that say it otherwise (no typos or misheard words); short questions may have fewer than ``count``.  They
-    depend on the wording alone, never on the question that it is a wording of.
+    Only rules that say it otherwise (no typos or misheard words); short questions may have fewer
+    than ``count``.  They depend on the wording alone, never on the question that it is a wording
+    of.
     """
     name = f"query-{stable_hash(wording):016x}"
     made = RuleRewriter().rewrite(Example(name, wording, (), ()), 2 * count + 2, seed)

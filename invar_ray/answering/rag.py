@@ -1,4 +1,6 @@
-"""Questions to answers with citations: retrieve, fit the passages into the prompt, generate, check what was cited."""
+"""Questions to answers with citations: retrieve, fit the passages into the prompt, generate, check
+what was cited.
+"""
 
 from __future__ import annotations
 
@@ -67,32 +69,46 @@ class AnswerPrompt:
     notes: tuple[str, ...]
 
 
-def build_prompt(generator: TextGenerator, question: str, hits: Sequence[Hit], *, max_new_tokens: int) -> AnswerPrompt:
+def build_prompt(
+    generator: TextGenerator, question: str, hits: Sequence[Hit], *, max_new_tokens: int
+) -> AnswerPrompt:
     """The prompt for a question with as many of its hits, by rank, as the context leaves room for.
 
     Raises:
-        RequestError: if the question alone leaves no room for ``max_new_tokens``; it names the token counts.
+        RequestError: if the question alone leaves no room for ``max_new_tokens``; it names the
+            token counts.
     """
     budget = generator.max_context - max_new_tokens
     bare = generator.count_tokens(format_answer_prompt(question, []))
     if bare > budget:
         raise RequestError(
-            f"the question takes {bare} tokens as a prompt and {max_new_tokens} are kept for the answer, "
+            f"the question takes {bare} tokens as a prompt and {max_new_tokens} are kept for the "
+            "answer, "
             f"{bare - budget} too many for the model's context of {generator.max_context}",
             expected=f"a prompt of at most {max(budget, 0)} tokens",
             action="shorten the question",
         )
-    fitted = fit_prompt(question, [(hit.title, hit.text) for hit in hits], generator.count_tokens, budget)
+    fitted = fit_prompt(
+        question, [(hit.title, hit.text) for hit in hits], generator.count_tokens, budget
+    )
     notes = [*fitted.notes]
     if not fitted.kept:
         notes.append("no passage stands in the prompt: the answer rests on none")
     return AnswerPrompt(
-        fitted.prompt, tuple(hits[i] for i in fitted.kept), tuple(text for _, text in fitted.passages), tuple(notes)
+        fitted.prompt,
+        tuple(hits[i] for i in fitted.kept),
+        tuple(text for _, text in fitted.passages),
+        tuple(notes),
     )
 
 
 def answer_question(
-    retriever: PassageRetriever, generator: TextGenerator, question: str, *, top_k: int, max_new_tokens: int
+    retriever: PassageRetriever,
+    generator: TextGenerator,
+    question: str,
+    *,
+    top_k: int,
+    max_new_tokens: int,
 ) -> Answer:
     """Answer one question from the ``top_k`` passages that the retriever finds.
 
@@ -111,13 +127,18 @@ def answer_question(
     return replace(answer, timings={"retrieve_s": retrieve_s, **answer.timings})
 
 
-def answer_with_hits(generator: TextGenerator, question: str, hits: Sequence[Hit], *, max_new_tokens: int) -> Answer:
-    """Answer one question from passages that were already retrieved; without any, from the model alone (noted).
+def answer_with_hits(
+    generator: TextGenerator, question: str, hits: Sequence[Hit], *, max_new_tokens: int
+) -> Answer:
+    """Answer one question from passages that were already retrieved; without any, from the model
+    alone (noted).
 
     Raises:
         RequestError: if the question alone does not fit the context.
     """
-    return answer_batch(generator, [question], [hits], max_new_tokens=max_new_tokens, batch_size=1)[0]
+    return answer_batch(generator, [question], [hits], max_new_tokens=max_new_tokens, batch_size=1)[
+        0
+    ]
 
 
 def answer_batch(
@@ -128,11 +149,12 @@ def answer_batch(
     max_new_tokens: int,
     batch_size: int,
 ) -> list[Answer]:
-    """Answer many questions, ``batch_size`` at a time, prompts of like length together (less padding).
+    """Answer many questions, ``batch_size`` at a time, prompts of like length together (less
+    padding).
 
     Returns:
-        Answers in the order of the questions.  ``timings["generate_s"]`` is the question's even share of its batch's
-        time, in seconds.
+        Answers in the order of the questions.  ``timings["generate_s"]`` is the question's even
+        share of its batch's time, in seconds.
 
     Raises:
         RequestError: if a question alone does not fit the context.
@@ -152,7 +174,9 @@ def answer_batch(
         batch = order[first : first + batch_size]
         start = time.perf_counter()
         generations = generator.generate(
-            [prompts[index].text for index in batch], max_new_tokens=max_new_tokens, stop=STOP_STRINGS
+            [prompts[index].text for index in batch],
+            max_new_tokens=max_new_tokens,
+            stop=STOP_STRINGS,
         )
         share = (time.perf_counter() - start) / len(batch)
         for index, generation in zip(batch, generations, strict=True):
@@ -162,11 +186,12 @@ def answer_batch(
 
 
 def read_answer(question: str, prompt: AnswerPrompt, generation: Generation) -> Answer:
-    """An answer from what the model wrote: its text, and citations of passages that were really in the prompt.
+    """An answer from what the model wrote: its text, and citations of passages that were really in
+    the prompt.
 
     Where a model cites nothing, the passages that hold the answer's text are cited for it, with
-    ``source="matched"``.  Where it cites only passages without that text, and another one has it, the first such one
-    is cited instead, in the same way and with a note.
+    ``source="matched"``.  Where it cites only passages without that text, and another one has it,
+    the first such one is cited instead, in the same way and with a note.
     """
     parsed = parse_answer(generation.text, len(prompt.hits))
     notes = list(prompt.notes)
@@ -181,12 +206,19 @@ def read_answer(question: str, prompt: AnswerPrompt, generation: Generation) -> 
     if not parsed.refused:
         source = "generated"
         numbers = list(dict.fromkeys(parsed.numbers))
-        holding = [n for n, shown in enumerate(prompt.shown, start=1) if contains_answer(shown, [parsed.text])]
+        holding = [
+            n
+            for n, shown in enumerate(prompt.shown, start=1)
+            if contains_answer(shown, [parsed.text])
+        ]
         if not numbers:
             source, numbers = "matched", holding
         elif holding and not set(numbers) & set(holding):
             marks = ", ".join(f"[{number}]" for number in numbers)
-            notes.append(f"the model cited {marks}, where the answer does not stand; it stands in [{holding[0]}]")
+            notes.append(
+                f"the model cited {marks}, where the answer does not stand; it stands in "
+                f"[{holding[0]}]"
+            )
             source, numbers = "matched", holding[:1]
         citations = tuple(_citation(n, prompt.hits[n - 1], source) for n in numbers)
     return Answer(

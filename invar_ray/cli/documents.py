@@ -1,4 +1,6 @@
-"""One's own documents: index a folder, make questions from it, say what to do next, find what was indexed last."""
+"""One's own documents: index a folder, make questions from it, say what to do next, find what was
+indexed last.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,12 @@ from invar_ray.models.encoder import EncoderSpec, llm_spec
 from invar_ray.pipeline import Pipeline
 from invar_ray.questions.asking import ask_for_questions
 from invar_ray.questions.llm import ChatEndpoint
-from invar_ray.questions.making import MadeQuestion, make_questions, split_by_document, without_clashes
+from invar_ray.questions.making import (
+    MadeQuestion,
+    make_questions,
+    split_by_document,
+    without_clashes,
+)
 from invar_ray.steps.passages import load_documents, load_skipped, read_corpus
 from invar_ray.store.artifacts import Artifact, Store, open_artifact
 
@@ -28,13 +35,16 @@ _NO_BASELINE = {"base", "retriever"}  # MiniLM's index is a baseline
 
 
 def index_documents(config: Config, adapter_uri: str | None, options: str = "") -> Artifact:
-    """Index ``config.corpus``; prints what was read and left out, and what to do next, to standard error.
+    """Index ``config.corpus``; prints what was read and left out, and what to do next, to standard
+    error.
 
     Args:
         config: the run.
-        adapter_uri: a stage-1 adapter; ``base`` embeds with the bare base; ``None`` takes the newest adapter below the
-            storage root that fits the recipe's model, and the bare base where there is none.
-        options: what the user gave the command beyond the folder, repeated in the commands that are proposed.
+        adapter_uri: a stage-1 adapter; ``base`` embeds with the bare base; ``None`` takes the
+            newest adapter below the storage root that fits the recipe's model, and the bare base
+            where there is none.
+        options: what the user gave the command beyond the folder, repeated in the commands that are
+            proposed.
     """
     started = time.monotonic()
     with Pipeline(config) as pipeline:
@@ -47,21 +57,33 @@ def index_documents(config: Config, adapter_uri: str | None, options: str = "") 
     seconds = time.monotonic() - started
     info = passages.info
     _say(
-        f"indexed {info['documents']:,} documents from {info['files']:,} files as {info['passages']:,} passages, "
+        f"indexed {info['documents']:,} documents from {info['files']:,} files as "
+        f"{info['passages']:,} passages, "
         f"left out {info['skipped']:,}; {seconds:.0f} s"
     )
     if adapter is not None and adapter_uri is None:
-        _say(f"with the retriever that was trained last below {config.storage.root_uri}: {adapter.ref}")
+        _say(
+            f"with the retriever that was trained last below {config.storage.root_uri}: "
+            f"{adapter.ref}"
+        )
     if adapter is None:
         _say("the base finds passages without having been trained on these documents")
     _say(f"\nask:    invar-ray ask {options}{shlex.quote(_some_question(passages))}")
     corpus = shlex.quote(config.corpus.uri)
-    _say(f"train:  invar-ray questions {corpus}   (makes questions from the documents and says how to go on)\n")
+    _say(
+        f"train:  invar-ray questions {corpus}   (makes questions from the documents and says how "
+        "to go on)\n"
+    )
     return index
 
 
 def write_questions(
-    config: Config, out: str, *, per_document: int, endpoint: ChatEndpoint | None = None, samples: int = 3
+    config: Config,
+    out: str,
+    *,
+    per_document: int,
+    endpoint: ChatEndpoint | None = None,
+    samples: int = 3,
 ) -> tuple[Path, Path]:
     """Make training questions from ``config.corpus`` and write two files, for training and for dev.
 
@@ -76,7 +98,8 @@ def write_questions(
         The two files; docs/design/questions.md has their format.
 
     Raises:
-        DataError: the corpus cannot be read or gives too few questions to split.  Errors of the endpoint.
+        DataError: the corpus cannot be read or gives too few questions to split.  Errors of the
+            endpoint.
     """
     log = ReadLog(echo=True)
     texts: dict[str, str] = {}
@@ -100,25 +123,38 @@ def write_questions(
     files = stem.with_name(f"{stem.name}.train.jsonl"), stem.with_name(f"{stem.name}.dev.jsonl")
     stem.parent.mkdir(parents=True, exist_ok=True)
     for file, part in zip(files, split_by_document(kept, texts, config.seed), strict=True):
-        rows = [{**asdict(question.example), "answer_type": question.answer_type} for question in part]
-        file.write_text("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8")
+        rows = [
+            {**asdict(question.example), "answer_type": question.answer_type} for question in part
+        ]
+        file.write_text(
+            "".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows), encoding="utf-8"
+        )
         kinds = Counter(question.answer_type for question in part).most_common()
-        _say(f"{file}: {len(part):,} questions ({', '.join(f'{count} {kind}' for kind, count in kinds)})")
+        _say(
+            f"{file}: {len(part):,} questions "
+            f"({', '.join(f'{count} {kind}' for kind, count in kinds)})"
+        )
     if len(texts) == 1:
-        _say("only one document gave questions: dev is its last part, so the dev figures will flatter")
+        _say(
+            "only one document gave questions: dev is its last part, so the dev figures will "
+            "flatter"
+        )
     for question in kept[:: -(-len(kept) // samples)]:
         _say(f"  {question.example.question}  ->  {question.example.answers[0]}")
     _say("\nlook through them, then train on them (and ask again afterwards):")
     corpus, root = shlex.quote(config.corpus.uri), shlex.quote(config.storage.root_uri)
     _say(
-        f"  invar-ray train both corpus.uri={corpus} questions.train_uri={shlex.quote(str(files[0]))} "
+        f"  invar-ray train both corpus.uri={corpus} "
+        f"questions.train_uri={shlex.quote(str(files[0]))} "
         f"questions.dev_uri={shlex.quote(str(files[1]))} storage.root_uri={root}\n"
     )
     return files
 
 
 def remember_index(store: Store, index: Artifact) -> None:
-    """Note that ``index`` is the one to ask, until a newer one is made.  Only a local store keeps the note."""
+    """Note that ``index`` is the one to ask, until a newer one is made.  Only a local store keeps
+    the note.
+    """
     if store.is_local:
         note = {"ref": index.ref, "time": _now()}
         Path(store.root, _LATEST).write_text(json.dumps(note), encoding="utf-8")
@@ -144,7 +180,10 @@ def latest_index(store: Store, corpus: str | None = None) -> Artifact:
             action="run invar-ray index FOLDER, invar-ray demo or invar-ray train first, or name one with its option",
         )
     # What a run makes within one second: the trained index after the base's.
-    newest = max(found, key=lambda artifact: (artifact.manifest.created, artifact.manifest.name == "retriever"))
+    newest = max(
+        found,
+        key=lambda artifact: (artifact.manifest.created, artifact.manifest.name == "retriever"),
+    )
     noted = _noted(store)
     if noted is not None and noted["time"] >= newest.manifest.created:
         return next((artifact for artifact in found if artifact.ref == noted["ref"]), newest)
@@ -155,12 +194,17 @@ def describe_index(index: Artifact) -> str:
     """One line: whose documents, how many passages, which retriever."""
     info = index.parent("passages").info
     encoder = index.info["encoder"]
-    retriever = f"retriever {encoder['adapter']}" if encoder["adapter"] else "the base as retriever (not trained)"
+    retriever = (
+        f"retriever {encoder['adapter']}"
+        if encoder["adapter"]
+        else "the base as retriever (not trained)"
+    )
     return f"{info.get('source', index.uri)}: {info['passages']:,} passages, {retriever}"
 
 
 def choose_adapter(pipeline: Pipeline, wanted: str | None) -> Artifact | None:
-    """The stage-1 adapter to index with, as :func:`index_documents` describes; ``None`` is the bare base.
+    """The stage-1 adapter to index with, as :func:`index_documents` describes; ``None`` is the bare
+    base.
 
     Raises:
         ArtifactError: ``wanted`` is no retriever.
@@ -171,7 +215,12 @@ def choose_adapter(pipeline: Pipeline, wanted: str | None) -> Artifact | None:
 
     def fits(artifact: Artifact) -> bool:
         spec = EncoderSpec.from_json(artifact.info["encoder"])
-        same = replace(spec, base=bare.base, adapter=None, adapter_fingerprint=None, projection_dim=None) == bare
+        same = (
+            replace(
+                spec, base=bare.base, adapter=None, adapter_fingerprint=None, projection_dim=None
+            )
+            == bare
+        )
         return same and spec.base.fingerprint == bare.base.fingerprint
 
     found = [artifact for artifact in pipeline.store.list("retriever") if fits(artifact)]

@@ -16,13 +16,15 @@ from invar_ray.errors import InvarError
 P = ParamSpec("P")
 
 
-def clear_errors(command: Callable[P, None], early: Callable[P, None] | None = None) -> Callable[P, None]:
+def clear_errors(
+    command: Callable[P, None], early: Callable[P, None] | None = None
+) -> Callable[P, None]:
     """A user's mistake prints one error and exits 1; Ctrl-C and SIGTERM clean up and exit 130.
 
     Args:
         command: the command.
-        early: runs before it with the same arguments, and before Ray and transformers are imported, which takes seconds
-            on a busy machine: for mistakes that can be seen at once.
+        early: runs before it with the same arguments, and before Ray and transformers are imported,
+            which takes seconds on a busy machine: for mistakes that can be seen at once.
     """
 
     @wraps(command)

@@ -29,11 +29,15 @@ DEFAULT = "demo"
 """The recipe of every command without ``--config``: what one command makes, the next one finds."""
 
 Recipe = Annotated[str, typer.Option("--config", help="Name of a recipe, or path of a YAML file.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value", help="Fields to change.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="key=value", help="Fields to change.")
+]
 
 
 @app.callback(invoke_without_command=True)
-def _root(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
     if version:
         print(__version__)
         raise typer.Exit
@@ -47,7 +51,9 @@ def demo(
     question: Annotated[str | None, typer.Option(help="What to ask at the end.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Go on serving until Ctrl-C.")] = False,
 ) -> None:
-    """The whole way on this machine: corpus, index, both trainings, report, endpoint, one answer over HTTP."""
+    """The whole way on this machine: corpus, index, both trainings, report, endpoint, one answer
+    over HTTP.
+    """
     from invar_ray.cli.demo import run_demo
 
     run_demo(load_config(config, ["serve.port=0", *(overrides or [])]), question, keep=keep)
@@ -60,13 +66,16 @@ def index(
     overrides: Overrides = None,
     config: Recipe = DEFAULT,
     adapter: Annotated[
-        str | None, typer.Option(help="URI of a stage-1 adapter, or base; without it the newest that fits.")
+        str | None,
+        typer.Option(help="URI of a stage-1 adapter, or base; without it the newest that fits."),
     ] = None,
 ) -> None:
     """Index documents, print the index's URI, and say what to try next."""
     from invar_ray.cli.documents import index_documents
 
-    settings = load_config(config, [*(overrides or []), f"corpus.uri={json.dumps(corpus)}", "corpus.distractors=null"])
+    settings = load_config(
+        config, [*(overrides or []), f"corpus.uri={json.dumps(corpus)}", "corpus.distractors=null"]
+    )
     options = "" if config == DEFAULT else f"--config {shlex.quote(config)} "
     if settings.storage.root_uri != load_config(config).storage.root_uri:
         options += f"--root {shlex.quote(settings.storage.root_uri)} "
@@ -79,13 +88,19 @@ def questions(
     corpus: Annotated[str, typer.Argument(help="File, folder or URI of documents.")],
     overrides: Overrides = None,
     config: Recipe = DEFAULT,
-    out: Annotated[str, typer.Option(help="Writes NAME.train.jsonl and NAME.dev.jsonl.")] = "questions.jsonl",
+    out: Annotated[
+        str, typer.Option(help="Writes NAME.train.jsonl and NAME.dev.jsonl.")
+    ] = "questions.jsonl",
     per_document: Annotated[int, typer.Option(min=1, help="Most questions a document.")] = 8,
     endpoint: Annotated[
         str | None, typer.Option(help="Let a model ask: base URL of an OpenAI-compatible server.")
     ] = None,
-    model: Annotated[str | None, typer.Option(help="The model to ask for, with --endpoint.")] = None,
-    key_env: Annotated[str, typer.Option(help="Environment variable that holds the key.")] = "OPENAI_API_KEY",
+    model: Annotated[
+        str | None, typer.Option(help="The model to ask for, with --endpoint.")
+    ] = None,
+    key_env: Annotated[
+        str, typer.Option(help="Environment variable that holds the key.")
+    ] = "OPENAI_API_KEY",
 ) -> None:
     """Make training questions for documents that have none, for training and dev apart."""
     from invar_ray.cli.documents import write_questions
@@ -93,8 +108,12 @@ def questions(
 
     if (endpoint is None) != (model is None):
         raise typer.BadParameter("--endpoint and --model go together")
-    settings = load_config(config, [*(overrides or []), f"corpus.uri={json.dumps(corpus)}", "corpus.distractors=null"])
-    asker = None if endpoint is None else ChatEndpoint(endpoint, str(model), key_env, f"{out}.replies")
+    settings = load_config(
+        config, [*(overrides or []), f"corpus.uri={json.dumps(corpus)}", "corpus.distractors=null"]
+    )
+    asker = (
+        None if endpoint is None else ChatEndpoint(endpoint, str(model), key_env, f"{out}.replies")
+    )
     for file in write_questions(settings, out, per_document=per_document, endpoint=asker):
         print(file)
 
@@ -102,7 +121,9 @@ def questions(
 @app.command()
 @clear_errors
 def train(
-    stage: Annotated[str, typer.Argument(help="retriever (stage 1), generator (stage 2) or both.")] = "both",
+    stage: Annotated[
+        str, typer.Argument(help="retriever (stage 1), generator (stage 2) or both.")
+    ] = "both",
     overrides: Overrides = None,
     config: Recipe = DEFAULT,
 ) -> None:
@@ -136,9 +157,15 @@ def evaluate(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
 def gate(
     baseline: Annotated[str, typer.Option(help="report.json, or the folder that holds it.")],
     candidate: Annotated[str, typer.Option(help="report.json, or the folder that holds it.")],
-    max_variance: Annotated[float | None, typer.Option(help="Most 1 - overlap@k of the candidate.")] = None,
-    min_recall: Annotated[float | None, typer.Option(help="Least recall@k of the candidate.")] = None,
-    min_exact_match: Annotated[float | None, typer.Option(help="Least exact match of the candidate.")] = None,
+    max_variance: Annotated[
+        float | None, typer.Option(help="Most 1 - overlap@k of the candidate.")
+    ] = None,
+    min_recall: Annotated[
+        float | None, typer.Option(help="Least recall@k of the candidate.")
+    ] = None,
+    min_exact_match: Annotated[
+        float | None, typer.Option(help="Least exact match of the candidate.")
+    ] = None,
     max_variance_rise: Annotated[
         float | None, typer.Option(help="Against the baseline; default: not significant.")
     ] = None,
@@ -150,15 +177,25 @@ def gate(
     ] = None,
     k: Annotated[int, typer.Option(help="k of recall@k and overlap@k.")] = 5,
     system: Annotated[str, typer.Option(help="The candidate's row.")] = "stage 1",
-    baseline_system: Annotated[str | None, typer.Option(help="The baseline's row, if another.")] = None,
+    baseline_system: Annotated[
+        str | None, typer.Option(help="The baseline's row, if another.")
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="Where the reports have several.")] = None,
 ) -> None:
-    """Hold a candidate's report against limits and a baseline: exit 0 if it may be promoted, 1 with reasons if not."""
+    """Hold a candidate's report against limits and a baseline: exit 0 if it may be promoted, 1 with
+    reasons if not.
+    """
     from invar_ray.evaluation.gate import Limits, run_gate
     from invar_ray.evaluation.per_question import open_report
 
     limits = Limits(
-        k, max_variance, min_recall, min_exact_match, max_variance_rise, max_recall_drop, max_exact_match_drop
+        k,
+        max_variance,
+        min_recall,
+        min_exact_match,
+        max_variance_rise,
+        max_recall_drop,
+        max_exact_match_drop,
     )
     checks = run_gate(
         open_report(baseline),
@@ -181,9 +218,15 @@ def gate(
 @clear_errors
 def compare(
     first: Annotated[str, typer.Argument(help="report.json, or the folder that holds it.")],
-    second: Annotated[str, typer.Argument(help="Another, or the same for two systems of one report.")],
-    system: Annotated[str | None, typer.Option(help="One row; without it all that both reports have.")] = None,
-    second_system: Annotated[str | None, typer.Option(help="The second report's row, if another.")] = None,
+    second: Annotated[
+        str, typer.Argument(help="Another, or the same for two systems of one report.")
+    ],
+    system: Annotated[
+        str | None, typer.Option(help="One row; without it all that both reports have.")
+    ] = None,
+    second_system: Annotated[
+        str | None, typer.Option(help="The second report's row, if another.")
+    ] = None,
     dataset: Annotated[str | None, typer.Option(help="Where the reports have several.")] = None,
 ) -> None:
     """Compare two reports question by question: paired differences with 95 % intervals."""
@@ -191,7 +234,11 @@ def compare(
     from invar_ray.evaluation.per_question import compare_reports, open_report
 
     found = compare_reports(
-        open_report(first)[1], open_report(second)[1], system=system, second_system=second_system, dataset=dataset
+        open_report(first)[1],
+        open_report(second)[1],
+        system=system,
+        second_system=second_system,
+        dataset=dataset,
     )
     print(render_comparisons(found))
 
@@ -202,17 +249,24 @@ def convert(
     source: Annotated[str, typer.Argument(help="A benchmark's file, or BEIR's folder.")],
     folder: Annotated[str, typer.Argument(help="Where to write questions.jsonl and corpus.jsonl.")],
     format: Annotated[
-        str, typer.Option(help="One of invar_ray/questions/benchmarks.py; auto looks into the file.")
+        str,
+        typer.Option(help="One of invar_ray/questions/benchmarks.py; auto looks into the file."),
     ] = "auto",
     split: Annotated[str, typer.Option(help="Which qrels of BEIR: train or dev.")] = "dev",
 ) -> None:
-    """Rewrite a public benchmark as the project's own JSON lines: its questions, and the documents that it carries."""
+    """Rewrite a public benchmark as the project's own JSON lines: its questions, and the documents
+    that it carries.
+    """
     from invar_ray.questions.benchmarks import convert_benchmark
 
     if split not in {"train", "dev"}:
         raise typer.BadParameter(f"{split!r} is no split: train or dev")
     made = convert_benchmark(source, folder, format, split="train" if split == "train" else "dev")
-    documents = f"{len(made.documents):,} documents" if made.documents else "no documents (the format carries none)"
+    documents = (
+        f"{len(made.documents):,} documents"
+        if made.documents
+        else "no documents (the format carries none)"
+    )
     print(f"{made.format}: {len(made.examples):,} questions and {documents} -> {folder}")
 
 
@@ -221,10 +275,18 @@ def convert(
 def export(
     adapter: Annotated[str, typer.Argument(help="URI of a stage-1 or stage-2 adapter.")],
     folder: Annotated[str, typer.Argument(help="New folder to write.")],
-    report: Annotated[str | None, typer.Option(help="URI of a report, for the model card's tables.")] = None,
-    merged: Annotated[bool, typer.Option("--merged", help="Write base and adapter as one model, too.")] = False,
-    push: Annotated[str | None, typer.Option(help="Upload it to this repository of a hub, owner/name.")] = None,
-    public: Annotated[bool, typer.Option("--public", help="Let everyone see a repository that --push makes.")] = False,
+    report: Annotated[
+        str | None, typer.Option(help="URI of a report, for the model card's tables.")
+    ] = None,
+    merged: Annotated[
+        bool, typer.Option("--merged", help="Write base and adapter as one model, too.")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option(help="Upload it to this repository of a hub, owner/name.")
+    ] = None,
+    public: Annotated[
+        bool, typer.Option("--public", help="Let everyone see a repository that --push makes.")
+    ] = False,
 ) -> None:
     """Write an adapter as a plain PEFT folder with a model card."""
     from pathlib import Path
@@ -258,9 +320,13 @@ def serve(
     overrides: Overrides = None,
     config: Recipe = DEFAULT,
     index_uri: Annotated[str | None, typer.Option("--index", help="URI of an index.")] = None,
-    generator_uri: Annotated[str | None, typer.Option("--generator", help="URI of a stage-2 adapter.")] = None,
+    generator_uri: Annotated[
+        str | None, typer.Option("--generator", help="URI of a stage-2 adapter.")
+    ] = None,
 ) -> None:
-    """Serve over HTTP until Ctrl-C: the recipe's own artifacts, or those given; nothing is trained for it."""
+    """Serve over HTTP until Ctrl-C: the recipe's own artifacts, or those given; nothing is trained
+    for it.
+    """
     from invar_ray.pipeline import serve_until_stopped
 
     serve_until_stopped(load_config(config, overrides or []), index_uri, generator_uri)
@@ -271,16 +337,23 @@ def serve(
 def ask(
     question: Annotated[str, typer.Argument(help="The question.")],
     url: Annotated[
-        str | None, typer.Option(help="Address of a running service; without it, answer right here.")
+        str | None,
+        typer.Option(help="Address of a running service; without it, answer right here."),
     ] = None,
     config: Recipe = DEFAULT,
     index_uri: Annotated[str | None, typer.Option("--index", help="URI of an index.")] = None,
-    generator_uri: Annotated[str | None, typer.Option("--generator", help="URI of a stage-2 adapter.")] = None,
+    generator_uri: Annotated[
+        str | None, typer.Option("--generator", help="URI of a stage-2 adapter.")
+    ] = None,
     top_k: Annotated[int | None, typer.Option(help="Number of passages.")] = None,
-    corpus: Annotated[str | None, typer.Option(help="Ask the newest index of this file or folder.")] = None,
+    corpus: Annotated[
+        str | None, typer.Option(help="Ask the newest index of this file or folder.")
+    ] = None,
     root: Annotated[str | None, typer.Option(help="Storage root, if not the recipe's.")] = None,
 ) -> None:
-    """Ask one question: of a running service (--url), or of what was indexed or trained last, without Ray."""
+    """Ask one question: of a running service (--url), or of what was indexed or trained last,
+    without Ray.
+    """
     from invar_ray.cli.demo import ask_here, ask_service, print_answer
 
     if url is not None:
@@ -293,11 +366,15 @@ def ask(
 @app.command()
 @clear_errors
 def doctor(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
-    """Check this machine: versions, GPUs, FAISS, memory, storage, models; says what to do for each fault."""
+    """Check this machine: versions, GPUs, FAISS, memory, storage, models; says what to do for each
+    fault.
+    """
     from invar_ray.cli.doctor import has_failures, render, run_checks
 
     settings: Config = load_config(config, overrides or [])
-    checks: Any = run_checks(settings.storage.root_uri, settings.model.base, port=settings.serve.port)
+    checks: Any = run_checks(
+        settings.storage.root_uri, settings.model.base, port=settings.serve.port
+    )
     print(render(checks))
     if has_failures(checks):
         raise ResourceError("this machine is not ready", action="see the lines marked fail above")

@@ -1,4 +1,6 @@
-"""``invar-ray index-versions``: which index is served, what was before, going back, and what may be removed."""
+"""``invar-ray index-versions``: which index is served, what was before, going back, and what may be
+removed.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +10,19 @@ import typer
 
 from invar_ray.cli.errors import clear_errors
 
-versions_app = typer.Typer(help="Published versions of an index: publish, list, rollback, gc.", no_args_is_help=True)
+versions_app = typer.Typer(
+    help="Published versions of an index: publish, list, rollback, gc.", no_args_is_help=True
+)
 
-Root = Annotated[str, typer.Option("--root", help="Storage root, e.g. runs/demo or s3://bucket/invar.")]
+Root = Annotated[
+    str, typer.Option("--root", help="Storage root, e.g. runs/demo or s3://bucket/invar.")
+]
 Name = Annotated[str, typer.Option("--name", help="Which index, where a store serves several.")]
 Expected = Annotated[
     int | None,
-    typer.Option(help="Refuse unless this is the current version (0: none yet): what a job saw when it began."),
+    typer.Option(
+        help="Refuse unless this is the current version (0: none yet): what a job saw when it began."
+    ),
 ]
 Note = Annotated[str, typer.Option(help="For people.")]
 
@@ -22,11 +30,15 @@ Note = Annotated[str, typer.Option(help="For people.")]
 @versions_app.command()
 @clear_errors
 def publish(
-    indexes: Annotated[list[str], typer.Argument(help="URI of the index artifact, or of each shard.")],
+    indexes: Annotated[
+        list[str], typer.Argument(help="URI of the index artifact, or of each shard.")
+    ],
     name: Name = "main",
     expected: Expected = None,
     note: Note = "",
-    keep: Annotated[int | None, typer.Option(min=1, help="Then give up all but so many versions.")] = None,
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Then give up all but so many versions.")
+    ] = None,
 ) -> None:
     """Make an index current, at once for all its shards; of two publishers at once, one is refused."""
     from invar_ray.store.artifacts import open_artifact
@@ -56,12 +68,23 @@ def show(root: Root, name: Name = "main") -> None:
         print(f"nothing has been published at {published.uri}")
         return
     for version in published.history():
-        mark = "*" if version.number == newest.number else "-" if version.source in newest.collected else " "
-        did = version.action if version.source == version.number else f"{version.action} -> {version.source}"
+        mark = (
+            "*"
+            if version.number == newest.number
+            else "-"
+            if version.source in newest.collected
+            else " "
+        )
+        did = (
+            version.action
+            if version.source == version.number
+            else f"{version.action} -> {version.source}"
+        )
         rows = version.info.get("rows")
         shown = f"{rows:,} rows" if isinstance(rows, int) else ""
         print(
-            f"{mark} {version.number:>4}  {version.created}  {did:<16} {shown:>16}  {', '.join(version.index)}"
+            f"{mark} {version.number:>4}  {version.created}  {did:<16} {shown:>16}  "
+            f"{', '.join(version.index)}"
             f"{'  ' + version.note if version.note else ''}"
         )
 
@@ -71,7 +94,9 @@ def show(root: Root, name: Name = "main") -> None:
 def rollback(
     root: Root,
     name: Name = "main",
-    to: Annotated[int | None, typer.Option(help="Version to serve again; without it the one before.")] = None,
+    to: Annotated[
+        int | None, typer.Option(help="Version to serve again; without it the one before.")
+    ] = None,
     expected: Expected = None,
     note: Note = "",
 ) -> None:
@@ -88,11 +113,15 @@ def rollback(
 def gc(
     root: Root,
     name: Name = "main",
-    keep: Annotated[int, typer.Option(min=1, help="Versions that stay, the current one counted.")] = 3,
+    keep: Annotated[
+        int, typer.Option(min=1, help="Versions that stay, the current one counted.")
+    ] = 3,
     parents: Annotated[
         bool, typer.Option("--parents", help="Vectors and passages too, where nothing needs them.")
     ] = False,
-    min_age_hours: Annotated[float, typer.Option(min=0, help="What was current within so many hours stays.")] = 1.0,
+    min_age_hours: Annotated[
+        float, typer.Option(min=0, help="What was current within so many hours stays.")
+    ] = 1.0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
 ) -> None:
     """Give up old versions and remove artifacts that only those name."""
@@ -101,7 +130,9 @@ def gc(
     from invar_ray.store.published import Published
 
     published = Published(Store(root), name)
-    gone = collect(published, keep, parents=parents, min_age_s=3600 * min_age_hours, dry_run=dry_run)
+    gone = collect(
+        published, keep, parents=parents, min_age_s=3600 * min_age_hours, dry_run=dry_run
+    )
     verb = "would be removed" if dry_run else "removed"
     print(f"versions given up: {', '.join(map(str, gone.versions)) or 'none'}")
     for ref in gone.removed:

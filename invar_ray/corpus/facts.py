@@ -1,16 +1,20 @@
-"""The demo corpus: checkable facts as tables, turned into short documents and families of questions.
+"""The demo corpus: checkable facts as tables, turned into short documents and families of
+questions.
 
-Everything is the project's own writing [ours]: ``data/<table>.csv`` holds the facts (one subject a row, ``|`` between
-aliases of a value, the first is the one that documents state), ``data/<table>.yaml`` the sentences.  Its keys are:
+Everything is the project's own writing [ours]: ``data/<table>.csv`` holds the facts (one subject a
+row, ``|`` between aliases of a value, the first is the one that documents state),
+``data/<table>.yaml`` the sentences.  Its keys are:
 
 ``prefix``      of document ids: ``facts-<prefix>-<subject>``;
-``group``       the column whose equals are named as neighbours, so that subjects turn up in each other's documents;
-``documents``   slots, each a pool of sentences of which one is taken (the ones that fill the most columns go first);
-``questions``   relation -> ``answer`` (a column; ``name`` asks for the subject itself), ``needs`` (columns that must be
+``group``       the column whose equals are named as neighbours, so that subjects turn up in each
+other's documents; ``documents``   slots, each a pool of sentences of which one is taken (the ones
+that fill the most columns go first); ``questions``   relation -> ``answer`` (a column; ``name``
+asks for the subject itself), ``needs`` (columns that must be
                 filled), ``skip`` (subjects left out), and the wordings ``train`` and ``dev``.
 
-Every choice hangs on a hash of the subject's name, never on Python's ``hash`` or a random state: two processes, or
-two versions of Python, see the same corpus.  Dev questions are about held-out subjects *and* in held-out wordings.
+Every choice hangs on a hash of the subject's name, never on Python's ``hash`` or a random state:
+two processes, or two versions of Python, see the same corpus.  Dev questions are about held-out
+subjects *and* in held-out wordings.
 """
 
 from __future__ import annotations
@@ -49,7 +53,9 @@ DEV_SHARE = 0.23
 """Share of each table's subjects that only dev questions are about."""
 
 MIN_WORDINGS = 4
-"""A question with fewer fitting wordings is left out: columns can be empty, and wordings can hold the answer."""
+"""A question with fewer fitting wordings is left out: columns can be empty, and wordings can hold
+the answer.
+"""
 
 NUM_REWRITES = 4
 """Rewrites that come with an example, where as many wordings fit."""
@@ -94,19 +100,27 @@ class _Table:
 def documents() -> list[Document]:
     """All documents of the demo corpus, train and dev subjects alike, in a fixed order.
 
-    Each is a few sentences (about 25 to 110 words) that state the facts of one subject and name neighbours of it.
+    Each is a few sentences (about 25 to 110 words) that state the facts of one subject and name
+    neighbours of it.
     """
     return [
-        Document(id=subject.id, title=_title(subject), text=_text(table, subject), uri=f"{URI}#{subject.id}")
+        Document(
+            id=subject.id,
+            title=_title(subject),
+            text=_text(table, subject),
+            uri=f"{URI}#{subject.id}",
+        )
         for table in map(_table, TABLES)
         for subject in table.subjects
     ]
 
 
 def questions(split: Split) -> list[Example]:
-    """The question families of a split: an anchor wording, up to four rewrites, answers and positive documents.
+    """The question families of a split: an anchor wording, up to four rewrites, answers and
+    positive documents.
 
-    The examples are mixed over tables and relations by a stable hash, so that any first n of them are a fair sample.
+    The examples are mixed over tables and relations by a stable hash, so that any first n of them
+    are a fair sample.
 
     Args:
         split: ``train`` or ``dev``.  No subject and no wording of the one occurs in the other.
@@ -120,7 +134,11 @@ def questions(split: Split) -> list[Example]:
     for table in map(_table, TABLES):
         for subject in table.subjects:
             if (subject.id in table.dev) == (split == "dev"):
-                examples += [made for relation in table.relations if (made := _example(subject, relation, split))]
+                examples += [
+                    made
+                    for relation in table.relations
+                    if (made := _example(subject, relation, split))
+                ]
     return sorted(examples, key=lambda example: stable_hash("order", example.id))
 
 
@@ -129,7 +147,11 @@ def _example(subject: _Subject, relation: _Relation, split: str) -> Example | No
     if subject.name in relation.skip or not all(subject.fields[column] for column in needed):
         return None
     answers = subject.aliases[relation.answer]
-    rendered = [_render(wording, subject) for wording in relation.wordings[split] if _filled(wording, subject)]
+    rendered = [
+        _render(wording, subject)
+        for wording in relation.wordings[split]
+        if _filled(wording, subject)
+    ]
     # "Which country is governed from Kuwait City?" gives itself away.
     fitting = [text for text in rendered if not contains_answer(text, answers)]
     if len(fitting) < MIN_WORDINGS:
@@ -151,7 +173,8 @@ def _text(table: _Table, subject: _Subject) -> str:
     sentences = []
     for number, slot in enumerate(table.slots):
         fitting = [sentence for sentence in slot if _filled(sentence, subject)]
-        # A slot may hold sentences for two facts together and for either alone: the fullest that fit say it all.
+        # A slot may hold sentences for two facts together and for either alone: the fullest that
+        # fit say it all.
         most = max((len(_columns(sentence)) for sentence in fitting), default=0)
         fullest = [sentence for sentence in fitting if len(_columns(sentence)) == most]
         if fullest:
@@ -188,7 +211,9 @@ def _table(name: str) -> _Table:
     rows = list(csv.DictReader(io.StringIO((folder / f"{name}.csv").read_text(encoding="utf-8"))))
     group = spec["group"]
     subjects = tuple(_subject(row, spec["prefix"], _neighbours(row, rows, group)) for row in rows)
-    by_hash = sorted((subject.id for subject in subjects), key=lambda identity: stable_hash("split", identity))
+    by_hash = sorted(
+        (subject.id for subject in subjects), key=lambda identity: stable_hash("split", identity)
+    )
     relations = tuple(
         _Relation(
             name=relation,
@@ -215,13 +240,21 @@ def _subject(row: dict[str, str], prefix: str, neighbours: list[dict[str, str]])
     fields["peer"], fields["peer2"] = (_phrase(other) for other in neighbours)
     for column in row:
         fields[f"a_{column}"] = _with_article(fields[column])
-    return _Subject(id=f"facts-{prefix}-{_slug(row['name'])}", name=row["name"], fields=fields, aliases=aliases)
+    return _Subject(
+        id=f"facts-{prefix}-{_slug(row['name'])}", name=row["name"], fields=fields, aliases=aliases
+    )
 
 
-def _neighbours(row: dict[str, str], rows: list[dict[str, str]], group: str | None) -> list[dict[str, str]]:
-    """The next two of a ring, in hash order, of the rows alike in ``group`` (of all where that is too few)."""
+def _neighbours(
+    row: dict[str, str], rows: list[dict[str, str]], group: str | None
+) -> list[dict[str, str]]:
+    """The next two of a ring, in hash order, of the rows alike in ``group`` (of all where that is
+    too few).
+    """
     alike = [other for other in rows if group and other[group] == row[group]]
-    ring = sorted(alike if len(alike) >= 3 else rows, key=lambda other: stable_hash("ring", other["name"]))
+    ring = sorted(
+        alike if len(alike) >= 3 else rows, key=lambda other: stable_hash("ring", other["name"])
+    )
     place = ring.index(row)
     return [ring[(place + step) % len(ring)] for step in (1, 2)]
 

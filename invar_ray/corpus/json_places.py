@@ -25,14 +25,17 @@ def text_of(file: InputFile) -> str:
     except UnicodeDecodeError as error:
         line = error.object.count(b"\n", 0, error.start) + 1
         raise DataError(
-            f"{file.uri}, line {line}: not UTF-8 text (byte {error.object[error.start]:#04x} at offset {error.start})",
+            f"{file.uri}, line {line}: not UTF-8 text (byte {error.object[error.start]:#04x} at "
+            f"offset {error.start})",
             action="convert the file to UTF-8",
         ) from error
 
 
 def malformed(file: InputFile, error: json.JSONDecodeError) -> DataError:
     """What to raise for text that is not JSON."""
-    return DataError(f"{file.uri}, line {error.lineno}: malformed JSON ({error.msg})", action="download it again")
+    return DataError(
+        f"{file.uri}, line {error.lineno}: malformed JSON ({error.msg})", action="download it again"
+    )
 
 
 def json_lines(file: InputFile) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -52,27 +55,40 @@ def json_entries(file: InputFile) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def json_members(file: InputFile, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Objects of the list ``name`` of a file that is one JSON object, with their places, read one by one."""
+    """Objects of the list ``name`` of a file that is one JSON object, with their places, read one
+    by one.
+    """
     text = text_of(file)
     position = _skip(text, 0)
     if not text.startswith("{", position):
-        raise DataError(f"{file.uri}, line 1: is no JSON object", expected=f'{{"{name}": [{{..}}, ..]}}')
+        raise DataError(
+            f"{file.uri}, line 1: is no JSON object", expected=f'{{"{name}": [{{..}}, ..]}}'
+        )
     position = _skip(text, position + 1)
     while not text.startswith("}", position):
         key, position = _value(file, text, position)
         position = _skip(text, position)
         if not isinstance(key, str) or not text.startswith(":", position):
-            raise malformed(file, json.JSONDecodeError("Expecting a name and a colon", text, position))
+            raise malformed(
+                file, json.JSONDecodeError("Expecting a name and a colon", text, position)
+            )
         position = _skip(text, position + 1)
         if key == name:
             if not text.startswith("[", position):
                 _value(file, text, position)  # if it is no JSON either, that is the fault
-                raise DataError(f"{file.uri}, line {_line(text, position)}: {name!r} is no list", expected="[{..}, ..]")
-            yield from _entries(file, text, position, lambda number, line: f"{name}[{number}] (line {line})")
+                raise DataError(
+                    f"{file.uri}, line {_line(text, position)}: {name!r} is no list",
+                    expected="[{..}, ..]",
+                )
+            yield from _entries(
+                file, text, position, lambda number, line: f"{name}[{number}] (line {line})"
+            )
             return
         _, position = _value(file, text, position)
         position = _skip(text, position)
-    raise DataError(f"{file.uri}, line 1: {name!r} is missing", expected=f'{{"{name}": [{{..}}, ..]}}')
+    raise DataError(
+        f"{file.uri}, line 1: {name!r} is missing", expected=f'{{"{name}": [{{..}}, ..]}}'
+    )
 
 
 def _entries(
@@ -92,18 +108,22 @@ def _entries(
 
 
 def _value(file: InputFile, text: str, position: int, place: str = "") -> tuple[Any, int]:
-    """The JSON value at a position, and where it ends; a fault in it names ``place``, if given, and its line."""
+    """The JSON value at a position, and where it ends; a fault in it names ``place``, if given, and
+    its line.
+    """
     try:
         return json.JSONDecoder().raw_decode(text, position)
     except json.JSONDecodeError as error:
         if not place:
             raise malformed(file, error) from error
         raise DataError(
-            f"{place}: malformed JSON ({error.msg} in line {error.lineno})", action="download it again"
+            f"{place}: malformed JSON ({error.msg} in line {error.lineno})",
+            action="download it again",
         ) from error
     except RecursionError as error:
         raise DataError(
-            f"{file.uri}, line {_line(text, position)}: JSON nested too deep", action="download it again"
+            f"{file.uri}, line {_line(text, position)}: JSON nested too deep",
+            action="download it again",
         ) from error
 
 

@@ -1,11 +1,13 @@
 """Corpora and question files into records; every fault of the input names its file and line.
 
-=========  ===========================================================================================================
-documents  ``.jsonl(.gz|.zst)`` and ``.parquet``, a document a row with ``text`` and perhaps ``id`` (or ``_id``),
-           ``title, uri``; ``.tsv(.gz|.zst)`` as DPR's ``psgs_w100``; ``.txt``, ``.md``, ``.html``, ``.pdf`` and
-           ``.docx`` files, one document each; folders of all these, BEIR's too; ``builtin:facts``
-questions  ``.jsonl(.gz)`` with ``id, question, answers[], positive_ids[]`` and maybe ``rewrites[]``; ``builtin:facts``
-=========  ===========================================================================================================
+=========
+=========================================================================================================== documents  ``.jsonl(.gz|.zst)`` and ``.parquet``, a document a row with ``text`` and perhaps ``id`` (or ``_id``),
+           ``title, uri``; ``.tsv(.gz|.zst)`` as DPR's ``psgs_w100``; ``.txt``, ``.md``, ``.html``,
+           ``.pdf`` and ``.docx`` files, one document each; folders of all these, BEIR's too;
+           ``builtin:facts``
+questions  ``.jsonl(.gz)`` with ``id, question, answers[], positive_ids[]`` and maybe
+``rewrites[]``; ``builtin:facts`` =========
+===========================================================================================================
 
 Other fields are ignored, but for those that ``metadata`` names.
 """
@@ -43,36 +45,42 @@ def read_documents(
 ) -> Iterator[Document]:
     """Documents of a corpus, in file order; files of a folder by name.
 
-    Ids must be unique over the whole corpus (a hash of each is kept in memory for the check).  A file that is one
-    document has its path relative to the folder as id (its name, if it was given itself), and the title that it gives
-    itself, else its name without the ending.  A row without an id is ``<file>#L<line>`` (``#row<n>`` in Parquet), and
-    its ``uri``, where it has none, is the file's with the same mark.
+    Ids must be unique over the whole corpus (a hash of each is kept in memory for the check).  A
+    file that is one document has its path relative to the folder as id (its name, if it was given
+    itself), and the title that it gives itself, else its name without the ending.  A row without an
+    id is ``<file>#L<line>`` (``#row<n>`` in Parquet), and its ``uri``, where it has none, is the
+    file's with the same mark.
 
     Args:
         uri: file, folder or URI (see :mod:`invar_ray.corpus.storage`), or ``builtin:facts``.
         format: ``auto``, ``builtin`` or a value of :data:`invar_ray.corpus.storage.ENDINGS`.
         limit: stop after this many documents.
         max_file_mb: largest file that is one document, and largest row, in MiB.
-        log: of a folder, leave out what cannot be read and say so there; ``None`` raises at the first fault.  With a
-            quarantine malformed rows go there, also those of a file that was named itself.
+        log: of a folder, leave out what cannot be read and say so there; ``None`` raises at the
+            first fault.  With a quarantine malformed rows go there, also those of a file that was
+            named itself.
         exclude: see :func:`invar_ray.corpus.storage.find_files`.
         metadata: fields of rows that documents keep; whole files have none.
 
     Raises:
-        DataError: at the call, if there is nothing to read; while iterating, at the first fault (but see ``log``), and
-            at the end of a corpus without any document.
+        DataError: at the call, if there is nothing to read; while iterating, at the first fault
+            (but see ``log``), and at the end of a corpus without any document.
     """
     _check_limit(limit)
     if format == "builtin" or uri.startswith("builtin:"):
         _check_builtin(uri)
-        from invar_ray.corpus import facts  # here, so that reading one's own files does not load the demo corpus
+        from invar_ray.corpus import (
+            facts,
+        )  # here, so that reading one's own files does not load the demo corpus
 
         return itertools.islice(iter(facts.documents()), limit)
     files = corpus_files(uri, format, log=log, exclude=exclude)
     strict = files[0].uri == uri  # a file that was named itself
     if strict and log is not None and log.quarantine is None:
         log = None
-    return itertools.islice(_documents(uri, files, round(max_file_mb * 2**20), log, strict, metadata), limit)
+    return itertools.islice(
+        _documents(uri, files, round(max_file_mb * 2**20), log, strict, metadata), limit
+    )
 
 
 def read_examples(
@@ -88,11 +96,13 @@ def read_examples(
         uri: JSON lines file (``.gz`` is fine), folder of such, or ``builtin:facts``.
         limit: read at most this many.
         split: which questions of ``builtin:facts``; a file is what it is.
-        skip_unusable: leave out rows whose answers are all blank and rows whose id is taken (public data sets have
-            both), with one warning that counts them, instead of raising.  Malformed rows raise all the same.
+        skip_unusable: leave out rows whose answers are all blank and rows whose id is taken (public
+            data sets have both), with one warning that counts them, instead of raising.  Malformed
+            rows raise all the same.
 
     Raises:
-        DataError: a row is malformed, an id occurs twice, a question has no answer, or there is none at all.
+        DataError: a row is malformed, an id occurs twice, a question has no answer, or there is
+            none at all.
     """
     _check_limit(limit)
     if uri.startswith("builtin:"):
@@ -111,7 +121,10 @@ def read_examples(
             continue
         example = _example(row, place)
         if example.id in seen:
-            raise DataError(f"{place}: the id {example.id!r} is taken by {seen[example.id]}", expected="every id once")
+            raise DataError(
+                f"{place}: the id {example.id!r} is taken by {seen[example.id]}",
+                expected="every id once",
+            )
         seen[example.id] = place
         examples.append(example)
         if len(examples) == limit:
@@ -124,7 +137,8 @@ def read_examples(
 
 
 def read_rows(uri: str, fields: dict[str, bool]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Rows of a JSON lines file whose ``fields`` (name -> required) are strings, each with its place for messages.
+    """Rows of a JSON lines file whose ``fields`` (name -> required) are strings, each with its
+    place for messages.
 
     Raises:
         DataError: a file or row is faulty.
@@ -141,7 +155,9 @@ def read_rows(uri: str, fields: dict[str, bool]) -> Iterator[tuple[str, dict[str
 
 
 class _SeenIds:
-    """Ids by a hash of 16 bytes, with file and line in one number: some 150 bytes an id, however long it is."""
+    """Ids by a hash of 16 bytes, with file and line in one number: some 150 bytes an id, however
+    long it is.
+    """
 
     def __init__(self, files: list[str]) -> None:
         self._files = files
@@ -159,7 +175,12 @@ class _SeenIds:
 
 
 def _documents(
-    uri: str, files: list[InputFile], max_bytes: int, log: ReadLog | None, strict: bool, metadata: Sequence[str]
+    uri: str,
+    files: list[InputFile],
+    max_bytes: int,
+    log: ReadLog | None,
+    strict: bool,
+    metadata: Sequence[str],
 ) -> Iterator[Document]:
     seen = _SeenIds([file.uri for file in files])
     quarantine = log.quarantine if log is not None else None
@@ -200,7 +221,11 @@ def _documents(
         quarantine.check(at_end=True, strict=strict)
     if empty:
         lines = log.lines if log is not None else []
-        why = f": of its {len(files)} files none could be read (first: {lines[0].rstrip('.')})" if lines else ""
+        why = (
+            f": of its {len(files)} files none could be read (first: {lines[0].rstrip('.')})"
+            if lines
+            else ""
+        )
         raise DataError(f"the corpus {uri} is empty{why}", expected="at least one document")
 
 
@@ -209,7 +234,9 @@ def _brief(error: DataError, file: InputFile) -> str:
     return str(error).replace(file.uri, file.name)
 
 
-def _of_file(file: InputFile, max_bytes: int, log: ReadLog | None, metadata: Sequence[str]) -> Iterator[Row]:
+def _of_file(
+    file: InputFile, max_bytes: int, log: ReadLog | None, metadata: Sequence[str]
+) -> Iterator[Row]:
     if file.format in ROW_FORMATS:
         yield from read_rows_of(file, max_bytes, metadata)
     else:
@@ -224,9 +251,15 @@ def _json_rows(file: InputFile) -> Iterator[tuple[InputFile, int, dict[str, Any]
 def _example(row: dict[str, Any], place: str) -> Example:
     answers = string_list(row, "answers", place)
     if not answers:
-        raise DataError(f"{place}: 'answers' is empty", expected="at least one answer", action="remove the row")
+        raise DataError(
+            f"{place}: 'answers' is empty", expected="at least one answer", action="remove the row"
+        )
     if not all(answer.strip() for answer in answers):
-        raise DataError(f"{place}: 'answers' holds a blank string", expected="answers with text", action="remove it")
+        raise DataError(
+            f"{place}: 'answers' holds a blank string",
+            expected="answers with text",
+            action="remove it",
+        )
     return Example(
         id=string(row, "id", place, filled=True),
         question=string(row, "question", place, filled=True),
@@ -237,7 +270,9 @@ def _example(row: dict[str, Any], place: str) -> Example:
 
 
 def _is_unanswered(answers: Any) -> bool:
-    return isinstance(answers, list) and all(isinstance(answer, str) and not answer.strip() for answer in answers)
+    return isinstance(answers, list) and all(
+        isinstance(answer, str) and not answer.strip() for answer in answers
+    )
 
 
 def _check_limit(limit: int | None) -> None:

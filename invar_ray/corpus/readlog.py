@@ -14,7 +14,8 @@ _FEW_ROWS = 1000
 
 
 class Quarantine:
-    """Where malformed rows of JSON lines, TSV and Parquet files go: a JSON line each, with file, line and reason.
+    """Where malformed rows of JSON lines, TSV and Parquet files go: a JSON line each, with file,
+    line and reason.
 
     Args:
         path: written when the first row comes.
@@ -55,7 +56,8 @@ class Quarantine:
         if judged and self.bad > self._max_share * self.rows:
             self.is_full = True
             raise DataError(
-                f"{self.bad:,} of {self.rows:,} rows are malformed (first: {str(self._first).rstrip('.')})",
+                f"{self.bad:,} of {self.rows:,} rows are malformed (first: "
+                f"{str(self._first).rstrip('.')})",
                 expected=f"a share of at most {self._max_share:g} (corpus.max_malformed_share)",
                 action="mend them, or raise corpus.max_malformed_share to go on without them",
             ) from self._first
@@ -64,8 +66,8 @@ class Quarantine:
 class ReadLog:
     """Collects the lines of what a folder's reading leaves out.
 
-    A reader that is given a log leaves out what it cannot read of a *folder* and says so here; without one, or for a
-    file that was named itself, the first fault is raised.
+    A reader that is given a log leaves out what it cannot read of a *folder* and says so here;
+    without one, or for a file that was named itself, the first fault is raised.
 
     Args:
         echo: print the first lines, and progress, to standard error.
@@ -99,11 +101,15 @@ class ReadLog:
 
 
 def echo_lines(lines: list[str], first: int = 0) -> None:
-    """Print ``lines`` from number ``first`` on, of all of them the first 20, and where to find the others."""
+    """Print ``lines`` from number ``first`` on, of all of them the first 20, and where to find the
+    others.
+    """
     for number in range(first, len(lines)):
         if number < _SHOWN:
             print(f"  left out: {lines[number]}", file=sys.stderr, flush=True)
         elif number == _SHOWN:
             print(
-                "  left out: more; all of them are in skipped.txt of the passages artifact", file=sys.stderr, flush=True
+                "  left out: more; all of them are in skipped.txt of the passages artifact",
+                file=sys.stderr,
+                flush=True,
             )

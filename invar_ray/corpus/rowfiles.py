@@ -1,4 +1,6 @@
-"""Files that hold a document a row: JSON lines, Parquet, tab-separated tables as DPR's ``psgs_w100.tsv``."""
+"""Files that hold a document a row: JSON lines, Parquet, tab-separated tables as DPR's
+``psgs_w100.tsv``.
+"""
 
 from __future__ import annotations
 
@@ -62,14 +64,16 @@ def _jsonl(file: InputFile, max_bytes: int, kept: Sequence[str]) -> Iterator[Row
         try:
             if len(line) > max_bytes:
                 raise too_large(place, len(line), max_bytes)
-            yield Row(number, place, _document(json_row(line, place), place, file, "L", number, kept))
+            yield Row(
+                number, place, _document(json_row(line, place), place, file, "L", number, kept)
+            )
         except DataError as error:
             yield Row(number, place, error, _excerpt(line))
 
 
 def _tsv(file: InputFile, max_bytes: int, kept: Sequence[str]) -> Iterator[Row]:
-    """``id<TAB>text<TAB>title``, in this order or as a first line names them; cells may be in quotes, as CSV writers
-    put them.
+    """``id<TAB>text<TAB>title``, in this order or as a first line names them; cells may be in
+    quotes, as CSV writers put them.
     """
     names: tuple[str, ...] | None = None
     for number, line in read_lines(file, max_bytes):
@@ -87,7 +91,8 @@ def _tsv(file: InputFile, max_bytes: int, kept: Sequence[str]) -> Iterator[Row]:
                     continue
             if len(cells) != len(names):
                 raise DataError(
-                    f"{place}: {len(cells)} columns", expected=f"{len(names)}: {', '.join(names)}, parted by tabs"
+                    f"{place}: {len(cells)} columns",
+                    expected=f"{len(names)}: {', '.join(names)}, parted by tabs",
                 )
             row = dict(zip(names, cells, strict=True))
             yield Row(number, place, _document(row, place, file, "L", number, kept))
@@ -106,7 +111,10 @@ def _cells(line: bytes, place: str) -> list[str]:
         cells = line.decode("utf-8").rstrip("\r\n").split("\t")
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8 text", action="convert the file to UTF-8") from error
-    return [cell[1:-1].replace('""', '"') if len(cell) >= 2 and cell[0] == cell[-1] == '"' else cell for cell in cells]
+    return [
+        cell[1:-1].replace('""', '"') if len(cell) >= 2 and cell[0] == cell[-1] == '"' else cell
+        for cell in cells
+    ]
 
 
 def _parquet(file: InputFile, max_bytes: int, kept: Sequence[str]) -> Iterator[Row]:
@@ -115,7 +123,9 @@ def _parquet(file: InputFile, max_bytes: int, kept: Sequence[str]) -> Iterator[R
             table = pq.ParquetFile(stream)
             names = table.schema_arrow.names
             number = 0
-            wanted = [name for name in ("id", "_id", "title", "text", "uri", *kept) if name in names]
+            wanted = [
+                name for name in ("id", "_id", "title", "text", "uri", *kept) if name in names
+            ]
             for batch in table.iter_batches(256, columns=wanted):
                 for row in batch.to_pylist():
                     number += 1
@@ -129,7 +139,9 @@ def _parquet(file: InputFile, max_bytes: int, kept: Sequence[str]) -> Iterator[R
                         yield Row(number, place, error, str(row)[:_EXCERPT])
     except (pa.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [""])[0].rstrip(".")
-        raise DataError(f"{file.uri} cannot be read as Parquet ({reason})", action="write it again") from error
+        raise DataError(
+            f"{file.uri} cannot be read as Parquet ({reason})", action="write it again"
+        ) from error
 
 
 def _excerpt(line: bytes) -> str:
@@ -142,10 +154,14 @@ def _document(
     own = f"#{mark}{number}"
     id_name = "id" if "id" in row or "_id" not in row else "_id"  # BEIR's name for it
     return Document(
-        id=clean_text(string(row, id_name, place, filled=True)) if id_name in row else f"{file.name}{own}",
+        id=clean_text(string(row, id_name, place, filled=True))
+        if id_name in row
+        else f"{file.name}{own}",
         title=clean_text(string(row, "title", place)) if "title" in row else "",
         text=clean_text(string(row, "text", place)),
-        uri=clean_text(string(row, "uri", place)) if row.get("uri") is not None else f"{file.uri}{own}",
+        uri=clean_text(string(row, "uri", place))
+        if row.get("uri") is not None
+        else f"{file.uri}{own}",
         file=file.name,
         places=(Place(0, f"row {number}"),),
         metadata=metadata(row, names, place),

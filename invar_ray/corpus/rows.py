@@ -1,4 +1,6 @@
-"""Rows of input files: JSON lines into objects, fields into strings; every fault names its file and line."""
+"""Rows of input files: JSON lines into objects, fields into strings; every fault names its file and
+line.
+"""
 
 from __future__ import annotations
 
@@ -18,10 +20,13 @@ def json_row(line: bytes, place: str) -> dict[str, Any]:
         raise DataError(f"{place}: not UTF-8 text", action="convert the file to UTF-8") from error
     except json.JSONDecodeError as error:
         raise DataError(
-            f"{place}: malformed JSON ({error.msg} at character {error.pos + 1})", expected="one JSON object a line"
+            f"{place}: malformed JSON ({error.msg} at character {error.pos + 1})",
+            expected="one JSON object a line",
         ) from error
     except RecursionError as error:
-        raise DataError(f"{place}: JSON nested too deep", expected="one JSON object a line") from error
+        raise DataError(
+            f"{place}: JSON nested too deep", expected="one JSON object a line"
+        ) from error
     if not isinstance(row, dict):
         raise DataError(f"{place}: holds {kind_of(row)}", expected="one JSON object a line")
     return row
@@ -30,7 +35,10 @@ def json_row(line: bytes, place: str) -> dict[str, Any]:
 def string(row: dict[str, Any], name: str, place: str, *, filled: bool = False) -> str:
     """The field ``name`` of a row, a string (with text, if ``filled``); raises :class:`DataError`."""
     if name not in row:
-        raise DataError(f"{place}: the field {name!r} is missing", expected=f"a row with {name!r}, got {sorted(row)}")
+        raise DataError(
+            f"{place}: the field {name!r} is missing",
+            expected=f"a row with {name!r}, got {sorted(row)}",
+        )
     value = row[name]
     if not isinstance(value, str):
         raise DataError(f"{place}: {name!r} is {kind_of(value)}", expected="a string")
@@ -42,19 +50,24 @@ def string(row: dict[str, Any], name: str, place: str, *, filled: bool = False) 
 def string_list(row: dict[str, Any], name: str, place: str) -> tuple[str, ...]:
     """The field ``name`` of a row, a list of strings, each once; raises :class:`DataError`."""
     if name not in row:
-        raise DataError(f"{place}: the field {name!r} is missing", expected=f"a row with {name!r}, got {sorted(row)}")
+        raise DataError(
+            f"{place}: the field {name!r} is missing",
+            expected=f"a row with {name!r}, got {sorted(row)}",
+        )
     value = row[name]
     if not isinstance(value, list):
         raise DataError(f"{place}: {name!r} is {kind_of(value)}", expected="a list of strings")
     for item in value:
         if not isinstance(item, str):
-            raise DataError(f"{place}: {name!r} holds {kind_of(item)}", expected="a list of strings")
+            raise DataError(
+                f"{place}: {name!r} holds {kind_of(item)}", expected="a list of strings"
+            )
     return tuple(dict.fromkeys(value))
 
 
 def metadata(row: dict[str, Any], names: Iterable[str], place: str) -> tuple[tuple[str, str], ...]:
-    """(name, value as text) of those fields that a row has; raises :class:`DataError` for a value that is no text,
-    whole number or truth value.
+    """(name, value as text) of those fields that a row has; raises :class:`DataError` for a value
+    that is no text, whole number or truth value.
     """
     found = []
     for name in names:
@@ -79,5 +92,12 @@ def kind_of(value: Any) -> str:
     """What a JSON value is, in words."""
     if value is None:
         return "null"
-    names = {bool: "a boolean", int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    names = {
+        bool: "a boolean",
+        int: "a number",
+        float: "a number",
+        str: "a string",
+        list: "a list",
+        dict: "an object",
+    }
     return names.get(type(value), f"a {type(value).__name__}")

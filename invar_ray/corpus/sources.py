@@ -15,10 +15,13 @@ from invar_ray.store.artifacts import digest, resolve_uri
 BUILTIN_FACTS = "builtin:facts"
 
 
-def source_digest(uri: str, *, max_bytes: int | None = None, exclude: str = "", is_corpus: bool = False) -> str:
+def source_digest(
+    uri: str, *, max_bytes: int | None = None, exclude: str = "", is_corpus: bool = False
+) -> str:
     """16 hex digits that change with the content of a file or folder (or of the built-in corpus).
 
-    Of a folder, the files that a reader would take count (see :func:`invar_ray.corpus.storage.find_files`), by name.
+    Of a folder, the files that a reader would take count (see
+    :func:`invar_ray.corpus.storage.find_files`), by name.
 
     Args:
         uri: of the corpus or of questions.
@@ -41,7 +44,8 @@ def source_digest(uri: str, *, max_bytes: int | None = None, exclude: str = "", 
     info = filesystem.get_file_info(path)
     if info.type == fs.FileType.NotFound:
         raise DataError(
-            f"no file or folder {uri}", action="check the path; relative paths start where you run the command"
+            f"no file or folder {uri}",
+            action="check the path; relative paths start where you run the command",
         )
     if info.type == fs.FileType.File:
         return _file_digest(filesystem, path)

@@ -1,4 +1,6 @@
-"""Finding and opening input files: local paths, ``file://``, ``s3://`` and ``gs://`` through one code, pyarrow.fs."""
+"""Finding and opening input files: local paths, ``file://``, ``s3://`` and ``gs://`` through one
+code, pyarrow.fs.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,8 @@ class InputFile:
     """A file to read.
 
     Attributes:
-        uri: how messages and records name it: the caller's own URI or path, with the place inside a folder added.
+        uri: how messages and records name it: the caller's own URI or path, with the place inside a
+            folder added.
         name: path relative to the folder that was given, or the file's own name.
         path: its path for ``filesystem``.
         format: how it is read: a value of :data:`ENDINGS`.
@@ -64,28 +67,39 @@ class InputFile:
         return io.BufferedReader(self.filesystem.open_input_stream(self.path, compression="detect"))
 
 
-def find_files(uri: str, format: str = "auto", *, log: ReadLog | None = None, exclude: str = "") -> list[InputFile]:
-    """Files to read at ``uri``: the file itself, or those in the folder (and below) whose ending says how, by name.
+def find_files(
+    uri: str, format: str = "auto", *, log: ReadLog | None = None, exclude: str = ""
+) -> list[InputFile]:
+    """Files to read at ``uri``: the file itself, or those in the folder (and below) whose ending
+    says how, by name.
 
-    Hidden files and folders (``.x``, ``_x``) are left out.  Links are followed, each folder is read once.
+    Hidden files and folders (``.x``, ``_x``) are left out.  Links are followed, each folder is read
+    once.
 
     Args:
         uri: local path, ``file://``, ``s3://`` or ``gs://``.
-        format: ``auto`` goes by the ending; any other reads a named file so whatever it is called, and takes only such
-            files from a folder.
+        format: ``auto`` goes by the ending; any other reads a named file so whatever it is called,
+            and takes only such files from a folder.
         log: hears what else lies in a folder and is left out.
-        exclude: local folder that is left out if it lies below ``uri``, such as the store of the run's own results.
+        exclude: local folder that is left out if it lies below ``uri``, such as the store of the
+            run's own results.
 
     Raises:
-        DataError: there is nothing at ``uri``, nothing that can be read, or its store cannot be reached.
+        DataError: there is nothing at ``uri``, nothing that can be read, or its store cannot be
+            reached.
     """
     if format not in {"auto", *ENDINGS.values()}:
-        raise ValueError(f"format {format!r}: expected auto or one of {sorted(set(ENDINGS.values()))}")
+        raise ValueError(
+            f"format {format!r}: expected auto or one of {sorted(set(ENDINGS.values()))}"
+        )
     filesystem, path = _open_filesystem(uri)
     try:
         info = filesystem.get_file_info(path)
         if info.type == pafs.FileType.NotFound:
-            raise DataError(f"there is no file or folder at {uri}", action="check the path, or make the file first")
+            raise DataError(
+                f"there is no file or folder at {uri}",
+                action="check the path, or make the file first",
+            )
         if info.type == pafs.FileType.File:
             kind = _format_of(path) if format == "auto" else format
             if kind is None:
@@ -99,15 +113,21 @@ def find_files(uri: str, format: str = "auto", *, log: ReadLog | None = None, ex
             entries = list(_walk(path, log, os.path.realpath(exclude) if exclude else ""))
         else:
             found = filesystem.get_file_info(pafs.FileSelector(path, recursive=True))
-            entries = [(entry.path, entry.size) for entry in found if entry.type == pafs.FileType.File]
+            entries = [
+                (entry.path, entry.size) for entry in found if entry.type == pafs.FileType.File
+            ]
     except OSError as error:
-        raise DataError(f"{uri} cannot be read ({_first_line(error)})", action="check address and rights") from error
+        raise DataError(
+            f"{uri} cannot be read ({_first_line(error)})", action="check address and rights"
+        ) from error
     return _in_folder(uri, format, path, filesystem, entries, log)
 
 
-def corpus_files(uri: str, format: str = "auto", *, log: ReadLog | None = None, exclude: str = "") -> list[InputFile]:
-    """As :func:`find_files`; of a BEIR folder its ``corpus.jsonl`` alone, as its queries and judgements are no
-    documents.
+def corpus_files(
+    uri: str, format: str = "auto", *, log: ReadLog | None = None, exclude: str = ""
+) -> list[InputFile]:
+    """As :func:`find_files`; of a BEIR folder its ``corpus.jsonl`` alone, as its queries and
+    judgements are no documents.
     """
     files = find_files(uri, format, log=log, exclude=exclude)
     if format != "auto":
@@ -118,8 +138,8 @@ def corpus_files(uri: str, format: str = "auto", *, log: ReadLog | None = None, 
 
 
 def _walk(folder: str, log: ReadLog | None, exclude: str) -> Iterator[tuple[str, int]]:
-    """Path and size of each file below a local folder.  Links to folders are followed last, so that a folder that can
-    be reached both ways keeps its own name.
+    """Path and size of each file below a local folder.  Links to folders are followed last, so that
+    a folder that can be reached both ways keeps its own name.
     """
     seen: set[tuple[int, int]] = set()
     linked: list[str] = []
@@ -130,7 +150,8 @@ def _walk(folder: str, log: ReadLog | None, exclude: str) -> Iterator[tuple[str,
         if (status.st_dev, status.st_ino) in seen:
             _left_out(
                 log,
-                f"{posixpath.relpath(place, folder)} leads to a folder that is read already (a link). To do: nothing.",
+                f"{posixpath.relpath(place, folder)} leads to a folder that is read already (a "
+                "link). To do: nothing.",
             )
             continue
         seen.add((status.st_dev, status.st_ino))
@@ -143,7 +164,8 @@ def _walk(folder: str, log: ReadLog | None, exclude: str) -> Iterator[tuple[str,
                 raise
             _left_out(
                 log,
-                f"{posixpath.relpath(place, folder)}/ cannot be listed ({error.strerror}). To do: check its rights.",
+                f"{posixpath.relpath(place, folder)}/ cannot be listed ({error.strerror}). To do: "
+                "check its rights.",
             )
             continue
         for entry in entries:
@@ -154,14 +176,19 @@ def _walk(folder: str, log: ReadLog | None, exclude: str) -> Iterator[tuple[str,
             try:
                 mode = entry.stat().st_mode
             except OSError as error:
-                _left_out(log, f"{name} is a link that leads nowhere ({error.strerror}). To do: mend it.")
+                _left_out(
+                    log, f"{name} is a link that leads nowhere ({error.strerror}). To do: mend it."
+                )
                 continue
             if stat.S_ISDIR(mode):
                 (linked if entry.is_symlink() else waiting).append(path)
             elif stat.S_ISREG(mode):
                 yield path, entry.stat().st_size
             else:
-                _left_out(log, f"{name} is no regular file (a pipe, a socket or a device). To do: remove it.")
+                _left_out(
+                    log,
+                    f"{name} is no regular file (a pipe, a socket or a device). To do: remove it.",
+                )
 
 
 def _in_folder(
@@ -187,7 +214,10 @@ def _in_folder(
     for ending, names in sorted(foreign.items()):
         which = f"{min(names)}" if len(names) == 1 else f"{len(names)} files (first: {min(names)})"
         what = f"ending {ending}" if ending else "a name without ending"
-        _left_out(log, f"{which}: nothing here reads {what}. To do: convert to one of {', '.join(wanted)}.")
+        _left_out(
+            log,
+            f"{which}: nothing here reads {what}. To do: convert to one of {', '.join(wanted)}.",
+        )
     if not found:
         raise DataError(
             f"the folder {uri} holds no file to read ({len(entries)} entries seen)",
@@ -212,7 +242,9 @@ def _open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
             expected="a local path, file://, s3:// or gs:// (a space is written %20 in a URI)",
         ) from error
     except OSError as error:
-        raise DataError(f"{uri} cannot be reached ({_first_line(error)})", action="check address and rights") from error
+        raise DataError(
+            f"{uri} cannot be reached ({_first_line(error)})", action="check address and rights"
+        ) from error
     return filesystem, path
 
 
@@ -245,7 +277,8 @@ def read_lines(file: InputFile, max_bytes: int | None = None) -> Iterator[tuple[
                     yield number, line
     except OSError as error:
         raise DataError(
-            f"{file.uri} cannot be read beyond line {number} ({_first_line(error)})", action="copy or download it again"
+            f"{file.uri} cannot be read beyond line {number} ({_first_line(error)})",
+            action="copy or download it again",
         ) from error
 
 
@@ -270,7 +303,9 @@ def read_bytes(file: InputFile) -> bytes:
         with file.stream() as stream:
             return stream.read()
     except OSError as error:
-        raise DataError(f"{file.uri} cannot be read ({_reason(error)})", action="check address and rights") from error
+        raise DataError(
+            f"{file.uri} cannot be read ({_reason(error)})", action="check address and rights"
+        ) from error
 
 
 def _reason(error: OSError) -> str:

@@ -1,1 +1,3 @@
-"""What is measured: retrieval and answer metrics, variance over environments, intervals, and the report."""
+"""What is measured: retrieval and answer metrics, variance over environments, intervals, and the
+report.
+"""

@@ -1,4 +1,6 @@
-"""Whether confidence means anything: of answers given with probability p, a share p ought to be right."""
+"""Whether confidence means anything: of answers given with probability p, a share p ought to be
+right.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ class Bin:
     accuracy: float
 
 
-def calibration_bins(confidences: Sequence[float], right: Sequence[float], num_bins: int = 10) -> list[Bin]:
+def calibration_bins(
+    confidences: Sequence[float], right: Sequence[float], num_bins: int = 10
+) -> list[Bin]:
     """Bins of equal width over [0, 1]; a confidence of 1 is in the last.
 
     Raises:
@@ -50,7 +54,8 @@ def calibration_bins(confidences: Sequence[float], right: Sequence[float], num_b
 
 
 def expected_calibration_error(bins: Sequence[Bin]) -> float | None:
-    """Mean over answers of |accuracy - confidence| of their bin, in [0, 1]; ``None`` without answers.
+    """Mean over answers of |accuracy - confidence| of their bin, in [0, 1]; ``None`` without
+    answers.
 
     Source: Guo et al., "On Calibration of Modern Neural Networks", arXiv 1706.04599, equation 3.
     """

@@ -1,10 +1,11 @@
 """Drawing with matplotlib: figures, bars, and the charts of a report's page as SVG text.
 
-matplotlib is imported when something is drawn, with a canvas of its own: no display, no global backend.
+matplotlib is imported when something is drawn, with a canvas of its own: no display, no global
+backend.
 
-Charts of the page (``*_chart``) take their colours, for light and dark, and their font from its style
-sheet: each colour below stands there as a variable.  They refer to nothing, not even to a part of
-themselves.  Their sizes are in pixels.
+Charts of the page (``*_chart``) take their colours, for light and dark, and their font from its
+style sheet: each colour below stands there as a variable.  They refer to nothing, not even to a
+part of themselves.  Their sizes are in pixels.
 """
 
 from __future__ import annotations
@@ -114,7 +115,9 @@ def line_chart(
             first = min(xs, default=0.0)
             last = max([*xs, first + 1])
             ticks = MaxNLocator(10, integer=True).tick_values(first, last)
-            axes.set_xticks([first, *(x for x in ticks if 0.04 < (x - first) / (last - first) <= 1)])
+            axes.set_xticks(
+                [first, *(x for x in ticks if 0.04 < (x - first) / (last - first) <= 1)]
+            )
             axes.set_xlim(first, last)
         for name, points in series.items():
             colour = COLOURS[colours[name]]
@@ -122,7 +125,9 @@ def line_chart(
             for x, y in points if dots else ():
                 # A line of no length with round ends; a marker would be a reference.
                 title = _titled(f"{name}: {x:.3g}, {y:.3f}")
-                axes.plot([x, x], [y, y], color=colour, linewidth=8, solid_capstyle="round", gid=title)
+                axes.plot(
+                    [x, x], [y, y], color=colour, linewidth=8, solid_capstyle="round", gid=title
+                )
         return _svg(figure, f"{y_label} over {x_label}")
 
 
@@ -138,7 +143,11 @@ def bar_chart(bars: Sequence[Bar], *, label: str) -> str:
 
 
 def column_chart(
-    groups: Sequence[str], series: Mapping[str, Sequence[float]], colours: Mapping[str, int], *, label: str
+    groups: Sequence[str],
+    series: Mapping[str, Sequence[float]],
+    colours: Mapping[str, int],
+    *,
+    label: str,
 ) -> str:
     """Groups of upright bars, one a series, with their values where the pointer rests.
 
@@ -154,10 +163,17 @@ def column_chart(
         axes.grid(axis="y", color=RULE, linewidth=1)
         for number, (name, values) in enumerate(series.items()):
             for place, value in enumerate(values):
-                left, title = place - 0.4 + number * width, _titled(f"{name}, {groups[place]}: {value:.3f}")
-                axes.bar(left, value, 0.92 * width, align="edge", color=COLOURS[colours[name]], gid=title)
+                left, title = (
+                    place - 0.4 + number * width,
+                    _titled(f"{name}, {groups[place]}: {value:.3f}"),
+                )
+                axes.bar(
+                    left, value, 0.92 * width, align="edge", color=COLOURS[colours[name]], gid=title
+                )
         axes.set_xlim(-0.5, len(groups) - 0.5)
-        axes.set_ylim(0, max((value for values in series.values() for value in values), default=0) or 1)
+        axes.set_ylim(
+            0, max((value for values in series.values() for value in values), default=0) or 1
+        )
         axes.set_xticks(range(len(groups)), [_two_lines(name) for name in groups])
         return _svg(figure, label)
 
@@ -189,7 +205,9 @@ def _titled(text: str) -> str:
 def _svg(figure: Figure, label: str) -> str:
     """An ``<svg>`` element for the page; ``label`` is for those who do not see it."""
     stream = io.StringIO()
-    figure.savefig(stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
+    figure.savefig(
+        stream, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    )
     text = stream.getvalue().partition("<svg")[2].partition(">")[2]
     # Definitions: paths to clip at, and a style that would hold for the whole page.
     text = re.sub(r"<defs>.*?</defs>", "", text, flags=re.DOTALL)

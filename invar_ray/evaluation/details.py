@@ -1,4 +1,6 @@
-"""What the report draws beside its tables: recall curves, shifts of the gold rank, questions that change most."""
+"""What the report draws beside its tables: recall curves, shifts of the gold rank, questions that
+change most.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,16 @@ from typing import Any
 from invar_ray.evaluation.metrics import gold_rank, recall_at_k
 from invar_ray.evaluation.variance import overlap_at_k
 
-SHIFTS = ("lost", "11 or more down", "4 to 10 down", "1 to 3 down", "same", "1 to 3 up", "4 or more up", "found")
+SHIFTS = (
+    "lost",
+    "11 or more down",
+    "4 to 10 down",
+    "1 to 3 down",
+    "same",
+    "1 to 3 up",
+    "4 or more up",
+    "found",
+)
 """Bars of the rank-shift histogram: what a rewording does to the rank of the gold document."""
 
 
@@ -35,7 +46,11 @@ class RankedFamily:
 def recall_curve(families: Sequence[RankedFamily], depth: int) -> list[float]:
     """Recall@1 .. Recall@depth of the anchors; empty if no question has a gold document."""
     ranks = [gold_rank(family.ranked[0], family.gold) for family in families if family.gold]
-    return [fmean(rank is not None and rank <= k for rank in ranks) for k in range(1, depth + 1)] if ranks else []
+    return (
+        [fmean(rank is not None and rank <= k for rank in ranks) for k in range(1, depth + 1)]
+        if ranks
+        else []
+    )
 
 
 def rank_shifts(families: Sequence[RankedFamily]) -> dict[str, float]:
@@ -57,16 +72,21 @@ def rank_shifts(families: Sequence[RankedFamily]) -> dict[str, float]:
 
 
 def worst_questions(families: Sequence[RankedFamily], k: int, count: int) -> list[dict[str, Any]]:
-    """The questions whose results change most with the wording: first those that some wordings answer and others do
-    not, then by the overlap of the lists.
+    """The questions whose results change most with the wording: first those that some wordings
+    answer and others do not, then by the overlap of the lists.
 
     Returns:
-        JSON-able rows: the question's id, answers and gold, and for each wording its text, the gold document's rank
-        (``None`` where it was not found), the overlap@k with the anchor's list and the title on top.
+        JSON-able rows: the question's id, answers and gold, and for each wording its text, the gold
+        document's rank (``None`` where it was not found), the overlap@k with the anchor's list and
+        the title on top.
     """
 
     def badness(family: RankedFamily) -> tuple[float, float]:
-        recalls = [recall_at_k(ranked, family.gold, k) for ranked in family.ranked] if family.gold else [0.0]
+        recalls = (
+            [recall_at_k(ranked, family.gold, k) for ranked in family.ranked]
+            if family.gold
+            else [0.0]
+        )
         overlap = fmean(overlap_at_k(family.ranked[0], other, k) for other in family.ranked[1:])
         return (min(recalls) - max(recalls), overlap)
 
@@ -82,7 +102,9 @@ def worst_questions(families: Sequence[RankedFamily], k: int, count: int) -> lis
                     "overlap": overlap_at_k(family.ranked[0], ranked, k),
                     "top": title,
                 }
-                for text, ranked, title in zip(family.wordings, family.ranked, family.titles, strict=True)
+                for text, ranked, title in zip(
+                    family.wordings, family.ranked, family.titles, strict=True
+                )
             ],
         }
         for family in sorted(varied, key=badness)[:count]

@@ -1,8 +1,9 @@
 """The gate before an index or an adapter is promoted: passes, or says in words why not.
 
-Limits are of two kinds: on the candidate alone (``max_variance``, ``min_recall``, ``min_exact_match``), and on what it
-loses against the baseline on the same questions.  Where no loss is allowed by number, a candidate must not be
-*significantly* worse: the paired 95 % interval of the difference must not lie wholly on the bad side of 0.
+Limits are of two kinds: on the candidate alone (``max_variance``, ``min_recall``,
+``min_exact_match``), and on what it loses against the baseline on the same questions.  Where no
+loss is allowed by number, a candidate must not be *significantly* worse: the paired 95 % interval
+of the difference must not lie wholly on the bad side of 0.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ class Limits:
     Attributes:
         k: of recall@k and of overlap@k; *variance* is 1 - overlap@k.
         max_variance, min_recall, min_exact_match: of the candidate alone; ``None`` sets no limit.
-        max_variance_rise, max_recall_drop, max_exact_match_drop: most that may be lost against the baseline, by the
-            means; ``None`` asks for no significant loss.
+        max_variance_rise, max_recall_drop, max_exact_match_drop: most that may be lost against the
+            baseline, by the means; ``None`` asks for no significant loss.
     """
 
     k: int = 5
@@ -63,8 +64,8 @@ def run_gate(
     """Hold a candidate's report against limits and a baseline's.
 
     Args:
-        baseline, candidate: reports with their questions, as :func:`invar_ray.evaluation.per_question.open_report` reads
-            them.
+        baseline, candidate: reports with their questions, as
+            :func:`invar_ray.evaluation.per_question.open_report` reads them.
         limits: see :class:`Limits`.
         system: the candidate's row, e.g. ``both stages``.
         baseline_system: the baseline's row; ``None`` for the same name.
@@ -72,7 +73,8 @@ def run_gate(
         samples, seed: of the bootstrap.
 
     Raises:
-        DataError: a report lacks the row or a metric that a limit is about, or the two share no question.
+        DataError: a report lacks the row or a metric that a limit is about, or the two share no
+            question.
     """
     row = _row(candidate[0], system, dataset, "candidate")
     other = _row(baseline[0], baseline_system or system, dataset, "baseline")
@@ -82,9 +84,13 @@ def run_gate(
         variance = 1.0 - _metric(row, overlap)
         checks.append(_limit(f"1 - overlap@{limits.k}", variance, "at most", limits.max_variance))
     if limits.min_recall is not None:
-        checks.append(_limit(print_name(recall), _metric(row, recall), "at least", limits.min_recall))
+        checks.append(
+            _limit(print_name(recall), _metric(row, recall), "at least", limits.min_recall)
+        )
     if limits.min_exact_match is not None:
-        checks.append(_limit("exact match", _metric(row, "exact_match"), "at least", limits.min_exact_match))
+        checks.append(
+            _limit("exact match", _metric(row, "exact_match"), "at least", limits.min_exact_match)
+        )
     metrics = [recall, overlap, "exact_match"]
     tables = _table(baseline[1], other), _table(candidate[1], row)
     paired = {c.metric: c for c in compare_tables(*tables, metrics, samples=samples, seed=seed)}
@@ -95,7 +101,8 @@ def run_gate(
     }
     if not paired:
         raise DataError(
-            f"baseline ({other.system!r}) and candidate ({row.system!r}) have no question in common",
+            f"baseline ({other.system!r}) and candidate ({row.system!r}) have no question in "
+            "common",
             expected="two reports on the same dev questions",
             action="evaluate both with the same questions.dev_uri, dev_limit and seed",
         )
@@ -104,7 +111,8 @@ def run_gate(
             checks.append(_loss(paired[metric], allowed[metric], metric == overlap))
         elif allowed[metric] is not None:
             raise DataError(
-                f"one of the reports has no {print_name(metric)} for {row.system!r}", action="evaluate with it"
+                f"one of the reports has no {print_name(metric)} for {row.system!r}",
+                action="evaluate with it",
             )
     return checks
 
@@ -114,14 +122,19 @@ def _loss(entry: Comparison, allowed: float | None, is_overlap: bool) -> Check:
     name = print_name(entry.metric)
     if is_overlap:
         name, first, second = f"1 - {name}", 1.0 - entry.first_mean, 1.0 - entry.second_mean
-        change, low, high = 0.0 - entry.difference.mean, 0.0 - entry.difference.high, 0.0 - entry.difference.low
+        change, low, high = (
+            0.0 - entry.difference.mean,
+            0.0 - entry.difference.high,
+            0.0 - entry.difference.low,
+        )
     else:
         first, second = entry.first_mean, entry.second_mean
         change, low, high = entry.difference.mean, entry.difference.low, entry.difference.high
     worse = entry.difference.high < 0.0 if allowed is None else -entry.difference.mean > allowed
     rule = "no significant loss" if allowed is None else f"a loss of at most {allowed:g}"
     text = (
-        f"{name} {second:.3f} against the baseline's {first:.3f}: {change:+.3f}, interval [{low:+.3f}, {high:+.3f}], "
+        f"{name} {second:.3f} against the baseline's {first:.3f}: {change:+.3f}, interval "
+        f"[{low:+.3f}, {high:+.3f}], "
         f"{entry.questions} paired questions; allowed: {rule}"
     )
     return Check(not worse, text)
@@ -145,10 +158,13 @@ def _row(report: Report, system: str, dataset: str | None, whose: str) -> Row:
 
 
 def _table(tables: Sequence[QuestionTable], row: Row) -> QuestionTable:
-    found = [table for table in tables if (table.system, table.dataset) == (row.system, row.dataset)]
+    found = [
+        table for table in tables if (table.system, table.dataset) == (row.system, row.dataset)
+    ]
     if not found:
         raise DataError(
-            f"there are no values of single questions for {row.system!r} on {row.dataset!r}", action="evaluate again"
+            f"there are no values of single questions for {row.system!r} on {row.dataset!r}",
+            action="evaluate again",
         )
     return found[0]
 
@@ -156,6 +172,10 @@ def _table(tables: Sequence[QuestionTable], row: Row) -> QuestionTable:
 def _metric(row: Row, name: str) -> float:
     value = finite(row.metrics.get(name))
     if value is None:
-        have = ", ".join(sorted(name for name, value in row.metrics.items() if finite(value) is not None))
-        raise DataError(f"the candidate's row {row.system!r} has no {name}", expected=f"one of {have}")
+        have = ", ".join(
+            sorted(name for name, value in row.metrics.items() if finite(value) is not None)
+        )
+        raise DataError(
+            f"the candidate's row {row.system!r} has no {name}", expected=f"one of {have}"
+        )
     return value

@@ -1,6 +1,7 @@
 """Hits and answers into numbers, question by question.
 
-A *column* is a metric's values, one a question in the order of the families, ``None`` where a question has none.
+A *column* is a metric's values, one a question in the order of the families, ``None`` where a
+question has none.
 """
 
 from __future__ import annotations
@@ -10,9 +11,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 
-from invar_ray.evaluation.metrics import answer_recall_at_k, average_precision, first_ranks, ndcg_at_k, reciprocal_rank
+from invar_ray.evaluation.metrics import (
+    answer_recall_at_k,
+    average_precision,
+    first_ranks,
+    ndcg_at_k,
+    reciprocal_rank,
+)
 from invar_ray.evaluation.scoring import AnswerRule
-from invar_ray.evaluation.variance import Family, between_question_overlap, family_values, flip_rate, overlap_at_k
+from invar_ray.evaluation.variance import (
+    Family,
+    between_question_overlap,
+    family_values,
+    flip_rate,
+    overlap_at_k,
+)
 from invar_ray.schema import Hit
 
 KS = (1, 5, 20, 100)
@@ -63,7 +76,9 @@ def depth_of(families: Sequence[FoundFamily]) -> int:
     return max((len(hits) for family in families for hits in family.hits), default=0)
 
 
-def retrieval_columns(families: Sequence[FoundFamily], overlap_k: int, top_k: int, rule: AnswerRule) -> Columns:
+def retrieval_columns(
+    families: Sequence[FoundFamily], overlap_k: int, top_k: int, rule: AnswerRule
+) -> Columns:
     """Everything about retrieval; ranks are over *documents*.
 
     Args:
@@ -81,14 +96,20 @@ def retrieval_columns(families: Sequence[FoundFamily], overlap_k: int, top_k: in
         depth=top_k,
     )
     anchors = [(ranked[0], gold) for ranked, gold in zip(lists, golds, strict=True)]
-    columns["mrr_at_10"] = [reciprocal_rank(ranked, gold) if gold else None for ranked, gold in anchors]
-    columns["ndcg_at_10"] = [ndcg_at_k(ranked, gold, 10) if gold else None for ranked, gold in anchors]
+    columns["mrr_at_10"] = [
+        reciprocal_rank(ranked, gold) if gold else None for ranked, gold in anchors
+    ]
+    columns["ndcg_at_10"] = [
+        ndcg_at_k(ranked, gold, 10) if gold else None for ranked, gold in anchors
+    ]
     columns["map"] = [average_precision(ranked, gold) if gold else None for ranked, gold in anchors]
     texts = [[f"{hit.title} {hit.text}" for hit in family.hits[0]] for family in families]
     for k in (5, 20):
         if k <= top_k:
             columns[f"answer_recall_at_{k}"] = [
-                answer_recall_at_k(found, family.answers, k, rule.contains) if family.answers else None
+                answer_recall_at_k(found, family.answers, k, rule.contains)
+                if family.answers
+                else None
                 for found, family in zip(texts, families, strict=True)
             ]
     columns[f"change_by_rewrite_at_{overlap_k}"] = [
@@ -100,10 +121,14 @@ def retrieval_columns(families: Sequence[FoundFamily], overlap_k: int, top_k: in
 def between_questions(families: Sequence[FoundFamily], overlap_k: int) -> float | None:
     """Overlap@k between different questions: near 1 where the encoder has collapsed."""
     ranked = [ranked_documents(family)[0] for family in families]
-    return between_question_overlap(ranked, overlap_k, groups=[family.positive_ids for family in families])
+    return between_question_overlap(
+        ranked, overlap_k, groups=[family.positive_ids for family in families]
+    )
 
 
-def change_column(families: Sequence[FoundFamily], others: Sequence[FoundFamily], overlap_k: int) -> list[float | None]:
+def change_column(
+    families: Sequence[FoundFamily], others: Sequence[FoundFamily], overlap_k: int
+) -> list[float | None]:
     """1 - overlap@k, over documents, between what the anchors found in two settings.
 
     Raises:
@@ -117,12 +142,15 @@ def change_column(families: Sequence[FoundFamily], others: Sequence[FoundFamily]
     ]
 
 
-def answer_columns(families: Sequence[FoundFamily], answers: Sequence[Sequence[Answered]], rule: AnswerRule) -> Columns:
-    """Everything about answers: of the anchors', and the flip rate where rewordings were answered too.
+def answer_columns(
+    families: Sequence[FoundFamily], answers: Sequence[Sequence[Answered]], rule: AnswerRule
+) -> Columns:
+    """Everything about answers: of the anchors', and the flip rate where rewordings were answered
+    too.
 
-    ``citation_precision`` is the share of cited documents that are gold, of answers that cite; ``citation_recall`` the
-    share of the gold documents in the prompt that are cited, where there are any; ``removed_citations`` the number of
-    marks that pointed to no passage of the prompt.
+    ``citation_precision`` is the share of cited documents that are gold, of answers that cite;
+    ``citation_recall`` the share of the gold documents in the prompt that are cited, where there
+    are any; ``removed_citations`` the number of marks that pointed to no passage of the prompt.
     """
     columns: Columns = {}
     for family, texts in zip(families, answers, strict=True):
@@ -137,9 +165,13 @@ def answer_columns(families: Sequence[FoundFamily], answers: Sequence[Sequence[A
             "accuracy": score.accuracy,
             "abstained": float(anchor.refused),
             "flip_rate": flip_rate([right]),
-            "citation_precision": fmean(name in gold for name in anchor.cited) if anchor.cited and gold else None,
+            "citation_precision": fmean(name in gold for name in anchor.cited)
+            if anchor.cited and gold
+            else None,
             "removed_citations": float(anchor.removed),
-            "citation_recall": len(shown.intersection(anchor.cited)) / len(shown) if shown else None,
+            "citation_recall": len(shown.intersection(anchor.cited)) / len(shown)
+            if shown
+            else None,
         }
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
@@ -147,5 +179,7 @@ def answer_columns(families: Sequence[FoundFamily], answers: Sequence[Sequence[A
 
 
 def probability(answer: Answered) -> float | None:
-    """What a generator's confidence says as a probability: the geometric mean of its tokens' probabilities."""
+    """What a generator's confidence says as a probability: the geometric mean of its tokens'
+    probabilities.
+    """
     return None if answer.confidence is None else math.exp(min(0.0, answer.confidence))

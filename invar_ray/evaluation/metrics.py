@@ -1,8 +1,8 @@
 """Metrics of one question: retrieval over ranked ids, and answers over texts.
 
-All return a number in [0, 1]; a table shows their means over questions.  ``ranked`` is a list of ids, best first.
-Where hits are passages and gold is documents, map hits to documents and keep the best rank of each with
-:func:`first_ranks`.
+All return a number in [0, 1]; a table shows their means over questions.  ``ranked`` is a list of
+ids, best first. Where hits are passages and gold is documents, map hits to documents and keep the
+best rank of each with :func:`first_ranks`.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ def first_ranks(ids: Iterable[str]) -> list[str]:
 def recall_at_k(ranked: Sequence[str], gold: Collection[str], k: int) -> float:
     """1 if any gold id is in the top k, else 0.
 
-    This is the convention of open-domain question answering (DPR's "top-k accuracy", arXiv 2004.04906, section 5; also
-    "success" or "hits" @k), where one passage that answers is enough.  It is not the share of gold ids found, as in
-    BEIR; with one gold id the two are the same.
+    This is the convention of open-domain question answering (DPR's "top-k accuracy", arXiv
+    2004.04906, section 5; also "success" or "hits" @k), where one passage that answers is enough.
+    It is not the share of gold ids found, as in BEIR; with one gold id the two are the same.
 
     Raises:
         ValueError: k is below 1 or there is no gold id.
@@ -45,9 +45,11 @@ def reciprocal_rank(ranked: Sequence[str], gold: Collection[str], k: int = 10) -
 
 
 def ndcg_at_k(ranked: Sequence[str], gold: Collection[str], k: int) -> float:
-    """Normalised discounted cumulative gain with binary relevance: a gold id at rank r gains 1 / log2(r + 1).
+    """Normalised discounted cumulative gain with binary relevance: a gold id at rank r gains 1 /
+    log2(r + 1).
 
-    The ideal list holds min(k, number of gold ids) gold ids on top.  A gold id that is listed twice gains once.
+    The ideal list holds min(k, number of gold ids) gold ids on top.  A gold id that is listed twice
+    gains once.
 
     Raises:
         ValueError: k is below 1 or there is no gold id.
@@ -66,9 +68,9 @@ def ndcg_at_k(ranked: Sequence[str], gold: Collection[str], k: int) -> float:
 def average_precision(ranked: Sequence[str], gold: Collection[str]) -> float:
     """Average precision over the whole list; its mean over questions is MAP.
 
-    The sum over ranks that hold a gold id of the precision there, divided by the number of gold ids: those that the
-    list lacks count as 0, so that the value depends on how deep the list is.  A gold id that is listed twice counts
-    once.
+    The sum over ranks that hold a gold id of the precision there, divided by the number of gold
+    ids: those that the list lacks count as 0, so that the value depends on how deep the list is.  A
+    gold id that is listed twice counts once.
 
     Raises:
         ValueError: there is no gold id.
@@ -96,8 +98,8 @@ def answer_recall_at_k(
 ) -> float:
     """1 if any of the top k passages' texts holds a gold answer, else 0.
 
-    Needs no gold ids, so it can be had where a benchmark names answers only; it also counts passages that hold the
-    string by chance.
+    Needs no gold ids, so it can be had where a benchmark names answers only; it also counts
+    passages that hold the string by chance.
 
     Args:
         texts: passages, best first.
@@ -126,14 +128,17 @@ def exact_match(text: str, answers: Sequence[str]) -> float:
 def f1(text: str, answers: Sequence[str]) -> float:
     """SQuAD's token F1 with the gold answer that it agrees with best.
 
-    Tokens are the words after normalisation, counted with repeats.  Where one side has none, both must have none (SQuAD
-    2.0's rule).
+    Tokens are the words after normalisation, counted with repeats.  Where one side has none, both
+    must have none (SQuAD 2.0's rule).
 
     Raises:
         ValueError: there is no answer.
     """
     _check(answers)
-    return max(token_f1(normalise_answer(text).split(), normalise_answer(answer).split()) for answer in answers)
+    return max(
+        token_f1(normalise_answer(text).split(), normalise_answer(answer).split())
+        for answer in answers
+    )
 
 
 def token_f1(given: Sequence[str], wanted: Sequence[str]) -> float:
@@ -149,4 +154,6 @@ def _check(gold: Collection[str], k: int = 1) -> None:
     if k < 1:
         raise ValueError(f"k: got {k}, expected at least 1")
     if not gold:
-        raise ValueError("gold: got none, expected at least one; leave questions without gold out of this metric")
+        raise ValueError(
+            "gold: got none, expected at least one; leave questions without gold out of this metric"
+        )

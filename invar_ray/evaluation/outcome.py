@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from invar_ray.evaluation.page import render_html, render_markdown
-from invar_ray.evaluation.per_question import QUESTIONS_FILE, Comparison, QuestionTable, compare_tables, write_questions
+from invar_ray.evaluation.per_question import (
+    QUESTIONS_FILE,
+    Comparison,
+    QuestionTable,
+    compare_tables,
+    write_questions,
+)
 from invar_ray.evaluation.plots import plot_recall, plot_variance
 from invar_ray.evaluation.report import Report, Row, write_report
 from invar_ray.evaluation.tables import render_tables
@@ -28,7 +34,8 @@ ANSWER_PAIRS = (
 )
 """What a report compares, first against second; the systems of a pair stand in rows of these names.
 
-``stage 1`` and ``both stages`` answer from the same passages: their answers differ by stage 2 alone.
+``stage 1`` and ``both stages`` answer from the same passages: their answers differ by stage 2
+alone.
 """
 
 
@@ -52,7 +59,13 @@ class Outcome:
 def compare_systems(tables: Sequence[QuestionTable], overlap_k: int, seed: int) -> list[Comparison]:
     """The pairs above, as far as their systems are there, each on the metrics that it is about."""
     by_name = {table.system: table for table in tables}
-    retrieval = ("recall_at_1", "recall_at_5", "mrr_at_10", f"overlap_at_{overlap_k}", "worst_recall_at_5")
+    retrieval = (
+        "recall_at_1",
+        "recall_at_5",
+        "mrr_at_10",
+        f"overlap_at_{overlap_k}",
+        "worst_recall_at_5",
+    )
     answers = ("exact_match", "f1", "accuracy", "flip_rate", "abstained")
     found = []
     for pairs, metrics in ((RETRIEVAL_PAIRS, retrieval), (ANSWER_PAIRS, answers)):
@@ -80,8 +93,8 @@ def comparison_rows(comparisons: Sequence[Comparison]) -> Iterator[dict[str, Any
 
 
 def write_outcome(outcome: Outcome, folder: Path, *, overlap_k: int) -> Report:
-    """Write ``report.json``, ``report.md``, ``report.html``, ``table.txt``, ``questions.parquet``, ``recall.png`` and
-    ``variance.png``.
+    """Write ``report.json``, ``report.md``, ``report.html``, ``table.txt``, ``questions.parquet``,
+    ``recall.png`` and ``variance.png``.
     """
     report = Report(
         tuple(outcome.rows),
@@ -90,9 +103,13 @@ def write_outcome(outcome: Outcome, folder: Path, *, overlap_k: int) -> Report:
     )
     write_report(report, folder / "report.json")
     write_questions(outcome.tables, folder / QUESTIONS_FILE)
-    (folder / "table.txt").write_text(render_tables(outcome.rows, overlap_k) + "\n", encoding="utf-8")
+    (folder / "table.txt").write_text(
+        render_tables(outcome.rows, overlap_k) + "\n", encoding="utf-8"
+    )
     write_pages(report, folder, overlap_k=overlap_k)
-    measured = [row for row in outcome.rows if row.system in outcome.details.get("recall_curve", {})]
+    measured = [
+        row for row in outcome.rows if row.system in outcome.details.get("recall_curve", {})
+    ]
     if measured:
         plot_recall(measured, folder / "recall.png")
     if any(f"overlap_at_{overlap_k}" in row.metrics for row in measured):

@@ -16,7 +16,12 @@ from invar_ray.evaluation.per_question import Comparison
 from invar_ray.evaluation.report import Report
 from invar_ray.evaluation.tables import ANSWER_METRICS, Row, finite, print_name, render_table
 
-CAUSES = {"rewrite": "other wording", "window": "other windows", "index": "approximate index", "precision": "precision"}
+CAUSES = {
+    "rewrite": "other wording",
+    "window": "other windows",
+    "index": "approximate index",
+    "precision": "precision",
+}
 LOWER_IS_BETTER = ("flip_rate", "removed_citations", "calibration_error", "change_by", "_std")
 
 
@@ -47,10 +52,14 @@ def findings(report: Report, k: int = 5) -> list[str]:
 
 
 def sentence(entry: Mapping[str, Any]) -> str:
-    """A comparison in words: ``stage 1 against base: recall@5 0.692 against 0.460, +0.232 [0.20, 0.26], higher``."""
+    """A comparison in words:
+    ``stage 1 against base: recall@5 0.692 against 0.460, +0.232 [0.20, 0.26], higher``.
+    """
     return (
-        f"{entry['second']} against {entry['first']}: {print_name(str(entry['metric']))} {entry['second_mean']:.3f} "
-        f"against {entry['first_mean']:.3f}, {entry['difference']:+.3f} [{entry['low']:+.3f}, {entry['high']:+.3f}], "
+        f"{entry['second']} against {entry['first']}: {print_name(str(entry['metric']))} "
+        f"{entry['second_mean']:.3f} "
+        f"against {entry['first_mean']:.3f}, {entry['difference']:+.3f} [{entry['low']:+.3f}, "
+        f"{entry['high']:+.3f}], "
         f"{verdict(entry)} ({entry['questions']} questions)"
     )
 
@@ -72,7 +81,8 @@ def render_comparisons(comparisons: Sequence[Comparison]) -> str:
             bounds = f"[{entry.difference.low:+.3f}, {entry.difference.high:+.3f}]"
             mark = "  *" if entry.difference.excludes_zero else ""
             lines.append(
-                f"{print_name(entry.metric):{width}}  {entry.first_mean:6.3f}  {entry.second_mean:6.3f}  "
+                f"{print_name(entry.metric):{width}}  {entry.first_mean:6.3f}  "
+                f"{entry.second_mean:6.3f}  "
                 f"{entry.difference.mean:+10.3f}  {bounds:18}  {entry.questions:9}{mark}"
             )
         parts.append("\n".join(lines))
@@ -85,7 +95,14 @@ def render_markdown(report: Report, overlap_k: int = 5) -> str:
     parts = ["# Report", "", *(f"- {text}" for text in findings(report, overlap_k)), ""]
     if retrieval:
         shown = _shown(retrieval, retrieval_columns(overlap_k))
-        parts += ["## Retrieval", "", _count(retrieval, "num_families"), "", _table(retrieval, shown), ""]
+        parts += [
+            "## Retrieval",
+            "",
+            _count(retrieval, "num_families"),
+            "",
+            _table(retrieval, shown),
+            "",
+        ]
         causes = [f"change_by_{cause}_at_{overlap_k}" for cause in CAUSES]
         if present := _shown(retrieval, causes):
             text = f"1 - overlap@{overlap_k} with what the anchor finds as served."
@@ -94,9 +111,15 @@ def render_markdown(report: Report, overlap_k: int = 5) -> str:
         shown = _shown(answers, answer_columns())
         parts += ["## Answers", "", _count(answers, "num_answered"), "", _table(answers, shown), ""]
     if report.comparisons:
-        parts += ["## Paired comparisons", "", *(f"- {sentence(entry)}" for entry in report.comparisons), ""]
+        parts += [
+            "## Paired comparisons",
+            "",
+            *(f"- {sentence(entry)}" for entry in report.comparisons),
+            "",
+        ]
     parts += [
-        "Brackets are 95 % intervals: bootstrap over clusters of questions that share a gold document. "
+        "Brackets are 95 % intervals: bootstrap over clusters of questions that share a gold "
+        "document. "
         "A paired difference is real at that level where its interval leaves out 0.",
         "",
     ]
@@ -111,7 +134,9 @@ def render_html(report: Report, overlap_k: int = 5) -> str:
     details = report.details
     body = [f"<h1>Report</h1><p class=lead>{escape(_datasets(report.rows))}</p>"]
     if found := findings(report, overlap_k):
-        body.append("<ul class=findings>" + "".join(f"<li>{escape(text)}</li>" for text in found) + "</ul>")
+        body.append(
+            "<ul class=findings>" + "".join(f"<li>{escape(text)}</li>" for text in found) + "</ul>"
+        )
     if retrieval:
         body.append(_section("Retrieval", _count(retrieval, "num_families")))
         body.append(_html_table(retrieval, _shown(retrieval, retrieval_columns(overlap_k))))
@@ -124,11 +149,17 @@ def render_html(report: Report, overlap_k: int = 5) -> str:
         body += _calibration_figure(details.get("calibration", {}), colours)
         body += _latency(details.get("seconds_per_answer", {}))
     if report.comparisons:
-        body.append(_section("Paired comparisons", "Second minus first on the same questions, with its 95 % interval."))
+        body.append(
+            _section(
+                "Paired comparisons",
+                "Second minus first on the same questions, with its 95 % interval.",
+            )
+        )
         body.append(_comparison_table(report.comparisons))
     body += _worst(details.get("worst_questions", {}), overlap_k)
     note = (
-        "Brackets and whiskers are 95 % intervals from a bootstrap over clusters of questions that share a gold "
+        "Brackets and whiskers are 95 % intervals from a bootstrap over clusters of questions that "
+        "share a gold "
         "document. Ranks are over documents, at their best passage."
     )
     body.append(f"<p class=note>{note}</p>")
@@ -145,11 +176,15 @@ def render_html(report: Report, overlap_k: int = 5) -> str:
 
 
 def _split(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    return [row for row in rows if "num_families" in row.metrics], [r for r in rows if "num_answered" in r.metrics]
+    return [row for row in rows if "num_families" in row.metrics], [
+        r for r in rows if "num_answered" in r.metrics
+    ]
 
 
 def _shown(rows: Sequence[Row], columns: Iterable[str]) -> list[str]:
-    return [name for name in columns if any(finite(row.metrics.get(name)) is not None for row in rows)]
+    return [
+        name for name in columns if any(finite(row.metrics.get(name)) is not None for row in rows)
+    ]
 
 
 def _table(rows: Sequence[Row], columns: Sequence[str]) -> str:
@@ -171,7 +206,10 @@ def _section(title: str, text: str) -> str:
 
 def _html_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     best = {name: _best(rows, name) for name in columns}
-    titles = (print_name(name).replace("overlap between questions", "between questions") for name in columns)
+    titles = (
+        print_name(name).replace("overlap between questions", "between questions")
+        for name in columns
+    )
     head = "".join(f"<th>{escape(title)}</th>" for title in titles)
     lines = []
     for row in rows:
@@ -186,9 +224,7 @@ def _html_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
             mark = " class=best" if value == best[name] else ""
             cells.append(f"<td{mark}>{value:.3f}{small}</td>")
         lines.append(f"<tr><th scope=row>{escape(row.system)}</th>{''.join(cells)}</tr>")
-    return (
-        f"<div class=wide><table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-    )
+    return f"<div class=wide><table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
 
 
 def _best(rows: Sequence[Row], name: str) -> float | None:
@@ -199,11 +235,16 @@ def _best(rows: Sequence[Row], name: str) -> float | None:
 
 
 def _figure(
-    title: str, text: str, chart: str, legend: Iterable[str] = (), colours: Mapping[str, int] | None = None
+    title: str,
+    text: str,
+    chart: str,
+    legend: Iterable[str] = (),
+    colours: Mapping[str, int] | None = None,
 ) -> str:
     keys = "".join(f'<li class="k{(colours or {})[name]}">{escape(name)}</li>' for name in legend)
     return (
-        f"<figure><figcaption><b>{escape(title)}</b> {escape(text)}</figcaption><div class=chart>{chart}</div>"
+        f"<figure><figcaption><b>{escape(title)}</b> {escape(text)}</figcaption><div "
+        f"class=chart>{chart}</div>"
         + (f"<ul class=legend>{keys}</ul>" if keys else "")
         + "</figure>"
     )
@@ -214,7 +255,10 @@ def _recall_figure(curves: Mapping[str, Sequence[float]], colours: Mapping[str, 
     shown = {name: curve for name, curve in curves.items() if name != "both stages"}
     if not shown:
         return []
-    points = {name: [(float(k), value) for k, value in enumerate(curve, start=1)] for name, curve in shown.items()}
+    points = {
+        name: [(float(k), value) for k, value in enumerate(curve, start=1)]
+        for name, curve in shown.items()
+    }
     chart = line_chart(points, colours, x_label="k", y_label="recall@k")
     return [_figure("Recall@k", "of the questions as asked", chart, shown, colours)]
 
@@ -230,28 +274,53 @@ def _variance_figures(rows: Sequence[Row], k: int, colours: Mapping[str, int]) -
         ]
         if bars:
             chart = bar_chart(bars, label=f"1 - overlap@{k}; lower is steadier")
-            found.append(_figure(f"Variance: {words}", "how much of the first results changes", chart))
+            found.append(
+                _figure(f"Variance: {words}", "how much of the first results changes", chart)
+            )
     if not found:
         return []
-    return [_section("Variance by cause", "How much the first results change when nothing but one thing does."), *found]
+    return [
+        _section(
+            "Variance by cause",
+            "How much the first results change when nothing but one thing does.",
+        ),
+        *found,
+    ]
 
 
-def _shift_figure(shifts: Mapping[str, Mapping[str, float]], colours: Mapping[str, int]) -> list[str]:
-    shown = {name: shifts[name] for name in ("MiniLM", "base", "stage 1") if name in shifts} or dict(shifts)
+def _shift_figure(
+    shifts: Mapping[str, Mapping[str, float]], colours: Mapping[str, int]
+) -> list[str]:
+    shown = {
+        name: shifts[name] for name in ("MiniLM", "base", "stage 1") if name in shifts
+    } or dict(shifts)
     if not shown:
         return []
     series = {name: [values.get(shift, 0.0) for shift in SHIFTS] for name, values in shown.items()}
     text = "what a rewording does to the rank of the gold document (share of rewordings)"
-    return [_figure("Rank shifts:", text, column_chart(SHIFTS, series, colours, label=text), shown, colours)]
+    return [
+        _figure(
+            "Rank shifts:", text, column_chart(SHIFTS, series, colours, label=text), shown, colours
+        )
+    ]
 
 
-def _calibration_figure(bins: Mapping[str, Sequence[Mapping[str, float]]], colours: Mapping[str, int]) -> list[str]:
+def _calibration_figure(
+    bins: Mapping[str, Sequence[Mapping[str, float]]], colours: Mapping[str, int]
+) -> list[str]:
     shown = {name: bins[name] for name in ("base", "stage 1", "both stages") if name in bins}
     if not shown:
         return []
-    points = {name: [(b["confidence"], b["accuracy"]) for b in entries] for name, entries in shown.items()}
+    points = {
+        name: [(b["confidence"], b["accuracy"]) for b in entries] for name, entries in shown.items()
+    }
     chart = line_chart(
-        points, colours, x_label="confidence of the answer", y_label="share right", diagonal=True, dots=True
+        points,
+        colours,
+        x_label="confidence of the answer",
+        y_label="share right",
+        diagonal=True,
+        dots=True,
     )
     text = "on the diagonal, confidence is the chance to be right (exact match)"
     return [_figure("Calibration:", text, chart, shown, colours)]
@@ -273,16 +342,16 @@ def _comparison_table(comparisons: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for entry in comparisons:
         cells = [
-            f"<th scope=row>{escape(str(entry['second']))} against {escape(str(entry['first']))}</th>",
+            f"<th scope=row>{escape(str(entry['second']))} against "
+            f"{escape(str(entry['first']))}</th>",
             f"<td class=text>{escape(print_name(str(entry['metric'])))}</td>",
             f"<td>{entry['first_mean']:.3f}</td><td>{entry['second_mean']:.3f}</td>",
-            f"<td>{entry['difference']:+.3f}<small>{entry['low']:+.3f} to {entry['high']:+.3f}</small></td>",
+            f"<td>{entry['difference']:+.3f}<small>{entry['low']:+.3f} to "
+            f"{entry['high']:+.3f}</small></td>",
             f"<td class=text>{verdict(entry)}</td><td>{entry['questions']}</td>",
         ]
         lines.append(f"<tr>{''.join(cells)}</tr>")
-    head = (
-        "<th></th><th class=text>metric</th><th>first</th><th>second</th><th>difference</th><th></th><th>questions</th>"
-    )
+    head = "<th></th><th class=text>metric</th><th>first</th><th>second</th><th>difference</th><th></th><th>questions</th>"
     return f"<div class=wide><table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
 
 
@@ -304,7 +373,8 @@ def _worst(worst: Mapping[str, Sequence[Mapping[str, Any]]], k: int) -> list[str
         head = f"<th class=text>wording</th><th>rank of gold</th><th>overlap@{k}</th><th class=text>found first</th>"
         answers = escape(" / ".join(entry["answers"]))
         parts.append(
-            f"<div class=wide><table class=worst><caption>{escape(entry['question_id'])} · answer: {answers}</caption>"
+            f"<div class=wide><table class=worst><caption>{escape(entry['question_id'])} · answer: "
+            f"{answers}</caption>"
             f"<thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
         )
     return parts

@@ -1,7 +1,8 @@
-"""Values of every question, kept beside a report: what paired tests of two systems or two reports need.
+"""Values of every question, kept beside a report: what paired tests of two systems or two reports
+need.
 
-``questions.parquet``: a row for each system and question, with ``system``, ``dataset``, ``question_id``, ``cluster``
-and a column for each metric (null where it was not measured).
+``questions.parquet``: a row for each system and question, with ``system``, ``dataset``,
+``question_id``, ``cluster`` and a column for each metric (null where it was not measured).
 """
 
 from __future__ import annotations
@@ -61,11 +62,17 @@ class Comparison:
 
 
 def compare_tables(
-    first: QuestionTable, second: QuestionTable, metrics: Sequence[str], *, samples: int = 2000, seed: int = 0
+    first: QuestionTable,
+    second: QuestionTable,
+    metrics: Sequence[str],
+    *,
+    samples: int = 2000,
+    seed: int = 0,
 ) -> list[Comparison]:
     """Paired cluster bootstrap of second - first, metric by metric.
 
-    Only questions that both have, with a value in both; a metric that no question has in both is left out.
+    Only questions that both have, with a value in both; a metric that no question has in both is
+    left out.
     """
     places = {name: number for number, name in enumerate(second.ids)}
     pairs = [(number, places[name]) for number, name in enumerate(first.ids) if name in places]
@@ -79,7 +86,9 @@ def compare_tables(
         differences[metric] = [None if a is None or b is None else b - a for a, b in both]
         values[metric] = [(a, b) for a, b in both if a is not None and b is not None]
     clusters = [first.clusters[number] for number, _ in pairs]
-    intervals = bootstrap_columns(differences, clusters, samples=samples, seed=seed) if pairs else {}
+    intervals = (
+        bootstrap_columns(differences, clusters, samples=samples, seed=seed) if pairs else {}
+    )
     return [
         Comparison(
             first.system,
@@ -110,7 +119,9 @@ def compare_reports(
         DataError: a system is not there, or the two have nothing in common.
     """
     if system is not None:
-        pairs = [(table_of(first, system, dataset), table_of(second, second_system or system, dataset))]
+        pairs = [
+            (table_of(first, system, dataset), table_of(second, second_system or system, dataset))
+        ]
     else:
         theirs = {(table.system, table.dataset): table for table in second}
         pairs = [
@@ -150,7 +161,8 @@ def write_questions(tables: Sequence[QuestionTable], path: str | os.PathLike[str
 
 
 def read_questions(path: str | os.PathLike[str]) -> list[QuestionTable]:
-    """Read what :func:`write_questions` wrote; a system lacks the metrics that none of its questions has.
+    """Read what :func:`write_questions` wrote; a system lacks the metrics that none of its
+    questions has.
 
     Raises:
         MissingArtifactError: there is no such file.
@@ -167,9 +179,12 @@ def read_questions(path: str | os.PathLike[str]) -> list[QuestionTable]:
         keys = [table.column(name).to_pylist() for name in _KEYS]
     except (pa.ArrowException, KeyError, OSError) as error:
         raise CorruptArtifactError(
-            f"{path} is not a table of questions ({(str(error).splitlines() or [''])[0]})", action="evaluate again"
+            f"{path} is not a table of questions ({(str(error).splitlines() or [''])[0]})",
+            action="evaluate again",
         ) from error
-    columns = {name: table.column(name).to_pylist() for name in table.column_names if name not in _KEYS}
+    columns = {
+        name: table.column(name).to_pylist() for name in table.column_names if name not in _KEYS
+    }
     members: dict[tuple[str, str], list[int]] = {}
     for number, key in enumerate(zip(keys[0], keys[1], strict=True)):
         members.setdefault(key, []).append(number)
@@ -189,7 +204,8 @@ def read_questions(path: str | os.PathLike[str]) -> list[QuestionTable]:
 
 
 def open_report(place: str | os.PathLike[str]) -> tuple[Report, list[QuestionTable]]:
-    """A report and its questions, by the path of a ``report.json``, of its folder, or of a run's folder.
+    """A report and its questions, by the path of a ``report.json``, of its folder, or of a run's
+    folder.
 
     Raises:
         MissingArtifactError: there is no report, or no table of questions beside it.
@@ -207,17 +223,22 @@ def open_report(place: str | os.PathLike[str]) -> tuple[Report, list[QuestionTab
     return report, read_questions(beside)
 
 
-def table_of(tables: Sequence[QuestionTable], system: str, dataset: str | None = None) -> QuestionTable:
+def table_of(
+    tables: Sequence[QuestionTable], system: str, dataset: str | None = None
+) -> QuestionTable:
     """The table of a system, on a dataset if several have it.
 
     Raises:
         DataError: there is none, or more than one.
     """
-    found = [table for table in tables if table.system == system and dataset in (None, table.dataset)]
+    found = [
+        table for table in tables if table.system == system and dataset in (None, table.dataset)
+    ]
     if len(found) != 1:
         have = ", ".join(dict.fromkeys(repr(table.system) for table in tables))
         raise DataError(
-            f"the report has {len(found)} tables for the system {system!r}" + (f" on {dataset!r}" if dataset else ""),
+            f"the report has {len(found)} tables for the system {system!r}"
+            + (f" on {dataset!r}" if dataset else ""),
             expected=f"one of {have}" if not found else "a dataset too",
         )
     return found[0]

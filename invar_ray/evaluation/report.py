@@ -1,4 +1,5 @@
-"""A report: rows of metrics, how long each step took, one answered question; as JSON, as a table, as pictures.
+"""A report: rows of metrics, how long each step took, one answered question; as JSON, as a table,
+as pictures.
 
 ``report.json`` (``schema_version`` 1)::
 
@@ -6,12 +7,12 @@
      "rows": [{"system": "untrained", "dataset": "dev", "metrics": {"recall_at_5": 0.64}}],
      "seconds": {"train_retriever": 41.2},
      "answer": {"question": "..", "text": "..", "citations": [..]} | null,
-     "comparisons": [{"first": "base", "second": "stage 1", "metric": "recall_at_5", "difference": 0.2, ..}],
-     "details": {..},
+     "comparisons": [{"first": "base", "second": "stage 1", "metric": "recall_at_5", "difference":
+     0.2, ..}], "details": {..},
      "meta": {..}}
 
-Metric names are written ``recall_at_5`` in code and JSON, ``recall@5`` in print.  Rows and tables live in
-:mod:`invar_ray.evaluation.tables`, pictures in :mod:`invar_ray.evaluation.plots`.
+Metric names are written ``recall_at_5`` in code and JSON, ``recall@5`` in print.  Rows and tables
+live in :mod:`invar_ray.evaluation.tables`, pictures in :mod:`invar_ray.evaluation.plots`.
 """
 
 from __future__ import annotations
@@ -54,10 +55,11 @@ class Report:
     Attributes:
         seconds: wall-clock seconds of each step.
         answer: ``{"question", "text", "citations"}`` of one question asked at the end, or ``None``.
-        comparisons: paired differences of two systems, as :func:`invar_ray.evaluation.outcome.comparison_rows` makes
-            them.
+        comparisons: paired differences of two systems, as
+            :func:`invar_ray.evaluation.outcome.comparison_rows` makes them.
         details: what the plots of ``report.html`` draw; see ``docs/design/report.md``.
-        meta: anything that makes the numbers reproducible (artifact names, versions, seeds); JSON-able.
+        meta: anything that makes the numbers reproducible (artifact names, versions, seeds);
+            JSON-able.
     """
 
     rows: Sequence[Row] = ()
@@ -102,9 +104,13 @@ class Report:
         try:
             values = json.loads(text)
         except json.JSONDecodeError as error:
-            raise CorruptArtifactError(f"the report is not JSON: {error}", action="evaluate again") from error
+            raise CorruptArtifactError(
+                f"the report is not JSON: {error}", action="evaluate again"
+            ) from error
         if not isinstance(values, dict):
-            raise CorruptArtifactError(f"the report holds a {type(values).__name__}", expected="an object")
+            raise CorruptArtifactError(
+                f"the report holds a {type(values).__name__}", expected="an object"
+            )
         if values.get("schema_version") != SCHEMA_VERSION:
             raise ArtifactError(
                 f"a report of schema_version {values.get('schema_version')!r}",
@@ -116,9 +122,13 @@ class Report:
                 Row(
                     system=str(row["system"]),
                     dataset=str(row["dataset"]),
-                    metrics={name: None if value is None else float(value) for name, value in row["metrics"].items()},
+                    metrics={
+                        name: None if value is None else float(value)
+                        for name, value in row["metrics"].items()
+                    },
                     intervals={
-                        name: (float(low), float(high)) for name, (low, high) in row.get("intervals", {}).items()
+                        name: (float(low), float(high))
+                        for name, (low, high) in row.get("intervals", {}).items()
                     },
                 )
                 for row in values["rows"]
@@ -143,7 +153,9 @@ class Report:
 
 
 def write_report(report: Report, path: str | os.PathLike[str]) -> Path:
-    """Write ``report`` as JSON, all or nothing: a reader sees the old file or the new one, never a part."""
+    """Write ``report`` as JSON, all or nothing: a reader sees the old file or the new one, never a
+    part.
+    """
     write_atomic(Path(path), report.to_json().encode("utf-8"))
     return Path(path)
 

@@ -1,11 +1,12 @@
 """How an answer is held against the gold ones, as each benchmark's own script does it.
 
-==========  ========================================================================================================
-``squad``    lower case, no punctuation, no articles (SQuAD; DPR uses it for NQ and WebQuestions too)
+==========
+======================================================================================================== ``squad``    lower case, no punctuation, no articles (SQuAD; DPR uses it for NQ and WebQuestions too)
 ``triviaqa`` the same, but punctuation becomes a space, as do underscores and typographic quotes
 ``hotpotqa`` SQuAD's, and "yes" / "no" must match whole: they earn no partial F1
 ``regex``    gold answers are regular expressions (CuratedTREC); there is no F1
-==========  ========================================================================================================
+==========
+========================================================================================================
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ class AnswerScore:
     Attributes:
         exact_match: 0 or 1.
         f1: token F1 with the best gold answer, in [0, 1]; ``None`` under a rule that has none.
-        accuracy: 0 or 1: a gold answer stands in the text, word by word (PopQA's measure; it forgives long answers).
+        accuracy: 0 or 1: a gold answer stands in the text, word by word (PopQA's measure; it
+            forgives long answers).
     """
 
     exact_match: float
@@ -73,11 +75,15 @@ def answer_rule(name: str) -> AnswerRule:
 
 def normalise_trivia(text: str) -> str:
     """TriviaQA's normalisation.  Source: Joshi et al., arXiv 1705.03551, ``utils/evaluation.py``."""
-    spaced = "".join(" " if character in _TRIVIA_SPACES else character for character in text.lower())
+    spaced = "".join(
+        " " if character in _TRIVIA_SPACES else character for character in text.lower()
+    )
     return " ".join(_ARTICLES.sub(" ", spaced).split())
 
 
-def _by(normalise: Callable[[str], str], whole: frozenset[str] = frozenset()) -> Callable[..., AnswerScore]:
+def _by(
+    normalise: Callable[[str], str], whole: frozenset[str] = frozenset()
+) -> Callable[..., AnswerScore]:
     def score(text: str, answers: Sequence[str]) -> AnswerScore:
         given = normalise(text)
         golds = [normalise(answer) for answer in answers]
@@ -87,7 +93,9 @@ def _by(normalise: Callable[[str], str], whole: frozenset[str] = frozenset()) ->
                 return 0.0
             return token_f1(given.split(), gold.split())
 
-        return AnswerScore(float(given in golds), max(map(f1, golds)), float(contains_answer(text, answers)))
+        return AnswerScore(
+            float(given in golds), max(map(f1, golds)), float(contains_answer(text, answers))
+        )
 
     return score
 

@@ -1,7 +1,8 @@
 """Intervals for means over questions, by resampling whole clusters.
 
-Rewordings of one question and questions on one passage are not independent: an interval that treats them so is too
-narrow.  Clusters (passage ids) are drawn with replacement, each with all its questions.
+Rewordings of one question and questions on one passage are not independent: an interval that treats
+them so is too narrow.  Clusters (passage ids) are drawn with replacement, each with all its
+questions.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ class Interval:
         mean: over all values (each value weighs the same, whatever its cluster's size).
         low, high: of the interval.
         level: its nominal coverage, e.g. 0.95.
-        clusters: how many clusters stood behind it; with fewer than about 20 it is not to be trusted.
+        clusters: how many clusters stood behind it; with fewer than about 20 it is not to be
+            trusted.
     """
 
     mean: float
@@ -34,37 +36,51 @@ class Interval:
 
     @property
     def excludes_zero(self) -> bool:
-        """Whether 0 lies outside: for a paired difference, whether the two systems differ at this level."""
+        """Whether 0 lies outside: for a paired difference, whether the two systems differ at this
+        level.
+        """
         return self.low > 0.0 or self.high < 0.0
 
 
 def cluster_bootstrap(
-    values: ArrayLike, clusters: Sequence[Hashable], *, samples: int = 2000, seed: int = 0, level: float = 0.95
+    values: ArrayLike,
+    clusters: Sequence[Hashable],
+    *,
+    samples: int = 2000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Interval:
     """Percentile bootstrap interval of a mean over clustered values.
 
-    Each of ``samples`` resamples draws as many clusters as there are, with replacement, and takes the mean of all their
-    values.
+    Each of ``samples`` resamples draws as many clusters as there are, with replacement, and takes
+    the mean of all their values.
 
     Args:
-        values: [n], or [seeds, n]: a metric of each question, for several training seeds averaged over them first (the
-            interval is over questions; it does not show the spread over seeds).
+        values: [n], or [seeds, n]: a metric of each question, for several training seeds averaged
+            over them first (the interval is over questions; it does not show the spread over
+            seeds).
         clusters: [n], the cluster of each value: its gold passage's id.
         samples: resamples.
-        seed: of the draws; same input and seed, same interval, whatever the order of the values within their cluster.
+        seed: of the draws; same input and seed, same interval, whatever the order of the values
+            within their cluster.
         level: coverage in (0, 1).
 
     Raises:
-        ValueError: sizes differ, there is no value, a value is not finite, or a setting is out of its range.
+        ValueError: sizes differ, there is no value, a value is not finite, or a setting is out of
+            its range.
 
-    Source: Field and Welsh, "Bootstrapping clustered data", JRSS B 69(3), 2007 (cluster bootstrap); Efron and
-    Tibshirani, "An Introduction to the Bootstrap", chapter 13 (percentile interval).
+    Source: Field and Welsh, "Bootstrapping clustered data", JRSS B 69(3), 2007 (cluster bootstrap);
+    Efron and Tibshirani, "An Introduction to the Bootstrap", chapter 13 (percentile interval).
     """
     data = _averaged(values, "values")
     if len(clusters) != data.size:
-        raise ValueError(f"clusters: got {len(clusters)}, expected one for each of the {data.size} values")
+        raise ValueError(
+            f"clusters: got {len(clusters)}, expected one for each of the {data.size} values"
+        )
     if samples < 1 or not 0.0 < level < 1.0:
-        raise ValueError(f"samples, level: got {samples}, {level}, expected at least 1 and a number in (0, 1)")
+        raise ValueError(
+            f"samples, level: got {samples}, {level}, expected at least 1 and a number in (0, 1)"
+        )
     codes, size = _codes(clusters)
     sums = np.bincount(codes, weights=data, minlength=size)
     counts = np.bincount(codes, minlength=size)
@@ -91,11 +107,12 @@ def paired_cluster_bootstrap(
 ) -> Interval:
     """Interval of the mean difference ``first - second`` of two systems on the same questions.
 
-    Pairing takes the difficulty of the questions out, so that it is much narrower than two intervals side by side.
+    Pairing takes the difficulty of the questions out, so that it is much narrower than two
+    intervals side by side.
 
     Args:
-        first, second: [n] or [seeds, n] (averaged over seeds first; the numbers of seeds may differ), in the same order
-            of questions.
+        first, second: [n] or [seeds, n] (averaged over seeds first; the numbers of seeds may
+            differ), in the same order of questions.
         clusters, samples, seed, level: as in :func:`cluster_bootstrap`.
 
     Raises:
@@ -103,7 +120,9 @@ def paired_cluster_bootstrap(
     """
     a, b = _averaged(first, "first"), _averaged(second, "second")
     if a.size != b.size:
-        raise ValueError(f"second: got {b.size} values, expected {a.size}, one for each of the first system's")
+        raise ValueError(
+            f"second: got {b.size} values, expected {a.size}, one for each of the first system's"
+        )
     return cluster_bootstrap(a - b, clusters, samples=samples, seed=seed, level=level)
 
 
@@ -118,20 +137,26 @@ def bootstrap_columns(
     """:func:`cluster_bootstrap` of many metrics of the same questions, from one set of draws.
 
     Args:
-        columns: metric -> [n] values; ``None`` where a question has none.  A column without any value is left out.
-        clusters, samples, seed, level: as in :func:`cluster_bootstrap`, which gives the same interval for a column
-            without ``None``.
+        columns: metric -> [n] values; ``None`` where a question has none.  A column without any
+            value is left out.
+        clusters, samples, seed, level: as in :func:`cluster_bootstrap`, which gives the same
+            interval for a column without ``None``.
 
     Raises:
         ValueError: a column's length differs from the clusters', or as :func:`cluster_bootstrap`.
     """
     if samples < 1 or not 0.0 < level < 1.0:
-        raise ValueError(f"samples, level: got {samples}, {level}, expected at least 1 and a number in (0, 1)")
+        raise ValueError(
+            f"samples, level: got {samples}, {level}, expected at least 1 and a number in (0, 1)"
+        )
     codes, size = _codes(clusters)
     names, sums, counts, means = [], [], [], []
     for name, column in columns.items():
         if len(column) != len(clusters):
-            raise ValueError(f"{name}: got {len(column)} values, expected one for each of {len(clusters)} clusters")
+            raise ValueError(
+                f"{name}: got {len(column)} values, expected one for each of {len(clusters)} "
+                "clusters"
+            )
         data = np.array([np.nan if value is None else value for value in column], dtype=np.float64)
         there = ~np.isnan(data)
         if not np.isfinite(data[there]).all():
@@ -152,7 +177,11 @@ def bootstrap_columns(
         drawn = generator.integers(size, size=(stop - start, size))
         # How often each resample drew each cluster: [samples, clusters].
         offsets = np.arange(stop - start)[:, None] * size
-        times = np.bincount((drawn + offsets).ravel(), minlength=(stop - start) * size).reshape(-1, size).astype(float)
+        times = (
+            np.bincount((drawn + offsets).ravel(), minlength=(stop - start) * size)
+            .reshape(-1, size)
+            .astype(float)
+        )
         weights = bottom @ times.T
         np.divide(top @ times.T, weights, out=resampled[:, start:stop], where=weights > 0)
     quantiles = np.nanquantile(resampled, [(1.0 - level) / 2.0, (1.0 + level) / 2.0], axis=1)
@@ -162,8 +191,11 @@ def bootstrap_columns(
     }
 
 
-def question_clusters(golds: Sequence[Iterable[Hashable]], ids: Sequence[Hashable]) -> list[Hashable]:
-    """The cluster of each question: questions that share a gold document, also by way of others, belong together.
+def question_clusters(
+    golds: Sequence[Iterable[Hashable]], ids: Sequence[Hashable]
+) -> list[Hashable]:
+    """The cluster of each question: questions that share a gold document, also by way of others,
+    belong together.
 
     Args:
         golds: each question's gold documents; a question without any is a cluster of its own.
@@ -195,7 +227,9 @@ def _averaged(values: ArrayLike, name: str) -> NDArray[np.float64]:
     if data.ndim == 2 and data.shape[0] > 0:
         data = data.mean(axis=0)
     if data.ndim != 1 or data.size == 0:
-        raise ValueError(f"{name}: got shape {data.shape}, expected [n] or [seeds, n] with n at least 1")
+        raise ValueError(
+            f"{name}: got shape {data.shape}, expected [n] or [seeds, n] with n at least 1"
+        )
     if not np.isfinite(data).all():
         raise ValueError(f"{name}: got a value that is not finite")
     return data

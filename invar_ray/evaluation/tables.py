@@ -43,21 +43,40 @@ def render_tables(rows: Sequence[Row], overlap_k: int = 5) -> str:
     retrieval = [row for row in rows if "num_families" in row.metrics]
     answers = [row for row in rows if "num_answered" in row.metrics]
     columns = (
-        *("recall_at_1", "recall_at_5", "mrr_at_10", f"overlap_at_{overlap_k}", "worst_recall_at_5"),
+        *(
+            "recall_at_1",
+            "recall_at_5",
+            "mrr_at_10",
+            f"overlap_at_{overlap_k}",
+            "worst_recall_at_5",
+        ),
         f"overlap_between_questions_at_{overlap_k}",
     )
-    headers = {columns[-1]: f"between questions@{overlap_k}"}  # 100 columns do not hold the whole name
+    headers = {
+        columns[-1]: f"between questions@{overlap_k}"
+    }  # 100 columns do not hold the whole name
     parts = []
     if retrieval:
         count = int(retrieval[0].metrics["num_families"] or 0)
-        shown = [name for name in columns if any(finite(row.metrics.get(name)) is not None for row in retrieval)]
+        shown = [
+            name
+            for name in columns
+            if any(finite(row.metrics.get(name)) is not None for row in retrieval)
+        ]
         parts.append(
-            f"retrieval, {count:,} questions\n{render_table(retrieval, shown, intervals=False, headers=headers)}"
+            f"retrieval, {count:,} "
+            f"questions\n{render_table(retrieval, shown, intervals=False, headers=headers)}"
         )
     if answers:
         count = int(answers[0].metrics["num_answered"] or 0)
-        shown = [name for name in ANSWER_METRICS if any(finite(row.metrics.get(name)) is not None for row in answers)]
-        parts.append(f"answers, {count:,} questions\n{render_table(answers, shown, intervals=False)}")
+        shown = [
+            name
+            for name in ANSWER_METRICS
+            if any(finite(row.metrics.get(name)) is not None for row in answers)
+        ]
+        parts.append(
+            f"answers, {count:,} questions\n{render_table(answers, shown, intervals=False)}"
+        )
     return "\n\n".join(parts)
 
 
@@ -73,16 +92,22 @@ def render_table(
 
     Args:
         rows: one a line.
-        columns: metrics to show, in order; ``None`` shows every metric that some row has, in order of appearance.
+        columns: metrics to show, in order; ``None`` shows every metric that some row has, in order
+            of appearance.
         markdown: pipes and a rule, for pages; otherwise plain text, for a terminal.
         intervals: show them where a row has them.
         headers: metric -> what stands above its column instead of :func:`print_name`.
 
     Returns:
-        One line a row, without a final newline. A metric that a row lacks is shown as ``-``; one with an interval as
-        ``0.640 [0.602, 0.677]``. The dataset column is left out where all rows share one dataset and it is plain text.
+        One line a row, without a final newline. A metric that a row lacks is shown as ``-``; one
+        with an interval as ``0.640 [0.602, 0.677]``. The dataset column is left out where all rows
+        share one dataset and it is plain text.
     """
-    names = list(columns) if columns is not None else list(dict.fromkeys(name for row in rows for name in row.metrics))
+    names = (
+        list(columns)
+        if columns is not None
+        else list(dict.fromkeys(name for row in rows for name in row.metrics))
+    )
     with_dataset = markdown or len({row.dataset for row in rows}) > 1
     head = [
         "system",
@@ -90,7 +115,11 @@ def render_table(
         *((headers or {}).get(name, print_name(name)) for name in names),
     ]
     body = [
-        [row.system, *([row.dataset] if with_dataset else []), *(_cell(row, name, intervals) for name in names)]
+        [
+            row.system,
+            *([row.dataset] if with_dataset else []),
+            *(_cell(row, name, intervals) for name in names),
+        ]
         for row in rows
     ]
     num_text = 2 if with_dataset else 1
@@ -103,7 +132,10 @@ def render_table(
         ]
 
     if markdown:
-        rule = ["-" * width if column < num_text else "-" * (width - 1) + ":" for column, width in enumerate(widths)]
+        rule = [
+            "-" * width if column < num_text else "-" * (width - 1) + ":"
+            for column, width in enumerate(widths)
+        ]
         escaped = [[text.replace("|", "\\|") for text in align(line)] for line in body]
         return "\n".join("| " + " | ".join(line) + " |" for line in [align(head), rule, *escaped])
     lines = ["  ".join(align(line)).rstrip() for line in [head, *body]]

@@ -1,8 +1,10 @@
-"""TREC run and qrels files: what any retrieval tool reads, so that anyone can recompute the numbers.
+"""TREC run and qrels files: what any retrieval tool reads, so that anyone can recompute the
+numbers.
 
-A run has six columns (question, ``Q0``, document, rank, score, tag), qrels four (question, ``0``, document, relevance).
-Scores are ``depth - rank + 1``: tools sort by score and break ties by their own rules, so that real cosines, which tie,
-would not keep the order.  White space and ``%`` in ids are percent-encoded, since white space parts the columns.
+A run has six columns (question, ``Q0``, document, rank, score, tag), qrels four (question, ``0``,
+document, relevance). Scores are ``depth - rank + 1``: tools sort by score and break ties by their
+own rules, so that real cosines, which tie, would not keep the order.  White space and ``%`` in ids
+are percent-encoded, since white space parts the columns.
 """
 
 from __future__ import annotations
@@ -34,7 +36,8 @@ def write_run(path: str | os.PathLike[str], ranked: Mapping[str, Sequence[str]],
         if len(set(documents)) != len(documents):
             raise ValueError(f"question {question!r}: a document stands twice in its list")
         lines += [
-            f"{_encode(question)} Q0 {_encode(document)} {rank} {len(documents) - rank + 1} {_encode(tag)}\n"
+            f"{_encode(question)} Q0 {_encode(document)} {rank} {len(documents) - rank + 1} "
+            f"{_encode(tag)}\n"
             for rank, document in enumerate(documents, start=1)
         ]
     write_atomic(Path(path), "".join(lines).encode("utf-8"))

@@ -1,9 +1,9 @@
 """Retrieval variance: how much a question's results change when it is said otherwise.
 
-A *family* is one question in all its environments (rewordings, windows, or index settings), the anchor first.  Lists
-are ids, best first; across windows compare hits as documents (``metrics.first_ranks``).  A collapsed encoder, which
-returns one list for everything, has no variance at all, so the overlap between *different* questions always stands
-beside it.
+A *family* is one question in all its environments (rewordings, windows, or index settings), the
+anchor first.  Lists are ids, best first; across windows compare hits as documents
+(``metrics.first_ranks``).  A collapsed encoder, which returns one list for everything, has no
+variance at all, so the overlap between *different* questions always stands beside it.
 
 Source: METHOD "What is measured".
 """
@@ -65,8 +65,8 @@ def rbo(a: Sequence[str], b: Sequence[str], p: float = 0.9) -> float:
     Raises:
         ValueError: p is outside (0, 1).
 
-    Source: Webber, Moffat, Zobel, "A similarity measure for indefinite rankings", TOIS 28(4), 2010, equation 32
-    (RBO_EXT for lists of different lengths, without ties).
+    Source: Webber, Moffat, Zobel, "A similarity measure for indefinite rankings", TOIS 28(4), 2010,
+    equation 32 (RBO_EXT for lists of different lengths, without ties).
     """
     if not 0.0 < p < 1.0:
         raise ValueError(f"p: got {p}, expected a number in (0, 1)")
@@ -114,17 +114,19 @@ def summarise_families(
         overlap_k: k of overlap@k.
         ks: cut-offs of recall.
         rbo_p: persistence of rank-biased overlap.
-        depth: a gold id that a list lacks counts as rank ``depth + 1``; ``None`` takes the longest list of all families
-            as the depth.
+        depth: a gold id that a list lacks counts as rank ``depth + 1``; ``None`` takes the longest
+            list of all families as the depth.
         pairs, seed: see :func:`between_question_overlap`.
 
     Returns:
-        Always: ``num_families``, ``recall_at_<k>`` (of the anchors), and, with 2 families or more that share no gold
-        id, ``overlap_between_questions_at_<overlap_k>``.  Only if a family has 2 environments or more, as means over
-        such families: ``overlap_at_<overlap_k>`` and ``rbo`` (mean over the other environments of the agreement with
-        the anchor's list), ``reworded_recall_at_<k>`` (mean over the other environments), ``worst_recall_at_<k>`` (1
-        only if *every* environment has it), ``recall_at_<k>_std`` and ``gold_rank_std`` (population standard deviations
-        within the family; ranks as above).
+        Always: ``num_families``, ``recall_at_<k>`` (of the anchors), and, with 2 families or more
+            that share no gold
+        id, ``overlap_between_questions_at_<overlap_k>``.  Only if a family has 2 environments or
+        more, as means over such families: ``overlap_at_<overlap_k>`` and ``rbo`` (mean over the
+        other environments of the agreement with the anchor's list), ``reworded_recall_at_<k>``
+        (mean over the other environments), ``worst_recall_at_<k>`` (1 only if *every* environment
+        has it), ``recall_at_<k>_std`` and ``gold_rank_std`` (population standard deviations within
+        the family; ranks as above).
 
     Raises:
         ValueError: there are no families, or one has no list or no gold id.
@@ -156,10 +158,11 @@ def family_values(
     rbo_p: float = 0.9,
     depth: int | None = None,
 ) -> dict[str, list[float | None]]:
-    """What :func:`summarise_families` averages, family by family: metric -> one value per family, in their order.
+    """What :func:`summarise_families` averages, family by family: metric -> one value per family,
+    in their order.
 
-    ``None`` stands where a family has no such value: agreement and spread need two environments, and recalls and
-    ranks need a gold id (benchmarks that name answers only have none).
+    ``None`` stands where a family has no such value: agreement and spread need two environments,
+    and recalls and ranks need a gold id (benchmarks that name answers only have none).
     """
     deepest = max((len(ranked) for family in families for ranked in family.ranked), default=0)
     missing = (deepest if depth is None else depth) + 1
@@ -184,10 +187,14 @@ def _family_row(
     row: dict[str, float | None] = {}
     for k in ks:
         row[f"recall_at_{k}"] = recall_at_k(anchor, gold, k) if gold else None
-    row[f"overlap_at_{overlap_k}"] = fmean(overlap_at_k(anchor, o, overlap_k) for o in others) if varied else None
+    row[f"overlap_at_{overlap_k}"] = (
+        fmean(overlap_at_k(anchor, o, overlap_k) for o in others) if varied else None
+    )
     row["rbo"] = fmean(rbo(anchor, other, rbo_p) for other in others) if varied else None
     for k in ks:
-        recalls = [recall_at_k(ranked, gold, k) for ranked in family.ranked] if gold and varied else []
+        recalls = (
+            [recall_at_k(ranked, gold, k) for ranked in family.ranked] if gold and varied else []
+        )
         row[f"reworded_recall_at_{k}"] = fmean(recalls[1:]) if recalls else None
         row[f"worst_recall_at_{k}"] = min(recalls, default=None)
         row[f"recall_at_{k}_std"] = pstdev(recalls) if recalls else None
@@ -197,16 +204,22 @@ def _family_row(
 
 
 def flip_rate(right: Iterable[Sequence[bool]]) -> float | None:
-    """How often an answer turns wrong when its question is reworded, given that the anchor's answer is right.
+    """How often an answer turns wrong when its question is reworded, given that the anchor's answer
+    is right.
 
     Args:
         right: for each family whether each environment's answer is right, the anchor first.
 
     Returns:
-        Mean, over the families whose anchor is right and that have other environments, of the share of those that are
-        answered wrong; ``None`` if there is no such family (0 would look like stability).
+        Mean, over the families whose anchor is right and that have other environments, of the share
+        of those that are answered wrong; ``None`` if there is no such family (0 would look like
+        stability).
     """
-    shares = [fmean(not value for value in family[1:]) for family in right if len(family) > 1 and family[0]]
+    shares = [
+        fmean(not value for value in family[1:])
+        for family in right
+        if len(family) > 1 and family[0]
+    ]
     return fmean(shares) if shares else None
 
 
@@ -223,14 +236,20 @@ def between_question_overlap(
     Args:
         ranked: one list (the anchor's) for each question.
         k: of overlap@k.
-        groups: for each question its gold ids; pairs that share one are left out, since they ought to overlap.
-        pairs: average over at most this many pairs, drawn with ``seed``; all pairs if there are no more.
+        groups: for each question its gold ids; pairs that share one are left out, since they ought
+            to overlap.
+        pairs: average over at most this many pairs, drawn with ``seed``; all pairs if there are no
+            more.
         seed: of the draw.
 
     Returns:
         The mean, or ``None`` if there is no pair.
     """
-    keys = [frozenset(group) for group in groups] if groups is not None else [frozenset[str]()] * len(ranked)
+    keys = (
+        [frozenset(group) for group in groups]
+        if groups is not None
+        else [frozenset[str]()] * len(ranked)
+    )
     size = len(ranked)
     if size * (size - 1) // 2 <= pairs:
         drawn: Iterable[tuple[int, int]] = combinations(range(size), 2)

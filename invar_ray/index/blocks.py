@@ -1,4 +1,6 @@
-"""The vectors of an index in the order of its passages, some at a time: never all of them in memory."""
+"""The vectors of an index in the order of its passages, some at a time: never all of them in
+memory.
+"""
 
 from __future__ import annotations
 
@@ -52,11 +54,15 @@ class VectorBlocks:
             yield start, take(np.arange(start, stop))
 
     def sample(self, rows: int, seed: int) -> tuple[Vectors, Rows]:
-        """[n, D] and row numbers of a random sample without repeats, in row order; all where there are fewer."""
+        """[n, D] and row numbers of a random sample without repeats, in row order; all where there
+        are fewer.
+        """
         if rows >= self.rows:
             chosen = np.arange(self.rows)
         else:
-            chosen = np.sort(np.random.default_rng(seed).choice(self.rows, size=rows, replace=False))
+            chosen = np.sort(
+                np.random.default_rng(seed).choice(self.rows, size=rows, replace=False)
+            )
         return self.reader()(chosen), chosen.astype(np.int64)
 
 
@@ -107,7 +113,8 @@ def check_ids(blocks: VectorBlocks, vectors: Artifact, passages: Artifact) -> No
         at += len(ids)
     if not same:
         raise MixedArtifactsError(
-            f"{vectors.uri} holds {blocks.rows} vectors, which are not those of the {len(expected)} passages in "
+            f"{vectors.uri} holds {blocks.rows} vectors, which are not those of the "
+            f"{len(expected)} passages in "
             f"{passages.uri}",
             action="embed these passages (python -m jobs.reindex)",
         )
@@ -130,4 +137,6 @@ def column_to_matrix(column: Any) -> Vectors:
     """[N, D] float32 from an Arrow FixedSizeList column."""
     chunk = column.combine_chunks()
     dimension = chunk.type.list_size
-    return np.asarray(chunk.flatten().to_numpy(zero_copy_only=False), dtype=np.float32).reshape(-1, dimension)
+    return np.asarray(chunk.flatten().to_numpy(zero_copy_only=False), dtype=np.float32).reshape(
+        -1, dimension
+    )

@@ -1,4 +1,6 @@
-"""From a ``vectors`` artifact to an index artifact: plan, train on a sample, add shard by shard, measure, refuse."""
+"""From a ``vectors`` artifact to an index artifact: plan, train on a sample, add shard by shard,
+measure, refuse.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ class Limits:
     def of(settings: IndexConfig) -> Limits:
         """The limits of a config."""
         memory = None if settings.max_memory_mb is None else int(settings.max_memory_mb * 1e6)
-        return Limits(settings.recall_target, memory, settings.max_latency_ms, settings.recall_queries)
+        return Limits(
+            settings.recall_target, memory, settings.max_latency_ms, settings.recall_queries
+        )
 
 
 def index_settings(settings: IndexConfig) -> dict[str, Any]:
@@ -94,7 +98,8 @@ def build_index(
 
     Raises:
         MixedArtifactsError: if the vectors are not those of the passages.
-        ArtifactError: if recall@10 against exact search stays below the target; nothing is published then.
+        ArtifactError: if recall@10 against exact search stays below the target; nothing is
+            published then.
         ResourceError: if no type fits the limits.
     """
     vectors.verify()
@@ -131,17 +136,27 @@ def _build_named(
         index = Index(built, depth)
         trial = sampled_trial(blocks, limits.num_queries)
         recall = measure_recall(index, trial, depth)
-        say(f"  {factory}: recall@10 of {recall:.3f} against exact search on {len(trial.queries)} vectors")
+        say(
+            f"  {factory}: recall@10 of {recall:.3f} against exact search on {len(trial.queries)} "
+            "vectors"
+        )
         if recall < limits.recall_target:
             raise _too_low(
-                factory, recall, limits.recall_target, "raise index.num_lists_searched, or set factory to auto"
+                factory,
+                recall,
+                limits.recall_target,
+                "raise index.num_lists_searched, or set factory to auto",
             )
         info |= {"recall_at_10": recall, "recall_target": limits.recall_target}
     return info
 
 
 def _build_planned(
-    building: Building, blocks: VectorBlocks, limits: Limits, workers: int, say: Callable[[str], None]
+    building: Building,
+    blocks: VectorBlocks,
+    limits: Limits,
+    workers: int,
+    say: Callable[[str], None],
 ) -> dict[str, Any]:
     need = Need(
         blocks.rows,
@@ -161,7 +176,8 @@ def _build_planned(
         save_index(built, building.path / INDEX_FILE)
         depth, recall, latency = tune(Index(built), candidate, trial, need.recall_target)
         say(
-            f"  {candidate.factory}: built in {seconds:.1f} s ({cpu:.1f} s of CPU), recall@10 {recall:.3f} at depth "
+            f"  {candidate.factory}: built in {seconds:.1f} s ({cpu:.1f} s of CPU), recall@10 "
+            f"{recall:.3f} at depth "
             f"{depth}, {latency:.2f} ms a query on average"
         )
         if recall >= need.recall_target:
@@ -180,7 +196,12 @@ def _build_planned(
             }
         if recall > best:
             best, best_factory = recall, candidate.factory
-    raise _too_low(best_factory, best, need.recall_target, "allow more memory or latency, or lower index.recall_target")
+    raise _too_low(
+        best_factory,
+        best,
+        need.recall_target,
+        "allow more memory or latency, or lower index.recall_target",
+    )
 
 
 def fill(blocks: VectorBlocks, factory: str, training_rows: int, workers: int = 1) -> Any:
@@ -188,8 +209,11 @@ def fill(blocks: VectorBlocks, factory: str, training_rows: int, workers: int = 
     index = new_index(blocks.dimension, factory, blocks.rows)
     if not index.is_trained:
         train(index, blocks.sample(training_rows, _SEED)[0], factory)
-    # Neighbouring blocks go to one worker: parts are merged in order, and the result is that of adding in order.
-    cuts = np.linspace(0, len(blocks), num=max(1, min(workers, len(blocks))) + 1, dtype=int).tolist()
+    # Neighbouring blocks go to one worker: parts are merged in order, and the result is that of
+    # adding in order.
+    cuts = np.linspace(
+        0, len(blocks), num=max(1, min(workers, len(blocks))) + 1, dtype=int
+    ).tolist()
     return add_all(index, [blocks.some(first, last) for first, last in itertools.pairwise(cuts)])
 
 
@@ -216,7 +240,10 @@ def sampled_trial(blocks: VectorBlocks, num_queries: int) -> Trial:
 
 def _without(found: Rows, own: Rows) -> Rows:
     # A vector finds itself with any depth: that says nothing.
-    lines = [[row for row in line if row != mine] for line, mine in zip(found.tolist(), own.tolist(), strict=True)]
+    lines = [
+        [row for row in line if row != mine]
+        for line, mine in zip(found.tolist(), own.tolist(), strict=True)
+    ]
     return np.asarray([(line + [-1] * TOP_K)[:TOP_K] for line in lines], dtype=np.int64)
 
 
@@ -230,8 +257,12 @@ def measure_recall(index: Index, trial: Trial, depth: int) -> float:
     return float(np.mean(shares))
 
 
-def tune(index: Index, candidate: Candidate, trial: Trial, target: float) -> tuple[int, float, float]:
-    """Depth, recall and milliseconds a query: the least depth that reaches the target, else the one that finds most."""
+def tune(
+    index: Index, candidate: Candidate, trial: Trial, target: float
+) -> tuple[int, float, float]:
+    """Depth, recall and milliseconds a query: the least depth that reaches the target, else the one
+    that finds most.
+    """
     found = []
     for depth in candidate.depths or (1,):
         found.append((depth, measure_recall(index, trial, depth)))
@@ -250,7 +281,8 @@ def _latency(index: Index, queries: Vectors, depth: int) -> float:
 
 def _too_low(factory: str, recall: float, target: float, action: str) -> ArtifactError:
     return ArtifactError(
-        f"the index {factory} finds {recall:.3f} of what exact search finds (recall@10): not published",
+        f"the index {factory} finds {recall:.3f} of what exact search finds (recall@10): not "
+        "published",
         expected=f"{target:.3f} or more (index.recall_target)",
         action=action,
     )

@@ -1,7 +1,8 @@
 """The vector index.  The only file that imports FAISS.
 
-An index artifact holds ``index.faiss`` (inner product over unit vectors, i.e. cosine), row i being passage i of its
-``passages`` parent, and ``probes.parquet``: texts with the vectors that the index's own encoder gave them.
+An index artifact holds ``index.faiss`` (inner product over unit vectors, i.e. cosine), row i being
+passage i of its ``passages`` parent, and ``probes.parquet``: texts with the vectors that the
+index's own encoder gave them.
 
 What kind of index to build is decided in :mod:`invar_ray.index.planner`, the order of building in
 :mod:`invar_ray.index.build`; here is what FAISS does.
@@ -32,19 +33,22 @@ Mask = npt.NDArray[np.bool_]
 
 
 class Index:
-    """A loaded FAISS index: unit vectors in, (scores, rows) out.  Searches do not change it: threads may share one.
+    """A loaded FAISS index: unit vectors in, (scores, rows) out.  Searches do not change it:
+    threads may share one.
 
     Args:
         index: FAISS's.
-        depth: how far an approximate index looks: lists visited (nprobe) of an IVF, candidates kept (efSearch) of a
-            graph; an exact one has none.
+        depth: how far an approximate index looks: lists visited (nprobe) of an IVF, candidates kept
+            (efSearch) of a graph; an exact one has none.
     """
 
     def __init__(self, index: Any, depth: int = 1) -> None:
         self._index = index
         self._depth = depth
         self._core = _core(index)
-        with contextlib.suppress(RuntimeError):  # wrapped in something that takes no parameters, e.g. a refinement
+        with contextlib.suppress(
+            RuntimeError
+        ):  # wrapped in something that takes no parameters, e.g. a refinement
             faiss.extract_index_ivf(index).nprobe = depth
 
     @property
@@ -77,12 +81,13 @@ class Index:
         Args:
             queries: [N, D] unit rows.
             top_k: how many; where the index holds fewer, fewer come back.
-            allowed: [size] True for rows that may be found; an approximate index then looks deeper, by the inverse of
-                their share.
+            allowed: [size] True for rows that may be found; an approximate index then looks deeper,
+                by the inverse of their share.
             depth: in place of the index's own.
 
         Returns:
-            cosines [N, k] falling (ties by row), and row numbers [N, k]; -1 marks a place that stayed empty.
+            cosines [N, k] falling (ties by row), and row numbers [N, k]; -1 marks a place that
+            stayed empty.
 
         Raises:
             MixedArtifactsError: if D differs.  RequestError: if ``allowed`` has another length.
@@ -98,7 +103,9 @@ class Index:
             scores, rows = self._index.search(queries, top_k, params=self._parameters(depth, None))
         else:
             if allowed.shape != (self.size,):
-                raise RequestError(f"the filter has shape {allowed.shape}", expected=f"({self.size},), one per row")
+                raise RequestError(
+                    f"the filter has shape {allowed.shape}", expected=f"({self.size},), one per row"
+                )
             count = int(np.count_nonzero(allowed))
             if count <= _FEW and isinstance(self._core, faiss.IndexHNSW):
                 scores, rows = self._compare(queries, top_k, np.flatnonzero(allowed))
@@ -106,8 +113,11 @@ class Index:
                 bits = np.packbits(allowed, bitorder="little")
                 selector = faiss.IDSelectorBitmap(bits)
                 deeper = min(self.most_depth, -(-depth * self.size // max(1, count)))
-                scores, rows = self._index.search(queries, top_k, params=self._parameters(deeper, selector))
-        # FAISS returns ties in no useful order; empty places (-1) have the lowest score and stay last.
+                scores, rows = self._index.search(
+                    queries, top_k, params=self._parameters(deeper, selector)
+                )
+        # FAISS returns ties in no useful order; empty places (-1) have the lowest score and stay
+        # last.
         order = np.lexsort((rows, -scores), axis=1)
         return np.take_along_axis(scores, order, axis=1), np.take_along_axis(rows, order, axis=1)
 
@@ -159,12 +169,18 @@ def new_index(dimension: int, factory: str, rows: int) -> Any:
         index = faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     core = _core(index)
     if isinstance(core, faiss.IndexIVF):
-        core.cp.min_points_per_centroid = 1  # too few is the planner's to know, and training fails below one
+        core.cp.min_points_per_centroid = (
+            1  # too few is the planner's to know, and training fails below one
+        )
     if hasattr(core, "pq"):
-        # A factory string without "np" asks for polysemous codes: simulated annealing over each codebook, minutes for
-        # nothing, since only a search type that is never used here reads them.
+        # A factory string without "np" asks for polysemous codes: simulated annealing over each
+        # codebook, minutes for nothing, since only a search type that is never used here reads
+        # them.
         core.do_polysemous_training = False
-        core.pq.cp.min_points_per_centroid, core.pq.cp.max_points_per_centroid = 1, CODEBOOK_ROWS // 256
+        core.pq.cp.min_points_per_centroid, core.pq.cp.max_points_per_centroid = (
+            1,
+            CODEBOOK_ROWS // 256,
+        )
     if isinstance(index, faiss.IndexPreTransform):
         for number in range(index.chain.size()):
             step = faiss.downcast_VectorTransform(index.chain.at(number))
@@ -175,7 +191,8 @@ def new_index(dimension: int, factory: str, rows: int) -> Any:
 
 
 def train(index: Any, sample: Vectors, factory: str) -> None:
-    """Train an index on [n, D] rows, on a GPU where there is one; an index that needs none stays as it is.
+    """Train an index on [n, D] rows, on a GPU where there is one; an index that needs none stays as
+    it is.
 
     Raises:
         ArtifactError: if there are too few.
@@ -185,9 +202,13 @@ def train(index: Any, sample: Vectors, factory: str) -> None:
     core, on_gpu = _core(index), None
     if isinstance(core, faiss.IndexIVF) and gpus():
         on_gpu = core.clustering_index = faiss.index_cpu_to_all_gpus(faiss.IndexFlatIP(core.d))
-    # Codebooks are hundreds of tiny k-means: two threads that wait for each other made them 5 times as slow.
+    # Codebooks are hundreds of tiny k-means: two threads that wait for each other made them 5 times
+    # as slow.
     threads = 1 if hasattr(core, "pq") and len(sample) <= CODEBOOK_ROWS else 0
-    with _clear(factory, f"{sample.shape[0]} vectors of {sample.shape[1]} dimensions"), _threads(threads):
+    with (
+        _clear(factory, f"{sample.shape[0]} vectors of {sample.shape[1]} dimensions"),
+        _threads(threads),
+    ):
         index.train(np.ascontiguousarray(sample))
     if on_gpu is not None:
         core.clustering_index = None
@@ -198,7 +219,8 @@ def add(index: Any, rows: Vectors, first: int, assigner: Any = None) -> None:
 
     Args:
         index: trained; an IVF keeps the numbers, others count by themselves.
-        assigner: finds the list of each row in place of the index's own quantizer: a copy of that on a GPU.
+        assigner: finds the list of each row in place of the index's own quantizer: a copy of that
+            on a GPU.
     """
     rows = np.ascontiguousarray(rows)
     core = _core(index)
@@ -218,7 +240,9 @@ def add(index: Any, rows: Vectors, first: int, assigner: Any = None) -> None:
 
 
 def gpu_assigner(index: Any) -> Any:
-    """A copy of an IVF's quantizer on the GPUs for :func:`add`, or ``None`` where that does not apply."""
+    """A copy of an IVF's quantizer on the GPUs for :func:`add`, or ``None`` where that does not
+    apply.
+    """
     core = _core(index)
     chain = index.chain.size() if isinstance(index, faiss.IndexPreTransform) else 0
     if not gpus() or not isinstance(core, faiss.IndexIVF) or chain > 1:
@@ -279,7 +303,8 @@ def build_faiss(vectors: Vectors, factory: str) -> Any:
     """A FAISS index of unit vectors, inner product, trained on all of them.
 
     Raises:
-        ArtifactError: if FAISS does not know the factory string or there are too few vectors to train it.
+        ArtifactError: if FAISS does not know the factory string or there are too few vectors to
+            train it.
     """
     index = new_index(vectors.shape[1], factory, len(vectors))
     train(index, vectors, factory)
@@ -295,13 +320,18 @@ def exact_best(queries: Vectors, blocks: Iterator[tuple[int, Vectors]], top_k: i
         count = min(top_k, len(rows))
         arguments: dict[str, Any] = {"metric": faiss.METRIC_INNER_PRODUCT}
         if gpus():
-            found, at = faiss.knn_gpu(faiss.StandardGpuResources(), queries, rows, count, **arguments)
+            found, at = faiss.knn_gpu(
+                faiss.StandardGpuResources(), queries, rows, count, **arguments
+            )
         else:
             found, at = faiss.knn(queries, rows, count, **arguments)
         scores = np.concatenate([scores, found], axis=1)
         best = np.concatenate([best, at + first], axis=1)
         order = np.lexsort((best, -scores), axis=1)[:, :top_k]
-        scores, best = np.take_along_axis(scores, order, axis=1), np.take_along_axis(best, order, axis=1)
+        scores, best = (
+            np.take_along_axis(scores, order, axis=1),
+            np.take_along_axis(best, order, axis=1),
+        )
     return best
 
 
@@ -311,8 +341,8 @@ def save_index(index: Any, path: Path) -> None:
 
 
 def open_index(path: Path, depth: int = 1, *, memory_map: bool = False) -> Index:
-    """Read an index file, or map it: pages then come from the disk when they are first needed, and processes share
-    them.
+    """Read an index file, or map it: pages then come from the disk when they are first needed, and
+    processes share them.
     """
     # IO_FLAG_MMAP maps an IVF only; IFC maps Flat, HNSW and IVF alike.
     return Index(faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC if memory_map else 0), depth)

@@ -1,9 +1,11 @@
-"""Which index to build: predicted memory, build time, latency and recall of each type, and the first that fits.
+"""Which index to build: predicted memory, build time, latency and recall of each type, and the
+first that fits.
 
-Formulas in closed form over rows N, dimensions D, lists L, subquantizers M, neighbours G; the rates are of one CPU
-core, measured by ``benchmarks/index_planner.py`` (docs/design/indexes.md has the table).  A plan is a function of what
-was asked alone, not of the machine that plans, so that every machine builds the same index.  Recall here is a guess to
-order the attempts by: what is built is measured (:mod:`invar_ray.index.build`), and refused below the target.
+Formulas in closed form over rows N, dimensions D, lists L, subquantizers M, neighbours G; the rates
+are of one CPU core, measured by ``benchmarks/index_planner.py`` (docs/design/indexes.md has the
+table).  A plan is a function of what was asked alone, not of the machine that plans, so that every
+machine builds the same index.  Recall here is a guess to order the attempts by: what is built is
+measured (:mod:`invar_ray.index.build`), and refused below the target.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ CODEBOOK_ROWS = 16_384
 OPQ_ROWS = 8192
 """Training rows of OPQ's rotation."""
 OPQ_ROUNDS = (8, 10, 2)
-"""Rounds of OPQ, rounds of k-means in the first of them, and in each later one (FAISS's own: 50, 40, 4)."""
+"""Rounds of OPQ, rounds of k-means in the first of them, and in each later one (FAISS's own: 50,
+40, 4).
+"""
 _NEIGHBOURS = 32
 """G of the graph; its lowest layer keeps 2 G."""
 _POINTS_PER_LIST = 64
@@ -40,12 +44,16 @@ _FLAT_QUANTIZER = 65_536
 
 @dataclass(frozen=True)
 class Rates:
-    """What one core does, in units per second; measured on 2026-11-25 on a Xeon with AVX-512 (2 virtual cores)."""
+    """What one core does, in units per second; measured on 2026-11-25 on a Xeon with AVX-512 (2
+    virtual cores).
+    """
 
     multiply_adds: float = 1.5e10
     """Of big matrix products (k-means, assignment)."""
     codebook_seconds: float = 3.0e-9
-    """Seconds to compare a part of a row with one entry of its codebook: far from what a core could do."""
+    """Seconds to compare a part of a row with one entry of its codebook: far from what a core could
+    do.
+    """
     scanned_bytes: float = 1.0e10
     """Of float rows compared with one query."""
     scanned_sq_bytes: float = 5.0e9
@@ -120,9 +128,11 @@ class Choice:
 
 
 def plan_index(need: Need) -> Choice:
-    """Order the types by what they lose: exact, IVF on floats, IVF on 8-bit scalars, a graph, product codes.
+    """Order the types by what they lose: exact, IVF on floats, IVF on 8-bit scalars, a graph,
+    product codes.
 
-    The graph comes late although it is the quickest to search: it can neither be built in parts nor shrink.
+    The graph comes late although it is the quickest to search: it can neither be built in parts nor
+    shrink.
 
     Raises:
         ResourceError: if no type can meet the limits; says by how much each misses.
@@ -145,13 +155,17 @@ def plan_index(need: Need) -> Choice:
 
 
 def candidates(need: Need) -> list[Candidate]:
-    """Every type for these rows and dimensions, in the order of preference; IVF only where its lists can be trained."""
+    """Every type for these rows and dimensions, in the order of preference; IVF only where its
+    lists can be trained.
+    """
     found = [_flat(need)]
     if number_of_lists(need.rows) > 1:
         found += [_ivf(need, "IVF-Flat"), _ivf(need, "IVF-SQ8")]
     found.append(_hnsw(need))
     if number_of_lists(need.rows) > 1 and need.rows >= 39 * _CENTROIDS:
-        parts = [part for part in (4, 8, 16) if need.dimension % part == 0 and need.dimension > part]
+        parts = [
+            part for part in (4, 8, 16) if need.dimension % part == 0 and need.dimension > part
+        ]
         found += [_ivf(need, "IVF-PQ", need.dimension // part) for part in parts]
     return found
 
@@ -159,26 +173,35 @@ def candidates(need: Need) -> list[Candidate]:
 def number_of_lists(rows: int) -> int:
     """The power of 2 nearest to 4 sqrt(N) that leaves 39 rows a list; 1 where IVF makes no sense."""
     most = rows // 39
-    return min(1 << round(math.log2(4.0 * math.sqrt(rows))), 1 << most.bit_length() - 1) if most >= 4 else 1
+    return (
+        min(1 << round(math.log2(4.0 * math.sqrt(rows))), 1 << most.bit_length() - 1)
+        if most >= 4
+        else 1
+    )
 
 
 def expected_depth(lists: int) -> int:
-    """Lists to visit for recall@10 of about 0.95: 2 L^0.4, from 18 of 256 and 32 of 1,024 that were measured."""
+    """Lists to visit for recall@10 of about 0.95: 2 L^0.4, from 18 of 256 and 32 of 1,024 that were
+    measured.
+    """
     return max(1, round(2.0 * lists**0.4))
 
 
-def memory_of(kind: Kind, rows: int, dimension: int, *, lists: int = 1, code: int = 0) -> tuple[float, int]:
+def memory_of(
+    kind: Kind, rows: int, dimension: int, *, lists: int = 1, code: int = 0
+) -> tuple[float, int]:
     """Bytes per vector, and fixed bytes, of a loaded index.
 
-    =========  =======================  ====================================================================
-    type       per vector               fixed
-    =========  =======================  ====================================================================
-    Flat       4 D
+    =========  =======================
+    ==================================================================== type       per vector
+    fixed =========  =======================
+    ==================================================================== Flat       4 D
     IVF-Flat   4 D + 8                  L (4 D + 180)
     IVF-SQ8    D + 8                    L (4 D + 180) + 8 D
     IVF-PQ     M + 8                    L (4 D + 180) + 4 * 256 D (codebooks) + 4 D^2 (rotation)
     HNSW       4 D + 8 G + 4 G / (G-1)  (with 8 + 4 bytes a vector for offset and level)
-    =========  =======================  ====================================================================
+    =========  =======================
+    ====================================================================
 
     A quantizer that is a graph (more than 65,536 lists) adds 8 G + 12 bytes a list.
     """
@@ -201,15 +224,24 @@ def render(choice: Choice) -> str:
     need = choice.need
     limit = "no limit" if need.max_memory_bytes is None else _size(need.max_memory_bytes)
     lines = [
-        f"index plan: {need.rows:,} vectors of {need.dimension} dimensions; memory {limit}, a query within "
+        f"index plan: {need.rows:,} vectors of {need.dimension} dimensions; memory {limit}, a "
+        "query within "
         f"{need.max_latency_ms:g} ms on one core, recall@10 of {need.recall_target:g} or more",
-        f"  {'type':<9} {'factory':<34} {'memory':>9} {'B/vector':>9} {'build':>9} {'ms/query':>9} {'recall':>7}",
+        f"  {'type':<9} {'factory':<34} {'memory':>9} {'B/vector':>9} {'build':>9} {'ms/query':>9} "
+        f"{'recall':>7}",
     ]
-    notes = [(candidate, "first" if number == 0 else "then") for number, candidate in enumerate(choice.tries)]
-    for candidate, note in [*notes, *((candidate, f"out: {reason}") for candidate, reason in choice.rejected)]:
+    notes = [
+        (candidate, "first" if number == 0 else "then")
+        for number, candidate in enumerate(choice.tries)
+    ]
+    for candidate, note in [
+        *notes,
+        *((candidate, f"out: {reason}") for candidate, reason in choice.rejected),
+    ]:
         lines.append(
             f"  {candidate.kind:<9} {candidate.factory:<34} {_size(candidate.memory_bytes):>9} "
-            f"{candidate.bytes_per_vector:>9.1f} {_time(candidate.build_seconds):>9} {candidate.latency_ms:>9.2f} "
+            f"{candidate.bytes_per_vector:>9.1f} {_time(candidate.build_seconds):>9} "
+            f"{candidate.latency_ms:>9.2f} "
             f"{candidate.recall:>7.2f}  {note}"
         )
     return "\n".join(lines)
@@ -235,8 +267,8 @@ def _flat(need: Need) -> Candidate:
 
 def _hnsw(need: Need) -> Candidate:
     each, fixed = memory_of("HNSW", need.rows, need.dimension)
-    # A walk that keeps e candidates compares some e G / 2 rows, slowly more in a larger graph; building walks once a
-    # row with e = 40 and then links.
+    # A walk that keeps e candidates compares some e G / 2 rows, slowly more in a larger graph;
+    # building walks once a row with e = 40 and then links.
     grown = 1.0 + math.log2(max(1.0, need.rows / 100_000)) / 10
     kept = grown * 4 * need.dimension * _NEIGHBOURS / 2 / RATES.graph_bytes
     seconds = 1.5 * need.rows * 40 * kept
@@ -244,7 +276,9 @@ def _hnsw(need: Need) -> Candidate:
     depths = tuple(depth for depth, long in latency.items() if long <= need.max_latency_ms)
     total = int(each * need.rows)
     factory = f"HNSW{_NEIGHBOURS},Flat"
-    return Candidate("HNSW", factory, depths, 0, each, fixed, total, seconds, latency[64], 0.97, False)
+    return Candidate(
+        "HNSW", factory, depths, 0, each, fixed, total, seconds, latency[64], 0.97, False
+    )
 
 
 def _ivf(need: Need, kind: Kind, code: int = 0) -> Candidate:
@@ -261,13 +295,15 @@ def _ivf(need: Need, kind: Kind, code: int = 0) -> Candidate:
         rounds, first, later = OPQ_ROUNDS
         turned = (first + (rounds - 1) * later) * min(sample, OPQ_ROWS)
         trained = 25 * min(sample, CODEBOOK_ROWS)
-        # Each row meets the 256 entries of each codebook, in rounds of training and once more when it is encoded.
+        # Each row meets the 256 entries of each codebook, in rounds of training and once more when
+        # it is encoded.
         seconds += (turned + trained + rows) * code * _CENTROIDS * RATES.codebook_seconds
         seconds += (rounds * 20.0 * dimension + rows) * dimension**2 / RATES.multiply_adds
         recall, factory = _EXPECTED_PQ[dimension // code], f"OPQ{code},{quantizer},PQ{code}x8np"
 
     def latency(depth: int) -> float:
-        # The lists near a query are longer than the mean: dense regions have both more queries and more rows.
+        # The lists near a query are longer than the mean: dense regions have both more queries and
+        # more rows.
         visited = min(1.0, 2.0 * depth / lists) * rows
         scan = {
             "IVF-Flat": 4 * dimension / RATES.scanned_bytes,
@@ -281,7 +317,9 @@ def _ivf(need: Need, kind: Kind, code: int = 0) -> Candidate:
     allowed = tuple(depth for depth in depths if latency(depth) <= need.max_latency_ms)
     expected = latency(expected_depth(lists))
     total = int(each * rows + fixed)
-    return Candidate(kind, factory, allowed, sample, each, fixed, total, seconds, expected, recall, True)
+    return Candidate(
+        kind, factory, allowed, sample, each, fixed, total, seconds, expected, recall, True
+    )
 
 
 def _size(number: float) -> str:

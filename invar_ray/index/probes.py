@@ -1,4 +1,6 @@
-"""Probes of an index: texts with the vectors that its own encoder gave them; no other encoder reproduces them."""
+"""Probes of an index: texts with the vectors that its own encoder gave them; no other encoder
+reproduces them.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from invar_ray.schema import vector_schema
 from invar_ray.store.artifacts import Artifact
 
 PROBE_TOLERANCE = 1e-3
-"""A probe's cosine with its stored vector must be at least 1 minus this, in the precision that the index was made in:
-other batch shapes and devices stay well within, the other precision may not (30 layers: 1.3e-3).
+"""A probe's cosine with its stored vector must be at least 1 minus this, in the precision that the
+index was made in: other batch shapes and devices stay well within, the other precision may not (30
+layers: 1.3e-3).
 """
 
 
@@ -39,7 +42,9 @@ def check_probes(artifact: Artifact, encoder: TextEncoder) -> float:
     """
     table = pq.read_table(artifact.path("probes.parquet"))
     stored = column_to_matrix(table.column("vector"))
-    texts = list(zip(table.column("title").to_pylist(), table.column("text").to_pylist(), strict=True))
+    texts = list(
+        zip(table.column("title").to_pylist(), table.column("text").to_pylist(), strict=True)
+    )
     made_by = EncoderSpec.from_json(artifact.info["encoder"]).fingerprint
     if encoder.dimension != stored.shape[1]:
         lowest = -1.0
@@ -47,7 +52,8 @@ def check_probes(artifact: Artifact, encoder: TextEncoder) -> float:
         lowest = float((encoder.encode_passages(texts) * stored).sum(axis=1).min())
     if lowest < 1.0 - PROBE_TOLERANCE:
         raise MixedArtifactsError(
-            f"encoder {encoder.fingerprint} does not reproduce the probe vectors of {artifact.uri}, which encoder "
+            f"encoder {encoder.fingerprint} does not reproduce the probe vectors of "
+            f"{artifact.uri}, which encoder "
             f"{made_by} made (lowest cosine {lowest:.4f})",
             expected=f"cosines of at least {1.0 - PROBE_TOLERANCE}",
             action="serve the index with its own encoder, or reindex with this one (python -m jobs.reindex)",

@@ -1,9 +1,10 @@
 """Reading a ``vectors`` artifact.
 
-``shards/part-<n>.parquet`` hold ids, content hashes and float16 vectors; n counts the rows before.  In a full or a
-compact version row n is passage n.  A version that took over the files of the one before has ``rows.parquet`` beside
-them: a line a passage, in the order of the ``passages``, with its id and the row that holds its vector.  Rows that no
-passage points to are tombstones: vectors of what was deleted or changed.
+``shards/part-<n>.parquet`` hold ids, content hashes and float16 vectors; n counts the rows before.
+In a full or a compact version row n is passage n.  A version that took over the files of the one
+before has ``rows.parquet`` beside them: a line a passage, in the order of the ``passages``, with
+its id and the row that holds its vector.  Rows that no passage points to are tombstones: vectors of
+what was deleted or changed.
 """
 
 from __future__ import annotations
@@ -46,12 +47,18 @@ class VectorStore:
 
     def __init__(self, filesystem: fs.FileSystem, folder: str) -> None:
         self._filesystem, self._folder = filesystem, folder
-        entries = filesystem.get_file_info(fs.FileSelector(f"{folder}/{SHARDS}", allow_not_found=True))
+        entries = filesystem.get_file_info(
+            fs.FileSelector(f"{folder}/{SHARDS}", allow_not_found=True)
+        )
         names = [entry.base_name for entry in entries]
         self._paths = sorted(
-            f"{folder}/{SHARDS}/{name}" for name in names if name.startswith("part-") and name.endswith(".parquet")
+            f"{folder}/{SHARDS}/{name}"
+            for name in names
+            if name.startswith("part-") and name.endswith(".parquet")
         )
-        self.starts = [int(path.rpartition("-")[2].removesuffix(".parquet")) for path in self._paths]
+        self.starts = [
+            int(path.rpartition("-")[2].removesuffix(".parquet")) for path in self._paths
+        ]
         self._last: tuple[int, Halves] | None = None
 
     @cached_property
@@ -96,7 +103,9 @@ class VectorStore:
             stop = self.starts[shard] + len(matrix)
             upto = int(np.searchsorted(ascending, stop))
             if upto <= at:
-                raise CorruptArtifactError(f"{self._folder} holds no row {ascending[at]}", action="embed again")
+                raise CorruptArtifactError(
+                    f"{self._folder} holds no row {ascending[at]}", action="embed again"
+                )
             here = order[at:upto]
             if found is None:
                 found = np.empty((len(rows), matrix.shape[1]), np.float16)

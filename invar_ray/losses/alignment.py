@@ -1,4 +1,6 @@
-"""Alignment of the retriever with a frozen small encoder.  Shape legend: B rows, C slots, M size of the teacher."""
+"""Alignment of the retriever with a frozen small encoder.  Shape legend: B rows, C slots, M size of
+the teacher.
+"""
 
 from __future__ import annotations
 
@@ -24,15 +26,19 @@ class AlignmentOutput(NamedTuple):
 
     Attributes:
         loss: scalar, nats; carries the gradient (never into the teacher).
-        agreement: scalar, no gradient: share of rows whose best slot is the teacher's best slot too.
+        agreement: scalar, no gradient: share of rows whose best slot is the teacher's best slot
+            too.
     """
 
     loss: Tensor
     agreement: Tensor
 
 
-def blend_teacher_scores(queries: Tensor, passages: Tensor, documents: Tensor, *, document_weight: float) -> Tensor:
-    """The teacher's scores of local and of global view: s_T = (1 - g) cos(q, passage) + g cos(q, document).
+def blend_teacher_scores(
+    queries: Tensor, passages: Tensor, documents: Tensor, *, document_weight: float
+) -> Tensor:
+    """The teacher's scores of local and of global view: s_T = (1 - g) cos(q, passage) + g cos(q,
+    document).
 
     Args:
         queries: [B, M], unit rows: the teacher's vectors of the anchor questions.
@@ -46,8 +52,8 @@ def blend_teacher_scores(queries: Tensor, passages: Tensor, documents: Tensor, *
     Raises:
         ValueError: g is outside [0, 1] or shapes do not fit.
 
-    Source: METHOD "Stage 1", Alignment.  [ours] The published text aligns with the small encoder's scores over the
-    whole document; the blend and g are this project's.
+    Source: METHOD "Stage 1", Alignment.  [ours] The published text aligns with the small encoder's
+    scores over the whole document; the blend and g are this project's.
     """
     if not 0.0 <= document_weight <= 1.0:
         raise ValueError(f"document_weight: got {document_weight}, expected a number in [0, 1]")
@@ -59,7 +65,8 @@ def blend_teacher_scores(queries: Tensor, passages: Tensor, documents: Tensor, *
 
 
 def mean_document_vectors(windows: Tensor, owner: Tensor, num_documents: int) -> Tensor:
-    """Document vectors: the normalised mean of the teacher's vectors of all windows of each document.
+    """Document vectors: the normalised mean of the teacher's vectors of all windows of each
+    document.
 
     Args:
         windows: [N, M], unit rows.
@@ -88,7 +95,8 @@ def alignment_loss(
     weights: Tensor | None = None,
     normaliser: float | Tensor | None = None,
 ) -> AlignmentOutput:
-    """KL divergence from the teacher's distribution over the candidates to the retriever's, in the anchor environment.
+    """KL divergence from the teacher's distribution over the candidates to the retriever's, in the
+    anchor environment.
 
     Formula::
 
@@ -99,24 +107,28 @@ def alignment_loss(
     Args:
         anchor_cosines: [B, C], in [-1, 1].
         teacher_scores: [B, C], s_T, see :func:`blend_teacher_scores`; gets no gradient.
-        allowed: [B, C], bool: copies of the positive are out, and nothing else (``masks.copies_allowed``).
+        allowed: [B, C], bool: copies of the positive are out, and nothing else
+            (``masks.copies_allowed``).
         temperature: tau of the retriever (tau_nce), dimensionless.
         teacher_temperature: tau_M, dimensionless.
         weights: [B], at least 0; padded rows carry 0 and may hold anything.
-        normaliser: divides the weighted sum; ``None`` is the sum of ``weights``.  For W ranks: global sum / W.
+        normaliser: divides the weighted sum; ``None`` is the sum of ``weights``.  For W ranks:
+            global sum / W.
 
     Raises:
         ValueError: shapes do not fit, or a temperature is not above 0.
 
     Source: Invar-RAG (arXiv 2411.07021), LLM-aligned retrieval; METHOD "Stage 1", Alignment.
-    Deviations: [ours] the teacher's score (local and global view), and that the weight of this loss decays (caller).
-    Siblings: ``torch.nn.functional.kl_div``; sentence-transformers ``DistillKLDivLoss``; margin-MSE is the score-wise
-    alternative.
+    Deviations: [ours] the teacher's score (local and global view), and that the weight of this loss
+    decays (caller). Siblings: ``torch.nn.functional.kl_div``; sentence-transformers
+    ``DistillKLDivLoss``; margin-MSE is the score-wise alternative.
     """
     check_temperature(temperature)
     check_temperature(teacher_temperature, "teacher_temperature")
     if anchor_cosines.ndim != 2:
-        raise ValueError(f"anchor_cosines: got shape {tuple(anchor_cosines.shape)}, expected [B, C]")
+        raise ValueError(
+            f"anchor_cosines: got shape {tuple(anchor_cosines.shape)}, expected [B, C]"
+        )
     shape = tuple(anchor_cosines.shape)
     check_shape("teacher_scores", teacher_scores, shape)
     check_shape("allowed", allowed, shape)
@@ -128,7 +140,9 @@ def alignment_loss(
     log_p = torch.log_softmax((scores / temperature).masked_fill(~keep, floor), dim=-1)  # [B, C]
     with torch.no_grad():
         teacher = clean_rows(teacher_scores.to(scores.dtype), keep)
-        log_teacher = torch.log_softmax((teacher / teacher_temperature).masked_fill(~keep, floor), dim=-1)  # [B, C]
+        log_teacher = torch.log_softmax(
+            (teacher / teacher_temperature).masked_fill(~keep, floor), dim=-1
+        )  # [B, C]
     gap = torch.where(keep, log_teacher - log_p, torch.zeros_like(log_p))
     by = divisor(weight, normaliser)
     loss = weighted_mean((log_teacher.exp() * gap).sum(dim=-1), weight, by)

@@ -24,10 +24,11 @@ class ContrastiveOutput(NamedTuple):
 
     Attributes:
         loss: scalar, nats; carries the gradient.
-        per_environment: [E], nats: the loss of each environment; carries the gradient.  Its mean over ranks is the
-            global value where every row has all environments (no ``environment_mask``); ``risk.environment_risks`` is
-            exact in any case.
-        accuracy: scalar, no gradient: share of (row, environment) whose positive is strictly the best allowed slot.
+        per_environment: [E], nats: the loss of each environment; carries the gradient.  Its mean
+            over ranks is the global value where every row has all environments (no
+            ``environment_mask``); ``risk.environment_risks`` is exact in any case.
+        accuracy: scalar, no gradient: share of (row, environment) whose positive is strictly the
+            best allowed slot.
         environment_sums: [E], the weighted sums behind ``per_environment``; carry the gradient.
         environment_weights: [E], the sums of the weights of the rows that have the environment.
     """
@@ -59,13 +60,15 @@ def contrastive_loss(
     Args:
         cosines: [B, E, C], cos of every local query and every gathered candidate, in [-1, 1].
         positive: [B], long: the slot of each row's positive.
-        allowed: [B, C], bool, the same in all environments: true where slot j counts as a candidate of row i (see
-            ``masks.contrastive_allowed``).  The positive is always allowed.
+        allowed: [B, C], bool, the same in all environments: true where slot j counts as a candidate
+            of row i (see ``masks.contrastive_allowed``).  The positive is always allowed.
         temperature: tau_nce, dimensionless.
-        weights: [B], at least 0; padded rows carry 0 and may hold anything, NaN included.  ``None`` is 1 for all.
-        normaliser: divides the weighted sum; ``None`` is the sum of ``weights``.  For W ranks: global sum / W.
-        environment_mask: [B, E], bool: false where the row lacks the environment.  The mean over e goes over those
-            present; a row without any weighs 0 but counts in the normaliser.
+        weights: [B], at least 0; padded rows carry 0 and may hold anything, NaN included.  ``None``
+            is 1 for all.
+        normaliser: divides the weighted sum; ``None`` is the sum of ``weights``.  For W ranks:
+            global sum / W.
+        environment_mask: [B, E], bool: false where the row lacks the environment.  The mean over e
+            goes over those present; a row without any weighs 0 but counts in the normaliser.
 
     Returns:
         Loss in nats, loss of each environment, accuracy.
@@ -73,10 +76,10 @@ def contrastive_loss(
     Raises:
         ValueError: shapes do not fit, or the temperature is not above 0.
 
-    Source: Invar-RAG (arXiv 2411.07021), contrastive objective of the retriever; METHOD "Stage 1", Contrastive.
-    Deviations: [ours] tau_nce 0.05, the masks, the mean over environments.
-    Siblings: sentence-transformers ``MultipleNegativesRankingLoss`` (one environment, no masks), GTE's improved
-    contrastive loss, ``info_nce`` of pytorch-metric-learning.
+    Source: Invar-RAG (arXiv 2411.07021), contrastive objective of the retriever; METHOD "Stage 1",
+    Contrastive. Deviations: [ours] tau_nce 0.05, the masks, the mean over environments.
+    Siblings: sentence-transformers ``MultipleNegativesRankingLoss`` (one environment, no masks),
+    GTE's improved contrastive loss, ``info_nce`` of pytorch-metric-learning.
     """
     present = check_environments(cosines, positive, allowed, temperature, environment_mask)
     scores = at_least_float32(cosines)

@@ -38,29 +38,38 @@ class _Call:
 
 
 class RepresentationCache:
-    """Stands in for an encoder in the computation of a loss, and back-propagates through the encoder afterwards.
+    """Stands in for an encoder in the computation of a loss, and back-propagates through the
+    encoder afterwards.
 
-    A call encodes its rows without graph, chunk by chunk, and returns a leaf.  The loss is computed from leaves as if
-    they were the encoder's output.  :meth:`backward` takes the gradients of the loss with respect to the leaves, then
-    encodes each chunk again with its graph and back-propagates the surrogate::
+    A call encodes its rows without graph, chunk by chunk, and returns a leaf.  The loss is computed
+    from leaves as if they were the encoder's output.  :meth:`backward` takes the gradients of the
+    loss with respect to the leaves, then encodes each chunk again with its graph and
+    back-propagates the surrogate::
 
         s_chunk = sum_n <v_n, dL/dv_n>,      dL/dtheta = sum over chunks of ds_chunk/dtheta
 
-    which is exact, because dL/dtheta = sum_n (dL/dv_n) (dv_n/dtheta).  The second forward repeats the first one's
-    random numbers (dropout), on the CPU and on the device of the inputs.  Memory: the graph of one chunk, plus the
-    vectors.  Time: one forward more.  A call that fits into one chunk keeps its graph and is not encoded twice.
+    which is exact, because dL/dtheta = sum_n (dL/dv_n) (dv_n/dtheta).  The second forward repeats
+    the first one's random numbers (dropout), on the CPU and on the device of the inputs.  Memory:
+    the graph of one chunk, plus the vectors.  Time: one forward more.  A call that fits into one
+    chunk keeps its graph and is not encoded twice.
 
     Args:
-        encode: ([n, T] ids, [n, T] mask) -> [n, D].  Rows must not influence each other (no batch statistics).
-        tokens_per_chunk: rows x longest row of a chunk, padding included, stays within it (one row at least).
-        agree: local number of chunks -> number that every rank runs (their maximum).  Under ZeRO-3 each forward and
-            backward is a collective; ranks of fewer chunks run dummy ones of weight 0.  ``None`` for one process.
+        encode: ([n, T] ids, [n, T] mask) -> [n, D].  Rows must not influence each other (no batch
+            statistics).
+        tokens_per_chunk: rows x longest row of a chunk, padding included, stays within it (one row
+            at least).
+        agree: local number of chunks -> number that every rank runs (their maximum).  Under ZeRO-3
+            each forward and backward is a collective; ranks of fewer chunks run dummy ones of
+            weight 0.  ``None`` for one process.
 
-    Source: Gao et al., arXiv 2101.06983.  Deviations [ours]: chunks by token budget and length, dummy chunks, calls of
-    one chunk.  Siblings: ``luyug/GradCache``, sentence-transformers ``CachedMultipleNegativesRankingLoss``.
+    Source: Gao et al., arXiv 2101.06983.  Deviations [ours]: chunks by token budget and length,
+    dummy chunks, calls of one chunk.  Siblings: ``luyug/GradCache``, sentence-transformers
+    ``CachedMultipleNegativesRankingLoss``.
     """
 
-    def __init__(self, encode: Encode, tokens_per_chunk: int, *, agree: Callable[[int], int] | None = None) -> None:
+    def __init__(
+        self, encode: Encode, tokens_per_chunk: int, *, agree: Callable[[int], int] | None = None
+    ) -> None:
         if tokens_per_chunk < 1:
             raise ValueError(f"tokens_per_chunk: got {tokens_per_chunk}, expected at least 1")
         self._encode, self._tokens, self._agree = encode, tokens_per_chunk, agree
@@ -70,7 +79,9 @@ class RepresentationCache:
         """Tokens that the chunks so far held, padding included, dummy chunks not."""
 
     def __call__(self, ids: Tensor, mask: Tensor) -> Tensor:
-        """[N, T] ids and mask, padded right -> [N, D]: a leaf, or the encoder's output where one chunk is enough."""
+        """[N, T] ids and mask, padded right -> [N, D]: a leaf, or the encoder's output where one
+        chunk is enough.
+        """
         lengths: list[int] = mask.sum(dim=1).tolist()
         rows = list(length_batches(lengths, self._tokens))
         self.padded_tokens += sum(len(chunk) * max(lengths[row] for row in chunk) for chunk in rows)
@@ -96,13 +107,16 @@ class RepresentationCache:
         return vectors
 
     def backward(self, loss: Tensor, backward: Backward | None = None) -> None:
-        """Add the gradients of ``loss`` to those of the encoder's parameters; the cache is empty afterwards.
+        """Add the gradients of ``loss`` to those of the encoder's parameters; the cache is empty
+        afterwards.
 
         Args:
             loss: scalar, a function of what the calls returned.
-            backward: back-propagates a scalar through the encoder (an engine's own); ``None`` calls ``.backward()``.
+            backward: back-propagates a scalar through the encoder (an engine's own); ``None`` calls
+                ``.backward()``.
 
-        Every rank must call it, and the collectives in the graph of ``loss`` must be the same on all of them.
+        Every rank must call it, and the collectives in the graph of ``loss`` must be the same on
+        all of them.
         """
         through = backward if backward is not None else _plain_backward
         # A graph that reaches parameters belongs to the engine, one that ends in leaves does not.

@@ -1,7 +1,8 @@
 """Which candidate slots count for which row.  Shape legend: B rows, C slots.
 
-Masks are the same in all environments: only so are scores of different environments comparable.  Every rank derives the
-metadata of the whole batch from (seed, step), so the masks need no communication.
+Masks are the same in all environments: only so are scores of different environments comparable.
+Every rank derives the metadata of the whole batch from (seed, step), so the masks need no
+communication.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ class Slots(NamedTuple):
     Attributes:
         document: [C], long: index of the slot's document.
         start, end: [C], long: the anchor span in the document's characters, half open.
-        content: [C], long, or ``None``: equal numbers mark equal texts (the same passage under two ids).
+        content: [C], long, or ``None``: equal numbers mark equal texts (the same passage under two
+            ids).
         present: [C], bool, or ``None`` for all true: false for padding.
     """
 
@@ -38,7 +40,8 @@ def copies_allowed(slots: Slots, positive: Tensor) -> Tensor:
 
     Args:
         slots: C of them.
-        positive: [B], long: the slot of each row's positive; negative for a padded row, where only padding is masked.
+        positive: [B], long: the slot of each row's positive; negative for a padded row, where only
+            padding is masked.
 
     Returns:
         [B, C], bool: true where the slot counts.  The positive itself always does.
@@ -67,16 +70,17 @@ def contrastive_allowed(
 ) -> Tensor:
     """The mask of the contrastive loss: negatives that may be right answers are out.
 
-    Masked out for row i: copies of the positive; slots whose anchor span overlaps the positive's (not all of its
-    document: neighbours are the hard negatives); slots that hold a gold answer; slots with
-    s_T(i, j) >= s_T(i, +) - margin |s_T(i, +)|.
+    Masked out for row i: copies of the positive; slots whose anchor span overlaps the positive's
+    (not all of its document: neighbours are the hard negatives); slots that hold a gold answer;
+    slots with s_T(i, j) >= s_T(i, +) - margin |s_T(i, +)|.
 
     Args:
         slots: C of them.
         positive: [B], long; negative for a padded row.
-        teacher_scores: [B, C], s_T of ``alignment.blend_teacher_scores``; ``None`` leaves that rule out.
-        holds_answer: [B, C], bool: the slot holds one of the row's gold answers in any of its windows
-            (``text.answers.contains_answer``); ``None`` leaves that rule out.
+        teacher_scores: [B, C], s_T of ``alignment.blend_teacher_scores``; ``None`` leaves that rule
+            out.
+        holds_answer: [B, C], bool: the slot holds one of the row's gold answers in any of its
+            windows (``text.answers.contains_answer``); ``None`` leaves that rule out.
         teacher_margin: dimensionless, at least 0 (0.05 in METHOD).
 
     Returns:
@@ -85,9 +89,9 @@ def contrastive_allowed(
     Raises:
         ValueError: shapes do not fit, or the margin is negative.
 
-    Source: METHOD "Stage 1", Contrastive [ours].  Siblings: the false-negative filter with a relative margin is that of
-    NV-Retriever (arXiv 2407.15831, "TopK-PercPos", there with 95 %); sentence-transformers ``mine_hard_negatives(
-    relative_margin=0.05)``.
+    Source: METHOD "Stage 1", Contrastive [ours].  Siblings: the false-negative filter with a
+    relative margin is that of NV-Retriever (arXiv 2407.15831, "TopK-PercPos", there with 95 %);
+    sentence-transformers ``mine_hard_negatives( relative_margin=0.05)``.
     """
     if teacher_margin < 0:
         raise ValueError(f"teacher_margin: got {teacher_margin}, expected at least 0")

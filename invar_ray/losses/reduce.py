@@ -10,29 +10,38 @@ from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """``x`` in float32, or in float64 where it is that already: losses never compute in half precision."""
+    """``x`` in float32, or in float64 where it is that already: losses never compute in half
+    precision.
+    """
     return x if x.dtype == torch.float64 else x.float()
 
 
 def mask_value(x: Tensor) -> float:
-    """A finite stand-in for minus infinity: its softmax is exactly 0, and an all-masked row gives no NaN."""
+    """A finite stand-in for minus infinity: its softmax is exactly 0, and an all-masked row gives
+    no NaN.
+    """
     return torch.finfo(x.dtype).min / 4
 
 
 def row_weights(weights: Tensor | None, like: Tensor) -> Tensor:
-    """Weights of the rows as [B] in the dtype of ``like`` [B, ...]; 1 where ``weights`` is ``None``."""
+    """Weights of the rows as [B] in the dtype of ``like`` [B, ...]; 1 where ``weights`` is
+    ``None``.
+    """
     if weights is None:
         return like.new_ones(like.shape[0])
     return weights.to(device=like.device, dtype=like.dtype)
 
 
 def divisor(weights: Tensor, normaliser: float | Tensor | None) -> Tensor:
-    """The number to divide a weighted sum by: ``normaliser``, or the sum of ``weights`` [B]; 1 where that is 0.
+    """The number to divide a weighted sum by: ``normaliser``, or the sum of ``weights`` [B]; 1
+    where that is 0.
 
-    For W ranks pass the global sum of weights over W: the mean of the ranks' gradients is then the gradient of the
-    global mean, even where ranks hold different numbers of real rows.
+    For W ranks pass the global sum of weights over W: the mean of the ranks' gradients is then the
+    gradient of the global mean, even where ranks hold different numbers of real rows.
     """
-    total = weights.sum() if normaliser is None else torch.as_tensor(normaliser, device=weights.device)
+    total = (
+        weights.sum() if normaliser is None else torch.as_tensor(normaliser, device=weights.device)
+    )
     total = total.to(weights.dtype)
     return torch.where(total > 0, total, torch.ones_like(total))
 
@@ -50,20 +59,29 @@ def weighted_mean(values: Tensor, weights: Tensor, by: Tensor) -> Tensor:
 
 
 def with_positive(allowed: Tensor, positive: Tensor) -> Tensor:
-    """``allowed`` [B, C] with each row's positive [B] allowed too (a negative index, of a padded row, is ignored)."""
+    """``allowed`` [B, C] with each row's positive [B] allowed too (a negative index, of a padded
+    row, is ignored).
+    """
     slots = torch.arange(allowed.shape[1], device=allowed.device)
     return allowed | (slots == positive[:, None])
 
 
 def clean_rows(x: Tensor, keep: Tensor) -> Tensor:
-    """``x`` with 0 wherever ``keep`` (broadcastable) is false: padding may hold NaN, and NaN x 0 spoils gradients."""
+    """``x`` with 0 wherever ``keep`` (broadcastable) is false: padding may hold NaN, and NaN x 0
+    spoils gradients.
+    """
     return torch.where(keep, x, torch.zeros_like(x))
 
 
 def check_environments(
-    cosines: Tensor, positive: Tensor, allowed: Tensor, temperature: float, environment_mask: Tensor | None
+    cosines: Tensor,
+    positive: Tensor,
+    allowed: Tensor,
+    temperature: float,
+    environment_mask: Tensor | None,
 ) -> Tensor:
-    """Check the shapes that contrastive and invariance share; return the environment mask as [B, E] bool.
+    """Check the shapes that contrastive and invariance share; return the environment mask as [B, E]
+    bool.
 
     Raises:
         ValueError: a shape does not fit, or the temperature is not above 0.

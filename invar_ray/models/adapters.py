@@ -1,8 +1,8 @@
 """The two LoRA adapters.  The only file that imports PEFT.
 
-Adapters are plain PEFT folders (``adapter_config.json``, ``adapter_model.safetensors``).  A model tree carries one
-adapter and is never switched: switching is not thread-safe.  :func:`share_base` gives a second tree over the same base
-tensors.
+Adapters are plain PEFT folders (``adapter_config.json``, ``adapter_model.safetensors``).  A model
+tree carries one adapter and is never switched: switching is not thread-safe.  :func:`share_base`
+gives a second tree over the same base tensors.
 """
 
 from __future__ import annotations
@@ -28,15 +28,17 @@ from invar_ray.errors import ModelError
 _NAME = "default"
 
 
-def new_adapter(base: PreTrainedModel, config: LoraConfig, seed: int, *, num_layers: int | None = None) -> PeftModel:
+def new_adapter(
+    base: PreTrainedModel, config: LoraConfig, seed: int, *, num_layers: int | None = None
+) -> PeftModel:
     """Put a fresh LoRA adapter on ``base`` (in place) and freeze everything else.
 
     Args:
         base: the model.
         config: rank, scale, target modules and layers.
         seed: of the weights.
-        num_layers: where ``base`` is only the first layers of its model: how many, so that the folder fits the whole
-            model, too.
+        num_layers: where ``base`` is only the first layers of its model: how many, so that the
+            folder fits the whole model, too.
 
     Raises:
         ModelError: if the base has none of the target modules, or no layer ``first_layer``.
@@ -80,7 +82,8 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, merge: bool = False) ->
     Args:
         base: taken over: with ``merge`` its tensors change.
         folder: a PEFT folder.
-        merge: fold the update into the weights (faster; equal up to rounding). Only on a copy that nothing else uses.
+        merge: fold the update into the weights (faster; equal up to rounding). Only on a copy that
+            nothing else uses.
 
     Raises:
         ModelError: if the folder is no PEFT folder or does not fit the base.
@@ -91,15 +94,20 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, merge: bool = False) ->
 
 
 def load_merged(
-    base: PreTrainedModel, folder: Path, sample: Callable[[PreTrainedModel], Tensor], tolerance: float
+    base: PreTrainedModel,
+    folder: Path,
+    sample: Callable[[PreTrainedModel], Tensor],
+    tolerance: float,
 ) -> PreTrainedModel:
-    """As :func:`load_adapter` with ``merge``, and proves that merging has not changed what the model gives.
+    """As :func:`load_adapter` with ``merge``, and proves that merging has not changed what the
+    model gives.
 
     Args:
         base: taken over; nothing else may use it.
         folder: a PEFT folder.
         sample: unit rows [N, H] of some texts under a model.
-        tolerance: most that the cosine of a row before with the same row after merging may fall below 1.
+        tolerance: most that the cosine of a row before with the same row after merging may fall
+            below 1.
 
     Raises:
         ModelError: as :func:`load_adapter`, and if a row differs by more.
@@ -110,7 +118,8 @@ def load_merged(
     lowest = float((before * sample(plain)).sum(dim=-1).min())
     if not lowest >= 1.0 - tolerance:
         raise ModelError(
-            f"merging the adapter in {folder} into its base in {base.dtype} changes its vectors (lowest cosine "
+            f"merging the adapter in {folder} into its base in {base.dtype} changes its vectors "
+            "(lowest cosine "
             f"{lowest:.5f})",
             expected=f"cosines of at least {1.0 - tolerance:g}",
             action="set model.precision to fp32",
@@ -119,9 +128,14 @@ def load_merged(
 
 
 def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    for name in ("adapter_config.json", "adapter_model.safetensors"):  # never adapter_model.bin: it is a pickle
+    for name in (
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    ):  # never adapter_model.bin: it is a pickle
         if not (folder / name).is_file():
-            raise ModelError(f"{folder} has no {name}", expected="a PEFT folder with safetensors weights")
+            raise ModelError(
+                f"{folder} has no {name}", expected="a PEFT folder with safetensors weights"
+            )
     try:
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
     except (ValueError, RuntimeError) as error:
@@ -138,8 +152,8 @@ def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
 class _FusedLinear(PeftLinear):
     """PEFT's linear layer with the same update in two passes less over its output.
 
-    W x + s B (A x) becomes addmm(W x, s A x, B^T): the scale falls on the r values of A x instead of the layer's whole
-    output, and the sum is part of the product.  Equal up to rounding.
+    W x + s B (A x) becomes addmm(W x, s A x, B^T): the scale falls on the r values of A x instead
+    of the layer's whole output, and the sum is part of the product.  Equal up to rounding.
     """
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -149,9 +163,15 @@ class _FusedLinear(PeftLinear):
             return found
         result: Tensor = self.base_layer(x)
         down, up = self.lora_A[_NAME], self.lora_B[_NAME]
-        inner: Tensor = down(self.lora_dropout[_NAME](x.to(down.weight.dtype))) * self.scaling[_NAME]
+        inner: Tensor = (
+            down(self.lora_dropout[_NAME](x.to(down.weight.dtype))) * self.scaling[_NAME]
+        )
         # ZeRO 3 gathers a weight in its own module's hooks: there the module has to be called.
-        if up.bias is not None or hasattr(up.weight, "ds_id") or not result.dtype == inner.dtype == up.weight.dtype:
+        if (
+            up.bias is not None
+            or hasattr(up.weight, "ds_id")
+            or not result.dtype == inner.dtype == up.weight.dtype
+        ):
             return (result + up(inner)).to(result.dtype)
         rows, update = result.flatten(0, -2), inner.flatten(0, -2)
         if torch.is_grad_enabled():
@@ -162,8 +182,8 @@ class _FusedLinear(PeftLinear):
 def _fused(model: PeftModel) -> PeftModel:
     for module in model.modules():
         if type(module) is PeftLinear:  # not its kin: quantised layers keep PEFT's own way
-            # PEFT makes the layers, with weights in them; it can be told another class for a new adapter, but not for
-            # one that it loads.
+            # PEFT makes the layers, with weights in them; it can be told another class for a new
+            # adapter, but not for one that it loads.
             module.__class__ = _FusedLinear
     return model
 
@@ -180,13 +200,16 @@ def save_adapter(model: PeftModel, state: dict[str, Tensor], folder: Path, base_
     model.peft_config[_NAME].base_model_name_or_path = base_name
     folder.mkdir(parents=True, exist_ok=True)
     # False: "auto" would look the base up on a hub, to see whether its vocabulary was resized.
-    model.save_pretrained(str(folder), selected_adapters=[_NAME], state_dict=state, save_embedding_layers=False)
+    model.save_pretrained(
+        str(folder), selected_adapters=[_NAME], state_dict=state, save_embedding_layers=False
+    )
     nested = folder / _NAME
     if nested.is_dir():
         for path in nested.iterdir():
             shutil.move(str(path), folder / path.name)
         nested.rmdir()
-    # PEFT holds the target modules as a set, whose order differs from process to process: equal runs, equal files.
+    # PEFT holds the target modules as a set, whose order differs from process to process: equal
+    # runs, equal files.
     description = folder / "adapter_config.json"
     values = json.loads(description.read_text(encoding="utf-8"))
     if isinstance(values.get("target_modules"), list):
@@ -214,8 +237,8 @@ def _first(names: list[str]) -> str:
 
 
 def share_base(base: PreTrainedModel) -> PreTrainedModel:
-    """A second module tree over the same tensors: memory for one base, one adapter on each tree, served
-    concurrently.
+    """A second module tree over the same tensors: memory for one base, one adapter on each tree,
+    served concurrently.
     """
     memo: dict[int, Tensor] = {id(parameter): parameter for parameter in base.parameters()}
     memo |= {id(buffer): buffer for buffer in base.buffers()}

@@ -1,7 +1,7 @@
 """From a name to a model: a built-in base, a folder, or a model hub's name.
 
-A built-in base is written out once, as an artifact of kind ``model``; folders and hub names are used where they are.
-Every model is loaded as a causal LM, so that both adapters fit the same base.
+A built-in base is written out once, as an artifact of kind ``model``; folders and hub names are
+used where they are. Every model is loaded as a causal LM, so that both adapters fit the same base.
 """
 
 from __future__ import annotations
@@ -14,7 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from invar_ray.config import Config, ModelConfig, to_dict
 from invar_ray.errors import ModelError
@@ -48,15 +54,16 @@ class BaseRef:
         """What ``from_pretrained`` takes, on this node.
 
         Raises:
-            ModelError: if the folder's weights are not those that were resolved.  ArtifactError: see
-                :meth:`Store.open`.
+            ModelError: if the folder's weights are not those that were resolved.  ArtifactError:
+                see :meth:`Store.open`.
         """
         if self.location.startswith(_ARTIFACT):
             return str(store.open(self.location.removeprefix(_ARTIFACT), "model").path())
         folder = Path(self.location)
         if folder.is_dir() and folder_fingerprint(folder) != self.fingerprint:
             raise ModelError(
-                f"the base in {folder} has changed since it was used (fingerprint {folder_fingerprint(folder)})",
+                f"the base in {folder} has changed since it was used (fingerprint "
+                f"{folder_fingerprint(folder)})",
                 expected=f"fingerprint {self.fingerprint}",
                 action="put the old weights back, or train and index again with the new ones",
             )
@@ -102,7 +109,10 @@ def resolve_base(config: ModelConfig, built: Artifact | None) -> BaseRef:
     """
     if config.base in BUILTIN:
         if built is None:
-            raise ModelError(f"the base {config.base} has not been built", action="run python -m jobs.run_pipeline")
+            raise ModelError(
+                f"the base {config.base} has not been built",
+                action="run python -m jobs.run_pipeline",
+            )
         return BaseRef(f"{_ARTIFACT}{built.ref}", None, built.fingerprint)
     if config.base.startswith("builtin:"):
         raise ModelError(f"there is no base {config.base!r}", expected=" or ".join(BUILTIN))
@@ -110,8 +120,13 @@ def resolve_base(config: ModelConfig, built: Artifact | None) -> BaseRef:
     if folder.is_dir():
         return BaseRef(str(folder.resolve()), None, folder_fingerprint(folder))
     if config.base.startswith((".", "/", "~")):
-        raise ModelError(f"no folder {config.base!r}", expected="a folder with config.json, tokenizer and safetensors")
-    return BaseRef(config.base, config.revision, digest({"name": config.base, "revision": config.revision}))
+        raise ModelError(
+            f"no folder {config.base!r}",
+            expected="a folder with config.json, tokenizer and safetensors",
+        )
+    return BaseRef(
+        config.base, config.revision, digest({"name": config.base, "revision": config.revision})
+    )
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
@@ -126,7 +141,8 @@ def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokeni
         raise _unresolved(source, error) from error
     if tokenizer.eos_token_id is None:
         raise ModelError(
-            f"the tokenizer of {source!r} has no end token", expected="an eos_token, which queries and passages end in"
+            f"the tokenizer of {source!r} has no end token",
+            expected="an eos_token, which queries and passages end in",
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -141,8 +157,8 @@ def load_causal_lm(
     quantize: Quantize | None = None,
     device: str = "cpu",
 ) -> PreTrainedModel:
-    """A LLaMA-family causal LM in evaluation mode, in exactly ``dtype`` (weights stored as bf16 would otherwise stay
-    so, which is about ten times slower on CPUs).
+    """A LLaMA-family causal LM in evaluation mode, in exactly ``dtype`` (weights stored as bf16
+    would otherwise stay so, which is about ten times slower on CPUs).
 
     Args:
         source: folder or hub name.
@@ -197,13 +213,17 @@ def open_base(
     """Model and tokenizer of a resolved base; errors as :func:`load_causal_lm`."""
     source = uri_or_ref.folder_or_name(store)
     return (
-        load_causal_lm(source, revision=uri_or_ref.revision, dtype=dtype, quantize=quantize, device=device),
+        load_causal_lm(
+            source, revision=uri_or_ref.revision, dtype=dtype, quantize=quantize, device=device
+        ),
         load_tokenizer(source, uri_or_ref.revision),
     )
 
 
 BaseOpener = Callable[[BaseRef, Store], tuple[PreTrainedModel, Any]]
-"""Gives a model tree that the caller may put an adapter on, and its tokenizer; :func:`open_base` is one."""
+"""Gives a model tree that the caller may put an adapter on, and its tokenizer; :func:`open_base` is
+one.
+"""
 
 
 def open_generator(
@@ -219,11 +239,12 @@ def open_generator(
         generator_uri: artifact of kind ``generator``; base and settings come from its manifest.
         precision: of the weights, ``fp32`` or ``bf16``, on any device.
         device: where it runs.
-        open_base_tree: opens the base, on its device and in its precision (the two arguments are not looked at);
-            ``None`` loads it for this generator alone.
+        open_base_tree: opens the base, on its device and in its precision (the two arguments are
+            not looked at); ``None`` loads it for this generator alone.
 
     Returns:
-        A :class:`invar_ray.models.generator.Generator` whose ``version`` is the artifact's fingerprint.
+        A :class:`invar_ray.models.generator.Generator` whose ``version`` is the artifact's
+        fingerprint.
 
     Raises:
         ArtifactError: if the artifact cannot be used.  ModelError: if its base is gone or changed.
@@ -248,7 +269,8 @@ def open_generator(
 def open_base_generator(
     base: BaseRef, store: Store, max_context: int, *, precision: str = "fp32", device: str = "cpu"
 ) -> Any:
-    """A :class:`invar_ray.models.generator.Generator` of the bare base; errors as :func:`load_causal_lm`.
+    """A :class:`invar_ray.models.generator.Generator` of the bare base; errors as
+    :func:`load_causal_lm`.
 
     Args:
         base: resolved; below ``store``'s root if it is one of its artifacts.
@@ -267,16 +289,26 @@ def folder_fingerprint(folder: Path) -> str:
     Raises:
         ModelError: if it has no config.json.
     """
-    names = sorted(path for path in folder.iterdir() if path.suffix in {".json", ".safetensors", ".model", ".txt"})
+    names = sorted(
+        path
+        for path in folder.iterdir()
+        if path.suffix in {".json", ".safetensors", ".model", ".txt"}
+    )
     if not any(path.name == "config.json" for path in names):
-        raise ModelError(f"{folder} has no config.json", expected="a folder written by save_pretrained")
+        raise ModelError(
+            f"{folder} has no config.json", expected="a folder written by save_pretrained"
+        )
     parts = {}
     for path in names:
         with open(path, "rb") as stream:
-            # A safetensors header lists every tensor; weights of tens of gigabytes are sampled, not read.
+            # A safetensors header lists every tensor; weights of tens of gigabytes are sampled, not
+            # read.
             content = stream.read(1 << 20)
             stream.seek(max(0, path.stat().st_size - (1 << 20)))
-            parts[path.name] = [path.stat().st_size, hashlib.sha256(content + stream.read()).hexdigest()]
+            parts[path.name] = [
+                path.stat().st_size,
+                hashlib.sha256(content + stream.read()).hexdigest(),
+            ]
     return digest(json.loads(json.dumps(parts)))
 
 

@@ -28,7 +28,9 @@ def pad_right(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
 
 
 def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Positions grouped by length, longest first, so that rows x longest stays within the budget (one row at least)."""
+    """Positions grouped by length, longest first, so that rows x longest stays within the budget
+    (one row at least).
+    """
     order = sorted(range(len(lengths)), key=lambda index: (-lengths[index], index))
     start = 0
     while start < len(order):
@@ -38,8 +40,8 @@ def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[li
 
 
 def packs(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Positions in groups whose lengths add up to at most ``capacity`` (a longer one is alone): first fit, longest
-    first, as in bin packing.
+    """Positions in groups whose lengths add up to at most ``capacity`` (a longer one is alone):
+    first fit, longest first, as in bin packing.
     """
     found: list[list[int]] = []
     room: list[int] = []
@@ -84,10 +86,12 @@ def encode_in_batches(
     tokens_per_batch: int,
     stats: EncodeStats | None = None,
 ) -> Vectors:
-    """Encode rows of token ids batch by batch, longest first, and put the vectors back in order: [N, D] float32.
+    """Encode rows of token ids batch by batch, longest first, and put the vectors back in order:
+    [N, D] float32.
 
-    Where a batch does not fit into memory, the budget is halved for it and for the rest of these rows.  The next call
-    starts with the whole budget again, so that its batches do not depend on what was encoded before.
+    Where a batch does not fit into memory, the budget is halved for it and for the rest of these
+    rows.  The next call starts with the whole budget again, so that its batches do not depend on
+    what was encoded before.
 
     Raises:
         ResourceError: a row alone does not fit.
@@ -126,4 +130,6 @@ def encode_in_batches(
 
 def _is_out_of_memory(error: BaseException) -> bool:
     # On CPUs torch raises a plain RuntimeError.
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    return isinstance(
+        error, (torch.OutOfMemoryError, MemoryError)
+    ) or "can't allocate memory" in str(error)

@@ -25,7 +25,8 @@ class Sampling:
     Attributes:
         max_new_tokens: longest continuation in tokens.
         stop: strings that end a continuation where they first occur in it.
-        temperature: 0 takes the likeliest token (greedy); above 0 samples from softmax(logits / temperature).
+        temperature: 0 takes the likeliest token (greedy); above 0 samples from softmax(logits /
+            temperature).
         top_p: sample only from the fewest tokens whose probabilities reach this sum; 1 leaves all.
         seed: of the sampling.  The draw depends on seed and prompt only, not on the batch.
 
@@ -57,7 +58,8 @@ class Row:
     Attributes:
         sampling: how it is continued.
         prompt: token ids of the prompt.
-        on_text: called in the generating thread with each piece of text that no later token can change.
+        on_text: called in the generating thread with each piece of text that no later token can
+            change.
         cancelled: asked once a step; true ends the row.
         ids: new tokens so far, the end token included.
         finish: why it ended; ``None`` while it goes on.
@@ -72,7 +74,9 @@ class Row:
     finish: Finish | None = None
     sent: str = ""
 
-    def take(self, token: int, eos_ids: Collection[int], decode: Callable[[Sequence[int]], str]) -> None:
+    def take(
+        self, token: int, eos_ids: Collection[int], decode: Callable[[Sequence[int]], str]
+    ) -> None:
         """Add the next token, and end the row or pass text on where that is due."""
         self.ids.append(token)
         if token in eos_ids:
@@ -108,7 +112,8 @@ def steady(text: str, stop: Sequence[str]) -> str:
         return text[:place].strip()
     text = text.rstrip("\ufffd")  # half of a multi-byte character
     longest = max(
-        (n for string in stop for n in range(1, len(string)) if text.endswith(string[:n])), default=0
+        (n for string in stop for n in range(1, len(string)) if text.endswith(string[:n])),
+        default=0,
     )  # may be the start of a stop string
     return text[: len(text) - longest].strip()
 
@@ -116,16 +121,21 @@ def steady(text: str, stop: Sequence[str]) -> str:
 class TokenPicker(LogitsProcessor):
     """Notes each chosen token's log-probability, and samples by adding Gumbel noise.
 
-    argmax(logits / t + Gumbel noise) is an exact sample of softmax(logits / t).  With a random generator per row,
-    seeded by seed and prompt, a row's draw does not depend on its batch or on other threads, as ``torch.multinomial``
-    with the global generator would.  Log-probabilities are noted here, B numbers a step, since keeping the logits
-    takes B x V.  They are those of the model, before temperature and ``top_p``.
+    argmax(logits / t + Gumbel noise) is an exact sample of softmax(logits / t).  With a random
+    generator per row, seeded by seed and prompt, a row's draw does not depend on its batch or on
+    other threads, as ``torch.multinomial`` with the global generator would.  Log-probabilities are
+    noted here, B numbers a step, since keeping the logits takes B x V.  They are those of the
+    model, before temperature and ``top_p``.
     """
 
     def __init__(self, rows: Sequence[Row]) -> None:
         self.logprobs: list[Tensor] = []  # one [B] per step
         self._drawn = [
-            (index, row.sampling, torch.Generator().manual_seed(_row_seed(row.sampling.seed, row.prompt)))
+            (
+                index,
+                row.sampling,
+                torch.Generator().manual_seed(_row_seed(row.sampling.seed, row.prompt)),
+            )
             for index, row in enumerate(rows)
             if row.sampling.temperature > 0
         ]
@@ -140,17 +150,25 @@ class TokenPicker(LogitsProcessor):
             noise = -(-uniform.clamp_min(tiny).log()).clamp_min(tiny).log()  # [V], Gumbel
             scaled = _nucleus(scores[index] / sampling.temperature, sampling.top_p)
             picked[index] = scaled + noise.to(scores.device)
-        token = picked.argmax(dim=-1, keepdim=True)  # [B, 1], as generate() will choose from what is returned
-        self.logprobs.append((scores.gather(-1, token) - scores.logsumexp(-1, keepdim=True)).squeeze(-1))
+        token = picked.argmax(
+            dim=-1, keepdim=True
+        )  # [B, 1], as generate() will choose from what is returned
+        self.logprobs.append(
+            (scores.gather(-1, token) - scores.logsumexp(-1, keepdim=True)).squeeze(-1)
+        )
         return picked
 
 
 def _nucleus(scores: Tensor, top_p: float) -> Tensor:
-    """[V] scores with -inf outside the fewest tokens whose probabilities reach ``top_p`` (the likeliest stays)."""
+    """[V] scores with -inf outside the fewest tokens whose probabilities reach ``top_p`` (the
+    likeliest stays).
+    """
     if top_p >= 1:
         return scores
     ordered, places = scores.softmax(-1).sort(descending=True)
-    outside = ordered.cumsum(-1) - ordered >= top_p  # the sum before this token has reached it already
+    outside = (
+        ordered.cumsum(-1) - ordered >= top_p
+    )  # the sum before this token has reached it already
     return scores.masked_fill(torch.zeros_like(outside).scatter(-1, places, outside), float("-inf"))
 
 
@@ -162,12 +180,16 @@ def _row_seed(seed: int, ids: list[int]) -> int:
 class RowEnds(StoppingCriteria):
     """Hands each row its new tokens and ends those that are done.
 
-    Transformers' own streamers are not used: they know one row only, cannot pass an exception on, and do not hold
-    back what may turn out to be a stop string.
+    Transformers' own streamers are not used: they know one row only, cannot pass an exception on,
+    and do not hold back what may turn out to be a stop string.
     """
 
     def __init__(
-        self, rows: Sequence[Row], start: int, eos_ids: Collection[int], decode: Callable[[Sequence[int]], str]
+        self,
+        rows: Sequence[Row],
+        start: int,
+        eos_ids: Collection[int],
+        decode: Callable[[Sequence[int]], str],
     ) -> None:
         self._rows, self._start, self._eos_ids, self._decode = rows, start, eos_ids, decode
         self._seen = 0

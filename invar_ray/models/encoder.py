@@ -21,7 +21,13 @@ from invar_ray.config import CoarseConfig, ModelConfig
 from invar_ray.errors import ModelError
 from invar_ray.models.adapters import load_adapter, load_merged
 from invar_ray.models.base import BaseOpener, BaseRef, folder_fingerprint, load_tokenizer, open_base
-from invar_ray.models.batching import DEFAULT_TOKENS_PER_BATCH, EncodeStats, Vectors, encode_in_batches, pad_right
+from invar_ray.models.batching import (
+    DEFAULT_TOKENS_PER_BATCH,
+    EncodeStats,
+    Vectors,
+    encode_in_batches,
+    pad_right,
+)
 from invar_ray.models.minilm import CoarseEncoder, coarse_passage_ids, coarse_tokenizer
 from invar_ray.models.pooling import Pooling, pool
 from invar_ray.models.precision import torch_dtype
@@ -32,7 +38,9 @@ from invar_ray.text.tokens import text_ids
 PROJECTION_FILE = "projection.safetensors"
 
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
-"""Merging an adapter may change a vector's cosine with what the unmerged one gives by this much. [ours]"""
+"""Merging an adapter may change a vector's cosine with what the unmerged one gives by this much.
+[ours]
+"""
 _MERGE_TEXTS = (
     "The harbour of Arvon was dug in 1841 and deepened twice since.",
     "who wrote it",
@@ -105,8 +113,12 @@ class EncoderSpec:
         return EncoderSpec(**{**values, "base": BaseRef(**values["base"])})
 
 
-def llm_spec(config: ModelConfig, base: BaseRef, adapter: tuple[str, str] | None = None) -> EncoderSpec:
-    """Describe the bi-encoder of a base; ``adapter`` is (ref, fingerprint) of a ``retriever`` artifact."""
+def llm_spec(
+    config: ModelConfig, base: BaseRef, adapter: tuple[str, str] | None = None
+) -> EncoderSpec:
+    """Describe the bi-encoder of a base; ``adapter`` is (ref, fingerprint) of a ``retriever``
+    artifact.
+    """
     return EncoderSpec(
         kind="llm",
         base=base,
@@ -152,18 +164,23 @@ def open_encoder(
     """Load what ``spec`` describes; the adapter is merged into a private copy of the base.
 
     Args:
-        precision: of the base, ``fp32`` or ``bf16``, on any device; the coarse encoder is always in fp32.
+        precision: of the base, ``fp32`` or ``bf16``, on any device; the coarse encoder is always in
+            fp32.
         device: where it runs.
-        open_base_tree: gives a tree over a base that others use as well, on its device and in its precision (the two
-            arguments are not looked at): the adapter then stays unmerged.
+        open_base_tree: gives a tree over a base that others use as well, on its device and in its
+            precision (the two arguments are not looked at): the adapter then stays unmerged.
 
     Raises:
         ModelError, ArtifactError: if base or adapter cannot be loaded.
     """
     if spec.kind == "coarse":
-        return CoarseEncoder(spec.base.location, spec.query_max_tokens, spec.fingerprint, device=device)
+        return CoarseEncoder(
+            spec.base.location, spec.query_max_tokens, spec.fingerprint, device=device
+        )
     dtype = torch_dtype(precision)
-    model, tokenizer = open_base_tree(spec.base, store) if open_base_tree else open_base(spec.base, store, dtype)
+    model, tokenizer = (
+        open_base_tree(spec.base, store) if open_base_tree else open_base(spec.base, store, dtype)
+    )
     keep_first_layers(model, spec.num_layers)
     projection: Tensor | None = None
     if spec.adapter is not None:
@@ -185,8 +202,11 @@ def open_encoder(
     return Encoder(module, tokenizer, spec)
 
 
-def open_tokenizer(spec: EncoderSpec, store: Store) -> Callable[[Sequence[tuple[str, str]]], list[list[int]]]:
-    """What turns (title, text) passages into the token ids of ``spec``'s encoder, without its weights.
+def open_tokenizer(
+    spec: EncoderSpec, store: Store
+) -> Callable[[Sequence[tuple[str, str]]], list[list[int]]]:
+    """What turns (title, text) passages into the token ids of ``spec``'s encoder, without its
+    weights.
 
     Raises:
         ModelError, ArtifactError: if it cannot be loaded.
@@ -199,8 +219,8 @@ def open_tokenizer(spec: EncoderSpec, store: Store) -> Callable[[Sequence[tuple[
 
 
 def keep_first_layers(model: PreTrainedModel, num_layers: int | None) -> None:
-    """Shorten a module tree to its first layers, in place (the tensors of the others are left alone: another tree may
-    share them); ``None`` keeps all.
+    """Shorten a module tree to its first layers, in place (the tensors of the others are left
+    alone: another tree may share them); ``None`` keeps all.
 
     Raises:
         ModelError: if it has fewer.
@@ -218,7 +238,9 @@ def keep_first_layers(model: PreTrainedModel, num_layers: int | None) -> None:
 
 
 @torch.inference_mode()
-def _sample_vectors(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EncoderSpec) -> Tensor:
+def _sample_vectors(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, spec: EncoderSpec
+) -> Tensor:
     """[3, H] unit rows of fixed texts, before any projection."""
     rows = passage_ids(tokenizer, [("", text) for text in _MERGE_TEXTS], spec)
     tokens, mask = pad_right(rows, int(tokenizer.pad_token_id))
@@ -234,7 +256,8 @@ def load_projection(folder: Path) -> Tensor:
 class BiEncoder(nn.Module):
     """Base (with or without adapter) -> pooled, optionally projected, optionally cut, unit vectors.
 
-    Queries and passages share all weights (METHOD "Bi-encoder").  Encoding goes through ``causal_lm.model``: no logits.
+    Queries and passages share all weights (METHOD "Bi-encoder").  Encoding goes through
+    ``causal_lm.model``: no logits.
 
     Args:
         causal_lm: the base.
@@ -257,9 +280,12 @@ class BiEncoder(nn.Module):
         self.causal_lm = causal_lm
         self.pooling: Pooling = pooling
         width = int(causal_lm.config.hidden_size)
-        # In fp32 whatever the base is in: one small product, and nothing to lose. Training may cast it.
+        # In fp32 whatever the base is in: one small product, and nothing to lose. Training may cast
+        # it.
         self.projection = (
-            None if projection_dim is None else nn.Linear(width, projection_dim, bias=False, dtype=torch.float32)
+            None
+            if projection_dim is None
+            else nn.Linear(width, projection_dim, bias=False, dtype=torch.float32)
         )
         whole = projection_dim or width
         if dimensions is not None and not 1 <= dimensions <= whole:
@@ -326,7 +352,9 @@ class Encoder:
         return encode_in_batches(ids, forward, self.dimension, self.tokens_per_batch, self.stats)
 
 
-def query_ids(tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], spec: EncoderSpec) -> list[list[int]]:
+def query_ids(
+    tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], spec: EncoderSpec
+) -> list[list[int]]:
     """Token ids of formatted queries, each ending in the end token, which truncation keeps."""
     texts = [format_query(question, spec.query_prefix) for question in questions]
     return _ids_with_eos(tokenizer, texts, spec.query_max_tokens)
@@ -340,7 +368,9 @@ def passage_ids(
     return _ids_with_eos(tokenizer, texts, spec.passage_max_tokens)
 
 
-def _ids_with_eos(tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int) -> list[list[int]]:
+def _ids_with_eos(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int
+) -> list[list[int]]:
     eos = int(tokenizer.eos_token_id)
     rows = text_ids(tokenizer, texts, max_tokens=max_tokens - 1)
     return [row if row and row[-1] == eos else [*row, eos] for row in rows]

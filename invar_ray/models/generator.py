@@ -1,4 +1,5 @@
-"""Prompts in, answers out: greedy or seeded generation with a causal language model, in batches or streamed.
+"""Prompts in, answers out: greedy or seeded generation with a causal language model, in batches or
+streamed.
 
 Shape legend: B prompts · T tokens (prompts are padded on the left) · V vocabulary.
 """
@@ -25,10 +26,11 @@ class Generation:
 
     Attributes:
         text: without special tokens, outer whitespace, the stop string and what follows it.
-        token_logprobs: natural-log probability (nats) of each generated token, the end token included, under the
-            model's own distribution (before any temperature).
+        token_logprobs: natural-log probability (nats) of each generated token, the end token
+            included, under the model's own distribution (before any temperature).
         num_tokens: number of generated tokens, equal to ``len(token_logprobs)``.
-        finish: why it ended: the end token, a stop string, ``max_new_tokens``, or that it was cancelled.
+        finish: why it ended: the end token, a stop string, ``max_new_tokens``, or that it was
+            cancelled.
         prompt_tokens: number of the prompt's tokens.
     """
 
@@ -51,9 +53,10 @@ class Task:
     Attributes:
         prompt: the text.
         sampling: length, stop strings and randomness.
-        on_text: called with each piece of text as soon as no later token can change it, in the thread that generates;
-            the pieces add up to the continuation's text.
-        cancelled: asked once a token; once it says true the row ends (``finish="cancelled"``), the others go on.
+        on_text: called with each piece of text as soon as no later token can change it, in the
+            thread that generates; the pieces add up to the continuation's text.
+        cancelled: asked once a token; once it says true the row ends (``finish="cancelled"``), the
+            others go on.
     """
 
     prompt: str
@@ -63,42 +66,53 @@ class Task:
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-    """Token ids of a prompt that text is to follow: with the tokenizer's start token, without a closing end token.
+    """Token ids of a prompt that text is to follow: with the tokenizer's start token, without a
+    closing end token.
 
-    Training and serving both encode with this, so that a model sees at answer time what it saw in training.  The prompt
-    is text from outside throughout: strings in it that look like control tokens stay text (:mod:`.text.tokens`).  A
-    tokenizer that closes texts (``[CLS] .. [SEP]``) would tell the model that everything was already said.
+    Training and serving both encode with this, so that a model sees at answer time what it saw in
+    training.  The prompt is text from outside throughout: strings in it that look like control
+    tokens stay text (:mod:`.text.tokens`).  A tokenizer that closes texts (``[CLS] .. [SEP]``)
+    would tell the model that everything was already said.
     """
     ids = text_ids(tokenizer, [prompt])[0]
     closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}
-    # A text's own tokens are never special ones, so this takes only what the tokenizer's template added.
+    # A text's own tokens are never special ones, so this takes only what the tokenizer's template
+    # added.
     while ids and ids[-1] in closing:
         ids.pop()
     return ids
 
 
 class Generator:
-    """Generation with a causal language model whose adapter, if any, is already on it and stays on it.
+    """Generation with a causal language model whose adapter, if any, is already on it and stays on
+    it.
 
-    Results do not depend on what else is in the batch (up to floating-point rounding), nor on the global random state.
-    ``generate`` and ``stream`` may run in several threads at once: nothing of the model is switched.
+    Results do not depend on what else is in the batch (up to floating-point rounding), nor on the
+    global random state. ``generate`` and ``stream`` may run in several threads at once: nothing of
+    the model is switched.
 
     Args:
-        model: a Hugging Face causal LM.  Its own ``generation_config`` is replaced: decoding settings that came with a
-            checkpoint (temperatures, penalties) would mix with the ones given here.
+        model: a Hugging Face causal LM.  Its own ``generation_config`` is replaced: decoding
+            settings that came with a checkpoint (temperatures, penalties) would mix with the ones
+            given here.
         tokenizer: its tokenizer; the end token is ``eos``, or ``sep`` where there is none.
-        max_context: most tokens of prompt and answer together; ``None`` takes the model's positions.
+        max_context: most tokens of prompt and answer together; ``None`` takes the model's
+            positions.
         version: a name or fingerprint that answers of a service carry.
 
     Raises:
         ModelError: if model, tokenizer and ``max_context`` do not fit each other.
     """
 
-    def __init__(self, model: Any, tokenizer: Any, max_context: int | None = None, *, version: str = "") -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, max_context: int | None = None, *, version: str = ""
+    ) -> None:
         positions = getattr(model.config, "max_position_embeddings", None)
         context = positions if max_context is None else max_context
         if context is None:
-            raise ModelError("the model does not say how many positions it has", action="give max_context")
+            raise ModelError(
+                "the model does not say how many positions it has", action="give max_context"
+            )
         if context < 2 or (positions is not None and context > positions):
             raise ModelError(
                 f"max_context is {context}",
@@ -109,7 +123,8 @@ class Generator:
         rows = model.get_input_embeddings().weight.shape[0]
         if rows and max(self._eos_ids) >= rows:
             raise ModelError(
-                f"the tokenizer's end token is number {max(self._eos_ids)}, the model has {rows} token embeddings",
+                f"the tokenizer's end token is number {max(self._eos_ids)}, the model has {rows} "
+                "token embeddings",
                 action="use the tokenizer that belongs to the model",
             )
         self.model, self.tokenizer, self.version = model.eval(), tokenizer, version
@@ -139,11 +154,13 @@ class Generator:
             prompts: B texts.
             max_new_tokens: longest continuation in tokens.
             stop: strings that end a continuation where they first occur in it.
-            temperature: 0 takes the likeliest token (greedy); above 0 samples from softmax(logits / temperature).
+            temperature: 0 takes the likeliest token (greedy); above 0 samples from softmax(logits /
+                temperature).
             seed: of the sampling.  The draw depends on seed and prompt only, not on the batch.
 
         Raises:
-            RequestError: if a prompt is empty, or does not fit the context together with ``max_new_tokens``.
+            RequestError: if a prompt is empty, or does not fit the context together with
+                ``max_new_tokens``.
         """
         sampling = Sampling(max_new_tokens, _strings(stop), temperature, seed=seed)
         return self.run([Task(prompt, sampling) for prompt in prompts])
@@ -152,13 +169,19 @@ class Generator:
         """Continue the prompts of all tasks in one batch, each in its own way.
 
         Raises:
-            RequestError: if a prompt is empty or does not fit the context; nothing is generated then.
+            RequestError: if a prompt is empty or does not fit the context; nothing is generated
+                then.
             Exception: whatever an ``on_text`` raises ends the batch.
         """
         if not tasks:
             return []
         rows = [
-            Row(task.sampling, self._encode(task.prompt, task.sampling.max_new_tokens), task.on_text, task.cancelled)
+            Row(
+                task.sampling,
+                self._encode(task.prompt, task.sampling.max_new_tokens),
+                task.on_text,
+                task.cancelled,
+            )
             for task in tasks
         ]
         logprobs = self._run(rows)
@@ -173,10 +196,11 @@ class Generator:
         temperature: float = 0.0,
         seed: int = 0,
     ) -> Iterator[str]:
-        """Continue one prompt and yield its text in pieces that add up to what :meth:`generate` returns.
+        """Continue one prompt and yield its text in pieces that add up to what :meth:`generate`
+        returns.
 
-        The model runs in a thread of its own; what it raises is raised here, and closing the iterator (or leaving the
-        loop) stops it within one token.
+        The model runs in a thread of its own; what it raises is raised here, and closing the
+        iterator (or leaving the loop) stops it within one token.
 
         Raises:
             RequestError: at the call, not at the first piece; see :meth:`generate`.
@@ -209,19 +233,27 @@ class Generator:
 
     @torch.inference_mode()
     def _run(self, rows: list[Row]) -> list[list[float]]:
-        """Fill the rows with new tokens; returns their log-probabilities (what follows a row's end is not yet cut)."""
+        """Fill the rows with new tokens; returns their log-probabilities (what follows a row's end
+        is not yet cut).
+        """
         width = max(len(row.prompt) for row in rows)
         device = self.model.get_input_embeddings().weight.device
         padding = [width - len(row.prompt) for row in rows]
-        input_ids = torch.tensor([[self._pad_id] * n + row.prompt for n, row in zip(padding, rows, strict=True)])
-        mask = torch.tensor([[0] * n + [1] * len(row.prompt) for n, row in zip(padding, rows, strict=True)])  # [B, T]
+        input_ids = torch.tensor(
+            [[self._pad_id] * n + row.prompt for n, row in zip(padding, rows, strict=True)]
+        )
+        mask = torch.tensor(
+            [[0] * n + [1] * len(row.prompt) for n, row in zip(padding, rows, strict=True)]
+        )  # [B, T]
         picker = TokenPicker(rows)
         self.model.generate(
             input_ids=input_ids.to(device),  # [B, T]
             attention_mask=mask.to(device),
             max_new_tokens=max(row.sampling.max_new_tokens for row in rows),
             logits_processor=LogitsProcessorList([picker]),
-            stopping_criteria=StoppingCriteriaList([RowEnds(rows, width, self._eos_ids, self._decode)]),
+            stopping_criteria=StoppingCriteriaList(
+                [RowEnds(rows, width, self._eos_ids, self._decode)]
+            ),
             return_dict_in_generate=False,
             use_cache=True,
         )
@@ -242,18 +274,27 @@ class Generator:
         return ids
 
     def _decode(self, ids: Sequence[int]) -> str:
-        shown = [token for token in ids if token not in self._eos_ids]  # not every end token is marked as special
-        # Clean-up rewrites text across tokens ("don ' t" -> "don't"): without it, text only ever grows at its end,
-        # which streaming relies on.
-        text = self.tokenizer.decode(shown, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        shown = [
+            token for token in ids if token not in self._eos_ids
+        ]  # not every end token is marked as special
+        # Clean-up rewrites text across tokens ("don ' t" -> "don't"): without it, text only ever
+        # grows at its end, which streaming relies on.
+        text = self.tokenizer.decode(
+            shown, skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
         return str(text)
 
     def _finish(self, row: Row, logprobs: list[float]) -> Generation:
         ids, finish, stop = row.ids, row.finish or "length", row.sampling.stop
         text = self._decode(ids)
         if first_stop(text, stop) is not None:
-            # The shortest run of tokens that holds the stop string, so that the batch does not change the count.
-            count = next(n for n in range(1, len(ids) + 1) if first_stop(self._decode(ids[:n]), stop) is not None)
+            # The shortest run of tokens that holds the stop string, so that the batch does not
+            # change the count.
+            count = next(
+                n
+                for n in range(1, len(ids) + 1)
+                if first_stop(self._decode(ids[:n]), stop) is not None
+            )
             ids, finish = ids[:count], "stop"
             text = self._decode(ids)
             text = text[: first_stop(text, stop)]
@@ -265,10 +306,17 @@ class Generator:
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:
     own = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     if own is None:
-        raise ModelError("the tokenizer has neither an end token (eos) nor a separator (sep)", action="set eos_token")
+        raise ModelError(
+            "the tokenizer has neither an end token (eos) nor a separator (sep)",
+            action="set eos_token",
+        )
     stated = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     # Chat models end a turn with other tokens as well and list them all in their generation config.
-    extra = [int(token) for token in stated] if isinstance(stated, (list, tuple)) and own in stated else []
+    extra = (
+        [int(token) for token in stated]
+        if isinstance(stated, (list, tuple)) and own in stated
+        else []
+    )
     return [int(own), *(token for token in extra if token != own)]
 
 

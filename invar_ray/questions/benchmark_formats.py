@@ -1,4 +1,6 @@
-"""The readers behind :mod:`invar_ray.questions.benchmarks`: one function a format, a place for each question."""
+"""The readers behind :mod:`invar_ray.questions.benchmarks`: one function a format, a place for each
+question.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from invar_ray.errors import DataError
 from invar_ray.schema import Document, Example
 
 Item = tuple[str, Example | None, Sequence[Document]]
-"""Where it stands, the question (``None`` where only documents came), the documents that came with it."""
+"""Where it stands, the question (``None`` where only documents came), the documents that came with
+it.
+"""
 
 _DESCRIPTION = re.compile(r'\(description (?:"((?:[^"\\]|\\.)*)"|([^()"]+))\)')
 
@@ -29,29 +33,48 @@ def plain(file: InputFile) -> Iterator[Item]:
     for place, row in json_lines(file):
         rewrites = _texts(row, "rewrites", place) if row.get("rewrites") is not None else ()
         answers, positives = _texts(row, "answers", place), _texts(row, "positive_ids", place)
-        yield place, Example(_text(row, "id", place), _text(row, "question", place), answers, positives, rewrites), ()
+        yield (
+            place,
+            Example(
+                _text(row, "id", place), _text(row, "question", place), answers, positives, rewrites
+            ),
+            (),
+        )
 
 
 def nq_open(file: InputFile) -> Iterator[Item]:
     """``{question, answer[]}`` a line."""
     for number, (place, row) in enumerate(json_lines(file)):
         id = _text(row, "id", place) if row.get("id") is not None else _counted(file, number)
-        yield place, Example(id, _text(row, "question", place), _texts(row, "answer", place), ()), ()
+        yield (
+            place,
+            Example(id, _text(row, "question", place), _texts(row, "answer", place), ()),
+            (),
+        )
 
 
 def dpr_qa(file: InputFile) -> Iterator[Item]:
     """``question<TAB>['answer', ..]`` a line; the list is a Python literal."""
     for number, (place, cells) in enumerate(_table(file)):
         if len(cells) != 2:
-            raise DataError(f"{place}: {len(cells)} columns", expected="2: the question and its list of answers")
+            raise DataError(
+                f"{place}: {len(cells)} columns", expected="2: the question and its list of answers"
+            )
         try:
             answers = ast.literal_eval(cells[1])
         except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError) as error:
-            raise DataError(f"{place}: the answers {cells[1][:80]!r} are no list", expected="['..', ..]") from error
+            raise DataError(
+                f"{place}: the answers {cells[1][:80]!r} are no list", expected="['..', ..]"
+            ) from error
         row = {"question": cells[0], "answers": answers}
         yield (
             place,
-            Example(_counted(file, number), _text(row, "question", place), _texts(row, "answers", place), ()),
+            Example(
+                _counted(file, number),
+                _text(row, "question", place),
+                _texts(row, "answers", place),
+                (),
+            ),
             (),
         )
 
@@ -63,7 +86,11 @@ def triviaqa(file: InputFile) -> Iterator[Item]:
         texts = [_text(answer, "Value", place), *_texts(answer, "Aliases", place)]
         texts += _texts(answer, "HumanAnswers", place) if "HumanAnswers" in answer else []
         answers = tuple(dict.fromkeys(text for text in texts if text.strip()))
-        yield place, Example(_text(row, "QuestionId", place), _text(row, "Question", place), answers, ()), ()
+        yield (
+            place,
+            Example(_text(row, "QuestionId", place), _text(row, "Question", place), answers, ()),
+            (),
+        )
 
 
 def popqa(file: InputFile) -> Iterator[Item]:
@@ -72,38 +99,61 @@ def popqa(file: InputFile) -> Iterator[Item]:
     _, header = next(rows, ("", []))
     for name in ("id", "question", "possible_answers"):
         if name not in header:
-            raise DataError(f"{file.uri}, line 1: the column {name!r} is missing", expected=f"it among {header[:20]}")
+            raise DataError(
+                f"{file.uri}, line 1: the column {name!r} is missing",
+                expected=f"it among {header[:20]}",
+            )
     for place, cells in rows:
         if len(cells) != len(header):
-            raise DataError(f"{place}: {len(cells)} columns", expected=f"{len(header)}, as in the header")
+            raise DataError(
+                f"{place}: {len(cells)} columns", expected=f"{len(header)}, as in the header"
+            )
         row: dict[str, Any] = dict(zip(header, cells, strict=True))
         try:
             row["possible_answers"] = json.loads(row["possible_answers"])
         except json.JSONDecodeError as error:
-            raise DataError(f"{place}: possible_answers is not JSON ({error.msg})", expected='["..", ..]') from error
+            raise DataError(
+                f"{place}: possible_answers is not JSON ({error.msg})", expected='["..", ..]'
+            ) from error
         answers = _texts(row, "possible_answers", place)
-        yield place, Example(_text(row, "id", place), _text(row, "question", place), answers, ()), ()
+        yield (
+            place,
+            Example(_text(row, "id", place), _text(row, "question", place), answers, ()),
+            (),
+        )
 
 
 def squad(file: InputFile) -> Iterator[Item]:
-    """SQuAD 1.1 and 2.0; questions of 2.0 that cannot be answered are left out (their answers would be blank)."""
+    """SQuAD 1.1 and 2.0; questions of 2.0 that cannot be answered are left out (their answers would
+    be blank).
+    """
     for at, article in json_members(file, "data"):
         title = _text(article, "title", at)
         for p, paragraph in enumerate(_list(article, "paragraphs", at)):
             here = f"{at}.paragraphs[{p}]"
             paragraph = as_object(paragraph, here)
-            document = Document(f"{title}/{p}", title.replace("_", " "), _text(paragraph, "context", here), file.uri)
+            document = Document(
+                f"{title}/{p}", title.replace("_", " "), _text(paragraph, "context", here), file.uri
+            )
             yield here, None, (document,)
             for q, entry in enumerate(_list(paragraph, "qas", here)):
                 place = f"{here}.qas[{q}]"
                 row = as_object(entry, place)
                 if row.get("is_impossible"):
                     continue
-                given = [_text(as_object(answer, place), "text", place) for answer in _list(row, "answers", place)]
+                given = [
+                    _text(as_object(answer, place), "text", place)
+                    for answer in _list(row, "answers", place)
+                ]
                 answers = tuple(dict.fromkeys(given))
                 yield (
                     place,
-                    Example(_text(row, "id", place), _text(row, "question", place), answers, (document.id,)),
+                    Example(
+                        _text(row, "id", place),
+                        _text(row, "question", place),
+                        answers,
+                        (document.id,),
+                    ),
                     (),
                 )
 
@@ -115,26 +165,46 @@ def hotpotqa(file: InputFile) -> Iterator[Item]:
         for entry in _list(row, "context", place):
             if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[1], list)):
                 raise DataError(f"{place}: a context is no pair", expected="[title, [sentences]]")
-            documents.append(Document(str(entry[0]), str(entry[0]), "".join(map(str, entry[1])).strip(), file.uri))
+            documents.append(
+                Document(
+                    str(entry[0]), str(entry[0]), "".join(map(str, entry[1])).strip(), file.uri
+                )
+            )
         facts = _list(row, "supporting_facts", place)
-        gold = tuple(dict.fromkeys(str(fact[0]) for fact in facts if isinstance(fact, list) and fact))
+        gold = tuple(
+            dict.fromkeys(str(fact[0]) for fact in facts if isinstance(fact, list) and fact)
+        )
         answers = (_text(row, "answer", place),)
-        yield place, Example(_text(row, "_id", place), _text(row, "question", place), answers, gold), documents
+        yield (
+            place,
+            Example(_text(row, "_id", place), _text(row, "question", place), answers, gold),
+            documents,
+        )
 
 
 def webquestions(file: InputFile) -> Iterator[Item]:
     """The original release, whose answers are ``(list (description ..) ..)``."""
     for number, (place, row) in enumerate(json_entries(file)):
         given = _DESCRIPTION.findall(_text(row, "targetValue", place))
-        answers = tuple(dict.fromkeys((quoted.replace('\\"', '"') or bare).strip() for quoted, bare in given))
-        yield place, Example(_counted(file, number), _text(row, "utterance", place), answers, ()), ()
+        answers = tuple(
+            dict.fromkeys((quoted.replace('\\"', '"') or bare).strip() for quoted, bare in given)
+        )
+        yield (
+            place,
+            Example(_counted(file, number), _text(row, "utterance", place), answers, ()),
+            (),
+        )
 
 
 def entityquestions(file: InputFile) -> Iterator[Item]:
     """``[{question, answers[]}]``."""
     for number, (place, row) in enumerate(json_entries(file)):
         id = _text(row, "id", place) if row.get("id") is not None else _counted(file, number)
-        yield place, Example(id, _text(row, "question", place), _texts(row, "answers", place), ()), ()
+        yield (
+            place,
+            Example(id, _text(row, "question", place), _texts(row, "answers", place), ()),
+            (),
+        )
 
 
 def dpr(file: InputFile) -> Iterator[Item]:
@@ -143,15 +213,24 @@ def dpr(file: InputFile) -> Iterator[Item]:
         carried: dict[str, list[Document]] = {}
         for kind in ("positive_ctxs", "negative_ctxs", "hard_negative_ctxs"):
             carried[kind] = []
-            for context in _list(row, kind, place) if kind == "positive_ctxs" or kind in row else []:
+            for context in (
+                _list(row, kind, place) if kind == "positive_ctxs" or kind in row else []
+            ):
                 context = as_object(context, f"{place}, {kind}")
                 id = context.get("passage_id", context.get("psg_id"))
                 if id is None:
-                    raise DataError(f"{place}: a passage of {kind} has no id", expected="passage_id or psg_id")
+                    raise DataError(
+                        f"{place}: a passage of {kind} has no id", expected="passage_id or psg_id"
+                    )
                 text, title = _text(context, "text", place), str(context.get("title") or "")
                 carried[kind].append(Document(str(id), title, text, file.uri))
         gold = tuple(dict.fromkeys(document.id for document in carried["positive_ctxs"]))
-        example = Example(_counted(file, number), _text(row, "question", place), _texts(row, "answers", place), gold)
+        example = Example(
+            _counted(file, number),
+            _text(row, "question", place),
+            _texts(row, "answers", place),
+            gold,
+        )
         yield place, example, [document for documents in carried.values() for document in documents]
 
 
@@ -164,12 +243,18 @@ def kilt(file: InputFile) -> Iterator[Item]:
             output = as_object(output, f"{place}, output")
             if isinstance(output.get("answer"), str):
                 answers.append(output["answer"])
-            for source in _list(output, "provenance", place) if output.get("provenance") is not None else []:
+            for source in (
+                _list(output, "provenance", place) if output.get("provenance") is not None else []
+            ):
                 source = as_object(source, f"{place}, provenance")
                 if source.get("wikipedia_id") is not None:
                     gold.append(str(source["wikipedia_id"]))
         id, question = _text(row, "id", place), _text(row, "input", place)
-        yield place, Example(id, question, tuple(dict.fromkeys(answers)), tuple(dict.fromkeys(gold))), ()
+        yield (
+            place,
+            Example(id, question, tuple(dict.fromkeys(answers)), tuple(dict.fromkeys(gold))),
+            (),
+        )
 
 
 def is_beir(uri: str) -> bool:
@@ -187,24 +272,42 @@ def beir(uri: str, split: str) -> Iterator[Item]:
         yield (
             place,
             None,
-            (Document(id, str(row.get("title") or ""), _text(row, "text", place), f"{root}/corpus.jsonl"),),
+            (
+                Document(
+                    id,
+                    str(row.get("title") or ""),
+                    _text(row, "text", place),
+                    f"{root}/corpus.jsonl",
+                ),
+            ),
         )
     names = [split, "test"] if split == "dev" else [split]
-    found = next((f"{root}/qrels/{name}.tsv" for name in names if _exists(f"{root}/qrels/{name}.tsv")), None)
+    found = next(
+        (f"{root}/qrels/{name}.tsv" for name in names if _exists(f"{root}/qrels/{name}.tsv")), None
+    )
     if found is None:
-        raise DataError(f"{uri} has no qrels for {split}", expected=" or ".join(f"qrels/{name}.tsv" for name in names))
+        raise DataError(
+            f"{uri} has no qrels for {split}",
+            expected=" or ".join(f"qrels/{name}.tsv" for name in names),
+        )
     gold: dict[str, list[str]] = {}
     for number, (place, cells) in enumerate(_table(_one(found))):
         if number == 0 and cells[-1] == "score":
             continue
         if len(cells) != 3 or not cells[2].lstrip("-").isdigit():
-            raise DataError(f"{place}: {cells[:4]}", expected="query-id, corpus-id, score, parted by tabs")
+            raise DataError(
+                f"{place}: {cells[:4]}", expected="query-id, corpus-id, score, parted by tabs"
+            )
         if int(cells[2]) > 0:
             gold.setdefault(cells[0], []).append(cells[1])
     for place, row in json_lines(_one(f"{root}/queries.jsonl")):
         id = _text(row, "_id", place)
         if id in gold:
-            yield place, Example(id, _text(row, "text", place), (), tuple(dict.fromkeys(gold[id]))), ()
+            yield (
+                place,
+                Example(id, _text(row, "text", place), (), tuple(dict.fromkeys(gold[id]))),
+                (),
+            )
 
 
 # Fields.
@@ -228,7 +331,9 @@ def _table(file: InputFile) -> Iterator[tuple[str, list[str]]]:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
             yield place, [_unquoted(cell) for cell in text.rstrip("\r\n").split("\t")]
         except UnicodeDecodeError as error:
-            raise DataError(f"{place}: not UTF-8 text", action="convert the file to UTF-8") from error
+            raise DataError(
+                f"{place}: not UTF-8 text", action="convert the file to UTF-8"
+            ) from error
 
 
 def _unquoted(cell: str) -> str:

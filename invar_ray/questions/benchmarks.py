@@ -1,19 +1,20 @@
 """Public benchmarks as they are published: questions, and the documents that a file carries.
 
-================  ====================================================================================================
-jsonl             the project's own: ``{id, question, answers[], positive_ids[], rewrites[]?}`` a line
-nq-open           ``{question, answer[]}`` a line (NQ-open; DrQA's WebQuestions and CuratedTREC)
-dpr-qa            ``question<TAB>['answer', ..]`` a line (DPR's ``*.qa.csv``)
-triviaqa          ``{"Data": [{QuestionId, Question, Answer: {Value, Aliases[]}}]}`` (unfiltered, as published)
-popqa             ``.tsv`` with a header that has ``id``, ``question``, ``possible_answers``
-squad             ``{"data": [{title, paragraphs: [{context, qas}]}]}``; its paragraphs are documents
-hotpotqa          ``[{_id, question, answer, supporting_facts, context}]``; its contexts are documents
-webquestions      ``[{utterance, targetValue}]`` (the original release)
-entityquestions   ``[{question, answers[]}]``
+================
+====================================================================================================
+jsonl             the project's own: ``{id, question, answers[], positive_ids[], rewrites[]?}`` a
+line nq-open           ``{question, answer[]}`` a line (NQ-open; DrQA's WebQuestions and
+CuratedTREC) dpr-qa            ``question<TAB>['answer', ..]`` a line (DPR's ``*.qa.csv``) triviaqa
+``{"Data": [{QuestionId, Question, Answer: {Value, Aliases[]}}]}`` (unfiltered, as published) popqa
+``.tsv`` with a header that has ``id``, ``question``, ``possible_answers`` squad
+``{"data": [{title, paragraphs: [{context, qas}]}]}``; its paragraphs are documents hotpotqa
+``[{_id, question, answer, supporting_facts, context}]``; its contexts are documents webquestions
+``[{utterance, targetValue}]`` (the original release) entityquestions   ``[{question, answers[]}]``
 dpr               ``[{question, answers[], positive_ctxs[]}]``; its passages are documents
-kilt              ``{id, input, output: [{answer, provenance[]}]}`` a line; positives are Wikipedia page ids
-beir              a folder of ``corpus.jsonl``, ``queries.jsonl``, ``qrels/<split>.tsv``; it has no answers
-================  ====================================================================================================
+kilt              ``{id, input, output: [{answer, provenance[]}]}`` a line; positives are Wikipedia
+page ids beir              a folder of ``corpus.jsonl``, ``queries.jsonl``, ``qrels/<split>.tsv``;
+it has no answers ================
+====================================================================================================
 
 Where they come from and their licences: ``docs/design/benchmarks.md``.
 """
@@ -60,8 +61,8 @@ class Benchmark:
 
     Attributes:
         format: which format it was.
-        examples: questions, in file order; ``positive_ids`` is empty where the benchmark names none, ``answers`` where
-            it has none (BEIR).
+        examples: questions, in file order; ``positive_ids`` is empty where the benchmark names
+            none, ``answers`` where it has none (BEIR).
         documents: those that came along, each once; may be none.
     """
 
@@ -71,7 +72,11 @@ class Benchmark:
 
 
 def read_benchmark(
-    uri: str, format: str = "auto", *, split: Literal["train", "dev"] = "dev", skip_unusable: bool = False
+    uri: str,
+    format: str = "auto",
+    *,
+    split: Literal["train", "dev"] = "dev",
+    skip_unusable: bool = False,
 ) -> Benchmark:
     """Read a benchmark's file (or BEIR's folder).
 
@@ -79,28 +84,37 @@ def read_benchmark(
         uri: local path, ``file://``, ``s3://`` or ``gs://``; ``.gz`` is fine.
         format: one of the table above; ``auto`` looks into the file.
         split: which qrels of a BEIR folder (``dev`` takes ``test`` where there is no ``dev``).
-        skip_unusable: leave out questions without an answer and with a taken id, with one warning that counts them,
-            instead of raising.
+        skip_unusable: leave out questions without an answer and with a taken id, with one warning
+            that counts them, instead of raising.
 
     Raises:
-        DataError: nothing is there, it cannot be read, its format is not known, or a row is faulty; it names the file
-            and the line or entry.
+        DataError: nothing is there, it cannot be read, its format is not known, or a row is faulty;
+            it names the file and the line or entry.
     """
     if format == "auto":
         format = detect_format(uri)
     if format == "beir":
         items = formats.beir(uri, split)
     elif format in FORMATS:
-        items = itertools.chain.from_iterable(FORMATS[format](file) for file in find_files(uri, "jsonl"))
+        items = itertools.chain.from_iterable(
+            FORMATS[format](file) for file in find_files(uri, "jsonl")
+        )
     else:
-        raise DataError(f"no benchmark format {format!r}", expected=f"auto, beir, {', '.join(FORMATS)}")
+        raise DataError(
+            f"no benchmark format {format!r}", expected=f"auto, beir, {', '.join(FORMATS)}"
+        )
     return _collect(uri, format, items, skip_unusable)
 
 
 def convert_benchmark(
-    uri: str, folder: str | os.PathLike[str], format: str = "auto", *, split: Literal["train", "dev"] = "dev"
+    uri: str,
+    folder: str | os.PathLike[str],
+    format: str = "auto",
+    *,
+    split: Literal["train", "dev"] = "dev",
 ) -> Benchmark:
-    """Read a benchmark and write ``questions.jsonl`` and, if it carries documents, ``corpus.jsonl`` into a folder.
+    """Read a benchmark and write ``questions.jsonl`` and, if it carries documents, ``corpus.jsonl``
+    into a folder.
 
     Raises:
         DataError: as :func:`read_benchmark`, or the folder cannot be written.
@@ -114,7 +128,9 @@ def convert_benchmark(
                 rows = (json.dumps(asdict(record), ensure_ascii=False) + "\n" for record in records)
                 (place / f"{name}.jsonl").write_text("".join(rows), encoding="utf-8")
     except OSError as error:
-        raise DataError(f"cannot write to {place} ({error.strerror})", action="name another folder") from error
+        raise DataError(
+            f"cannot write to {place} ({error.strerror})", action="name another folder"
+        ) from error
     return found
 
 
@@ -126,7 +142,9 @@ def detect_format(uri: str) -> str:
     """
     if formats.is_beir(uri):
         return "beir"
-    file = find_files(uri, "jsonl")[0]  # a named file whatever it is called, or the first of a folder
+    file = find_files(uri, "jsonl")[
+        0
+    ]  # a named file whatever it is called, or the first of a folder
     name = file.name.lower().removesuffix(".gz")
     if name.endswith((".tsv", ".csv")):
         header = next((line for _, line in read_lines(file)), b"")
@@ -177,7 +195,9 @@ def _first_object(file: InputFile, *, lines: bool) -> dict[str, Any]:
             return _first_object(file, lines=True)
         raise malformed(file, error) from error
     except RecursionError as error:
-        raise DataError(f"{file.uri}, line 1: JSON nested too deep", action="download it again") from error
+        raise DataError(
+            f"{file.uri}, line 1: JSON nested too deep", action="download it again"
+        ) from error
     return value if isinstance(value, dict) else {}
 
 
@@ -201,14 +221,23 @@ def _collect(uri: str, format: str, items: Iterator[Item], skip_unusable: bool) 
             skipped += 1
             continue
         if without:
-            raise DataError(f"{place}: the question has no answer", expected="one or more", action="remove the row")
+            raise DataError(
+                f"{place}: the question has no answer",
+                expected="one or more",
+                action="remove the row",
+            )
         if example.id in examples:
             raise DataError(
-                f"{place}: the id {example.id!r} is taken by {places[example.id]}", expected="every id once"
+                f"{place}: the id {example.id!r} is taken by {places[example.id]}",
+                expected="every id once",
             )
         examples[example.id], places[example.id] = example, place
     if skipped:
-        _LOG.warning("%s: %d questions without an answer or with a taken id were left out", uri, skipped)
+        _LOG.warning(
+            "%s: %d questions without an answer or with a taken id were left out", uri, skipped
+        )
     if not examples:
-        raise DataError(f"{uri} holds no question", expected=f"at least one, in the format {format}")
+        raise DataError(
+            f"{uri} holds no question", expected=f"at least one, in the format {format}"
+        )
     return Benchmark(format, list(examples.values()), list(documents.values()))

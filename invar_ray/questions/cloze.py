@@ -1,4 +1,6 @@
-"""One plain sentence into the questions that it answers, by rule; see :mod:`invar_ray.questions.making`."""
+"""One plain sentence into the questions that it answers, by rule; see
+:mod:`invar_ray.questions.making`.
+"""
 
 from __future__ import annotations
 
@@ -27,34 +29,61 @@ _COUNT = (
     r"\d{1,3}(?:,\d{3})+|\d+(?:\.\d+)?|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|fifteen|twenty|"
     r"thirty|forty|fifty|sixty|seventy|eighty|ninety"
 )
-# After a whole name: the sentence's end, a comma, or a word that opens another phrase; not "American history",
-# "St. Paul", "Bergen and Oslo".
+# After a whole name: the sentence's end, a comma, or a word that opens another phrase; not
+# "American history", "St. Paul", "Bergen and Oslo".
 _OPENING = "after as at before between by during for from in into near on over since to until when where with".split()
 _CLOSED = rf"(?=$|,|\)| (?:{'|'.join(_OPENING)})\b)"
-# Type of answer, where it stands (group a; the whole match is what the wh-phrase replaces), the wh-phrase.
+# Type of answer, where it stands (group a; the whole match is what the wh-phrase replaces), the
+# wh-phrase.
 _SPANS: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
     (kind, re.compile(pattern), wh)
     for kind, pattern, wh in (
-        ("date", rf"\b(?:[Oo]n )?(?P<a>\d{{1,2}} {_MONTH} \d{{4}}|{_MONTH} \d{{1,2}},? \d{{4}})\b", "on which date"),
-        ("year", r"\b(?P<p>[Ii]n|[Ss]ince|[Uu]ntil|from) (?P<a>1\d{3}|20\d{2})\b(?![\d-])", "{p} which year"),
-        ("percentage", r"(?<![\w.])(?P<a>\d+(?:\.\d+)? ?(?:%|percent\b|per cent\b))", "what percentage"),
-        ("money", r"(?<!\w)(?P<a>[$€£] ?\d[\d,]*(?:\.\d+)?(?: (?:million|billion))?)\b", "how much money"),
+        (
+            "date",
+            rf"\b(?:[Oo]n )?(?P<a>\d{{1,2}} {_MONTH} \d{{4}}|{_MONTH} \d{{1,2}},? \d{{4}})\b",
+            "on which date",
+        ),
+        (
+            "year",
+            r"\b(?P<p>[Ii]n|[Ss]ince|[Uu]ntil|from) (?P<a>1\d{3}|20\d{2})\b(?![\d-])",
+            "{p} which year",
+        ),
+        (
+            "percentage",
+            r"(?<![\w.])(?P<a>\d+(?:\.\d+)? ?(?:%|percent\b|per cent\b))",
+            "what percentage",
+        ),
+        (
+            "money",
+            r"(?<!\w)(?P<a>[$€£] ?\d[\d,]*(?:\.\d+)?(?: (?:million|billion))?)\b",
+            "how much money",
+        ),
         (
             "number",
-            rf"(?<![\w.,$€£-])(?<!\bthe )(?<!\bthese )(?<!\bthose )(?P<a>{_COUNT}) (?P<n>[a-z]{{3,}}s)\b",
+            rf"(?<![\w.,$€£-])(?<!\bthe )(?<!\bthese )(?<!\bthose )(?P<a>{_COUNT}) "
+            rf"(?P<n>[a-z]{{3,}}s)\b",
             "how many {n}",
         ),
         ("agent", rf"(?<=[a-z]) by (?P<a>{_NAME}){_CLOSED}", " by whom"),
         ("name", rf"\b(?P<p>called|named) [\"“]?(?P<a>{_NAME})[\"”]?{_CLOSED}", "{p} what"),
-        ("place", rf"(?<=[a-z]) (?P<p>in|at|near|from) (?P<a>{_NAME}){_CLOSED}", " {p} which place"),
+        (
+            "place",
+            rf"(?<=[a-z]) (?P<p>in|at|near|from) (?P<a>{_NAME}){_CLOSED}",
+            " {p} which place",
+        ),
     )
 )
 _SUBJECT = re.compile(rf"(?P<a>{_NAME}) (?P<rest>(?P<v>[a-z]+)\b.*)")
-_DEFINITION = re.compile(r"(?P<s>[A-Z][^,;:.()]{2,60}?) (?P<v>is|was|are|were) (?P<a>(?:an?|the) [^,.;:()]{3,80})")
-_DEFINITION_END = re.compile(
-    r" (?:(?:that|which|who|whose|where|when|with|for|because|until|after|before)\b|(?:and|but) [a-z]).*"
+_DEFINITION = re.compile(
+    r"(?P<s>[A-Z][^,;:.()]{2,60}?) (?P<v>is|was|are|were) (?P<a>(?:an?|the) [^,.;:()]{3,80})"
 )
-_NOT_A_PLACE = re.compile(rf"{_MONTH}|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|\w+(?:ish|ese|ism|ic)$|I$")
+_DEFINITION_END = re.compile(
+    r" (?:(?:that|which|who|whose|where|when|with|for|because|until|after|before)\b|(?:and|but) "
+    r"[a-z]).*"
+)
+_NOT_A_PLACE = re.compile(
+    rf"{_MONTH}|(?:Mon|Tues|Wednes|Thurs|Fri|Satur|Sun)day|\w+(?:ish|ese|ism|ic)$|I$"
+)
 _MARKUP = re.compile(r"!?\[([^\]\n]*)\]\([^)\n]*\)|(?<!\w)[*_]{1,3}(?=\S)|(?<=\S)[*_]{1,3}(?!\w)|`")
 _LIST_MARK = re.compile(r"^(?:[-*•+>]|\(?\d{1,2}[.)])\s+")
 _OPENERS = PRONOUNS | frozenset(
@@ -70,10 +99,14 @@ _BASES = {past: base for base, past in sorted(PAST.items(), reverse=True)}
 
 
 def plain_sentences(text: str) -> Iterator[tuple[int, str]]:
-    """Plain statements with their offsets: no headings, tables, code, questions or sentences that lean on others."""
+    """Plain statements with their offsets: no headings, tables, code, questions or sentences that
+    lean on others.
+    """
     for start, stop in itertools.pairwise([*sentence_starts(text), len(text)]):
         raw = text[start:stop].strip()
-        sentence = " ".join(_MARKUP.sub(lambda match: match.group(1) or "", _LIST_MARK.sub("", raw)).split())
+        sentence = " ".join(
+            _MARKUP.sub(lambda match: match.group(1) or "", _LIST_MARK.sub("", raw)).split()
+        )
         if _is_plain(sentence, raw):
             yield start, sentence
 
@@ -93,7 +126,10 @@ def _is_plain(sentence: str, raw: str) -> bool:
         and sentence.count("(") == sentence.count(")")
         and sentence.count('"') % 2 == 0
         and letters >= 0.75 * len(sentence)
-        and any(word.lower() in AUXILIARIES or word in _VERBS or word.endswith("ed") for word in words[1:])
+        and any(
+            word.lower() in AUXILIARIES or word in _VERBS or word.endswith("ed")
+            for word in words[1:]
+        )
     )
 
 
@@ -110,7 +146,9 @@ def questions_of(sentence: str, title: str) -> Iterator[tuple[str, str, list[str
             continue
         if body.count(answer) > 1:
             continue
-        asked = wh.format(**{key: value.lower() for key, value in match.groupdict().items() if key != "a"})
+        asked = wh.format(
+            **{key: value.lower() for key, value in match.groupdict().items() if key != "a"}
+        )
         gap = body[: match.start()] + match.group().replace(answer, "____") + body[match.end() :]
         in_place = f"{body[: match.start()]}{asked}{body[match.end() :]}".strip()
         yield kind, answer, _wordings(body, match.span(), asked.strip(), in_place, gap, title)
@@ -125,27 +163,39 @@ def questions_of(sentence: str, title: str) -> Iterator[tuple[str, str, list[str
     ):
         asked = f"Who or what {subject['rest']}?"
         if _is_anchored(subject["rest"]):
-            yield "subject", subject["a"], [asked, f"____ {subject['rest']}.", _keywords(subject["rest"])]
+            yield (
+                "subject",
+                subject["a"],
+                [asked, f"____ {subject['rest']}.", _keywords(subject["rest"])],
+            )
     definition = _DEFINITION.match(body)
     if definition and any(word[0].isupper() for word in _small_start(definition["s"]).split()):
         answer = _DEFINITION_END.sub("", definition["a"]).strip()
         subject_text = _small_start(definition["s"])
         verb = definition["v"]
-        wordings = [f"What {verb} {subject_text}?", f"{definition['s']} {verb} what?", f"define {subject_text}"]
+        wordings = [
+            f"What {verb} {subject_text}?",
+            f"{definition['s']} {verb} what?",
+            f"define {subject_text}",
+        ]
         if len(answer.split()) >= 2 and not set(definition["s"].lower().split()) & (
             AUXILIARIES | PREPOSITIONS - {"of"}
         ):
             yield "definition", answer, [f"What kind of thing {verb} {subject_text}?", *wordings]
 
 
-def _wordings(body: str, span: tuple[int, int], asked: str, in_place: str, gap: str, title: str) -> list[str]:
+def _wordings(
+    body: str, span: tuple[int, int], asked: str, in_place: str, gap: str, title: str
+) -> list[str]:
     """The question first, then its other wordings."""
     own = [_capital(f"{in_place}?"), f"Fill in the gap: {gap}."]
     front = _fronted(body, span, asked)
     if front is not None:
         own = [front, *(own if span[0] else own[1:])]
     if span[0] == 0 and front is None:
-        return [""]  # "In which year, the mill burnt down?" is no question; an empty one is not sound
+        return [
+            ""
+        ]  # "In which year, the mill burnt down?" is no question; an empty one is not sound
     says = says_something(title) and not contains_answer(in_place, [title])
     context = f'According to "{title}", {_small_start(in_place)}?' if says else None
     if _is_anchored(in_place):
@@ -154,21 +204,38 @@ def _wordings(body: str, span: tuple[int, int], asked: str, in_place: str, gap: 
 
 
 def _fronted(body: str, span: tuple[int, int], asked: str) -> str | None:
-    """``In which year did Mara paint the door?``: the wh-phrase first, where subject and verb are easy to tell."""
+    """``In which year did Mara paint the door?``: the wh-phrase first, where subject and verb are
+    easy to tell.
+    """
     after = body[span[1] :]
     if span[0] == 0:  # "In 1841 the harbour was dug": all of the clause comes after
         words, after = after.lstrip(", ").split(), ""
     else:
         words = body[: span[0]].split()
-    at = next((at for at, word in enumerate(words) if at and (word in BE | HAVE | MODAL or word in _BASES)), None)
-    if at is None or at > 6 or any(word.endswith(",") or word.lower() in PREPOSITIONS - {"of"} for word in words[:at]):
+    at = next(
+        (
+            at
+            for at, word in enumerate(words)
+            if at and (word in BE | HAVE | MODAL or word in _BASES)
+        ),
+        None,
+    )
+    if (
+        at is None
+        or at > 6
+        or any(word.endswith(",") or word.lower() in PREPOSITIONS - {"of"} for word in words[:at])
+    ):
         return None
     tail = words[at + 1 :] + after.split()
-    if {word.strip(",").lower() for word in tail} & (_RELATIVE | {"and", "but"}) or any("," in word for word in words):
+    if {word.strip(",").lower() for word in tail} & (_RELATIVE | {"and", "but"}) or any(
+        "," in word for word in words
+    ):
         return None  # a second clause, whose verb would not move
     subject, verb, rest = _small_start(" ".join(words[:at])), words[at], " ".join(words[at + 1 :])
     if verb in BE | HAVE | MODAL:
-        if verb in HAVE and not any(word in PARTICIPLES or word.endswith("ed") for word in words[at + 1 : at + 3]):
+        if verb in HAVE and not any(
+            word in PARTICIPLES or word.endswith("ed") for word in words[at + 1 : at + 3]
+        ):
             return None  # "has 52 rooms": here it is the main verb
         return _tidy(f"{asked} {verb} {subject} {rest}{after}")
     return _tidy(f"{asked} did {subject} {_BASES[verb]} {rest}{after}")
@@ -189,7 +256,11 @@ def _small_start(text: str) -> str:
 
 
 def _keywords(text: str) -> str:
-    kept = [word.strip(",;:") for word in text.split() if word.lower() not in AUXILIARIES | {"the", "a", "an", "of"}]
+    kept = [
+        word.strip(",;:")
+        for word in text.split()
+        if word.lower() not in AUXILIARIES | {"the", "a", "an", "of"}
+    ]
     return " ".join(kept)
 
 
@@ -197,12 +268,23 @@ def _is_anchored(text: str) -> bool:
     """Whether a text names something that can be looked for: a capital inside it, or a number."""
     words = text.split()
     named = any(word[:1].isupper() and word != "I" for word in words[1:])
-    opening = words[:1] and words[0][:1].isupper() and words[0].lower() not in FUNCTION_WORDS and len(words) > 1
-    return named or any(character.isdigit() for character in text) or bool(opening and _looks_like_name(words))
+    opening = (
+        words[:1]
+        and words[0][:1].isupper()
+        and words[0].lower() not in FUNCTION_WORDS
+        and len(words) > 1
+    )
+    return (
+        named
+        or any(character.isdigit() for character in text)
+        or bool(opening and _looks_like_name(words))
+    )
 
 
 def _looks_like_name(words: list[str]) -> bool:
-    """``Arvon is``: a capital right before a verb; ``Farmers grow`` has one too, but no plural is a name here."""
+    """``Arvon is``: a capital right before a verb; ``Farmers grow`` has one too, but no plural is a
+    name here.
+    """
     return _is_verb(words[1]) and not words[0].endswith("s")
 
 
@@ -211,7 +293,9 @@ def _is_verb(word: str) -> bool:
 
 
 def says_something(title: str) -> bool:
-    """Whether a title or heading can stand in a question: some words, not only small ones, not a file's number."""
+    """Whether a title or heading can stand in a question: some words, not only small ones, not a
+    file's number.
+    """
     words = re.findall(r"[^\W\d_]{2,}", title)
     return (
         1 <= len(words) <= 12

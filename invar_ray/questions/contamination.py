@@ -1,4 +1,6 @@
-"""Training questions that are dev questions in other words: a model that saw them is measured on what it knows."""
+"""Training questions that are dev questions in other words: a model that saw them is measured on
+what it knows.
+"""
 
 from __future__ import annotations
 
@@ -36,8 +38,9 @@ def near_duplicates(
         sim(a, b) = sum of w(t) over words t in both / sum of w(t) over words t in either
         w(t) = log(1 + N / n(t)),   N all texts, n(t) those with t
 
-    so that questions of one template about different things, which share its common words alone, are not alike.  Texts
-    whose numbers differ are not alike at all (who won in 2010, who won in 2012).
+    so that questions of one template about different things, which share its common words alone,
+    are not alike.  Texts whose numbers differ are not alike at all (who won in 2010, who won in
+    2012).
 
     Args:
         train: key -> wordings.
@@ -45,10 +48,11 @@ def near_duplicates(
         threshold: least similarity, in (0, 1].
 
     Returns:
-        In the order of ``train``; of several dev questions the most similar one (the first of equals).
+        In the order of ``train``; of several dev questions the most similar one (the first of
+        equals).
 
-    Source: [ours]; weighted Jaccard similarity with prefix filtering, Chaudhuri et al., "A Primitive Operator for
-    Similarity Joins in Data Cleaning", ICDE 2006.
+    Source: [ours]; weighted Jaccard similarity with prefix filtering, Chaudhuri et al., "A
+    Primitive Operator for Similarity Joins in Data Cleaning", ICDE 2006.
     """
     train_sets = {key: [_words(text) for text in texts] for key, texts in train.items()}
     dev_sets = [(key, _words(text)) for key, texts in dev.items() for text in texts]
@@ -65,7 +69,11 @@ def near_duplicates(
     for key, sets in train_sets.items():
         best: NearDuplicate | None = None
         for words in sets:
-            seen = {number for word in _prefix(words, weight, threshold) for number in holders.get(word, ())}
+            seen = {
+                number
+                for word in _prefix(words, weight, threshold)
+                for number in holders.get(word, ())
+            }
             for number in sorted(seen):
                 other, theirs = dev_sets[number]
                 value = _similarity(words, theirs, weight)
@@ -81,7 +89,9 @@ def _words(text: str) -> frozenset[str]:
 
 
 def _prefix(words: frozenset[str], weight: Mapping[str, float], threshold: float) -> list[str]:
-    """Words of which a text that is similar enough has at least one: the others together weigh too little."""
+    """Words of which a text that is similar enough has at least one: the others together weigh too
+    little.
+    """
     ordered = sorted(words, key=lambda word: (-weight[word], word))
     left = sum(weight[word] for word in words)
     enough = threshold * left - _SLACK
@@ -94,7 +104,9 @@ def _prefix(words: frozenset[str], weight: Mapping[str, float], threshold: float
     return kept
 
 
-def _similarity(first: frozenset[str], second: frozenset[str], weight: Mapping[str, float]) -> float:
+def _similarity(
+    first: frozenset[str], second: frozenset[str], weight: Mapping[str, float]
+) -> float:
     if {word for word in first ^ second if any(map(str.isdigit, word))}:
         return 0.0
     either = sum(weight[word] for word in first | second)

@@ -24,18 +24,21 @@ _ASKS = re.compile(
 )
 _LIST_MARK = re.compile(r"^\s*(?:[-*•]|\(?\d{1,2}[.):])\s+")
 _PROMPT = (
-    "Rewrite the question below in {count} different ways. Each rewording must ask for the same answer, keep every name"
-    " and number, and not contain the answer. Reply with a JSON array of {count} strings and nothing else.\n\n"
+    "Rewrite the question below in {count} different ways. Each rewording must ask for the same "
+    "answer, keep every name"
+    " and number, and not contain the answer. Reply with a JSON array of {count} strings and "
+    "nothing else.\n\n"
     "Question: {question}"
 )
 
 
 class EndpointRewriter(ChatEndpoint):
-    """Asks a server for rewordings, checks them, and fills up from the rules what the server's lack.
+    """Asks a server for rewordings, checks them, and fills up from the rules what the server's
+    lack.
 
-    A rewording is dropped if it equals the question or another one (case and punctuation ignored), lacks a number of
-    the question, brings in an answer, asks for another type of answer (who for when), or is more than four times as
-    long.  With a cache, the same arguments give the
+    A rewording is dropped if it equals the question or another one (case and punctuation ignored),
+    lacks a number of the question, brings in an answer, asks for another type of answer (who for
+    when), or is more than four times as long.  With a cache, the same arguments give the
     same variants.  The arguments are those of :class:`ChatEndpoint`.
     """
 
@@ -57,13 +60,16 @@ class EndpointRewriter(ChatEndpoint):
         texts = _checked(example, _parse_list(self.reply(prompt, seed)))[:count]
         provider = f"endpoint:{self.model}"
         given = [
-            Variant(example.id, number, text, "paraphrase", provider) for number, text in enumerate(texts, start=1)
+            Variant(example.id, number, text, "paraphrase", provider)
+            for number, text in enumerate(texts, start=1)
         ]
         return self._fallback.fill(example, given, count, seed)
 
 
 def _parse_list(reply: str) -> list[str]:
-    """The strings of a reply: a JSON array (also inside prose or a code block), else its lines without list marks."""
+    """The strings of a reply: a JSON array (also inside prose or a code block), else its lines
+    without list marks.
+    """
     start, stop = reply.find("["), reply.rfind("]")
     if 0 <= start < stop:
         try:
@@ -73,11 +79,15 @@ def _parse_list(reply: str) -> list[str]:
         if isinstance(items, list):
             return [item for item in items if isinstance(item, str)]
     lines = [_LIST_MARK.sub("", line).strip().strip('"') for line in reply.splitlines()]
-    return [line for line in lines if line and not line.startswith("```") and not line.endswith(":")]
+    return [
+        line for line in lines if line and not line.startswith("```") and not line.endswith(":")
+    ]
 
 
 def answer_type(question: str) -> str | None:
-    """What kind of thing a question asks for, by its first question word; ``None`` where that does not say."""
+    """What kind of thing a question asks for, by its first question word; ``None`` where that does
+    not say.
+    """
     found = _ASKS.search(question)
     if found is None:
         return None
@@ -93,9 +103,17 @@ def _checked(example: Example, texts: list[str]) -> list[str]:
         clean = " ".join(text.split())
         key = comparison_key(clean)
         loses_numbers = numbers - Counter(_NUMBER.findall(clean))
-        gives_away = contains_answer(clean, example.answers) and not contains_answer(question, example.answers)
+        gives_away = contains_answer(clean, example.answers) and not contains_answer(
+            question, example.answers
+        )
         types = {answer_type(question), answer_type(clean)} - {None}
-        if key in taken or loses_numbers or gives_away or len(types) > 1 or len(clean) > 4 * len(question) + 40:
+        if (
+            key in taken
+            or loses_numbers
+            or gives_away
+            or len(types) > 1
+            or len(clean) > 4 * len(question) + 40
+        ):
             continue
         taken.add(key)
         kept.append(clean)

@@ -1,6 +1,7 @@
 """Word lists of the rule-based rewriter.
 
-Small on purpose: a word that is a noun as often as a verb is left out, a wrong parse costs more than a missed one.
+Small on purpose: a word that is a noun as often as a verb is left out, a wrong parse costs more
+than a missed one.
 """
 
 from __future__ import annotations
@@ -34,8 +35,11 @@ FUNCTION_WORDS = (
     )
 )
 IMPERATIVES = frozenset("tell name say give count list find identify state show explain".split())
-# Left out in telegraphic questions; words that carry a meaning of their own (not, before, between) stay.
-STOP_WORDS = BE | DO | HAVE | frozenset("the a an of to that it there this these those for by with".split())
+# Left out in telegraphic questions; words that carry a meaning of their own (not, before, between)
+# stay.
+STOP_WORDS = (
+    BE | DO | HAVE | frozenset("the a an of to that it there this these those for by with".split())
+)
 
 _IRREGULAR = """
 arise arose arisen|become became become|begin began begun|bear bore born|break broke broken|bring brought brought
@@ -67,7 +71,9 @@ surrender survive threaten tolerate transform travel treat turn use utilize visi
 """.split()
 # Not "found", "bear", "lie": as tokens they are more often another verb's form or a noun.
 _REGULAR_BASES = [
-    base for base in _REGULAR if base not in {"found", "lose", "force", "star", "feature", "form", "issue"}
+    base
+    for base in _REGULAR
+    if base not in {"found", "lose", "force", "star", "feature", "form", "issue"}
 ]
 
 PAST: dict[str, str] = {}

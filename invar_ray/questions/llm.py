@@ -1,4 +1,6 @@
-"""A language model behind an OpenAI-compatible ``/chat/completions``: asked once, remembered in a file."""
+"""A language model behind an OpenAI-compatible ``/chat/completions``: asked once, remembered in a
+file.
+"""
 
 from __future__ import annotations
 
@@ -30,11 +32,13 @@ class ChatEndpoint:
     Args:
         url: base URL, such as ``http://127.0.0.1:8000/v1``.
         model: the model to ask for.
-        key_env: name of the environment variable that holds the key; unset or empty sends none.  The key is read at
-            each request and stored, logged and pickled nowhere.
-        cache_path: JSON lines file, appended to; ``None`` keeps replies in memory only.  One process writes it.
+        key_env: name of the environment variable that holds the key; unset or empty sends none.
+            The key is read at each request and stored, logged and pickled nowhere.
+        cache_path: JSON lines file, appended to; ``None`` keeps replies in memory only.  One
+            process writes it.
         timeout_s: per request.
-        attempts: tries per request; busy (429), failing (5xx) and silent servers and malformed replies are tried again.
+        attempts: tries per request; busy (429), failing (5xx) and silent servers and malformed
+            replies are tried again.
         backoff_s: first wait between tries; doubles.  A ``Retry-After`` of up to 30 s is kept to.
         temperature: of the server's sampling.
     """
@@ -55,7 +59,12 @@ class ChatEndpoint:
             raise ValueError(f"attempts={attempts}: expected at least 1")
         self.url, self.model, self.key_env = url.rstrip("/"), model, key_env
         self.cache_path = None if cache_path is None else Path(cache_path)
-        self.timeout_s, self.attempts, self.backoff_s, self.temperature = timeout_s, attempts, backoff_s, temperature
+        self.timeout_s, self.attempts, self.backoff_s, self.temperature = (
+            timeout_s,
+            attempts,
+            backoff_s,
+            temperature,
+        )
         self._cache: dict[str, str] | None = None
         self._client: httpx.Client | None = None
         self._lock = threading.Lock()
@@ -77,7 +86,8 @@ class ChatEndpoint:
             self._client = None
 
     def reply(self, prompt: str, seed: int) -> str:
-        """What the model answers to ``prompt``; the same arguments give the same reply, from the cache.
+        """What the model answers to ``prompt``; the same arguments give the same reply, from the
+        cache.
 
         Raises:
             ConfigError: the server refuses the request: address, model or key are wrong.
@@ -134,10 +144,13 @@ class ChatEndpoint:
             try:
                 response = self._open().post(address, json=body, headers=self._headers())
             except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-                raise ConfigError(f"{self.url!r} is not a usable URL ({error})", expected="http(s)://host/v1") from None
+                raise ConfigError(
+                    f"{self.url!r} is not a usable URL ({error})", expected="http(s)://host/v1"
+                ) from None
             except httpx.TransportError as error:
                 problem = ResourceError(
-                    f"{address} does not answer ({type(error).__name__})", action="start the server or correct the URL"
+                    f"{address} does not answer ({type(error).__name__})",
+                    action="start the server or correct the URL",
                 )
             else:
                 if response.is_success:
@@ -151,7 +164,8 @@ class ChatEndpoint:
                         )
                 elif response.status_code in _RETRY or response.status_code >= 500:
                     problem = ResourceError(
-                        f"{address} failed {attempt + 1} times, last with HTTP {response.status_code}",
+                        f"{address} failed {attempt + 1} times, last with HTTP "
+                        f"{response.status_code}",
                         action="look at the server's log, or try later",
                     )
                     wait = _retry_after(response, wait)
@@ -174,7 +188,8 @@ class ChatEndpoint:
         if not (key.isascii() and key.isprintable()):
             # httpx's own error would print the value
             raise ConfigError(
-                f"the key in {self.key_env} holds characters that no header can carry", action="set it again"
+                f"the key in {self.key_env} holds characters that no header can carry",
+                action="set it again",
             )
         return {"Authorization": f"Bearer {key}"}
 
@@ -183,8 +198,14 @@ class ChatEndpoint:
         said = " ".join(response.text[:2000].split())
         if key:
             said = said.replace(key, "***")
-        hint = f"put a valid key into {self.key_env}" if response.status_code in {401, 403} else "check URL and model"
-        return ConfigError(f"{address} refused with HTTP {response.status_code} ({said[:200]})", action=hint)
+        hint = (
+            f"put a valid key into {self.key_env}"
+            if response.status_code in {401, 403}
+            else "check URL and model"
+        )
+        return ConfigError(
+            f"{address} refused with HTTP {response.status_code} ({said[:200]})", action=hint
+        )
 
 
 def _content(response: httpx.Response) -> str:

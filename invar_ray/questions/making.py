@@ -1,10 +1,12 @@
-"""Training questions for a corpus that has none, by rule: from plain sentences, definitions and headings.
+"""Training questions for a corpus that has none, by rule: from plain sentences, definitions and
+headings.
 
-A sentence with a span of a known type (a year, a date, a number of things, a name ..) becomes the question for that
-span: ``The harbour was dug in 1841.`` gives ``In which year was the harbour dug?``, with ``The harbour was dug in which
-year?``, a gap text and keywords as other wordings.  The answer stands in the document, the question can be understood
-without it.  Everything hangs on hashes of the texts and the seed: the same documents give the same questions anywhere.
-Rules are for English. [ours]
+A sentence with a span of a known type (a year, a date, a number of things, a name ..) becomes the
+question for that span: ``The harbour was dug in 1841.`` gives
+``In which year was the harbour dug?``, with ``The harbour was dug in which year?``, a gap text and
+keywords as other wordings.  The answer stands in the document, the question can be understood
+without it.  Everything hangs on hashes of the texts and the seed: the same documents give the same
+questions anywhere. Rules are for English. [ours]
 """
 
 from __future__ import annotations
@@ -29,8 +31,9 @@ class MadeQuestion:
 
     Attributes:
         example: what a reader of questions gets; ``positive_ids`` is the document.
-        answer_type: ``year``, ``date``, ``number``, ``percentage``, ``money``, ``agent``, ``name``, ``place``,
-            ``subject``, ``definition``, ``section`` or, from a language model, ``model``.
+        answer_type: ``year``, ``date``, ``number``, ``percentage``, ``money``, ``agent``, ``name``,
+            ``place``, ``subject``, ``definition``, ``section`` or, from a language model,
+            ``model``.
         start: character offset of its sentence in the document's text.
     """
 
@@ -50,7 +53,8 @@ def make_questions(document: Document, *, most: int, seed: int) -> list[MadeQues
     sentences: set[int] = set()
     while any(drafts.values()) and len(taken) < most:
         for group in drafts.values():
-            # One question a sentence while there are others: two gaps of one sentence teach little more than one.
+            # One question a sentence while there are others: two gaps of one sentence teach little
+            # more than one.
             at = next((at for at, made in enumerate(group) if made.start not in sentences), 0)
             if group and len(taken) < most:
                 taken.append(group.pop(at))
@@ -59,8 +63,8 @@ def make_questions(document: Document, *, most: int, seed: int) -> list[MadeQues
 
 
 def without_clashes(made: Iterable[MadeQuestion]) -> list[MadeQuestion]:
-    """Questions of a corpus without duplicates: one that several documents ask stays once if they agree on the answer,
-    and goes altogether if they do not.
+    """Questions of a corpus without duplicates: one that several documents ask stays once if they
+    agree on the answer, and goes altogether if they do not.
     """
     by_key: dict[str, list[MadeQuestion]] = {}
     for question in made:
@@ -76,7 +80,8 @@ def without_clashes(made: Iterable[MadeQuestion]) -> list[MadeQuestion]:
 def split_by_document(
     made: list[MadeQuestion], texts: dict[str, str], seed: int
 ) -> tuple[list[MadeQuestion], list[MadeQuestion]]:
-    """Train and dev questions, about a fifth dev, no document in both (copies of one text stay together).
+    """Train and dev questions, about a fifth dev, no document in both (copies of one text stay
+    together).
 
     Questions about a single document are split by place instead: dev is its last fifth.
 
@@ -87,7 +92,9 @@ def split_by_document(
     """
     groups: dict[int, list[MadeQuestion]] = {}
     for question in made:
-        groups.setdefault(stable_hash("split", seed, texts[question.example.positive_ids[0]]), []).append(question)
+        groups.setdefault(
+            stable_hash("split", seed, texts[question.example.positive_ids[0]]), []
+        ).append(question)
     if len(groups) < 2:
         ordered = sorted(made, key=lambda question: question.start)
         count = round(len(ordered) * _DEV_SHARE) or min(1, len(ordered) - 1)
@@ -99,8 +106,12 @@ def split_by_document(
 
 
 def is_sound(question: str, answer: str, document: Document) -> bool:
-    """Whether the answer stands in the document and not in the question, and the question has something to say."""
-    content = [word for word in re.findall(r"[^\W_]+", question) if word.lower() not in FUNCTION_WORDS]
+    """Whether the answer stands in the document and not in the question, and the question has
+    something to say.
+    """
+    content = [
+        word for word in re.findall(r"[^\W_]+", question) if word.lower() not in FUNCTION_WORDS
+    ]
     return (
         len(content) >= 3
         and len(answer.split()) <= 20
@@ -130,12 +141,20 @@ def _drafts(document: Document) -> Iterator[MadeQuestion]:
             yield made
 
 
-def _made(document: Document, kind: str, answer: str, wordings: list[str], start: int) -> MadeQuestion | None:
+def _made(
+    document: Document, kind: str, answer: str, wordings: list[str], start: int
+) -> MadeQuestion | None:
     if not is_sound(wordings[0], answer, document):
         return None
     rewrites = [text for text in wordings[1:] if not contains_answer(text, [answer])]
     number = f"{stable_hash(kind, wordings[0]):016x}"[:8]
-    example = Example(f"{document.id}:{number}", wordings[0], (answer,), (document.id,), tuple(dict.fromkeys(rewrites)))
+    example = Example(
+        f"{document.id}:{number}",
+        wordings[0],
+        (answer,),
+        (document.id,),
+        tuple(dict.fromkeys(rewrites)),
+    )
     return MadeQuestion(example, kind, start)
 
 
@@ -146,7 +165,11 @@ def _sections(document: Document) -> Iterator[tuple[int, str, str]]:
     ends = [place.start for place in document.places[1:]] + [len(document.text)]
     for place, stop in zip(document.places, ends, strict=True):
         heading = place.label.strip('"')
-        if not place.label.startswith('"') or not says_something(heading) or heading == document.title:
+        if (
+            not place.label.startswith('"')
+            or not says_something(heading)
+            or heading == document.title
+        ):
             continue
         for start, sentence in plain_sentences(document.text[place.start : stop]):
             if len(sentence.split()) <= 20:

@@ -1,7 +1,8 @@
-"""Noise kinds of the rule-based rewriter: how a question looks when typed in haste or heard by a machine.
+"""Noise kinds of the rule-based rewriter: how a question looks when typed in haste or heard by a
+machine.
 
-Each is a pure function ``(question, generator) -> str``.  The kinds follow NoiseQA (Ravichander et al., EACL 2021:
-keyboard, speech recognition); no sentence comes from there.
+Each is a pure function ``(question, generator) -> str``.  The kinds follow NoiseQA (Ravichander et
+al., EACL 2021: keyboard, speech recognition); no sentence comes from there.
 """
 
 from __future__ import annotations
@@ -13,17 +14,16 @@ import string
 from invar_ray.questions.lexicon import CONTRACTIONS, FILLERS, HOMOPHONES, NEIGHBOURS
 from invar_ray.questions.numbers import numbers_to_words
 
-_TYPO_SHARE = (
-    0.2  # share of a question's words that get a typo, at most: NoiseQA's keyboard noise hits about one in five
-)
+_TYPO_SHARE = 0.2  # share of a question's words that get a typo, at most: NoiseQA's keyboard noise hits about one in five
 _SHORTEST_TYPO = 4
 
 
 def typo(question: str, generator: random.Random) -> str:
     """Keyboard slips: neighbouring key, swapped, dropped or doubled letter.
 
-    At most one in five words (at least one word) has one slip each, in words of four letters or more, never in the
-    first letter, never in a word with a digit.  Returns the question as it is where no word qualifies.
+    At most one in five words (at least one word) has one slip each, in words of four letters or
+    more, never in the first letter, never in a word with a digit.  Returns the question as it is
+    where no word qualifies.
     """
     words = question.split(" ")
     open_to_slips = [
@@ -35,19 +35,27 @@ def typo(question: str, generator: random.Random) -> str:
     if not open_to_slips:
         return question
     most = max(1, int(len(words) * _TYPO_SHARE))
-    for index in generator.sample(open_to_slips, min(len(open_to_slips), generator.randint(1, most))):
+    for index in generator.sample(
+        open_to_slips, min(len(open_to_slips), generator.randint(1, most))
+    ):
         words[index] = _slip(words[index], generator)
     return " ".join(words)
 
 
 def speech(question: str, generator: random.Random) -> str:
-    """What a speech recogniser writes down: no capitals, no punctuation, numbers in words, contractions, now and then a
-    homophone (at most two), a filler or a repeated first word.
+    """What a speech recogniser writes down: no capitals, no punctuation, numbers in words,
+    contractions, now and then a homophone (at most two), a filler or a repeated first word.
     """
     spelled = numbers_to_words(question)
-    spelled = re.sub(r"(?<=\w)[-/\u2013\u2014](?=\w)", " ", spelled).replace("&", " and ").replace("%", " percent")
+    spelled = (
+        re.sub(r"(?<=\w)[-/\u2013\u2014](?=\w)", " ", spelled)
+        .replace("&", " and ")
+        .replace("%", " percent")
+    )
     kept = "".join(
-        c for c in spelled.lower().replace("’", "'") if c not in string.punctuation.replace("'", "") + "“”«»"
+        c
+        for c in spelled.lower().replace("’", "'")
+        if c not in string.punctuation.replace("'", "") + "“”«»"
     )
     words = [word.strip("'") for word in kept.split()]
     words = _contract([word for word in words if word])
@@ -63,7 +71,9 @@ def speech(question: str, generator: random.Random) -> str:
 
 
 def case(question: str, generator: random.Random) -> str:
-    """Case and punctuation only: small letters, capitals, title case, no apostrophes or commas, no question mark."""
+    """Case and punctuation only: small letters, capitals, title case, no apostrophes or commas, no
+    question mark.
+    """
     bare = question.rstrip(" ?.!")
     unpunctuated = "".join(character for character in bare if character not in "',;:\"’“”")
     forms = [
@@ -86,7 +96,9 @@ def _slip(word: str, generator: random.Random) -> str:
     ways = ["neighbour"] * 3 + ["drop", "double", "swap"]
     way = generator.choice(ways)
     if way == "swap":
-        pairs = [at for at in letters if at + 1 in letters and word[at].lower() != word[at + 1].lower()]
+        pairs = [
+            at for at in letters if at + 1 in letters and word[at].lower() != word[at + 1].lower()
+        ]
         if pairs:
             at = generator.choice(pairs)
             return word[:at] + word[at + 1] + word[at] + word[at + 2 :]

@@ -7,7 +7,12 @@ import re
 _ONES = """zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen
 seventeen eighteen nineteen""".split()
 _TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
-_SCALES = ((1_000_000_000, "billion"), (1_000_000, "million"), (1_000, "thousand"), (100, "hundred"))
+_SCALES = (
+    (1_000_000_000, "billion"),
+    (1_000_000, "million"),
+    (1_000, "thousand"),
+    (100, "hundred"),
+)
 _ORDINALS = {
     "one": "first",
     "two": "second",
@@ -23,7 +28,9 @@ _NUMBER = re.compile(
 
 
 def numbers_to_words(text: str) -> str:
-    """``text`` with its numbers spelled; a number inside a word (``B52``, ``3D``) or of more than 12 digits stays."""
+    """``text`` with its numbers spelled; a number inside a word (``B52``, ``3D``) or of more than
+    12 digits stays.
+    """
     return _NUMBER.sub(_spell, text)
 
 

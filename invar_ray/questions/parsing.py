@@ -1,8 +1,8 @@
 """A shallow parse of English questions: enough to move their parts without changing a content word.
 
-``when did the romans start building the via apia`` becomes wh ``when``, subject ``the romans``, predicate ``started
-building the via apia``.  Where the parts cannot be told apart safely there is no parse, and the kinds that need one
-pass.
+``when did the romans start building the via apia`` becomes wh ``when``, subject ``the romans``,
+predicate ``started building the via apia``.  Where the parts cannot be told apart safely there is
+no parse, and the kinds that need one pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ from invar_ray.questions.lexicon import (
 _ADVERBIAL = frozenset({"when", "where", "why"})
 _TIME_NOUNS = frozenset("year month day date century decade time season".split())
 _OBJECT_LAST = frozenset({"call", "name", "consider"})
-# With a bare "what is", a participle may belong to the noun ("the first game released"): only these close a question.
+# With a bare "what is", a participle may belong to the noun ("the first game released"): only these
+# close a question.
 _NAMING = frozenset({"called", "named", "known", "considered"})
 # These stand before the participle and go with it.
 _ADVERBS = frozenset(
@@ -44,7 +45,9 @@ class Style:
     mark: str
 
     def finish(self, text: str, mark: str | None = None) -> str:
-        """``text`` with the question's own capital and mark; ``mark`` replaces that mark, if it had one."""
+        """``text`` with the question's own capital and mark; ``mark`` replaces that mark, if it had
+        one.
+        """
         text = " ".join(text.split()).replace(" ,", ",")
         if self.capital:
             text = text[:1].upper() + text[1:]
@@ -58,7 +61,8 @@ class Question:
     Attributes:
         wh: ``when``, ``in which city``, ``how many people``.
         subject: what the question is about.
-        before, after: the predicate, inflected; the wh-phrase stood between the two halves (or after both).
+        before, after: the predicate, inflected; the wh-phrase stood between the two halves (or
+            after both).
         copula: True for ``what is <subject>``, where ``before`` is only the verb.
     """
 
@@ -80,10 +84,14 @@ class Question:
 
 
 def split_style(question: str) -> tuple[str, Style]:
-    """The question without its final mark and without a capital that only marks its start, and how it was written."""
+    """The question without its final mark and without a capital that only marks its start, and how
+    it was written.
+    """
     stripped = " ".join(question.split())
     body = stripped.rstrip("?.! ")
-    style = Style(capital=body[:1].isupper(), mark=stripped[-1:] if stripped.endswith(("?", ".")) else "")
+    style = Style(
+        capital=body[:1].isupper(), mark=stripped[-1:] if stripped.endswith(("?", ".")) else ""
+    )
     first, _, rest = body.partition(" ")
     if first != "I" and first.lower().rstrip(",") in FUNCTION_WORDS:
         body = f"{first.lower()} {rest}".strip()
@@ -91,7 +99,9 @@ def split_style(question: str) -> tuple[str, Style]:
 
 
 def parse_question(body: str) -> Question | None:
-    """Parts of a question that starts with its wh-phrase (see :func:`split_style`), or ``None`` where unsure."""
+    """Parts of a question that starts with its wh-phrase (see :func:`split_style`), or ``None``
+    where unsure.
+    """
     words = body.split()
     lead = _wh_length(words)
     if lead is None or lead + 1 >= len(words):
@@ -118,7 +128,9 @@ def parse_question(body: str) -> Question | None:
 
 
 def is_subject_question(body: str) -> bool:
-    """Whether the wh-phrase is the subject (``who wrote ...``), so that the body is its own indirect question."""
+    """Whether the wh-phrase is the subject (``who wrote ...``), so that the body is its own
+    indirect question.
+    """
     words = body.lower().split()
     if len(words) < 3 or words[0] not in {"who", "what", "which"}:
         return False
@@ -167,7 +179,8 @@ def _parse_be(phrase: str, wh: list[str], aux: str, rest: list[str]) -> Question
         named = [
             at
             for at in found
-            if rest[at].lower() in _NAMING and (at + 1 == len(rest) or rest[at + 1].lower() in PREPOSITIONS | {"to"})
+            if rest[at].lower() in _NAMING
+            and (at + 1 == len(rest) or rest[at + 1].lower() in PREPOSITIONS | {"to"})
         ]
         if len(named) == 1 and phrase == "what":
             return _with_participle(phrase, wh, aux, rest, named[0])
@@ -177,7 +190,8 @@ def _parse_be(phrase: str, wh: list[str], aux: str, rest: list[str]) -> Question
                 (rest[0][:1].isupper() or "'s" in rest[0])
                 # a second noun phrase ("who was Frederic a guest of") is no part of a name
                 and not any(
-                    rest[at].lower() in DETERMINERS and rest[at - 1][:1].isupper() for at in range(1, len(rest))
+                    rest[at].lower() in DETERMINERS and rest[at - 1][:1].isupper()
+                    for at in range(1, len(rest))
                 )
             )
         )
@@ -188,14 +202,31 @@ def _parse_be(phrase: str, wh: list[str], aux: str, rest: list[str]) -> Question
     return None if at is None else _with_participle(phrase, wh, aux, rest, at)
 
 
-def _with_participle(phrase: str, wh: list[str], aux: str, rest: list[str], at: int) -> Question | None:
+def _with_participle(
+    phrase: str, wh: list[str], aux: str, rest: list[str], at: int
+) -> Question | None:
     start = _before_adverbs(rest, at)
-    return _with_object(phrase, wh, " ".join(rest[:start]), " ".join([aux, *rest[start : at + 1]]), rest[at + 1 :], "")
+    return _with_object(
+        phrase,
+        wh,
+        " ".join(rest[:start]),
+        " ".join([aux, *rest[start : at + 1]]),
+        rest[at + 1 :],
+        "",
+    )
 
 
-def _with_object(phrase: str, wh: list[str], subject: str, verb: str, after: list[str], base: str) -> Question:
-    """Place the wh-phrase: an adverbial one at the end, an object behind its verb unless another object is there."""
-    adverbial = phrase in _ADVERBIAL | {"how"} or wh[0].lower() in PREPOSITIONS or wh[-1].lower() in _TIME_NOUNS
+def _with_object(
+    phrase: str, wh: list[str], subject: str, verb: str, after: list[str], base: str
+) -> Question:
+    """Place the wh-phrase: an adverbial one at the end, an object behind its verb unless another
+    object is there.
+    """
+    adverbial = (
+        phrase in _ADVERBIAL | {"how"}
+        or wh[0].lower() in PREPOSITIONS
+        or wh[-1].lower() in _TIME_NOUNS
+    )
     if wh[0].lower() == "how" and len(wh) == 2:
         adverbial = True  # how long, how often
     if not adverbial and after and after[0].endswith("ing"):
@@ -220,7 +251,9 @@ def _participles(rest: list[str]) -> list[int]:
 
 
 def _before_adverbs(rest: list[str], at: int) -> int:
-    """Where the adverbs right before ``at`` start (``at`` where there are none); never 0, the subject's place."""
+    """Where the adverbs right before ``at`` start (``at`` where there are none); never 0, the
+    subject's place.
+    """
     while at > 1 and rest[at - 1].lower() in _ADVERBS:
         at -= 1
     return at
@@ -237,9 +270,15 @@ def _verbs(rest: list[str]) -> list[int]:
 
 
 def _opens_noun(word: str) -> bool:
-    """Whether ``word`` makes the next one part of a noun phrase or an infinitive, not the main verb."""
+    """Whether ``word`` makes the next one part of a noun phrase or an infinitive, not the main
+    verb.
+    """
     lower = word.lower()
-    return lower in DETERMINERS | PREPOSITIONS or lower in {"and", "or"} or lower.endswith(("'s", "s'"))
+    return (
+        lower in DETERMINERS | PREPOSITIONS
+        or lower in {"and", "or"}
+        or lower.endswith(("'s", "s'"))
+    )
 
 
 def _only(found: list[int]) -> int | None:

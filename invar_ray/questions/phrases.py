@@ -1,8 +1,9 @@
 """Wording kinds of the rule-based rewriter: the same question, said otherwise.
 
-Each is a pure function ``(question, generator) -> str | None``; ``None`` where it has nothing safe to offer.  They move
-whole phrases and swap function words and fixed frames only, so names, numbers and content words stay as they are.
-(A title written in small letters that holds a preposition, "life in the fast lane", can still be parted by ``clause``.)
+Each is a pure function ``(question, generator) -> str | None``; ``None`` where it has nothing safe
+to offer.  They move whole phrases and swap function words and fixed frames only, so names, numbers
+and content words stay as they are. (A title written in small letters that holds a preposition,
+"life in the fast lane", can still be parted by ``clause``.)
 """
 
 from __future__ import annotations
@@ -25,10 +26,17 @@ from invar_ray.questions.lexicon import (
     STOP_WORDS,
     WH,
 )
-from invar_ray.questions.parsing import Question, Style, is_subject_question, parse_question, split_style
+from invar_ray.questions.parsing import (
+    Question,
+    Style,
+    is_subject_question,
+    parse_question,
+    split_style,
+)
 
 _X = r"(?P<x>.+)"
-# Body pattern -> rewordings. Content words outside <x>, <r> and <n> are part of the frame that is replaced.
+# Body pattern -> rewordings. Content words outside <x>, <r> and <n> are part of the frame that is
+# replaced.
 _FRAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (rf"what (?P<r>is|was) the name of {_X}", ("what {r} {x} called", "by what name {r} {x} known")),
     (rf"what (?P<n>is|was) (?P<r>(?:the|an?) [^ ]+(?: [^ ]+)?) of {_X}", ("which {n} {r} of {x}",)),
@@ -55,9 +63,18 @@ _FRAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
 _COMPILED = tuple((re.compile(pattern, re.IGNORECASE), forms) for pattern, forms in _FRAMES)
 # First word(s) -> other ways to start the same question.
 _OPENINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    (r"when (?=(?:did|do|does|was|were|will|is|are)\b)", ("at what time ", "at what point in time ", "when exactly ")),
-    (r"where (?=(?:did|do|does|was|were|can|is|are)\b)", ("in what place ", "at which location ", "where exactly ")),
-    (r"why (?=(?:did|do|does|was|were|is|are|has|have)\b)", ("for what reason ", "what is the reason why ")),
+    (
+        r"when (?=(?:did|do|does|was|were|will|is|are)\b)",
+        ("at what time ", "at what point in time ", "when exactly "),
+    ),
+    (
+        r"where (?=(?:did|do|does|was|were|can|is|are)\b)",
+        ("in what place ", "at which location ", "where exactly "),
+    ),
+    (
+        r"why (?=(?:did|do|does|was|were|is|are|has|have)\b)",
+        ("for what reason ", "what is the reason why "),
+    ),
     (r"how (?=(?:did|do|does|was|were|is|are|can)\b)", ("in what way ", "in which manner ")),
     (
         r"how many (?!(?:of|is|are|was|were|do|does|did|has|have|had|can|could|will|would|should)\b)",
@@ -75,10 +92,13 @@ _OPENINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"which ", ("what ",)),
     (r"who (?=(?:is|was) the )", ("which person ", "what person ")),
 )
-_COMPILED_OPENINGS = tuple((re.compile(pattern, re.IGNORECASE), forms) for pattern, forms in _OPENINGS)
+_COMPILED_OPENINGS = tuple(
+    (re.compile(pattern, re.IGNORECASE), forms) for pattern, forms in _OPENINGS
+)
 _IN_PLACE = re.compile(
     r"(?P<s>\S.*?) (?P<aux>is|are|was|were|can|could|will|would|should|must) (?P<rest>(?:.+? )??)"
-    r"(?P<wh>(?:(?:in|on|at|by|for|from|to|with|between|against|through|after) )?(?:what|which|whom|who|where|when)"
+    r"(?P<wh>(?:(?:in|on|at|by|for|from|to|with|between|against|through|after) "
+    r")?(?:what|which|whom|who|where|when)"
     r"(?: [\w'-]+){0,3})",
     re.IGNORECASE,
 )
@@ -88,8 +108,18 @@ _MOVABLE = frozenset(
 )
 _SUBORDINATE = frozenset({"while", "because", "when", "if"})
 
-_ASK_INDIRECT = ("do you know {q}", "can you tell me {q}", "could you tell me {q}", "do you happen to know {q}")
-_TELL_INDIRECT = ("tell me {q}", "please tell me {q}", "I would like to know {q}", "I want to find out {q}")
+_ASK_INDIRECT = (
+    "do you know {q}",
+    "can you tell me {q}",
+    "could you tell me {q}",
+    "do you happen to know {q}",
+)
+_TELL_INDIRECT = (
+    "tell me {q}",
+    "please tell me {q}",
+    "I would like to know {q}",
+    "I want to find out {q}",
+)
 _TELL_NOUN = ("tell me {q}", "name {q}", "give me {q}", "please tell me {q}")
 _PREFIXED = (
     "quick question: {q}",
@@ -101,8 +131,9 @@ _PREFIXED = (
 
 
 def template(question: str, generator: random.Random) -> str | None:
-    """Another question form: fixed frames (``where was X born`` -> ``what is the birthplace of X``), other openings
-    (``when`` -> ``at what time``), the wh-phrase in place or at the front.
+    """Another question form: fixed frames (``where was X born`` ->
+    ``what is the birthplace of X``), other openings (``when`` -> ``at what time``), the wh-phrase
+    in place or at the front.
     """
     body, style = split_style(question)
     forms: list[str] = []
@@ -127,12 +158,23 @@ def template(question: str, generator: random.Random) -> str | None:
 
 
 def clause(question: str, generator: random.Random) -> str | None:
-    """Another order of clauses: ``who won the cup in 1990`` -> ``in 1990, who won the cup``, and back."""
+    """Another order of clauses: ``who won the cup in 1990`` -> ``in 1990, who won the cup``, and
+    back.
+    """
     body, style = split_style(question)
     forms = []
     head, comma, tail = body.partition(", ")
-    if comma and "," not in tail and _starts_question(tail) and head.split()[0].lower() in _MOVABLE | PREPOSITIONS:
-        forms.append(f"{tail}, {head}" if head.split()[0].lower() not in {"in", "on", "at"} else f"{tail} {head}")
+    if (
+        comma
+        and "," not in tail
+        and _starts_question(tail)
+        and head.split()[0].lower() in _MOVABLE | PREPOSITIONS
+    ):
+        forms.append(
+            f"{tail}, {head}"
+            if head.split()[0].lower() not in {"in", "on", "at"}
+            else f"{tail} {head}"
+        )
     moved = _move_last_clause(body)
     if moved is not None:
         forms.append(moved)
@@ -168,10 +210,14 @@ def request(question: str, generator: random.Random) -> str | None:
 
 
 def keywords(question: str, generator: random.Random) -> str | None:
-    """As typed into a search box: function words left out, the wh-word kept (it says what is asked)."""
+    """As typed into a search box: function words left out, the wh-word kept (it says what is
+    asked).
+    """
     body, _ = split_style(question)
     words = [word.strip(",;:") for word in body.split()]
-    kept = [word for index, word in enumerate(words) if index == 0 or word.lower() not in STOP_WORDS]
+    kept = [
+        word for index, word in enumerate(words) if index == 0 or word.lower() not in STOP_WORDS
+    ]
     if len(kept) < 3 or len(kept) == len(words):
         return None
     bare = words[0].lower() in WH and (words[0].lower() == "who" or words[1].lower() in AUXILIARIES)
@@ -197,15 +243,26 @@ def _agent_forms(body: str) -> list[str]:
     noun, participle = AGENTS[match.group("verb")]
     x = match.group("x")
     first = x.split()[0].lower()
-    if first in PREPOSITIONS or first in PRONOUNS or re.search(r"\b(?:and|who|when|while|if|in \d+)\b", x):
+    if (
+        first in PREPOSITIONS
+        or first in PRONOUNS
+        or re.search(r"\b(?:and|who|when|while|if|in \d+)\b", x)
+    ):
         return []
     verb = "were" if _is_plural(x) else "was"
-    return [f"who is the {noun} of {x}", f"by whom {verb} {x} {participle}", f"{x} {verb} {participle} by whom"]
+    return [
+        f"who is the {noun} of {x}",
+        f"by whom {verb} {x} {participle}",
+        f"{x} {verb} {participle} by whom",
+    ]
 
 
 def _is_plural(noun_phrase: str) -> bool:
     words = noun_phrase.split()
-    head = next((words[at - 1] for at in range(1, len(words)) if words[at].lower() in PREPOSITIONS), words[-1])
+    head = next(
+        (words[at - 1] for at in range(1, len(words)) if words[at].lower() in PREPOSITIONS),
+        words[-1],
+    )
     return head.islower() and head.endswith("s") and not head.endswith(("ss", "us", "is", "'s"))
 
 
@@ -226,7 +283,9 @@ def _front(body: str) -> str | None:
 
 def _starts_question(text: str) -> bool:
     words = text.lower().split()
-    return bool(words) and (words[0] in WH or (len(words) > 1 and words[0] in PREPOSITIONS and words[1] in WH))
+    return bool(words) and (
+        words[0] in WH or (len(words) > 1 and words[0] in PREPOSITIONS and words[1] in WH)
+    )
 
 
 def _move_last_clause(body: str) -> str | None:
@@ -240,13 +299,22 @@ def _move_last_clause(body: str) -> str | None:
         clause_words = lower[at + 1 :]
         if len(clause_words) > 8 or set(clause_words) & (WH | {"and", "or", "to", "that"}):
             return None
-        if lower[at] in {"between", "among"} or (lower[at] == "following" and lower[at - 1] in DETERMINERS):
+        if lower[at] in {"between", "among"} or (
+            lower[at] == "following" and lower[at - 1] in DETERMINERS
+        ):
             return None
         if lower[at] not in _SUBORDINATE and _holds_verb(words[at + 1 :]):
             return None
         if _is_past_or_participle(lower[at - 1]) and lower[0] == "what" and lower[1] in BE:
-            return None  # "what is the name of the muse carved on ...": the phrase belongs to the noun
-        if lower[at - 1] in PREPOSITIONS | AUXILIARIES | DETERMINERS or lower[at - 1] in {"as", "and", "most", "only"}:
+            return (
+                None  # "what is the name of the muse carved on ...": the phrase belongs to the noun
+            )
+        if lower[at - 1] in PREPOSITIONS | AUXILIARIES | DETERMINERS or lower[at - 1] in {
+            "as",
+            "and",
+            "most",
+            "only",
+        }:
             return None
         return f"{' '.join(words[at:])}, {' '.join(words[:at])}"
     return None
@@ -259,7 +327,8 @@ def _is_past_or_participle(word: str) -> bool:
 def _holds_verb(words: list[str]) -> bool:
     lower = [word.lower() for word in words]
     return (
-        any(word in PARTICIPLES or word in PAST or word in AUXILIARIES for word in lower) or lower[-1] in PREPOSITIONS
+        any(word in PARTICIPLES or word in PAST or word in AUXILIARIES for word in lower)
+        or lower[-1] in PREPOSITIONS
     )
 
 
@@ -270,7 +339,11 @@ def _topic_last(body: str) -> str | None:
     for at in range(1, min(6, len(words) - 2)):
         if lower[at] in WH and lower[at + 1] in AUXILIARIES:
             topic = lower[:at]
-            if set(topic) & (AUXILIARIES | WH) or topic[-1] in PREPOSITIONS | DETERMINERS or topic[0] in PREPOSITIONS:
+            if (
+                set(topic) & (AUXILIARIES | WH)
+                or topic[-1] in PREPOSITIONS | DETERMINERS
+                or topic[0] in PREPOSITIONS
+            ):
                 return None
             return f"{' '.join(words[at:])}, {' '.join(words[:at])}".replace(",,", ",").rstrip(",")
     return None
@@ -280,10 +353,18 @@ def _asked_noun(body: str, parsed: Question | None) -> str | None:
     """``what is the capital of X`` asks for ``the capital of X``."""
     if parsed is None or not parsed.copula or parsed.wh != "what":
         match = re.fullmatch(r"how (?P<m>\w+) (?:is|was) (?P<x>.+)", body)
-        if match is not None and match.group("m") in MEASURES and not _holds_verb(match.group("x").split()):
+        if (
+            match is not None
+            and match.group("m") in MEASURES
+            and not _holds_verb(match.group("x").split())
+        ):
             return f"the {MEASURES[match.group('m')]} of {match.group('x')}"
         return None
-    return parsed.subject if parsed.subject.split()[0].lower() == "the" or "'s " in parsed.subject else None
+    return (
+        parsed.subject
+        if parsed.subject.split()[0].lower() == "the" or "'s " in parsed.subject
+        else None
+    )
 
 
 WORDING: dict[str, Callable[[str, random.Random], str | None]] = {

@@ -1,12 +1,14 @@
 """Environments: rewordings of a question (rewrites) and other cuts of a document (windows).
 
-================  ====================================================================================================
-RuleRewriter      templates, clause order, requests, search-engine style, typos, speech, case      (text/rules.py)
-GivenRewriter     the wordings that came with the data, filled up from another rewriter
-FileRewriter      the wordings of a file, nothing else
-EndpointRewriter  asks an OpenAI-compatible server, fills up from the rules                     (text/endpoint.py)
-resize_windows    shorter, longer and shifted cuts                                               (text/windows.py)
-================  ====================================================================================================
+================
+====================================================================================================
+RuleRewriter      templates, clause order, requests, search-engine style, typos, speech, case
+(text/rules.py) GivenRewriter     the wordings that came with the data, filled up from another
+rewriter FileRewriter      the wordings of a file, nothing else EndpointRewriter  asks an
+OpenAI-compatible server, fills up from the rules                     (text/endpoint.py)
+resize_windows    shorter, longer and shifted cuts
+(text/windows.py) ================
+====================================================================================================
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ class Rewriter(Protocol):
     """What makes rewordings."""
 
     def rewrite(self, example: Example, count: int, seed: int) -> list[Variant]:
-        """At most ``count`` rewordings, numbered from 1 without gaps, none equal to the question or to another one."""
+        """At most ``count`` rewordings, numbered from 1 without gaps, none equal to the question or
+        to another one.
+        """
         ...
 
 
@@ -60,8 +64,8 @@ class GivenRewriter:
 class FileRewriter:
     """The wordings of a JSON lines file of ``{question_id, text, kind?}``, in file order.
 
-    A question with fewer of them gets fewer (no rule fills up: a file of human rewordings is measured as it is).  The
-    file is read once, at the first use.
+    A question with fewer of them gets fewer (no rule fills up: a file of human rewordings is
+    measured as it is).  The file is read once, at the first use.
 
     Args:
         uri: local path, ``file://``, ``s3://`` or ``gs://``; ``.gz`` is fine.
@@ -80,7 +84,9 @@ class FileRewriter:
         if self._rows is None:
             rows: dict[str, list[tuple[str, str]]] = {}
             for _, row in read_rows(self.uri, {"question_id": True, "text": True, "kind": False}):
-                rows.setdefault(row["question_id"], []).append((row["text"], row.get("kind", "file")))
+                rows.setdefault(row["question_id"], []).append(
+                    (row["text"], row.get("kind", "file"))
+                )
             self._rows = rows
         return _numbered(example, self._rows.get(example.id, []), count, f"file:{self.uri}")
 
@@ -100,7 +106,8 @@ def make_rewriter(
         provider: ``rules``, ``given``, ``file`` or ``endpoint``.
         file_uri: for ``file``.
         endpoint_url, endpoint_model, endpoint_key_env: for ``endpoint``.
-        cache_path: for ``endpoint``: local JSON lines file that keeps the answers; ``None`` keeps none.
+        cache_path: for ``endpoint``: local JSON lines file that keeps the answers; ``None`` keeps
+            none.
 
     Raises:
         ConfigError: an unknown provider, or one that lacks what it needs.
@@ -115,14 +122,18 @@ def make_rewriter(
         return FileRewriter(file_uri)
     if provider == "endpoint":
         if not endpoint_url or not endpoint_model:
-            raise ConfigError("provider 'endpoint' without a server", action="set endpoint_url and endpoint_model")
+            raise ConfigError(
+                "provider 'endpoint' without a server", action="set endpoint_url and endpoint_model"
+            )
         return EndpointRewriter(endpoint_url, endpoint_model, endpoint_key_env, cache_path)
     raise ConfigError(f"no rewriter {provider!r}", expected="rules, given, file or endpoint")
 
 
-def _numbered(example: Example, texts: list[tuple[str, str]], count: int, provider: str) -> list[Variant]:
-    """The first ``count`` texts that differ from the question and each other; case and punctuation count, since
-    someone wrote them.
+def _numbered(
+    example: Example, texts: list[tuple[str, str]], count: int, provider: str
+) -> list[Variant]:
+    """The first ``count`` texts that differ from the question and each other; case and punctuation
+    count, since someone wrote them.
     """
     taken = {" ".join(example.question.split())}
     variants: list[Variant] = []

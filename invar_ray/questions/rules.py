@@ -13,7 +13,8 @@ from invar_ray.text.stable import stable_random
 
 Kind = Callable[[str, random.Random], str | None]
 
-# Two groups, so that two rewrites of a question are one that says it otherwise and one that garbles it.
+# Two groups, so that two rewrites of a question are one that says it otherwise and one that garbles
+# it.
 NOISE: dict[str, Kind] = {"typo": typo, "speech": speech, "case": case}
 KINDS: dict[str, Kind] = {**WORDING, **NOISE}
 _DRAWS = 4  # tries of a kind for a wording that is not there yet
@@ -22,34 +23,44 @@ _NOISE_ORDER = ("typo", "speech")
 
 
 def comparison_key(text: str) -> str:
-    """What two wordings are compared by: no case, no punctuation, single spaces (an apostrophe parts a word)."""
+    """What two wordings are compared by: no case, no punctuation, single spaces (an apostrophe
+    parts a word).
+    """
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join("".join(character if character.isalnum() else " " for character in folded).split())
+    return " ".join(
+        "".join(character if character.isalnum() else " " for character in folded).split()
+    )
 
 
 class RuleRewriter:
     """Rewordings by rule; needs nothing but the question.
 
-    The kinds are the functions of :data:`KINDS`.  Their order depends on the seed and the example's id; wording and
-    noise alternate, so that two rewrites are of different kinds.  A kind with nothing new to offer passes its turn to
-    the next of its group.
+    The kinds are the functions of :data:`KINDS`.  Their order depends on the seed and the example's
+    id; wording and noise alternate, so that two rewrites are of different kinds.  A kind with
+    nothing new to offer passes its turn to the next of its group.
     """
 
     provider = "rules"
 
     def rewrite(self, example: Example, count: int, seed: int) -> list[Variant]:
-        """``count`` rewordings, numbered from 1; the same arguments give the same ones in any process.
+        """``count`` rewordings, numbered from 1; the same arguments give the same ones in any
+        process.
 
-        None equals the question or another one when case and punctuation are ignored; if the rules run out of such
-        (more rewrites than a short question allows), wordings that differ in case or punctuation only fill up, and then
-        fewer are returned.
+        None equals the question or another one when case and punctuation are ignored; if the rules
+        run out of such (more rewrites than a short question allows), wordings that differ in case
+        or punctuation only fill up, and then fewer are returned.
         """
         return self.fill(example, [], count, seed)
 
     def fill(self, example: Example, given: list[Variant], count: int, seed: int) -> list[Variant]:
-        """``given`` plus as many rewordings as are missing to ``count``, different from it and from the question."""
+        """``given`` plus as many rewordings as are missing to ``count``, different from it and from
+        the question.
+        """
         variants = list(given[:count])
-        loose = {comparison_key(text) for text in (example.question, *(variant.text for variant in variants))}
+        loose = {
+            comparison_key(text)
+            for text in (example.question, *(variant.text for variant in variants))
+        }
         exact = {example.question.strip(), *(variant.text for variant in variants)}
         groups = _groups(seed, example.id)
         places = [0, 0]
@@ -62,11 +73,15 @@ class RuleRewriter:
                     place = places[side]
                     places[side] += 1
                     kind = groups[side][place % len(groups[side])]
-                    text = _new_wording(example, kind, seed, place, loose if strict else exact, strict)
+                    text = _new_wording(
+                        example, kind, seed, place, loose if strict else exact, strict
+                    )
                     if text is not None:
                         loose.add(comparison_key(text))
                         exact.add(text)
-                        variants.append(Variant(example.id, len(variants) + 1, text, kind, self.provider))
+                        variants.append(
+                            Variant(example.id, len(variants) + 1, text, kind, self.provider)
+                        )
                         idle = 0
                         break
                 else:
@@ -74,7 +89,9 @@ class RuleRewriter:
         return variants
 
 
-def _new_wording(example: Example, kind: str, seed: int, place: int, taken: set[str], strict: bool) -> str | None:
+def _new_wording(
+    example: Example, kind: str, seed: int, place: int, taken: set[str], strict: bool
+) -> str | None:
     for draw in range(_DRAWS):
         text = KINDS[kind](example.question, stable_random(kind, seed, example.id, place, draw))
         if text is None:

@@ -1,4 +1,6 @@
-"""Generators answer the dev questions on Ray Data: from what each system found, from nothing, from gold passages."""
+"""Generators answer the dev questions on Ray Data: from what each system found, from nothing, from
+gold passages.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,10 @@ class System:
     Attributes:
         name: as shown.
         hits: what it retrieves.
-        generator: the ``generator`` artifact that answers; ``""`` answers with the bare base, ``None`` does not answer.
-        shows_bounds: add rows for this generator with no passage (closed book) and with the gold one (oracle).
+        generator: the ``generator`` artifact that answers; ``""`` answers with the bare base,
+            ``None`` does not answer.
+        shows_bounds: add rows for this generator with no passage (closed book) and with the gold
+            one (oracle).
     """
 
     name: str
@@ -53,7 +57,10 @@ class AnswerTask:
 
 
 def answer_tasks(
-    system: System, families: Sequence[FoundFamily], documents: Mapping[str, Document], config: Config
+    system: System,
+    families: Sequence[FoundFamily],
+    documents: Mapping[str, Document],
+    config: Config,
 ) -> list[AnswerTask]:
     """The rows of answers of a system: none, if it does not answer or there is no question."""
     if not families or system.generator is None:
@@ -63,7 +70,10 @@ def answer_tasks(
     if system.shows_bounds:
         closed: Prompts = [[(family.wordings[0], [])] for family in families]
         tasks.append(AnswerTask(f"{system.name}, closed book", system.name, uri, closed))
-        oracle = [[(family.wordings[0], _gold(family, documents, config.generator.top_k))] for family in families]
+        oracle = [
+            [(family.wordings[0], _gold(family, documents, config.generator.top_k))]
+            for family in families
+        ]
         if any(found for question in oracle for _, found in question):
             tasks.append(AnswerTask(f"{system.name}, oracle passage", system.name, uri, oracle))
     return tasks
@@ -73,33 +83,48 @@ def load_gold(passages: Artifact, families: Sequence[FoundFamily]) -> dict[str, 
     """The gold documents of these questions, by id."""
     wanted = {name for family in families for name in family.positive_ids}
     table = (
-        pq.read_table(passages.path("documents.parquet"), filters=[("id", "in", sorted(wanted))]) if wanted else None
+        pq.read_table(passages.path("documents.parquet"), filters=[("id", "in", sorted(wanted))])
+        if wanted
+        else None
     )
-    return {document.id: document for document in from_table(table, Document)} if table is not None else {}
+    return (
+        {document.id: document for document in from_table(table, Document)}
+        if table is not None
+        else {}
+    )
 
 
 def answer_all(
     config: Config, base: BaseRef, store: Store, tasks: Sequence[AnswerTask]
 ) -> dict[str, list[list[Answered]]]:
-    """Every task's answers: label -> question -> wording; one job for each generator (few questions: in this
-    process).
+    """Every task's answers: label -> question -> wording; one job for each generator (few
+    questions: in this process).
     """
     answers: dict[str, list[list[Answered]]] = {}
     for uri in dict.fromkeys(task.generator_uri for task in tasks):
-        answers |= _answer_with(config, base, store, uri, [task for task in tasks if task.generator_uri == uri])
+        answers |= _answer_with(
+            config, base, store, uri, [task for task in tasks if task.generator_uri == uri]
+        )
     return answers
 
 
 class AnswerBlock:
     """Ray Data actor: loads a generator once, then answers blocks of (question, hits)."""
 
-    def __init__(self, root_uri: str, base: Mapping[str, Any], generator_uri: str, config: Config) -> None:
-        where: dict[str, Any] = {"precision": inference_precision(config), "device": inference_device(config.scale)}
+    def __init__(
+        self, root_uri: str, base: Mapping[str, Any], generator_uri: str, config: Config
+    ) -> None:
+        where: dict[str, Any] = {
+            "precision": inference_precision(config),
+            "device": inference_device(config.scale),
+        }
         if generator_uri:
             self._generator = open_generator(generator_uri, **where)
         else:
             context = config.generator.max_tokens
-            self._generator = open_base_generator(BaseRef(**base), Store(root_uri), context, **where)
+            self._generator = open_base_generator(
+                BaseRef(**base), Store(root_uri), context, **where
+            )
         self._config = config
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
@@ -127,7 +152,11 @@ class AnswerBlock:
 
 
 _BLOCK = pa.schema(
-    [("block", pa.int64()), ("questions", pa.list_(pa.string())), ("hits", pa.list_(pa.list_(HIT_TYPE)))]
+    [
+        ("block", pa.int64()),
+        ("questions", pa.list_(pa.string())),
+        ("hits", pa.list_(pa.list_(HIT_TYPE))),
+    ]
 )
 
 
@@ -148,7 +177,9 @@ def _prompts(families: Sequence[FoundFamily], config: Config) -> Prompts:
 
 def _gold(family: FoundFamily, documents: Mapping[str, Document], top_k: int) -> list[Hit]:
     gold = [documents[name] for name in family.positive_ids if name in documents][:top_k]
-    return [Hit(d.id, d.id, rank, 1.0, d.title, d.text, d.uri) for rank, d in enumerate(gold, start=1)]
+    return [
+        Hit(d.id, d.id, rank, 1.0, d.title, d.text, d.uri) for rank, d in enumerate(gold, start=1)
+    ]
 
 
 def _answer_with(
@@ -164,8 +195,15 @@ def _answer_with(
         }
         for number, start in enumerate(range(0, len(flat), size))
     ]
-    progress = Progress(f"answer ({'stage 2' if generator_uri else 'base'})", len(flat), "questions")
-    arguments = {"root_uri": store.root_uri, "base": asdict(base), "generator_uri": generator_uri, "config": config}
+    progress = Progress(
+        f"answer ({'stage 2' if generator_uri else 'base'})", len(flat), "questions"
+    )
+    arguments = {
+        "root_uri": store.root_uri,
+        "base": asdict(base),
+        "generator_uri": generator_uri,
+        "config": config,
+    }
     found: dict[int, list[Answered]] = {}
     for row in map_blocks(AnswerBlock, arguments, blocks, _BLOCK, len(flat), config.scale):
         found[int(row["block"])] = [
@@ -182,4 +220,7 @@ def _answer_with(
         ]
         progress.advance(len(row["answers"]))
     answers = iter([answer for number in sorted(found) for answer in found[number]])
-    return {task.label: [[next(answers) for _ in question] for question in task.prompts] for task in tasks}
+    return {
+        task.label: [[next(answers) for _ in question] for question in task.prompts]
+        for task in tasks
+    }

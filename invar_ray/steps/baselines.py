@@ -1,6 +1,7 @@
 """Hits that need no trained encoder of their own: BM25's, and the fusion of two systems' lists.
 
-Both make ``hits`` artifacts of the same form as :mod:`invar_ray.steps.hits`, in this process, without Ray.
+Both make ``hits`` artifacts of the same form as :mod:`invar_ray.steps.hits`, in this process,
+without Ray.
 """
 
 from __future__ import annotations
@@ -18,9 +19,16 @@ from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.versions import STEPS
 
 
-def bm25_plan(config: Config, passages: Artifact, questions: Artifact, split: str, top_k: int) -> Plan:
+def bm25_plan(
+    config: Config, passages: Artifact, questions: Artifact, split: str, top_k: int
+) -> Plan:
     """What BM25 finds for a split's questions."""
-    settings = {"split": split, "top_k": top_k, "k1": config.evaluation.bm25_k1, "b": config.evaluation.bm25_b}
+    settings = {
+        "split": split,
+        "top_k": top_k,
+        "k1": config.evaluation.bm25_k1,
+        "b": config.evaluation.bm25_b,
+    }
     parents = {"passages": passages, "questions": questions}
     return Plan("hits", f"bm25-{split}", settings, parents, STEPS["baselines"].version)
 
@@ -31,7 +39,12 @@ def build_bm25_hits(building: Building, passages: Artifact, questions: Artifact)
     examples, families = load_wordings(questions, settings["split"])
     retriever = Bm25Retriever(Passages(passages), k1=settings["k1"], b=settings["b"])
     hits = [retriever.retrieve(families[example.id], settings["top_k"]) for example in examples]
-    write_hits(building, examples, families, [[[plain_hit(h) for h in found] for found in family] for family in hits])
+    write_hits(
+        building,
+        examples,
+        families,
+        [[[plain_hit(h) for h in found] for found in family] for family in hits],
+    )
 
 
 def fused_plan(name: str, parts: Sequence[Artifact], split: str, top_k: int) -> Plan:
@@ -50,7 +63,9 @@ def build_fused_hits(building: Building, parts: Sequence[Artifact]) -> None:
     loaded = [load_hits(part) for part in parts]
     first = loaded[0]
     for part, families in zip(parts, loaded, strict=True):
-        if [(f.question_id, f.wordings) for f in families] != [(f.question_id, f.wordings) for f in first]:
+        if [(f.question_id, f.wordings) for f in families] != [
+            (f.question_id, f.wordings) for f in first
+        ]:
             raise MixedArtifactsError(
                 f"{part.uri} holds hits of other questions than {parts[0].uri}",
                 action="search the same questions in both indexes",

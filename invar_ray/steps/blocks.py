@@ -30,12 +30,14 @@ def map_blocks(
         arguments: of its constructor.
         blocks: plain rows.
         schema: of a block: Arrow would guess a wrong type from empty lists.
-        texts: how many questions or prompts the blocks hold together; fewer than ``scale.in_process_below`` start no
-            actors, unless these need GPUs, which are Ray's to give.
+        texts: how many questions or prompts the blocks hold together; fewer than
+            ``scale.in_process_below`` start no actors, unless these need GPUs, which are Ray's to
+            give.
         scale: ``embed_workers`` actors at most, each with its share of CPUs and GPUs.
 
     Raises:
-        ResourceError: if the work fails in this process otherwise than by an error of this package's own.
+        ResourceError: if the work fails in this process otherwise than by an error of this
+            package's own.
     """
     if texts < scale.in_process_below and not scale.embed_gpus_per_worker:
         with _clear_failures():

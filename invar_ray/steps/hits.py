@@ -1,7 +1,8 @@
-"""Questions to hits on Ray Data: the ``hits`` artifact, materialised once for stage 2 and for every table.
+"""Questions to hits on Ray Data: the ``hits`` artifact, materialised once for stage 2 and for every
+table.
 
-``hits.parquet``: a row per question with its wordings, answers and gold documents, and for each wording the passages
-found.
+``hits.parquet``: a row per question with its wordings, answers and gold documents, and for each
+wording the passages found.
 """
 
 from __future__ import annotations
@@ -55,7 +56,8 @@ class SearchMode:
     """How an index is searched, where that is not as it will be served.
 
     Attributes:
-        num_rewrites: fuse each wording's list with those of this many rewordings, made from it at query time.
+        num_rewrites: fuse each wording's list with those of this many rewordings, made from it at
+            query time.
         exact: compare with every vector, whatever the index's kind.
         precision: encode the questions in this precision; ``None`` in the index's.
     """
@@ -73,7 +75,12 @@ PLAIN = SearchMode()
 
 
 def hits_plan(
-    config: Config, index: Artifact, questions: Artifact, split: str, top_k: int, mode: SearchMode = PLAIN
+    config: Config,
+    index: Artifact,
+    questions: Artifact,
+    split: str,
+    top_k: int,
+    mode: SearchMode = PLAIN,
 ) -> Plan:
     """The hits of a split's questions in one index version."""
     return Plan(
@@ -86,10 +93,14 @@ def hits_plan(
 
 
 def build_hits(
-    building: Building, config: Config, index: Artifact, questions: Artifact, mode: SearchMode = PLAIN
+    building: Building,
+    config: Config,
+    index: Artifact,
+    questions: Artifact,
+    mode: SearchMode = PLAIN,
 ) -> None:
-    """Search every wording of every question, on ``scale.embed_workers`` actors of the running Ray (a few questions:
-    in this process).
+    """Search every wording of every question, on ``scale.embed_workers`` actors of the running Ray
+    (a few questions: in this process).
     """
     split, top_k = building.plan.config["split"], building.plan.config["top_k"]
     examples, families = load_wordings(questions, split)
@@ -97,7 +108,9 @@ def build_hits(
     blocks = [
         {
             "block": number,
-            "wordings": [families[example.id] for example in examples[start : start + _QUESTIONS_PER_BATCH]],
+            "wordings": [
+                families[example.id] for example in examples[start : start + _QUESTIONS_PER_BATCH]
+            ],
         }
         for number, start in enumerate(starts)
     ]
@@ -115,7 +128,9 @@ def build_hits(
     for row in map_blocks(SearchBlock, arguments, blocks, _BLOCK, len(examples), config.scale):
         found[int(row["block"])] = row["hits"]
         progress.advance(len(row["hits"]))
-    write_hits(building, examples, families, [hits for number in sorted(found) for hits in found[number]])
+    write_hits(
+        building, examples, families, [hits for number in sorted(found) for hits in found[number]]
+    )
 
 
 def load_wordings(questions: Artifact, split: str) -> tuple[list[Example], dict[str, list[str]]]:
@@ -146,7 +161,11 @@ def write_hits(
     ]
     pq.write_table(pa.Table.from_pylist(rows, schema=_ROW), building.path / "hits.parquet")
     settings = building.plan.config
-    building.info |= {"questions": len(rows), "split": settings["split"], "top_k": settings["top_k"]}
+    building.info |= {
+        "questions": len(rows),
+        "split": settings["split"],
+        "top_k": settings["top_k"],
+    }
 
 
 def load_hits(artifact: Artifact) -> list[FoundFamily]:
@@ -188,14 +207,18 @@ class SearchBlock:
         hits = iter(self._search([text for family in families for text in family]))
         return {
             "block": int(row["block"]),
-            "hits": [[[plain_hit(hit) for hit in next(hits)] for _ in family] for family in families],
+            "hits": [
+                [[plain_hit(hit) for hit in next(hits)] for _ in family] for family in families
+            ],
         }
 
     def _search(self, wordings: list[str]) -> list[list[Hit]]:
         if not self._num_rewrites:
             return self._retriever.retrieve(wordings, self._top_k)
         asked = [[text, *query_rewrites(text, self._num_rewrites, self._seed)] for text in wordings]
-        found = iter(self._retriever.retrieve([text for texts in asked for text in texts], self._top_k))
+        found = iter(
+            self._retriever.retrieve([text for texts in asked for text in texts], self._top_k)
+        )
         return [fuse_hits([next(found) for _ in texts], self._top_k) for texts in asked]
 
 

@@ -1,5 +1,5 @@
-"""What a version of the vectors is made of: all of it anew, what is new beside the shards of the version before, or a
-compact version of both.
+"""What a version of the vectors is made of: all of it anew, what is new beside the shards of the
+version before, or a compact version of both.
 """
 
 from __future__ import annotations
@@ -16,7 +16,13 @@ from invar_ray.config import Config
 from invar_ray.index.vectors import SHARDS, vector_store
 from invar_ray.models.encoder import EncoderSpec
 from invar_ray.models.precision import inference_precision
-from invar_ray.steps.previous import HashTable, column_hashes, earlier_vectors, hashes_of, passage_digest
+from invar_ray.steps.previous import (
+    HashTable,
+    column_hashes,
+    earlier_vectors,
+    hashes_of,
+    passage_digest,
+)
 from invar_ray.steps.shards import Rows, ShardTask, input_hash
 from invar_ray.store.artifacts import Artifact, Building
 
@@ -49,14 +55,22 @@ class Layout:
         return sum(len(task.rows) for task in self.tasks)
 
 
-def make_layout(building: Building, config: Config, passages: Artifact, spec: EncoderSpec) -> Layout:
-    """Compare with the earlier version and decide what is made: everything, what is new, or a compact version."""
+def make_layout(
+    building: Building, config: Config, passages: Artifact, spec: EncoderSpec
+) -> Layout:
+    """Compare with the earlier version and decide what is made: everything, what is new, or a
+    compact version.
+    """
     contents = _contents(passages)
     count, step = len(contents), config.scale.shard_rows
     earlier, reason = None, ""
     if config.scale.incremental:
         earlier, reason = earlier_vectors(
-            passages.store, building.plan, spec.fingerprint, inference_precision(config, spec.kind), passages
+            passages.store,
+            building.plan,
+            spec.fingerprint,
+            inference_precision(config, spec.kind),
+            passages,
         )
     if reason:
         print(f"  full reindex: {reason}", file=sys.stderr, flush=True)
@@ -66,7 +80,9 @@ def make_layout(building: Building, config: Config, passages: Artifact, spec: En
     if earlier is not None:
         source = vector_store(earlier)
         size = source.size
-        stored = np.concatenate([column_hashes(column) for _, column in source.contents()] or [hashes_of([])])
+        stored = np.concatenate(
+            [column_hashes(column) for _, column in source.contents()] or [hashes_of([])]
+        )
         wanted = hashes_of(contents)
         found = HashTable(stored).find(wanted)
         dead = int((HashTable(wanted).find(stored) < 0).sum())
@@ -76,9 +92,14 @@ def make_layout(building: Building, config: Config, passages: Artifact, spec: En
     dead_share = dead / max(1, size + len(fresh))
     append = earlier is not None and kept and dead_share <= config.scale.compact_above
     if earlier is not None:
-        how = "appended to its shards" if append else f"written compact, {dead_share:.0%} would be tombstones"
+        how = (
+            "appended to its shards"
+            if append
+            else f"written compact, {dead_share:.0%} would be tombstones"
+        )
         print(
-            f"  vectors since {earlier.ref}: {count - len(fresh):,} re-used, {len(fresh):,} to embed, "
+            f"  vectors since {earlier.ref}: {count - len(fresh):,} re-used, {len(fresh):,} to "
+            "embed, "
             f"{dead:,} of its {size:,} tombstones; {how}",
             file=sys.stderr,
             flush=True,
@@ -87,11 +108,15 @@ def make_layout(building: Building, config: Config, passages: Artifact, spec: En
         rows = found.copy()
         rows[fresh] = size + np.arange(len(fresh))
         tasks = [
-            _task(size + start, fresh[start : start + step], found, contents) for start in range(0, len(fresh), step)
+            _task(size + start, fresh[start : start + step], found, contents)
+            for start in range(0, len(fresh), step)
         ]
         return Layout(rows, tasks, names, earlier, reason, len(fresh), dead)
     everything = np.arange(count)
-    tasks = [_task(start, everything[start : start + step], found, contents) for start in range(0, count, step)]
+    tasks = [
+        _task(start, everything[start : start + step], found, contents)
+        for start in range(0, count, step)
+    ]
     return Layout(everything, tasks, [], earlier if kept else None, reason, len(fresh), 0)
 
 
@@ -105,16 +130,23 @@ def _contents(passages: Artifact) -> list[bytes]:
     return [
         passage_digest(title, text)
         for batch in _batches(passages, ["title", "text"])
-        for title, text in zip(batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True)
+        for title, text in zip(
+            batch.column(0).to_pylist(), batch.column(1).to_pylist(), strict=True
+        )
     ]
 
 
 def passage_ids(passages: Artifact) -> pa.Array:
     """Ids of all passages, in row order."""
-    return pa.array([id for batch in _batches(passages, ["id"]) for id in batch.column(0).to_pylist()], pa.string())
+    return pa.array(
+        [id for batch in _batches(passages, ["id"]) for id in batch.column(0).to_pylist()],
+        pa.string(),
+    )
 
 
 def _batches(passages: Artifact, columns: list[str]) -> Iterator[pa.RecordBatch]:
     store = passages.store
-    with store.filesystem.open_input_file(store.location(f"{passages.ref}/passages.parquet")) as stream:
+    with store.filesystem.open_input_file(
+        store.location(f"{passages.ref}/passages.parquet")
+    ) as stream:
         yield from pq.ParquetFile(stream).iter_batches(_READ_ROWS, columns=columns)

@@ -1,8 +1,8 @@
 """Documents cut into passages: the ``passages`` artifact.
 
-Files: ``documents.parquet``, ``passages.parquet`` (row groups of 8,192), ``digests.parquet`` (what the next version
-compares with), ``skipped.txt`` where something of the corpus was left out, and ``quarantine.jsonl`` where rows were
-malformed.
+Files: ``documents.parquet``, ``passages.parquet`` (row groups of 8,192), ``digests.parquet`` (what
+the next version compares with), ``skipped.txt`` where something of the corpus was left out, and
+``quarantine.jsonl`` where rows were malformed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,14 @@ from invar_ray.corpus.readlog import Quarantine, ReadLog
 from invar_ray.corpus.sources import source_digest
 from invar_ray.errors import DataError
 from invar_ray.models.base import BaseRef
-from invar_ray.schema import DIGEST_SCHEMA, DOCUMENT_SCHEMA, Document, Passage, from_table, passage_schema
+from invar_ray.schema import (
+    DIGEST_SCHEMA,
+    DOCUMENT_SCHEMA,
+    Document,
+    Passage,
+    from_table,
+    passage_schema,
+)
 from invar_ray.steps.cutting import Cutter, GroupWriter, cut_on_ray
 from invar_ray.steps.previous import DIGESTS, EarlierCut, batched, content_digest, id_digest
 from invar_ray.steps.questions import load_examples
@@ -35,14 +42,19 @@ _BATCH = 256
 
 
 def passages_plan(config: Config, base: BaseRef, questions: Artifact | None) -> Plan:
-    """The artifact of a run's passages; with ``corpus.distractors`` set it depends on the questions kept."""
+    """The artifact of a run's passages; with ``corpus.distractors`` set it depends on the questions
+    kept.
+    """
     corpus = config.corpus
     return Plan(
         kind="passages",
         name=config.name,
         config={
             "source": source_digest(
-                corpus.uri, max_bytes=round(corpus.max_file_mb * 2**20), exclude=_own_results(config), is_corpus=True
+                corpus.uri,
+                max_bytes=round(corpus.max_file_mb * 2**20),
+                exclude=_own_results(config),
+                is_corpus=True,
             ),
             "format": corpus.format,
             "limit": corpus.limit,
@@ -53,7 +65,9 @@ def passages_plan(config: Config, base: BaseRef, questions: Artifact | None) -> 
             "tokenizer": base.fingerprint,
             "metadata": list(corpus.metadata),
         },
-        parents={"questions": questions} if questions is not None and corpus.distractors is not None else {},
+        parents={"questions": questions}
+        if questions is not None and corpus.distractors is not None
+        else {},
         version=STEPS["passages"].version,
     )
 
@@ -69,16 +83,16 @@ def build_passages(
 ) -> None:
     """Read and cut the corpus, in the memory of some row groups.
 
-    What a folder holds that cannot be read is left out, with a line each, on standard error and in ``skipped.txt``;
-    malformed rows of row formats go to ``quarantine.jsonl``.
+    What a folder holds that cannot be read is left out, with a line each, on standard error and in
+    ``skipped.txt``; malformed rows of row formats go to ``quarantine.jsonl``.
 
     Args:
         building: gets the files.
         config: the run.
         tokenizer: of the base.
         questions: the run's, where ``corpus.distractors`` is set.
-        earlier: passages of a version before, cut by the same settings: its documents that are the same now are cut
-            where they were, without a tokenizer.
+        earlier: passages of a version before, cut by the same settings: its documents that are the
+            same now are cut where they were, without a tokenizer.
         on_ray: cut on ``scale.cut_workers`` tasks of the running Ray; the passages are the same.
 
     Raises:
@@ -93,18 +107,30 @@ def build_passages(
         (batch, before.spans(batch) if before else [None] * len(batch))
         for batch in batched(_kept(config, questions, log), _BATCH)
     )
-    cut_batches = cut_on_ray(batches, cut, config.scale.cut_workers) if on_ray else map(cut.pair, batches)
+    cut_batches = (
+        cut_on_ray(batches, cut, config.scale.cut_workers) if on_ray else map(cut.pair, batches)
+    )
     progress = Progress("read and cut", 0, "passages")
     files: set[str] = set()
     with (
         GroupWriter(building.path / "documents.parquet", DOCUMENT_SCHEMA) as documents,
-        GroupWriter(building.path / "passages.parquet", passage_schema(corpus.metadata)) as passages,
+        GroupWriter(
+            building.path / "passages.parquet", passage_schema(corpus.metadata)
+        ) as passages,
         GroupWriter(building.path / DIGESTS, DIGEST_SCHEMA) as digests,
     ):
         try:
             for batch, cuts in cut_batches:
                 for document, found in zip(batch, cuts, strict=True):
-                    digests.add(_Digest(id_digest(document.id), content_digest(document), passages.rows, len(found)), 0)
+                    digests.add(
+                        _Digest(
+                            id_digest(document.id),
+                            content_digest(document),
+                            passages.rows,
+                            len(found),
+                        ),
+                        0,
+                    )
                     documents.add(document, len(document.text))
                     for passage in found:
                         passages.add(passage, len(passage.text))
@@ -120,7 +146,9 @@ def build_passages(
                 action="check corpus.uri, corpus.format and corpus.limit",
             )
     if log.lines:
-        (building.path / SKIPPED).write_text("".join(f"{line}\n" for line in log.lines), encoding="utf-8")
+        (building.path / SKIPPED).write_text(
+            "".join(f"{line}\n" for line in log.lines), encoding="utf-8"
+        )
     building.info |= {
         "source": os.path.abspath(corpus.uri) if os.path.exists(corpus.uri) else corpus.uri,
         "files": len(files),
@@ -130,7 +158,9 @@ def build_passages(
         "quarantined": quarantine.bad,
     }
     if before is not None:
-        changes = {name: getattr(before, name) for name in ("new", "changed", "deleted", "unchanged")}
+        changes = {
+            name: getattr(before, name) for name in ("new", "changed", "deleted", "unchanged")
+        }
         building.info["changes"] = {"since": before.ref, **changes}
         listed = ", ".join(f"{count:,} {name}" for name, count in changes.items())
         print(f"  documents since {before.ref}: {listed}", file=sys.stderr, flush=True)
@@ -144,8 +174,12 @@ class _Digest:
     passages: int
 
 
-def _with_quarantine(error: DataError, building: Building, config: Config, quarantine: Quarantine) -> DataError:
-    """The error of a corpus with too many malformed rows, and where these are kept: the artifact will not be."""
+def _with_quarantine(
+    error: DataError, building: Building, config: Config, quarantine: Quarantine
+) -> DataError:
+    """The error of a corpus with too many malformed rows, and where these are kept: the artifact
+    will not be.
+    """
     if not quarantine.is_full:
         return error
     store = Store(config.storage.root_uri)
@@ -153,7 +187,9 @@ def _with_quarantine(error: DataError, building: Building, config: Config, quara
     store.filesystem.create_dir(place.rpartition("/")[0], recursive=True)
     with store.filesystem.open_output_stream(place) as stream:
         stream.write(quarantine.path.read_bytes())
-    return DataError(error.got, expected=error.expected, action=f"{error.action}; the rows are in {place}")
+    return DataError(
+        error.got, expected=error.expected, action=f"{error.action}; the rows are in {place}"
+    )
 
 
 def load_skipped(artifact: Artifact) -> list[str]:
@@ -182,7 +218,9 @@ def load_passages(artifact: Artifact) -> list[Passage]:
 
 
 def read_corpus(config: Config, log: ReadLog) -> Iterator[Document]:
-    """The documents that a run's ``corpus`` section names, without those of ``storage.root_uri`` below it."""
+    """The documents that a run's ``corpus`` section names, without those of ``storage.root_uri``
+    below it.
+    """
     corpus = config.corpus
     return read_documents(
         corpus.uri,
@@ -206,7 +244,9 @@ def _kept(config: Config, questions: Artifact | None, log: ReadLog) -> Iterator[
         yield from source
         return
     if questions is None:
-        raise DataError("corpus.distractors is set but the run has no questions", action="set it to null")
+        raise DataError(
+            "corpus.distractors is set but the run has no questions", action="set it to null"
+        )
     needed = {
         document_id
         for split in ("train", "dev")

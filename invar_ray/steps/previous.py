@@ -1,9 +1,10 @@
 """The version before: what of it can be used again, and what has changed since.
 
-A new version is made from the corpus as it is now; its fingerprint does not depend on what stood before.  The version
-before only saves work: documents whose content is the same are cut where they were cut, and passages whose content is
-the same keep their vectors.  Either holds only where the settings that decide the result are the same: with other
-settings everything is made anew, and a line says why.
+A new version is made from the corpus as it is now; its fingerprint does not depend on what stood
+before.  The version before only saves work: documents whose content is the same are cut where they
+were cut, and passages whose content is the same keep their vectors.  Either holds only where the
+settings that decide the result are the same: with other settings everything is made anew, and a
+line says why.
 """
 
 from __future__ import annotations
@@ -69,8 +70,8 @@ def id_digest(document_id: str) -> bytes:
 
 
 def content_digest(document: Document) -> bytes:
-    """16 bytes that change with all that decides how a document is cut, its id included; not with where it came from
-    (a row's number moves when a row before it goes).
+    """16 bytes that change with all that decides how a document is cut, its id included; not with
+    where it came from (a row's number moves when a row before it goes).
     """
     places = [place.start for place in document.places]
     head = f"{len(document.id)} {len(document.title)} {places}\n"
@@ -95,7 +96,9 @@ class EarlierCut:
         self._first = table.column("first").to_numpy()
         self._count = table.column("passages").to_numpy()
         spans = pq.read_table(artifact.path("passages.parquet"), columns=["start", "end"])
-        self._spans = np.stack([spans.column("start").to_numpy(), spans.column("end").to_numpy()], axis=1)
+        self._spans = np.stack(
+            [spans.column("start").to_numpy(), spans.column("end").to_numpy()], axis=1
+        )
         self.documents = table.num_rows
         self.unchanged = self.changed = self.new = 0
 
@@ -146,7 +149,8 @@ def cutting_differs(artifact: Artifact, wanted: Mapping[str, Any], version: int)
 def earlier_vectors(
     store: Store, plan: Plan, encoder: str, precision: Precision, passages: Artifact
 ) -> tuple[Artifact | None, str]:
-    """The newest ``vectors`` that rows can be taken from, and why the newest of this name cannot (empty if it can).
+    """The newest ``vectors`` that rows can be taken from, and why the newest of this name cannot
+    (empty if it can).
 
     Args:
         store: where to look.
@@ -167,7 +171,9 @@ def earlier_vectors(
     return None, reason
 
 
-def _vectors_differ(artifact: Artifact, plan: Plan, encoder: str, precision: Precision, passages: Artifact) -> str:
+def _vectors_differ(
+    artifact: Artifact, plan: Plan, encoder: str, precision: Precision, passages: Artifact
+) -> str:
     was = artifact.manifest.config.get("encoder")
     if was != encoder:
         return f"it was made by encoder {was}, this run's is {encoder}"
@@ -187,7 +193,9 @@ def _same_corpus(artifact: Artifact, passages: Artifact) -> bool:
     return name == f"passages/{passages.manifest.name}"
 
 
-def batched(items: Iterable[Document], size: int, chars: int = 4_000_000) -> Iterable[list[Document]]:
+def batched(
+    items: Iterable[Document], size: int, chars: int = 4_000_000
+) -> Iterable[list[Document]]:
     """Lists of at most ``size`` documents and about ``chars`` characters."""
     source = iter(items)
     for first in source:

@@ -1,7 +1,8 @@
 """Questions with their rewordings: the ``questions`` artifact.
 
-Files: ``train.parquet``, ``dev.parquet`` (examples), ``train_variants.parquet``, ``dev_variants.parquet`` (rewordings;
-number 0 is the anchor); with ``questions.near_duplicates`` ``contamination.json``, the pairs that were too much alike.
+Files: ``train.parquet``, ``dev.parquet`` (examples), ``train_variants.parquet``,
+``dev_variants.parquet`` (rewordings; number 0 is the anchor); with ``questions.near_duplicates``
+``contamination.json``, the pairs that were too much alike.
 """
 
 from __future__ import annotations
@@ -35,8 +36,14 @@ _NOT_OURS = {"endpoint_key_env", "num_windows"}  # a secret's name; a setting of
 
 def questions_plan(config: Config) -> Plan:
     """The artifact of a run's questions."""
-    sources = {"train": source_digest(config.questions.train_uri), "dev": source_digest(config.questions.dev_uri)}
-    for key, uri in {"variants": config.variants.file_uri, "evaluation": config.evaluation.file_uri}.items():
+    sources = {
+        "train": source_digest(config.questions.train_uri),
+        "dev": source_digest(config.questions.dev_uri),
+    }
+    for key, uri in {
+        "variants": config.variants.file_uri,
+        "evaluation": config.evaluation.file_uri,
+    }.items():
         if uri is not None:
             sources[key] = source_digest(uri)
     return Plan(
@@ -47,8 +54,13 @@ def questions_plan(config: Config) -> Plan:
             "format": config.questions.format,
             "train_limit": config.questions.train_limit,
             "dev_limit": config.questions.dev_limit,
-            "variants": {key: value for key, value in asdict(config.variants).items() if key not in _NOT_OURS},
-            "evaluation": {"provider": config.evaluation.provider, "num_rewrites": config.evaluation.num_rewrites},
+            "variants": {
+                key: value for key, value in asdict(config.variants).items() if key not in _NOT_OURS
+            },
+            "evaluation": {
+                "provider": config.evaluation.provider,
+                "num_rewrites": config.evaluation.num_rewrites,
+            },
             "seed": config.seed,
             "near_duplicates": config.questions.near_duplicates,
         },
@@ -60,15 +72,17 @@ def build_questions(building: Building, config: Config) -> None:
     """Read, sample and reword the questions of both splits.
 
     Raises:
-        DataError: if a file is malformed, or nothing is left to train on: training questions that share a wording with
-            a dev question are dropped, with a line that says how many.
+        DataError: if a file is malformed, or nothing is left to train on: training questions that
+            share a wording with a dev question are dropped, with a line that says how many.
     """
     train = _sample(read_examples_of(config, "train"), config.questions.train_limit, config.seed)
     dev = _sample(read_examples_of(config, "dev"), config.questions.dev_limit, config.seed)
     variants = config.variants
     root = Path(config.storage.root_uri).expanduser()
     # Rewordings cost money: a run that is cut off finds those it already has.
-    cache = str(root / ".cache" / "rewordings.jsonl") if "://" not in config.storage.root_uri else None
+    cache = (
+        str(root / ".cache" / "rewordings.jsonl") if "://" not in config.storage.root_uri else None
+    )
     train_rewriter = make_rewriter(
         provider=variants.provider,
         file_uri=variants.file_uri,
@@ -77,26 +91,36 @@ def build_questions(building: Building, config: Config) -> None:
         endpoint_key_env=variants.endpoint_key_env,
         cache_path=cache,
     )
-    dev_rewriter = make_rewriter(provider=config.evaluation.provider, file_uri=config.evaluation.file_uri)
-    dev_rows = _reword(dev, dev_rewriter, config.evaluation.num_rewrites, config.seed + _DEV_SEED_OFFSET)
+    dev_rewriter = make_rewriter(
+        provider=config.evaluation.provider, file_uri=config.evaluation.file_uri
+    )
+    dev_rows = _reword(
+        dev, dev_rewriter, config.evaluation.num_rewrites, config.seed + _DEV_SEED_OFFSET
+    )
     train_rows = _reword(train, train_rewriter, variants.num_rewrites, config.seed)
     seen = {comparison_key(variant.text) for variant in dev_rows}
-    leaking = {variant.question_id for variant in train_rows if comparison_key(variant.text) in seen}
+    leaking = {
+        variant.question_id for variant in train_rows if comparison_key(variant.text) in seen
+    }
     if len(leaking) == len(train):
         raise DataError(
-            f"all {len(train)} questions of {config.questions.train_uri} stand in {config.questions.dev_uri} too",
+            f"all {len(train)} questions of {config.questions.train_uri} stand in "
+            f"{config.questions.dev_uri} too",
             expected="other questions to train on than to report on",
         )
     if leaking:
         print(
-            f"  dropped {len(leaking)} of {len(train)} training questions: a wording of theirs is one of a dev "
+            f"  dropped {len(leaking)} of {len(train)} training questions: a wording of theirs is "
+            "one of a dev "
             f"question's (first: {min(leaking)})",
             file=sys.stderr,
             flush=True,
         )
     building.info["dropped_for_leaking"] = len(leaking)
     if config.questions.near_duplicates is not None:
-        leaking |= _near_duplicates(building, train_rows, dev_rows, config.questions.near_duplicates, leaking)
+        leaking |= _near_duplicates(
+            building, train_rows, dev_rows, config.questions.near_duplicates, leaking
+        )
         if len(leaking) == len(train):
             raise DataError(
                 f"all {len(train)} training questions resemble dev questions",
@@ -104,7 +128,12 @@ def build_questions(building: Building, config: Config) -> None:
                 action="raise questions.near_duplicates, or look at the pairs with it set to null",
             )
     kept = [example for example in train if example.id not in leaking]
-    _write(building, "train", kept, [variant for variant in train_rows if variant.question_id not in leaking])
+    _write(
+        building,
+        "train",
+        kept,
+        [variant for variant in train_rows if variant.question_id not in leaking],
+    )
     _write(building, "dev", dev, dev_rows)
 
 
@@ -143,26 +172,34 @@ def _sample(examples: list[Example], limit: int | None, seed: int) -> list[Examp
     return [examples[index] for index in chosen]
 
 
-def refuse_unanswerable(examples: Sequence[Example], documents: Collection[str], split: str) -> None:
+def refuse_unanswerable(
+    examples: Sequence[Example], documents: Collection[str], split: str
+) -> None:
     """Raise for questions none of whose gold documents is among ``documents``.
 
-    Dev questions that name no gold document pass: benchmarks that give answers only are measured by those.
+    Dev questions that name no gold document pass: benchmarks that give answers only are measured by
+    those.
 
     Raises:
         DataError: naming how many, and the first.
     """
     judged = [example for example in examples if example.positive_ids or split != "dev"]
-    missing = [example for example in judged if not any(name in documents for name in example.positive_ids)]
+    missing = [
+        example for example in judged if not any(name in documents for name in example.positive_ids)
+    ]
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(examples)} {split} questions have no positive document in the corpus (first: "
+            f"{len(missing)} of {len(examples)} {split} questions have no positive document in the "
+            "corpus (first: "
             f"{missing[0].id}, positive_ids {list(missing[0].positive_ids)[:3]})",
             expected="positive_ids that are ids of corpus rows",
             action="use the corpus that the questions were made for, or raise corpus.limit",
         )
 
 
-def _reword(examples: Sequence[Example], rewriter: Rewriter, count: int, seed: int) -> list[Variant]:
+def _reword(
+    examples: Sequence[Example], rewriter: Rewriter, count: int, seed: int
+) -> list[Variant]:
     rows: list[Variant] = []
     for example in examples:
         rows.append(Variant(example.id, 0, example.question, "anchor", "data"))
@@ -171,16 +208,26 @@ def _reword(examples: Sequence[Example], rewriter: Rewriter, count: int, seed: i
 
 
 def _near_duplicates(
-    building: Building, train: list[Variant], dev: list[Variant], threshold: float, known: Collection[str]
+    building: Building,
+    train: list[Variant],
+    dev: list[Variant],
+    threshold: float,
+    known: Collection[str],
 ) -> set[str]:
-    """Ids of training questions that resemble dev questions; the pairs go to ``contamination.json``."""
+    """Ids of training questions that resemble dev questions; the pairs go to
+    ``contamination.json``.
+    """
     families: tuple[dict[str, list[str]], dict[str, list[str]]] = {}, {}
     for of_split, rows in zip(families, (train, dev), strict=True):
         for variant in rows:
             of_split.setdefault(variant.question_id, []).append(variant.text)
     found = [pair for pair in near_duplicates(*families, threshold) if pair.train not in known]
     pairs = [
-        {**asdict(pair), "train_question": families[0][pair.train][0], "dev_question": families[1][pair.dev][0]}
+        {
+            **asdict(pair),
+            "train_question": families[0][pair.train][0],
+            "dev_question": families[1][pair.dev][0],
+        }
         for pair in found
     ]
     text = json.dumps(pairs, ensure_ascii=False, indent=1)
@@ -188,7 +235,8 @@ def _near_duplicates(
     building.info["dropped_as_near_duplicates"] = len(found)
     if found:
         print(
-            f"  dropped {len(found)} of {len(families[0])} training questions as near duplicates of dev questions "
+            f"  dropped {len(found)} of {len(families[0])} training questions as near duplicates "
+            "of dev questions "
             f"(first: {pairs[0]['train_question']!r}, of {pairs[0]['dev_question']!r})",
             file=sys.stderr,
             flush=True,

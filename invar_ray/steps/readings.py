@@ -1,8 +1,10 @@
-"""What stage 2 reads: the ``readings`` artifact, made of the training questions' hits and the corpus.
+"""What stage 2 reads: the ``readings`` artifact, made of the training questions' hits and the
+corpus.
 
-``readings.parquet``: a row per question with its wordings, answers and gold documents; for each wording the passages
-found, each rendered in every window (METHOD "Environments": the indexed passage, then other cuts of its document
-around it); and the *oracle*, a passage of a gold document that holds an answer, for questions whose hits hold none.
+``readings.parquet``: a row per question with its wordings, answers and gold documents; for each
+wording the passages found, each rendered in every window (METHOD "Environments": the indexed
+passage, then other cuts of its document around it); and the *oracle*, a passage of a gold document
+that holds an answer, for questions whose hits hold none.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ READING_TYPE = pa.struct(
         ("texts", pa.list_(pa.string())),
     ]
 )
-"""A passage in its windows: ``texts[0]`` is the indexed cut; fewer others where the document allows no more."""
+"""A passage in its windows: ``texts[0]`` is the indexed cut; fewer others where the document allows
+no more.
+"""
 READING_SCHEMA = pa.schema(
     [
         ("question_id", pa.string()),
@@ -72,7 +76,9 @@ def build_readings(building: Building, hits: Artifact, passages: Artifact) -> No
 
     def rendered(passage: Passage, answers: Sequence[str]) -> dict[str, Any]:
         document = documents[passage.document_id]
-        cuts = resize_windows(document, passage.start, passage.end, answers, settings["num_windows"], settings["seed"])
+        cuts = resize_windows(
+            document, passage.start, passage.end, answers, settings["num_windows"], settings["seed"]
+        )
         windows["passages"] += 1
         windows["other cuts"] += len(cuts)
         return {
@@ -108,7 +114,9 @@ def build_readings(building: Building, hits: Artifact, passages: Artifact) -> No
 
 
 def oracle_of(family: FoundFamily, of_document: dict[str, list[Passage]]) -> Passage | None:
-    """The first passage of the question's gold documents that holds an answer; ``None`` where none does."""
+    """The first passage of the question's gold documents that holds an answer; ``None`` where none
+    does.
+    """
     return next(
         (
             passage
@@ -125,7 +133,8 @@ def _passages(artifact: Artifact, column: str, values: Collection[str]) -> list[
     if not values:
         return []
     chosen: list[Passage] = from_table(
-        pq.read_table(artifact.path("passages.parquet"), filters=[(column, "in", sorted(values))]), Passage
+        pq.read_table(artifact.path("passages.parquet"), filters=[(column, "in", sorted(values))]),
+        Passage,
     )
     return chosen
 

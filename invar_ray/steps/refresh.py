@@ -1,7 +1,9 @@
-"""New hard negatives while stage 1 trains: what the job beside the training does (ANCE, arXiv 2007.00808).
+"""New hard negatives while stage 1 trains: what the job beside the training does (ANCE, arXiv
+2007.00808).
 
-It makes the artifacts that come before any training, under the adapter of the moment: vectors, index, training set.
-The rules of mining are the same code, so a version is a training set like the first one, with its own report.
+It makes the artifacts that come before any training, under the adapter of the moment: vectors,
+index, training set. The rules of mining are the same code, so a version is a training set like the
+first one, with its own report.
 """
 
 from __future__ import annotations
@@ -32,7 +34,8 @@ NAME = "refresh"
 def refresh_negatives(
     config: Config, root_uri: str, adapter_ref: str, trainset_ref: str, current_ref: str
 ) -> dict[str, Any]:
-    """Embed the corpus (or the part that ``retriever.refresh_share`` names) with an adapter and mine anew.
+    """Embed the corpus (or the part that ``retriever.refresh_share`` names) with an adapter and
+    mine anew.
 
     What stands already is taken: a job that was cut off goes on.
 
@@ -44,25 +47,31 @@ def refresh_negatives(
         current_ref: the one that is in use.
 
     Returns:
-        ``trainset``, the ref of the new one; ``mining``, what each rule dropped; ``changed_share``, of the new
-        negatives those that their question did not have before; ``passages``, how many were searched; ``scratch``, refs
-        that nothing needs any more; ``seconds``.
+        ``trainset``, the ref of the new one; ``mining``, what each rule dropped; ``changed_share``,
+        of the new negatives those that their question did not have before; ``passages``, how many
+        were searched; ``scratch``, refs that nothing needs any more; ``seconds``.
     """
     started = time.monotonic()
     store = Store(root_uri)
     adapter, first = store.open(adapter_ref, "retriever"), store.open(trainset_ref, "trainset")
-    passages, questions, teacher = (first.parent(role) for role in ("passages", "questions", "teacher"))
+    passages, questions, teacher = (
+        first.parent(role) for role in ("passages", "questions", "teacher")
+    )
     part = _part(config, passages, first)
     spec = EncoderSpec.from_json(adapter.info["encoder"])
     # There is no version before: every refresh has an encoder of its own.
     anew = replace(config, scale=replace(config.scale, incremental=False))
     vectors, _ = store.get_or_build(
         vectors_plan(config, part, spec, NAME, adapter),
-        lambda building: build_vectors(building, anew, part, spec, start_ray=contextlib.nullcontext),
+        lambda building: build_vectors(
+            building, anew, part, spec, start_ray=contextlib.nullcontext
+        ),
         resumable=True,
     )
     index, _ = store.get_or_build(
-        _index_plan(config, vectors, part), lambda building: _index(building, config, vectors, part), alone=True
+        _index_plan(config, vectors, part),
+        lambda building: _index(building, config, vectors, part),
+        alone=True,
     )
     trainset, _ = store.get_or_build(
         trainset_plan(config, passages, questions, index, teacher),
@@ -80,7 +89,9 @@ def refresh_negatives(
 
 
 def changed_share(before: Artifact, after: Artifact) -> float:
-    """Of the negatives of a training set, the share that their question did not have in another one."""
+    """Of the negatives of a training set, the share that their question did not have in another
+    one.
+    """
     old, new = _negatives(before), _negatives(after)
     total = sum(map(len, new.values()))
     fresh = sum(len(found - old.get(question, set())) for question, found in new.items())
@@ -89,13 +100,19 @@ def changed_share(before: Artifact, after: Artifact) -> float:
 
 def _negatives(trainset: Artifact) -> dict[str, set[str]]:
     """Question id -> passage ids."""
-    ids = pq.read_table(trainset.path("slots.parquet"), columns=["passage_id"]).column(0).to_pylist()
-    rows = pq.read_table(trainset.path("questions.parquet"), columns=["question_id", "negatives"]).to_pylist()
+    ids = (
+        pq.read_table(trainset.path("slots.parquet"), columns=["passage_id"]).column(0).to_pylist()
+    )
+    rows = pq.read_table(
+        trainset.path("questions.parquet"), columns=["question_id", "negatives"]
+    ).to_pylist()
     return {row["question_id"]: {ids[slot] for slot in row["negatives"]} for row in rows}
 
 
 def _part(config: Config, passages: Artifact, trainset: Artifact) -> Artifact:
-    """The passages that are embedded: all, or an artifact of a sample with all that a training set holds."""
+    """The passages that are embedded: all, or an artifact of a sample with all that a training set
+    holds.
+    """
     share = config.retriever.refresh_share
     if share >= 1.0:
         return passages
@@ -109,8 +126,14 @@ def _part(config: Config, passages: Artifact, trainset: Artifact) -> Artifact:
 
     def body(building: Building) -> None:
         rows = load_passages(passages)
-        held = set(pq.read_table(trainset.path("slots.parquet"), columns=["passage_id"]).column(0).to_pylist())
-        drawn = random.Random(f"{config.seed}-part").sample(range(len(rows)), math.ceil(share * len(rows)))
+        held = set(
+            pq.read_table(trainset.path("slots.parquet"), columns=["passage_id"])
+            .column(0)
+            .to_pylist()
+        )
+        drawn = random.Random(f"{config.seed}-part").sample(
+            range(len(rows)), math.ceil(share * len(rows))
+        )
         kept = sorted({*drawn, *(row for row, passage in enumerate(rows) if passage.id in held)})
         with GroupWriter(building.path / "passages.parquet", PASSAGE_SCHEMA) as writer:
             for row in kept:

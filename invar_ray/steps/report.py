@@ -1,7 +1,7 @@
 """Hits and adapters to a report: the ``report`` artifact.
 
-Rows: retrieval of each system over the dev families; answers of each generator with the passages that each system
-found, from nothing (closed book) and from the gold passages (oracle).
+Rows: retrieval of each system over the dev families; answers of each generator with the passages
+that each system found, from nothing (closed book) and from the gold passages (oracle).
 """
 
 from __future__ import annotations
@@ -48,7 +48,14 @@ __all__ = ["SYSTEM_NAMES", "Change", "System", "build_report", "report_plan"]
 
 _NOT_IN_PLAN = {
     *("file_uri", "provider", "num_rewrites"),  # they are in the questions
-    *("systems", "causes", "bm25_k1", "bm25_b", "query_rewrites", "window_tokens"),  # they are in the hits
+    *(
+        "systems",
+        "causes",
+        "bm25_k1",
+        "bm25_b",
+        "query_rewrites",
+        "window_tokens",
+    ),  # they are in the hits
     "answer_batch_size",  # scale
 }
 _WORST_QUESTIONS = 8
@@ -91,13 +98,18 @@ def report_plan(config: Config, systems: Sequence[System], changes: Sequence[Cha
             parents[f"generator/{system.name}"] = system.generator
     for change in changes:
         parents[f"{change.cause}/{change.system}"] = change.hits
-    settings = {key: value for key, value in to_dict(config.evaluation).items() if key not in _NOT_IN_PLAN}
+    settings = {
+        key: value for key, value in to_dict(config.evaluation).items() if key not in _NOT_IN_PLAN
+    }
     return Plan(
         kind="report",
         name=config.name,
         config={
             "evaluation": settings,
-            "generator": {"top_k": config.generator.top_k, "max_new_tokens": config.generator.max_new_tokens},
+            "generator": {
+                "top_k": config.generator.top_k,
+                "max_new_tokens": config.generator.max_new_tokens,
+            },
             "systems": [system.name for system in systems],
             "max_tokens": config.generator.max_tokens,
         },
@@ -115,8 +127,9 @@ def build_report(
     passages: Artifact,
     changes: Sequence[Change] = (),
 ) -> None:
-    """Measure every system and write the report's files: see :func:`invar_ray.evaluation.outcome.write_outcome`,
-    ``answers.jsonl`` and the TREC files below ``trec/``.
+    """Measure every system and write the report's files: see
+    :func:`invar_ray.evaluation.outcome.write_outcome`, ``answers.jsonl`` and the TREC files below
+    ``trec/``.
 
     Args:
         building: where to.
@@ -134,7 +147,9 @@ def build_report(
     hits = {system.name: load_hits(system.hits) for system in systems}
     made = _Rows(config, dataset, rule)
     for system in systems:
-        made.add_retrieval(system.name, hits[system.name], [c for c in changes if c.system == system.name])
+        made.add_retrieval(
+            system.name, hits[system.name], [c for c in changes if c.system == system.name]
+        )
         _write_trec(building.path / "trec", system.name, hits[system.name])
     count = config.evaluation.num_answers
     bare = [family.question_id for family in hits[systems[0].name][:count] if not family.answers]
@@ -144,11 +159,15 @@ def build_report(
             action="set evaluation.num_answers=0, which measures retrieval alone",
         )
     documents = load_gold(passages, hits[systems[0].name][:count])
-    tasks = [task for s in systems for task in answer_tasks(s, hits[s.name][:count], documents, config)]
+    tasks = [
+        task for s in systems for task in answer_tasks(s, hits[s.name][:count], documents, config)
+    ]
     answers = answer_all(config, base, passages.store, tasks)
     for task in tasks:
         made.add_answers(task, hits[task.system][:count], answers[task.label])
-    _write_answers(building.path / "answers.jsonl", tasks, {name: hits[name][:count] for name in hits}, answers)
+    _write_answers(
+        building.path / "answers.jsonl", tasks, {name: hits[name][:count] for name in hits}, answers
+    )
     outcome = made.outcome(systems, tasks)
     write_outcome(outcome, building.path, overlap_k=config.evaluation.overlap_k)
     building.info |= {"rows": [asdict(row) for row in outcome.rows]}
@@ -166,27 +185,40 @@ class _Rows:
     extra: dict[str, dict[str, float]] = field(default_factory=dict)
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
 
-    def add_retrieval(self, name: str, families: Sequence[FoundFamily], changes: Sequence[Change]) -> None:
+    def add_retrieval(
+        self, name: str, families: Sequence[FoundFamily], changes: Sequence[Change]
+    ) -> None:
         k, top_k = self.config.evaluation.overlap_k, self.config.evaluation.top_k
         columns = retrieval_columns(families, k, top_k, self.rule)
         for change in changes:
-            columns[f"change_by_{change.cause}_at_{k}"] = change_column(families, load_hits(change.hits), k)
+            columns[f"change_by_{change.cause}_at_{k}"] = change_column(
+                families, load_hits(change.hits), k
+            )
         self.columns[name], self.families[name] = columns, families
         self.extra[name] = {"num_families": float(len(families))}
         between = between_questions(families, k)
         if between is not None:
             self.extra[name][f"overlap_between_questions_at_{k}"] = between
         ranked = [_ranked(family) for family in families]
-        self._note("recall_curve", name, recall_curve(ranked, min(top_k, max(depth_of(families), 1))))
+        self._note(
+            "recall_curve", name, recall_curve(ranked, min(top_k, max(depth_of(families), 1)))
+        )
         self._note("rank_shifts", name, rank_shifts(ranked))
         self._note("worst_questions", name, worst_questions(ranked, k, _WORST_QUESTIONS))
 
     def add_answers(
-        self, task: AnswerTask, families: Sequence[FoundFamily], answers: Sequence[Sequence[Answered]]
+        self,
+        task: AnswerTask,
+        families: Sequence[FoundFamily],
+        answers: Sequence[Sequence[Answered]],
     ) -> None:
         columns = answer_columns(families, answers, self.rule)
         anchors = [texts[0] for texts in answers]
-        said = [(p, right) for a, right in zip(anchors, columns["exact_match"], strict=True) if (p := probability(a))]
+        said = [
+            (p, right)
+            for a, right in zip(anchors, columns["exact_match"], strict=True)
+            if (p := probability(a))
+        ]
         bins = calibration_bins([p for p, _ in said], [right or 0.0 for _, right in said])
         error = expected_calibration_error(bins)
         extra = {"num_answered": float(len(families))}
@@ -196,7 +228,9 @@ class _Rows:
         seconds = [answer.seconds for texts in answers for answer in texts]
         shares = zip(("p50", "p95"), np.quantile(seconds, [0.5, 0.95]).tolist(), strict=True)
         self._note("seconds_per_answer", task.label, {"mean": fmean(seconds)} | dict(shares))
-        if task.label in self.columns:  # a system's own row: its retrieval stands there, over all questions
+        if (
+            task.label in self.columns
+        ):  # a system's own row: its retrieval stands there, over all questions
             whole = self.families[task.label]
             rest = [None] * (len(whole) - len(families))
             self.columns[task.label] |= {name: [*column, *rest] for name, column in columns.items()}
@@ -207,16 +241,24 @@ class _Rows:
     def outcome(self, systems: Sequence[System], tasks: Sequence[AnswerTask]) -> Outcome:
         names: list[str] = []  # a system's own row, then its closed-book and oracle rows
         for system in systems:
-            names += dict.fromkeys([system.name, *(task.label for task in tasks if task.system == system.name)])
+            names += dict.fromkeys(
+                [system.name, *(task.label for task in tasks if task.system == system.name)]
+            )
         rows, tables = [], []
         for name in names:
             families = self.families[name]
             ids = [family.question_id for family in families]
-            clusters = [str(c) for c in question_clusters([family.positive_ids for family in families], ids)]
+            clusters = [
+                str(c) for c in question_clusters([family.positive_ids for family in families], ids)
+            ]
             table = QuestionTable(name, self.dataset, ids, clusters, self.columns[name])
             tables.append(table)
             intervals = bootstrap_columns(table.columns, clusters, seed=self.config.seed)
-            metrics = {key: fmean(values) for key, column in table.columns.items() if (values := known(column))}
+            metrics = {
+                key: fmean(values)
+                for key, column in table.columns.items()
+                if (values := known(column))
+            }
             bounds = {key: (interval.low, interval.high) for key, interval in intervals.items()}
             rows.append(Row(name, self.dataset, metrics | self.extra[name], bounds))
         comparisons = compare_systems(tables, self.config.evaluation.overlap_k, self.config.seed)
@@ -240,9 +282,13 @@ def _ranked(family: FoundFamily) -> RankedFamily:
 
 def _write_trec(folder: Path, name: str, families: Sequence[FoundFamily]) -> None:
     ranked = {family.question_id: ranked_documents(family) for family in families}
-    write_qrels(folder / "qrels.txt", {family.question_id: family.positive_ids for family in families})
+    write_qrels(
+        folder / "qrels.txt", {family.question_id: family.positive_ids for family in families}
+    )
     for wording in range(max(len(lists) for lists in ranked.values())):
-        lists = {question: found[wording] for question, found in ranked.items() if len(found) > wording}
+        lists = {
+            question: found[wording] for question, found in ranked.items() if len(found) > wording
+        }
         write_run(folder / f"{file_name(name)}.wording-{wording}.run", lists, name)
 
 

@@ -1,7 +1,8 @@
-"""Shards of vectors: what is to be embedded, what stands already, and the actors' two halves of the work.
+"""Shards of vectors: what is to be embedded, what stands already, and the actors' two halves of the
+work.
 
-A shard is written whole: first ``part-<row>.parquet``, then ``part-<row>.json`` with its rows, the hash of what went
-in, the encoder and a checksum.  Only with that file does it count.
+A shard is written whole: first ``part-<row>.parquet``, then ``part-<row>.json`` with its rows, the
+hash of what went in, the encoder and a checksum.  Only with that file does it count.
 """
 
 from __future__ import annotations
@@ -65,11 +66,15 @@ class ShardTask:
 
     @staticmethod
     def of_batch(batch: dict[str, Any], at: int) -> ShardTask:
-        """Row ``at`` of a Ray Data batch; with ``start`` and ``stop`` alone the passages of that range."""
+        """Row ``at`` of a Ray Data batch; with ``start`` and ``stop`` alone the passages of that
+        range.
+        """
         start, stop = int(batch["start"][at]), int(batch["stop"][at])
         if "rows" not in batch:
             return ShardTask(start, np.arange(start, stop), np.full(stop - start, -1), "")
-        rows, reuse = (np.frombuffer(bytes(batch[name][at]), np.int64) for name in ("rows", "reuse"))
+        rows, reuse = (
+            np.frombuffer(bytes(batch[name][at]), np.int64) for name in ("rows", "reuse")
+        )
         return ShardTask(start, rows, reuse, str(batch["input"][at]))
 
 
@@ -101,7 +106,9 @@ class PassageRows:
         parts = []
         groups = np.searchsorted(self._bounds, rows, side="right") - 1
         for group in np.unique(groups):
-            parts.append(self._read(int(group)).take(pa.array(rows[groups == group] - self._bounds[group])))
+            parts.append(
+                self._read(int(group)).take(pa.array(rows[groups == group] - self._bounds[group]))
+            )
         return pa.concat_tables(parts)
 
     def _read(self, group: int) -> pa.Table:
@@ -111,7 +118,9 @@ class PassageRows:
 
 
 class TokenizeShard:
-    """Ray Data actor on a CPU: adds the token ids of the passages to embed, so that the GPU does not wait for them."""
+    """Ray Data actor on a CPU: adds the token ids of the passages to embed, so that the GPU does
+    not wait for them.
+    """
 
     def __init__(self, root_uri: str, passages_ref: str, spec: dict[str, Any]) -> None:
         store = Store(root_uri)
@@ -132,8 +141,8 @@ class TokenizeShard:
 class EmbedShard:
     """Ray Data actor: loads the encoder once, then turns passages into shard files.
 
-    A shard that stands is left as it is: Ray may hand a task out twice, e.g. after it lost a node.  With
-    ``own_process`` nothing else runs in this process, and its heap is set for encoding.
+    A shard that stands is left as it is: Ray may hand a task out twice, e.g. after it lost a node.
+    With ``own_process`` nothing else runs in this process, and its heap is set for encoding.
     """
 
     def __init__(
@@ -165,7 +174,9 @@ class EmbedShard:
         if copies_only:
             return
         device = inference_device(scale)
-        self._encoder = open_encoder(EncoderSpec.from_json(spec), store, precision=precision, device=device)
+        self._encoder = open_encoder(
+            EncoderSpec.from_json(spec), store, precision=precision, device=device
+        )
         self._encoder.tokens_per_batch = scale.embed_tokens_per_batch
         self._started_cpu_s = time.process_time()
 
@@ -182,13 +193,19 @@ class EmbedShard:
         return {name: np.asarray([row[name] for row in found]) for name in found[0]}
 
     def _make(self, task: ShardTask, ids: list[list[int]] | None) -> dict[str, Any]:
-        cpu, stats = time.process_time(), self._encoder.stats if self._encoder is not None else EncodeStats()
+        cpu, stats = (
+            time.process_time(),
+            self._encoder.stats if self._encoder is not None else EncodeStats(),
+        )
         before = (stats.tokens, stats.slots, stats.halvings)
         table = self._passages.take(task.rows)
         pairs = _pairs(table)
         contents = [passage_digest(title, text) for title, text in pairs]
         matrix = self._vectors(task, pairs, ids)
-        used = [now - then for now, then in zip((stats.tokens, stats.slots, stats.halvings), before, strict=True)]
+        used = [
+            now - then
+            for now, then in zip((stats.tokens, stats.slots, stats.halvings), before, strict=True)
+        ]
         entry = {
             "start": task.start,
             "stop": task.stop,
@@ -201,12 +218,20 @@ class EmbedShard:
             "slots": used[1],
             "halvings": used[2],
         }
-        write_shard(self._filesystem, self._prefix, entry, shard_table(table.column("id"), contents, matrix))
+        write_shard(
+            self._filesystem, self._prefix, entry, shard_table(table.column("id"), contents, matrix)
+        )
         return self._report(
-            len(task.rows), tokens=used[0], slots=used[1], halvings=used[2], cpu_s=time.process_time() - cpu
+            len(task.rows),
+            tokens=used[0],
+            slots=used[1],
+            halvings=used[2],
+            cpu_s=time.process_time() - cpu,
         )
 
-    def _vectors(self, task: ShardTask, pairs: list[tuple[str, str]], ids: list[list[int]] | None) -> Halves:
+    def _vectors(
+        self, task: ShardTask, pairs: list[tuple[str, str]], ids: list[list[int]] | None
+    ) -> Halves:
         """[N, D]: those of the version before where it has them, the others by the encoder."""
         kept, fresh = np.flatnonzero(task.reuse >= 0), np.flatnonzero(task.reuse < 0)
         parts: list[tuple[Rows, Halves]] = []
@@ -240,11 +265,15 @@ def peak_mb() -> float:
 def shard_table(ids: Any, contents: list[bytes], matrix: npt.NDArray[np.float16]) -> pa.Table:
     """A shard as Arrow: ids, content hashes, float16 vectors."""
     schema = shard_schema(matrix.shape[1])
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), type=schema.field("vector").type)
+    vectors = pa.FixedSizeListArray.from_arrays(
+        pa.array(matrix.reshape(-1)), type=schema.field("vector").type
+    )
     return pa.table([ids, pa.array(contents, pa.binary(16)), vectors], schema=schema)
 
 
-def write_shard(filesystem: fs.FileSystem, prefix: str, entry: dict[str, Any], table: pa.Table) -> None:
+def write_shard(
+    filesystem: fs.FileSystem, prefix: str, entry: dict[str, Any], table: pa.Table
+) -> None:
     """Write a shard, and its entry with the checksum last, each at once."""
     sink = pa.BufferOutputStream()
     pq.write_table(table, sink)
@@ -264,7 +293,9 @@ def write_shard(filesystem: fs.FileSystem, prefix: str, entry: dict[str, Any], t
 
 
 def read_entry(filesystem: fs.FileSystem, stem: str) -> dict[str, Any] | None:
-    """What ``<stem>.json`` says of a shard whose data stands too; ``None`` if either is missing or cannot be read."""
+    """What ``<stem>.json`` says of a shard whose data stands too; ``None`` if either is missing or
+    cannot be read.
+    """
     if filesystem.get_file_info(f"{stem}.parquet").type != fs.FileType.File:
         return None
     try:
@@ -282,7 +313,9 @@ def shard_is_whole(filesystem: fs.FileSystem, stem: str, entry: dict[str, Any]) 
 
 
 def _pairs(table: pa.Table) -> list[tuple[str, str]]:
-    return list(zip(table.column("title").to_pylist(), table.column("text").to_pylist(), strict=True))
+    return list(
+        zip(table.column("title").to_pylist(), table.column("text").to_pylist(), strict=True)
+    )
 
 
 def _tokens_of(batch: dict[str, Any], at: int) -> list[list[int]] | None:

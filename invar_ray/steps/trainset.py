@@ -1,7 +1,8 @@
 """What stage 1 trains on, materialised: the ``trainset`` artifact.
 
 * ``questions.parquet``: wordings, answers, the positive slot with its windows, mined negatives.
-* ``slots.parquet``: every passage that is a positive or a negative of some question, rendered in each window.
+* ``slots.parquet``: every passage that is a positive or a negative of some question, rendered in
+  each window.
 * ``teacher.safetensors``: MiniLM's vectors of questions, slots and the slots' documents.
 """
 
@@ -38,8 +39,12 @@ Floats = npt.NDArray[np.float32]
 _QUERIES_PER_BATCH = 512
 
 
-def trainset_plan(config: Config, passages: Artifact, questions: Artifact, index: Artifact, teacher: Artifact) -> Plan:
-    """The artifact; ``index`` is what negatives are mined from, ``teacher`` MiniLM's passage vectors."""
+def trainset_plan(
+    config: Config, passages: Artifact, questions: Artifact, index: Artifact, teacher: Artifact
+) -> Plan:
+    """The artifact; ``index`` is what negatives are mined from, ``teacher`` MiniLM's passage
+    vectors.
+    """
     bm25 = [config.evaluation.bm25_k1, config.evaluation.bm25_b]
     return Plan(
         kind="trainset",
@@ -60,7 +65,12 @@ def trainset_plan(config: Config, passages: Artifact, questions: Artifact, index
 
 
 def build_trainset(
-    building: Building, config: Config, passages: Artifact, questions: Artifact, index: Artifact, teacher: Artifact
+    building: Building,
+    config: Config,
+    passages: Artifact,
+    questions: Artifact,
+    index: Artifact,
+    teacher: Artifact,
 ) -> None:
     """Mine negatives, cut windows and take the teacher's vectors.
 
@@ -92,7 +102,9 @@ def build_trainset(
         texts = [text for family in wordings for text in family]
         hits = retriever.retrieve(texts, depth)
         ranked = iter([[row_of[hit.passage_id] for hit in found] for found in hits])
-        by_words = iter([[row for row, _ in found] for found in bm25.search(texts, depth)] if bm25 else [])
+        by_words = iter(
+            [[row for row, _ in found] for found in bm25.search(texts, depth)] if bm25 else []
+        )
         for offset, example in enumerate(block):
             lists = [next(ranked) for _ in wordings[offset]]
             if bm25:
@@ -125,14 +137,18 @@ def build_trainset(
     question_table = pa.table(
         {
             "question_id": [example.id for example in examples],
-            "wordings": [[variant.text for variant in variants[example.id]] for example in examples],
+            "wordings": [
+                [variant.text for variant in variants[example.id]] for example in examples
+            ],
             "answers": [list(example.answers) for example in examples],
             "positive": pa.array([slot_of[row] for row in positives], pa.int64()),
             "positive_texts": [
                 _render(documents, rows[row], example.answers, windows, config.seed)
                 for row, example in zip(positives, examples, strict=True)
             ],
-            "negatives": pa.array([[slot_of[row] for row in chosen] for chosen in negatives], pa.list_(pa.int64())),
+            "negatives": pa.array(
+                [[slot_of[row] for row in chosen] for chosen in negatives], pa.list_(pa.int64())
+            ),
         }
     )
     slot_table = pa.table(
@@ -166,8 +182,8 @@ def _bm25(config: Config, rows: Sequence[Passage]) -> Bm25:
 
 
 def find_positives(examples: Sequence[Example], passages: Sequence[Passage]) -> list[int]:
-    """For each example the row of its positive passage: the first of its documents' passages that holds an answer, else
-    the first.
+    """For each example the row of its positive passage: the first of its documents' passages that
+    holds an answer, else the first.
 
     Raises:
         DataError: if none of its documents is in the corpus.
@@ -178,14 +194,22 @@ def find_positives(examples: Sequence[Example], passages: Sequence[Passage]) -> 
     chosen = []
     missing = []
     for example in examples:
-        rows = [row for document_id in example.positive_ids for row in of_document.get(document_id, [])]
+        rows = [
+            row for document_id in example.positive_ids for row in of_document.get(document_id, [])
+        ]
         if not rows:
             missing.append(example)
             continue
-        chosen.append(next((row for row in rows if contains_answer(passages[row].text, example.answers)), rows[0]))
+        chosen.append(
+            next(
+                (row for row in rows if contains_answer(passages[row].text, example.answers)),
+                rows[0],
+            )
+        )
     if missing:
         raise DataError(
-            f"{len(missing)} of {len(examples)} questions have no positive document in the corpus (first: "
+            f"{len(missing)} of {len(examples)} questions have no positive document in the corpus "
+            "(first: "
             f"{missing[0].id}, positive_ids {list(missing[0].positive_ids)[:3]})",
             expected="positive_ids that are ids of corpus rows",
             action="use the corpus that the questions were made for, or raise corpus.limit",
@@ -194,9 +218,13 @@ def find_positives(examples: Sequence[Example], passages: Sequence[Passage]) -> 
 
 
 def mean_by_document(vectors: Floats, document_ids: Sequence[str]) -> Floats:
-    """[N, D]: for each passage the normalised mean vector of its document's passages (METHOD "Alignment")."""
+    """[N, D]: for each passage the normalised mean vector of its document's passages (METHOD
+    "Alignment").
+    """
     numbers: dict[str, int] = {}
-    owner = np.asarray([numbers.setdefault(document_id, len(numbers)) for document_id in document_ids])
+    owner = np.asarray(
+        [numbers.setdefault(document_id, len(numbers)) for document_id in document_ids]
+    )
     means = mean_document_vectors(torch.from_numpy(vectors), torch.from_numpy(owner), len(numbers))
     return np.asarray(means.numpy()[owner], dtype=np.float32)
 
@@ -206,5 +234,7 @@ def _render(
 ) -> list[str]:
     """The anchor cut's text, then other cuts'; fewer where the document allows no more."""
     document = documents[passage.document_id]
-    windows = resize_windows(document, passage.start, passage.end, answers, count, seed) if count else []
+    windows = (
+        resize_windows(document, passage.start, passage.end, answers, count, seed) if count else []
+    )
     return [passage.text, *(document.text[window.start : window.end] for window in windows)]

@@ -73,14 +73,24 @@ class Usage:
         rows = sum(process.rows for process in self.processes.values())
         if not rows:
             return []
-        lines = [f"{'process':<28}{'shards':>8}{'passages':>10}{'per CPU s':>11}{'peak memory':>13}"]
+        lines = [
+            f"{'process':<28}{'shards':>8}{'passages':>10}{'per CPU s':>11}{'peak memory':>13}"
+        ]
         for name, process in self.processes.items():
             rate = process.rows / process.cpu_s if process.cpu_s else 0.0
             lines.append(
                 f"{name[-28:]:<28}{process.shards:>8,}{process.rows:>10,}{rate:>11.1f}{process.peak_mb:>10,.0f} MB"
             )
-        lines.append(f"{rows:,} passages in {seconds:.1f} s: {rows / seconds:.1f} a second, start-up included")
-        lines.append(f"{self.tokens:,} tokens, padding {self.padding_share:.1%} of the places in batches")
+        lines.append(
+            f"{rows:,} passages in {seconds:.1f} s: {rows / seconds:.1f} a second, start-up "
+            "included"
+        )
+        lines.append(
+            f"{self.tokens:,} tokens, padding {self.padding_share:.1%} of the places in batches"
+        )
         if self.halvings:
-            lines.append(f"{self.halvings} batches did not fit into memory: set scale.embed_tokens_per_batch lower")
+            lines.append(
+                f"{self.halvings} batches did not fit into memory: set "
+                "scale.embed_tokens_per_batch lower"
+            )
         return lines

@@ -1,12 +1,14 @@
 """Passages to vectors on Ray Data: the ``vectors`` artifact.
 
-The unit is a *shard*, some hundreds of passages.  An actor encodes a shard and writes it with its entry last
-(:mod:`invar_ray.steps.shards`).  A killed run keeps the finished shards; the next one embeds the others only.
-Batches are formed inside a shard, so a shard's vectors do not depend on which actor made it or when.
+The unit is a *shard*, some hundreds of passages.  An actor encodes a shard and writes it with its
+entry last (:mod:`invar_ray.steps.shards`).  A killed run keeps the finished shards; the next one
+embeds the others only. Batches are formed inside a shard, so a shard's vectors do not depend on
+which actor made it or when.
 
-Where an earlier version of the same encoder and cutting stands, passages whose content is the same keep their vectors:
-the new version links the shards of the earlier one, adds shards of its own, and says in ``rows.parquet`` which row is
-whose.  Rows that are nobody's are tombstones; above ``scale.compact_above`` of them a version is written compact.
+Where an earlier version of the same encoder and cutting stands, passages whose content is the same
+keep their vectors: the new version links the shards of the earlier one, adds shards of its own, and
+says in ``rows.parquet`` which row is whose.  Rows that are nobody's are tombstones; above
+``scale.compact_above`` of them a version is written compact.
 """
 
 from __future__ import annotations
@@ -28,7 +30,14 @@ from invar_ray.config import Config
 from invar_ray.console import Progress
 from invar_ray.errors import ResourceError
 from invar_ray.index.probes import write_probes
-from invar_ray.index.vectors import ROWS_FILE, ROWS_SCHEMA, SHARDS, VectorStore, shard_name, unit_rows
+from invar_ray.index.vectors import (
+    ROWS_FILE,
+    ROWS_SCHEMA,
+    SHARDS,
+    VectorStore,
+    shard_name,
+    unit_rows,
+)
 from invar_ray.models.encoder import EncoderSpec
 from invar_ray.models.precision import inference_precision
 from invar_ray.steps.layout import Layout, make_layout, passage_ids
@@ -47,7 +56,9 @@ from invar_ray.versions import STEPS
 _SHARDS_AT_HOME = 2
 
 
-def vectors_plan(config: Config, passages: Artifact, spec: EncoderSpec, name: str, adapter: Artifact | None) -> Plan:
+def vectors_plan(
+    config: Config, passages: Artifact, spec: EncoderSpec, name: str, adapter: Artifact | None
+) -> Plan:
     """The artifact of all passages' vectors under one encoder."""
     parents = {"passages": passages} | ({"adapter": adapter} if adapter is not None else {})
     return Plan(
@@ -74,13 +85,16 @@ def build_vectors(
         config: the run.
         passages: what is embedded.
         spec: the encoder.
-        start_ray: connects to Ray, where there is enough to do for actors; the work is done within.  ``None`` does all
-            of it in this process.  The vectors are the same.
+        start_ray: connects to Ray, where there is enough to do for actors; the work is done within.
+            ``None`` does all of it in this process.  The vectors are the same.
     """
     started, cpu = time.monotonic(), time.process_time()
     scale, precision = config.scale, inference_precision(config, spec.kind)
     if spec.kind == "llm" and precision != config.model.precision:
-        print(f"  embedding on CPUs, so in {precision} (model.precision is {config.model.precision})", flush=True)
+        print(
+            f"  embedding on CPUs, so in {precision} (model.precision is {config.model.precision})",
+            flush=True,
+        )
     layout = make_layout(building, config, passages, spec)
     filesystem, prefix = building.filesystem, f"{building.prefix}/{SHARDS}"
     filesystem.create_dir(prefix, recursive=True)
@@ -110,7 +124,9 @@ def build_vectors(
         usage.load_cpu_s = time.process_time() - before
         for task in todo:
             found = actor({name: [value] for name, value in task.to_row().items()})
-            progress.advance(usage.add({name: column[0] for name, column in found.items()}, here=True))
+            progress.advance(
+                usage.add({name: column[0] for name, column in found.items()}, here=True)
+            )
     elif todo and start_ray is not None:
         before = time.process_time()
         with start_ray():
@@ -145,11 +161,17 @@ def _stream(todo: list[ShardTask], arguments: dict[str, Any], config: Config) ->
     scale = config.scale
     stream = ray.data.from_items([task.to_row() for task in todo], override_num_blocks=len(todo))
     on_gpu = scale.embed_gpus_per_worker > 0
-    tokenizers = scale.tokenize_workers if scale.tokenize_workers is not None else scale.embed_workers * on_gpu
+    tokenizers = (
+        scale.tokenize_workers
+        if scale.tokenize_workers is not None
+        else scale.embed_workers * on_gpu
+    )
     if tokenizers:
         stream = stream.map_batches(
             TokenizeShard,
-            fn_constructor_kwargs={name: arguments[name] for name in ("root_uri", "passages_ref", "spec")},
+            fn_constructor_kwargs={
+                name: arguments[name] for name in ("root_uri", "passages_ref", "spec")
+            },
             batch_size=1,
             num_cpus=1 if on_gpu else scale.cpus_per_worker,
             compute=ray.data.ActorPoolStrategy(size=min(tokenizers, len(todo))),
@@ -162,7 +184,8 @@ def _stream(todo: list[ShardTask], arguments: dict[str, Any], config: Config) ->
         batch_size=1,
         num_cpus=1 if on_gpu else scale.cpus_per_worker,
         num_gpus=scale.embed_gpus_per_worker or None,
-        # One shard in hand and none waiting at each actor: what a kill can undo stays small. A GPU must not wait.
+        # One shard in hand and none waiting at each actor: what a kill can undo stays small. A GPU
+        # must not wait.
         compute=ray.data.ActorPoolStrategy(
             min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=2 if on_gpu else 1
         ),
@@ -174,7 +197,9 @@ def _needs_cluster(config: Config, todo: list[ShardTask]) -> bool:
     scale = config.scale
     joins = scale.ray_address is not None or bool(os.environ.get("RAY_ADDRESS"))
     fresh = sum(int((task.reuse < 0).sum()) for task in todo)
-    return fresh > 0 and (joins or scale.embed_gpus_per_worker > 0 or fresh > _SHARDS_AT_HOME * scale.shard_rows)
+    return fresh > 0 and (
+        joins or scale.embed_gpus_per_worker > 0 or fresh > _SHARDS_AT_HOME * scale.shard_rows
+    )
 
 
 def _remove_map(building: Building) -> None:
@@ -203,9 +228,11 @@ def _link_shards(layout: Layout, filesystem: fs.FileSystem, prefix: str) -> None
         filesystem.copy_file(f"{source}/{name}", target)
 
 
-def _finished_shards(filesystem: fs.FileSystem, prefix: str, layout: Layout, made_by: tuple[str, str]) -> set[int]:
-    """First rows of the shards that stand, are whole and were made by this (encoder, precision); all other files there
-    are removed, so that none is published by accident.
+def _finished_shards(
+    filesystem: fs.FileSystem, prefix: str, layout: Layout, made_by: tuple[str, str]
+) -> set[int]:
+    """First rows of the shards that stand, are whole and were made by this (encoder, precision);
+    all other files there are removed, so that none is published by accident.
     """
     finished = set()
     keep = {name.rpartition("/")[2] for name in layout.linked}
@@ -235,17 +262,22 @@ def _refuse_gaps(filesystem: fs.FileSystem, prefix: str, layout: Layout) -> None
     ]
     if lacking:
         raise ResourceError(
-            f"{len(lacking)} of {len(layout.tasks)} shards are missing below {prefix} (first: row {lacking[0]})",
+            f"{len(lacking)} of {len(layout.tasks)} shards are missing below {prefix} (first: row "
+            f"{lacking[0]})",
             action="run the step again; make sure that only one run at a time embeds into this store",
         )
 
 
 def _write_probes(building: Building, config: Config, passages: Artifact, layout: Layout) -> None:
-    """Some passages with their vectors, as an index keeps them: the actors made them, no encoder is loaded for it."""
+    """Some passages with their vectors, as an index keeps them: the actors made them, no encoder is
+    loaded for it.
+    """
     table = PassageRows(passages)
     count = min(config.index.num_probes, len(table))
     chosen = np.linspace(0, len(table) - 1, num=count, dtype=np.int64)
     matrix = unit_rows(VectorStore(building.filesystem, building.prefix).take(layout.rows[chosen]))
     taken = table.take(chosen)
-    texts = list(zip(taken.column("title").to_pylist(), taken.column("text").to_pylist(), strict=True))
+    texts = list(
+        zip(taken.column("title").to_pylist(), taken.column("text").to_pylist(), strict=True)
+    )
     write_probes(building.path / "probes.parquet", texts, matrix)

@@ -1,4 +1,6 @@
-"""Proof that an index is what it says: every check reads the stored files, and the encoder is asked again."""
+"""Proof that an index is what it says: every check reads the stored files, and the encoder is asked
+again.
+"""
 
 from __future__ import annotations
 
@@ -51,8 +53,8 @@ class Fault(InvarError):
 
 
 def verify_index(index: Artifact, *, samples: int, seed: int, device: str = "cpu") -> Verified:
-    """Check an ``index`` artifact, its ``vectors`` and its ``passages`` against each other and against the encoder, in
-    the precision that made them.
+    """Check an ``index`` artifact, its ``vectors`` and its ``passages`` against each other and
+    against the encoder, in the precision that made them.
 
     Args:
         index: whose files are read.
@@ -72,7 +74,10 @@ def verify_index(index: Artifact, *, samples: int, seed: int, device: str = "cpu
     found.check("ids", lambda: _ids(vectors, table))
     found.check("contents", lambda: _contents(vectors, table))
     encoder = open_encoder(
-        EncoderSpec.from_json(vectors.info["encoder"]), vectors.store, precision=made_in(vectors), device=device
+        EncoderSpec.from_json(vectors.info["encoder"]),
+        vectors.store,
+        precision=made_in(vectors),
+        device=device,
     )
     found.check("encoder", lambda: _encoder(index, vectors, encoder))
     found.check("probes", lambda: f"reproduced, lowest cosine {check_probes(index, encoder):.6f}")
@@ -94,27 +99,41 @@ def _rows(index: Artifact, vectors: Artifact, count: int) -> str:
         "passages recorded by the passages step": index.parent("passages").info["passages"],
     }
     if len(set(counts.values())) > 1:
-        raise Fault(f"the counts differ: {counts}", action="run jobs.reindex with scale.incremental=false")
+        raise Fault(
+            f"the counts differ: {counts}", action="run jobs.reindex with scale.incremental=false"
+        )
     return f"{count:,} passages, vectors and index rows"
 
 
 def _shards(vectors: Artifact) -> str:
     filesystem, place = vectors.store.filesystem, vectors.store.location(vectors.ref)
     encoder = EncoderSpec.from_json(vectors.info["encoder"]).fingerprint
-    entries = sorted(name for name in vectors.manifest.files if name.startswith(SHARDS) and name.endswith(".json"))
+    entries = sorted(
+        name
+        for name in vectors.manifest.files
+        if name.startswith(SHARDS) and name.endswith(".json")
+    )
     reached = 0
     for name in entries:
         with filesystem.open_input_file(f"{place}/{name}") as stream:
             entry = json.loads(stream.read())
         if entry["start"] != reached:
-            raise Fault(f"{name} starts at row {entry['start']}", expected=f"row {reached}, where the one before ends")
+            raise Fault(
+                f"{name} starts at row {entry['start']}",
+                expected=f"row {reached}, where the one before ends",
+            )
         if entry["encoder"] != encoder:
-            raise Fault(f"{name} was made by encoder {entry['encoder']}", expected=f"encoder {encoder}")
+            raise Fault(
+                f"{name} was made by encoder {entry['encoder']}", expected=f"encoder {encoder}"
+            )
         if not shard_is_whole(filesystem, f"{place}/{name.removesuffix('.json')}", entry):
             raise Fault(f"{name} records another checksum than its data has")
         reached = entry["stop"]
     if reached != vector_store(vectors).size:
-        raise Fault(f"the shards' entries end at row {reached}", expected=f"row {vector_store(vectors).size}")
+        raise Fault(
+            f"the shards' entries end at row {reached}",
+            expected=f"row {vector_store(vectors).size}",
+        )
     return f"{len(entries)} without gap or overlap, checksums as recorded, all by encoder {encoder}"
 
 
@@ -148,9 +167,13 @@ def _contents(vectors: Artifact, table: PassageRows) -> str:
         pairs = zip(part.column("title").to_pylist(), part.column("text").to_pylist(), strict=True)
         for at, (title, text) in enumerate(pairs, start=start):
             if hashes[rows[at]] != passage_digest(title, text):
-                raise Fault(f"row {rows[at]} holds the vector of another text than passage {at} has")
+                raise Fault(
+                    f"row {rows[at]} holds the vector of another text than passage {at} has"
+                )
     dead = len(hashes) - len(np.unique(rows))
-    return f"each vector's is that of its passage; {dead:,} of {len(hashes):,} rows are no passage's"
+    return (
+        f"each vector's is that of its passage; {dead:,} of {len(hashes):,} rows are no passage's"
+    )
 
 
 def _encoder(index: Artifact, vectors: Artifact, encoder: TextEncoder) -> str:
@@ -164,18 +187,25 @@ def _encoder(index: Artifact, vectors: Artifact, encoder: TextEncoder) -> str:
     return f"{encoder.fingerprint} in index and vectors"
 
 
-def _samples(vectors: Artifact, table: PassageRows, encoder: TextEncoder, samples: int, seed: int) -> str:
+def _samples(
+    vectors: Artifact, table: PassageRows, encoder: TextEncoder, samples: int, seed: int
+) -> str:
     count = min(samples, len(table))
-    chosen = np.sort(np.random.default_rng(seed).choice(len(table), count, replace=False)).astype(np.int64)
+    chosen = np.sort(np.random.default_rng(seed).choice(len(table), count, replace=False)).astype(
+        np.int64
+    )
     store = vector_store(vectors)
     stored = unit_rows(store.take(store.passage_rows()[chosen]))
     part = table.take(chosen)
-    texts = list(zip(part.column("title").to_pylist(), part.column("text").to_pylist(), strict=True))
+    texts = list(
+        zip(part.column("title").to_pylist(), part.column("text").to_pylist(), strict=True)
+    )
     cosines = (encoder.encode_passages(texts) * stored).sum(axis=1)
     if not cosines.min() >= 1.0 - SAMPLE_TOLERANCE:
         worst = int(cosines.argmin())
         raise Fault(
-            f"passage {part.column('id')[worst].as_py()} has another vector than its encoder gives it (cosine "
+            f"passage {part.column('id')[worst].as_py()} has another vector than its encoder gives "
+            "it (cosine "
             f"{cosines[worst]:.4f})",
             expected=f"at least {1.0 - SAMPLE_TOLERANCE}",
             action="run jobs.reindex with scale.incremental=false",

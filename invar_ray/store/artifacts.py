@@ -1,11 +1,12 @@
 """Named, versioned artifacts: what steps hand each other.
 
-An artifact is a folder ``<root>/<kind>/<name>-<fingerprint>/`` whose ``manifest.json`` is written last.  A folder
-without a manifest is incomplete and refused.  The fingerprint hashes the kind, the step's own science settings, the
-parents' fingerprints and the step's code version: same inputs, same name, so a re-run finds what stands.
+An artifact is a folder ``<root>/<kind>/<name>-<fingerprint>/`` whose ``manifest.json`` is written
+last.  A folder without a manifest is incomplete and refused.  The fingerprint hashes the kind, the
+step's own science settings, the parents' fingerprints and the step's code version: same inputs,
+same name, so a re-run finds what stands.
 
-Local stores (and shared file systems) stage in ``<root>/.staging`` and rename; object stores (s3, gs), which have no
-atomic rename, write in place and count as published when the manifest is there.
+Local stores (and shared file systems) stage in ``<root>/.staging`` and rename; object stores (s3,
+gs), which have no atomic rename, write in place and count as published when the manifest is there.
 """
 
 from __future__ import annotations
@@ -27,7 +28,12 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pyarrow import fs
 
-from invar_ray.errors import ArtifactError, CorruptArtifactError, IncompleteArtifactError, MissingArtifactError
+from invar_ray.errors import (
+    ArtifactError,
+    CorruptArtifactError,
+    IncompleteArtifactError,
+    MissingArtifactError,
+)
 from invar_ray.store.files import flush, inventory, join_uri, resolve_uri
 from invar_ray.store.manifest import MANIFEST, Manifest, Plan, canonical_json, check_files, digest
 
@@ -83,7 +89,9 @@ class Artifact:
         return self.store.open(self.manifest.parents[role])
 
     def path(self, name: str = "") -> Path:
-        """Local path of a file of it (or of the folder); downloads from an object store once, into the user's cache."""
+        """Local path of a file of it (or of the folder); downloads from an object store once, into
+        the user's cache.
+        """
         return self.store.local_folder(self) / name
 
     def verify(self) -> None:
@@ -99,7 +107,8 @@ class Artifact:
 class Building:
     """An artifact under construction: write files below ``path``.
 
-    The workers of a resumable step may also write through ``filesystem`` below ``prefix``, each file atomically.
+    The workers of a resumable step may also write through ``filesystem`` below ``prefix``, each
+    file atomically.
     """
 
     plan: Plan
@@ -136,13 +145,16 @@ class Store:
         return f"{self.root.rstrip('/')}/{ref}"
 
     def find(self, plan: Plan) -> Artifact | None:
-        """The published artifact of ``plan``, or ``None``; file sizes are checked, contents are not."""
+        """The published artifact of ``plan``, or ``None``; file sizes are checked, contents are
+        not.
+        """
         if self._read(f"{self.location(plan.ref)}/{MANIFEST}") is None:
             return None
         return self.open(plan.ref)
 
     def open(self, ref: str, kind: str | None = None) -> Artifact:
-        """Open a published artifact; file sizes are checked, contents only by :meth:`Artifact.verify`.
+        """Open a published artifact; file sizes are checked, contents only by
+        :meth:`Artifact.verify`.
 
         Raises:
             MissingArtifactError: nothing is there.
@@ -164,7 +176,9 @@ class Store:
             )
         manifest = Manifest.from_json(text, uri)
         if kind is not None and manifest.kind != kind:
-            raise ArtifactError(f"{uri} is an artifact of kind {manifest.kind!r}", expected=f"kind {kind!r}")
+            raise ArtifactError(
+                f"{uri} is an artifact of kind {manifest.kind!r}", expected=f"kind {kind!r}"
+            )
         self.check_files(ref, manifest, contents=False)
         return Artifact(self, ref, manifest)
 
@@ -173,21 +187,25 @@ class Store:
         selector = fs.FileSelector(self.location(kind), allow_not_found=True)
         found = []
         for entry in self.filesystem.get_file_info(selector):
-            with contextlib.suppress(MissingArtifactError, IncompleteArtifactError, CorruptArtifactError):
+            with contextlib.suppress(
+                MissingArtifactError, IncompleteArtifactError, CorruptArtifactError
+            ):
                 found.append(self.open(f"{kind}/{entry.base_name}"))
         return sorted(found, key=lambda artifact: artifact.manifest.created)
 
     @contextlib.contextmanager
     def build(self, plan: Plan, *, resumable: bool = False) -> Iterator[Building]:
-        """Make an artifact: the body writes its files, leaving the block publishes them all at once.
+        """Make an artifact: the body writes its files, leaving the block publishes them all at
+        once.
 
         Args:
             plan: what is made.
-            resumable: keep the staging folder, under a name that the next run finds, if the body fails; the body must
-                then cope with files of an earlier try and write each of its own atomically.  Other nodes may write
-                there too.
+            resumable: keep the staging folder, under a name that the next run finds, if the body
+                fails; the body must then cope with files of an earlier try and write each of its
+                own atomically.  Other nodes may write there too.
 
-        If another writer publishes the same plan first, its result stands and this one is dropped: the contents are
+        If another writer publishes the same plan first, its result stands and this one is dropped:
+        the contents are
             equal.
         """
         suffix = "" if resumable else f"-{uuid.uuid4().hex[:8]}"
@@ -213,21 +231,31 @@ class Store:
                 shutil.rmtree(staging, ignore_errors=True)
 
     def get_or_build(
-        self, plan: Plan, body: Callable[[Building], None], *, resumable: bool = False, alone: bool = False
+        self,
+        plan: Plan,
+        body: Callable[[Building], None],
+        *,
+        resumable: bool = False,
+        alone: bool = False,
     ) -> tuple[Artifact, bool]:
-        """The artifact of ``plan``, made by ``body`` unless it stands. Returns it, and whether it was re-used.
+        """The artifact of ``plan``, made by ``body`` unless it stands. Returns it, and whether it
+        was re-used.
 
         Args:
             plan: what is wanted.
             body: makes it.
             resumable: see :meth:`build`.
-            alone: in a local store, wait for another process that is making it, and take its result.  Resumable
-                steps always do.
+            alone: in a local store, wait for another process that is making it, and take its
+                result.  Resumable steps always do.
         """
         found = self.find(plan)
         if found is not None:
             return found, True
-        with self._alone(plan) if (resumable or alone) and self.is_local else contextlib.nullcontext():
+        with (
+            self._alone(plan)
+            if (resumable or alone) and self.is_local
+            else contextlib.nullcontext()
+        ):
             found = self.find(plan)  # another run may have made it while this one waited
             if found is not None:
                 return found, True
@@ -251,7 +279,13 @@ class Store:
             source_filesystem=self.filesystem,
             destination_filesystem=fs.LocalFileSystem(),
         )
-        check_files(staging.as_posix(), fs.LocalFileSystem(), artifact.manifest, contents=True, shown=artifact.uri)
+        check_files(
+            staging.as_posix(),
+            fs.LocalFileSystem(),
+            artifact.manifest,
+            contents=True,
+            shown=artifact.uri,
+        )
         try:
             staging.rename(target)
         except OSError:  # another process was faster; its copy is as good
@@ -260,7 +294,9 @@ class Store:
 
     def check_files(self, ref: str, manifest: Manifest, *, contents: bool) -> None:
         """Compare files with the manifest; see :meth:`Artifact.verify`."""
-        check_files(self.location(ref), self.filesystem, manifest, contents, join_uri(self.root_uri, ref))
+        check_files(
+            self.location(ref), self.filesystem, manifest, contents, join_uri(self.root_uri, ref)
+        )
 
     def _publish(self, building: Building, resumable: bool) -> None:
         plan, final = building.plan, self.location(building.plan.ref)
@@ -270,7 +306,10 @@ class Store:
             for path in sorted(entry for entry in building.path.rglob("*") if entry.is_file()):
                 target = f"{final}/{path.relative_to(building.path).as_posix()}"
                 fs.copy_files(
-                    str(path), target, source_filesystem=fs.LocalFileSystem(), destination_filesystem=self.filesystem
+                    str(path),
+                    target,
+                    source_filesystem=fs.LocalFileSystem(),
+                    destination_filesystem=self.filesystem,
                 )
         if self.is_local or resumable:
             files = inventory(self.filesystem, building.prefix, MANIFEST)
@@ -298,14 +337,20 @@ class Store:
 
     @contextlib.contextmanager
     def _alone(self, plan: Plan) -> Iterator[None]:
-        """Let one process at a time make an artifact of a local store whose working folder has a fixed name."""
+        """Let one process at a time make an artifact of a local store whose working folder has a
+        fixed name.
+        """
         place = Path(self.root) / ".locks" / f"{plan.kind}-{plan.fingerprint}"
         place.parent.mkdir(parents=True, exist_ok=True)
         with open(place, "w", encoding="utf-8") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(f"  another run is making {plan.ref}: waiting for it", file=sys.stderr, flush=True)
+                print(
+                    f"  another run is making {plan.ref}: waiting for it",
+                    file=sys.stderr,
+                    flush=True,
+                )
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
@@ -330,7 +375,8 @@ class Store:
             return None
         except OSError as error:
             raise ArtifactError(
-                f"cannot read {path} ({error})", action="check the bucket, the credentials and the network"
+                f"cannot read {path} ({error})",
+                action="check the bucket, the credentials and the network",
             ) from error
 
 
@@ -344,7 +390,8 @@ def check_trained(root_uri: str, kind: str) -> None:
     if not store.list(kind):
         there = store.filesystem.get_file_info(store.root).type != fs.FileType.NotFound
         raise MissingArtifactError(
-            f"storage.root_uri is {store.root_uri}, {f'which holds no {kind}' if there else 'and nothing is there'}",
+            f"storage.root_uri is {store.root_uri}, "
+            f"{f'which holds no {kind}' if there else 'and nothing is there'}",
             expected="the store of a finished run",
             action="correct storage.root_uri, or make one with invar-ray demo or invar-ray train",
         )
@@ -361,12 +408,18 @@ def _usable(root: Path) -> None:
 
 
 def open_artifact(uri: str, kind: str | None = None) -> Artifact:
-    """Open an artifact by its own URI ``<root>/<kind>/<name>-<fingerprint>``; errors as :meth:`Store.open`."""
+    """Open an artifact by its own URI ``<root>/<kind>/<name>-<fingerprint>``; errors as
+    :meth:`Store.open`.
+    """
     parts = urlsplit(uri)
     path = parts.path.rstrip("/") if "://" in uri else os.path.abspath(os.path.expanduser(uri))
     head, _, leaf = path.rpartition("/")
     root, _, folder = head.rpartition("/")
     if not folder or not leaf:
-        raise MissingArtifactError(f"no artifact at {uri}", expected="<root>/<kind>/<name>-<fingerprint>")
-    root_uri = urlunsplit((parts.scheme, parts.netloc, root, parts.query, "")) if "://" in uri else root
+        raise MissingArtifactError(
+            f"no artifact at {uri}", expected="<root>/<kind>/<name>-<fingerprint>"
+        )
+    root_uri = (
+        urlunsplit((parts.scheme, parts.netloc, root, parts.query, "")) if "://" in uri else root
+    )
     return Store(root_uri).open(f"{folder}/{leaf}", kind)

@@ -1,7 +1,8 @@
-"""Writes that only one of several writers can win: create a file unless it is there, replace it unless it changed.
+"""Writes that only one of several writers can win: create a file unless it is there, replace it
+unless it changed.
 
-Local and shared file systems do it with ``link``, object stores with a conditional put, which pyarrow does not have.
-The only file that imports obstore.
+Local and shared file systems do it with ``link``, object stores with a conditional put, which
+pyarrow does not have. The only file that imports obstore.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ def create_if_absent(uri: str, content: bytes) -> bool:
 
     Args:
         uri: local path, ``file://``, ``s3://``, ``gs://`` (``hdfs://`` is untested).
-        content: must differ between writers (hold a random token), so that a writer knows its own again.
+        content: must differ between writers (hold a random token), so that a writer knows its own
+            again.
 
     Returns:
         Whether the file holds this writer's ``content``.
@@ -54,7 +56,8 @@ def create_if_absent(uri: str, content: bytes) -> bool:
 
 
 def replace(uri: str, make: Callable[[], bytes]) -> None:
-    """Replace a file by ``make()`` so that of several writers the one that called ``make`` last is written last.
+    """Replace a file by ``make()`` so that of several writers the one that called ``make`` last is
+    written last.
 
     Args:
         uri: as :func:`create_if_absent`.
@@ -83,13 +86,17 @@ def replace(uri: str, make: Callable[[], bytes]) -> None:
             mode: Any = "create"
             with contextlib.suppress(FileNotFoundError, obstore.exceptions.NotFoundError):
                 found = obstore.head(store, key)
-                mode = {name: found[name] for name in ("e_tag", "version") if found[name] is not None}
+                mode = {
+                    name: found[name] for name in ("e_tag", "version") if found[name] is not None
+                }
             try:
                 obstore.put(store, key, make(), mode=mode)
                 return
             except (obstore.exceptions.AlreadyExistsError, obstore.exceptions.PreconditionError):
                 continue
-    raise ArtifactError(f"{uri} was changed by other writers {_TRIES} times in a row", action="try again")
+    raise ArtifactError(
+        f"{uri} was changed by other writers {_TRIES} times in a row", action="try again"
+    )
 
 
 def _link(path: Path, content: bytes) -> bool:
@@ -100,7 +107,8 @@ def _link(path: Path, content: bytes) -> bool:
             stream.write(content)
             stream.flush()
             os.fsync(stream.fileno())
-        # O_EXCL on the name itself would show a reader an empty file; a link appears with its content.
+        # O_EXCL on the name itself would show a reader an empty file; a link appears with its
+        # content.
         try:
             os.link(temporary, path)
         except FileExistsError:
@@ -144,7 +152,9 @@ def _object_store(uri: str) -> tuple[Any, str]:
     endpoint, scheme = options.get("endpoint_override"), options.get("scheme", "https")
     if endpoint:
         settings["endpoint"] = endpoint if "://" in endpoint else f"{scheme}://{endpoint}"
-        settings["virtual_hosted_style_request"] = options.get("force_virtual_addressing", "false") == "true"
+        settings["virtual_hosted_style_request"] = (
+            options.get("force_virtual_addressing", "false") == "true"
+        )
     if options.get("allow_http") or scheme == "http":
         settings["client_options"] = {"allow_http": True}
     if parts.username and parts.password:

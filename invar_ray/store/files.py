@@ -17,11 +17,15 @@ _CHUNK = 1 << 20
 
 
 def join_uri(root_uri: str, ref: str) -> str:
-    """``root_uri`` with ``ref`` added to its path (a query part, e.g. an S3 endpoint, stays at the end)."""
+    """``root_uri`` with ``ref`` added to its path (a query part, e.g. an S3 endpoint, stays at the
+    end).
+    """
     if "://" not in root_uri:
         return f"{root_uri.rstrip('/')}/{ref}"
     parts = urlsplit(root_uri)
-    return urlunsplit((parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/{ref}", parts.query, ""))
+    return urlunsplit(
+        (parts.scheme, parts.netloc, f"{parts.path.rstrip('/')}/{ref}", parts.query, "")
+    )
 
 
 def resolve_uri(uri: str) -> tuple[fs.FileSystem, str]:
@@ -36,7 +40,8 @@ def resolve_uri(uri: str) -> tuple[fs.FileSystem, str]:
         filesystem, path = fs.FileSystem.from_uri(uri)
     except (ValueError, OSError, TypeError) as error:
         raise ArtifactError(
-            f"cannot open {uri!r} ({error})", expected="a local path, or a file://, s3:// or gs:// URI"
+            f"cannot open {uri!r} ({error})",
+            expected="a local path, or a file://, s3:// or gs:// URI",
         ) from error
     return filesystem, path
 
@@ -59,7 +64,11 @@ def inventory(filesystem: fs.FileSystem, prefix: str, skip: str) -> dict[str, di
     files = {}
     for entry in filesystem.get_file_info(fs.FileSelector(prefix, recursive=True)):
         name = entry.path[len(prefix) :].lstrip("/")
-        if entry.type == fs.FileType.File and name != skip and not name.rpartition("/")[2].startswith("."):
+        if (
+            entry.type == fs.FileType.File
+            and name != skip
+            and not name.rpartition("/")[2].startswith(".")
+        ):
             files[name] = {"bytes": entry.size, "sha256": sha256(filesystem, entry.path)}
     return files
 
@@ -75,7 +84,8 @@ def sha256(filesystem: fs.FileSystem, path: str) -> str:
 
 def flush(folder: Path) -> None:
     """Ask the disk to keep every file below ``folder``."""
-    # A rename may reach the disk before the files do: after a power cut the manifest must not outlive its files.
+    # A rename may reach the disk before the files do: after a power cut the manifest must not
+    # outlive its files.
     for path in folder.rglob("*"):
         if path.is_file():
             descriptor = os.open(path, os.O_RDONLY)

@@ -17,25 +17,34 @@ from invar_ray.store.published import FOLDER, Published
 
 @dataclass(frozen=True)
 class Collected:
-    """What :func:`collect` gave up: version numbers, and the refs of the artifacts that were removed."""
+    """What :func:`collect` gave up: version numbers, and the refs of the artifacts that were
+    removed.
+    """
 
     versions: tuple[int, ...]
     removed: tuple[str, ...]
 
 
 def collect(
-    published: Published, keep: int = 3, *, parents: bool = False, min_age_s: float = 0.0, dry_run: bool = False
+    published: Published,
+    keep: int = 3,
+    *,
+    parents: bool = False,
+    min_age_s: float = 0.0,
+    dry_run: bool = False,
 ) -> Collected:
     """Give up all but the newest versions and remove index artifacts that only those name.
 
-    It takes a version number, as every writer does, before it removes anything: from then on nobody can go back to
-    what it removes, and one who tries at the same time loses or wins as a whole.
+    It takes a version number, as every writer does, before it removes anything: from then on nobody
+    can go back to what it removes, and one who tries at the same time loses or wins as a whole.
 
     Args:
         published: the versions of one index.
         keep: how many publications stay, the current one counted (it stays in any case).
-        parents: remove ``vectors`` and ``passages`` too where no artifact that stays in the store is made of them.
-        min_age_s: versions that were current within so many seconds stay: somebody may be loading them.
+        parents: remove ``vectors`` and ``passages`` too where no artifact that stays in the store
+            is made of them.
+        min_age_s: versions that were current within so many seconds stay: somebody may be loading
+            them.
         dry_run: only say what would go.
 
     Raises:
@@ -53,15 +62,27 @@ def collect(
     stay = {*publications[-keep:], *recent}
     gone = tuple(number for number in publications if number not in stay)
     collected = tuple(sorted({*newest.collected, *gone}))
-    held = {ref for record in history if record.source in stay for ref in record.index} | _held_elsewhere(published)
+    held = {
+        ref for record in history if record.source in stay for ref in record.index
+    } | _held_elsewhere(published)
     named = {ref for number in collected for ref in published.read(number).index} - held
-    refs = sorted(ref for ref in named if _exists(store, ref))  # also what an earlier try did not get to
+    refs = sorted(
+        ref for ref in named if _exists(store, ref)
+    )  # also what an earlier try did not get to
     if parents:
         refs += _orphans(store, refs)
     if dry_run:
         return Collected(gone, tuple(refs))
     if gone:
-        published.commit(newest, None, "gc", newest.index, source=newest.source, collected=collected, info=newest.info)
+        published.commit(
+            newest,
+            None,
+            "gc",
+            newest.index,
+            source=newest.source,
+            collected=collected,
+            info=newest.info,
+        )
     removed = []
     for ref in refs:
         if ref not in published.need().index:  # somebody may have published it anew
@@ -80,7 +101,9 @@ def _held_elsewhere(published: Published) -> set[str]:
             other = Published(store, entry.base_name)
             newest = other.current()
             if newest is not None:
-                held |= {ref for number in other.kept(newest) for ref in other.read(number).index} | set(newest.index)
+                held |= {
+                    ref for number in other.kept(newest) for ref in other.read(number).index
+                } | set(newest.index)
     return held
 
 
@@ -91,7 +114,9 @@ def _orphans(store: Store, going: Sequence[str]) -> list[str]:
     kinds = [
         entry.base_name
         for entry in store.filesystem.get_file_info(selector)
-        if entry.type == fs.FileType.Directory and not entry.base_name.startswith(".") and entry.base_name != FOLDER
+        if entry.type == fs.FileType.Directory
+        and not entry.base_name.startswith(".")
+        and entry.base_name != FOLDER
     ]
     artifacts = [artifact for kind in kinds for artifact in store.list(kind)]
     for kind in ("vectors", "passages"):  # in this order: vectors are made of passages
@@ -108,7 +133,9 @@ def _orphans(store: Store, going: Sequence[str]) -> list[str]:
 
 
 def _exists(store: Store, ref: str) -> bool:
-    return bool(store.filesystem.get_file_info(f"{store.location(ref)}/{MANIFEST}").type == fs.FileType.File)
+    return bool(
+        store.filesystem.get_file_info(f"{store.location(ref)}/{MANIFEST}").type == fs.FileType.File
+    )
 
 
 def remove(store: Store, ref: str) -> None:

@@ -88,7 +88,8 @@ class Manifest:
     Attributes:
         parents: ref of each parent below the same root, by role.
         files: size in bytes and SHA-256 of each file, by path inside the folder.
-        info: what the step wants to tell (row counts, dimension, metrics, the encoder's description, ...).
+        info: what the step wants to tell (row counts, dimension, metrics, the encoder's
+            description, ...).
         created: UTC, ISO 8601; not part of any fingerprint.
     """
 
@@ -128,11 +129,14 @@ class Manifest:
             ) from error
 
 
-def check_files(prefix: str, filesystem: fs.FileSystem, manifest: Manifest, contents: bool, shown: str) -> None:
+def check_files(
+    prefix: str, filesystem: fs.FileSystem, manifest: Manifest, contents: bool, shown: str
+) -> None:
     """Compare the files below ``prefix`` with the manifest: sizes, and SHA-256 where ``contents``.
 
     Raises:
-        CorruptArtifactError: naming up to five files that are missing or differ; ``shown`` is the place it names.
+        CorruptArtifactError: naming up to five files that are missing or differ; ``shown`` is the
+            place it names.
     """
     faults = []
     for name, entry in sorted(manifest.files.items()):
@@ -146,6 +150,7 @@ def check_files(prefix: str, filesystem: fs.FileSystem, manifest: Manifest, cont
             faults.append(f"the content of {name} differs from its recorded sha256")
     if faults:
         raise CorruptArtifactError(
-            f"{shown} is damaged: {'; '.join(faults[:5])}" + (f"; and {len(faults) - 5} more" if faults[5:] else ""),
+            f"{shown} is damaged: {'; '.join(faults[:5])}"
+            + (f"; and {len(faults) - 5} more" if faults[5:] else ""),
             action=f"delete that folder and run the step that makes it (kind {manifest.kind!r}) again",
         )

@@ -48,7 +48,8 @@ class Version:
         """Parse a record.
 
         Raises:
-            CorruptArtifactError: if the text is none.  ArtifactError: if it has another schema version.
+            CorruptArtifactError: if the text is none.  ArtifactError: if it has another schema
+                version.
         """
         try:
             values = json.loads(text)

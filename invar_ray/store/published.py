@@ -2,15 +2,19 @@
 
 ::
 
-    <root>/published/<name>/versions/00000001.json ..   one record a version, never changed, never deleted
-    <root>/published/<name>/CURRENT                     the index URIs of the newest record, a line each
+    <root>/published/<name>/versions/00000001.json ..   one record a version, never changed, never
+    deleted <root>/published/<name>/CURRENT                     the index URIs of the newest record,
+    a line each
 
-The highest record is what counts.  A record is created only if its number is free (:mod:`invar_ray.store.conditional`), so
-that of two writers who start from one state exactly one wins; publishing, going back and collecting garbage all take a
-number, and so never overlap.  A record names all shards of an index: a reader of it cannot see a mixture.  ``CURRENT``
-is for those who can read a file but not a log; it is written right after the record and repaired by the next writer.
+The highest record is what counts.  A record is created only if its number is free
+(:mod:`invar_ray.store.conditional`), so that of two writers who start from one state exactly one
+wins; publishing, going back and collecting garbage all take a number, and so never overlap.  A
+record names all shards of an index: a reader of it cannot see a mixture.  ``CURRENT`` is for those
+who can read a file but not a log; it is written right after the record and repaired by the next
+writer.
 
-A record is a :class:`~invar_ray.store.publication.Version`.  Not to be confused with :mod:`invar_ray.versions`, of the code.
+A record is a :class:`~invar_ray.store.publication.Version`.  Not to be confused with
+:mod:`invar_ray.versions`, of the code.
 """
 
 from __future__ import annotations
@@ -57,7 +61,9 @@ class Published:
 
     def __init__(self, store: Store, name: str = "main") -> None:
         if not _NAME.fullmatch(name):
-            raise ArtifactError(f"{name!r} cannot name an index", expected="letters, digits and . _ -")
+            raise ArtifactError(
+                f"{name!r} cannot name an index", expected="letters, digits and . _ -"
+            )
         self.store, self.name = store, name
         self.ref = f"{FOLDER}/{name}"
         self.uri = join_uri(store.root_uri, self.ref)
@@ -70,7 +76,8 @@ class Published:
         Raises:
             ArtifactError: if the store cannot be read or the record is damaged.
         """
-        # Numbers have no gaps and records are never deleted: looking upwards from a number that was current is enough.
+        # Numbers have no gaps and records are never deleted: looking upwards from a number that was
+        # current is enough.
         number = self._hint() or max(self._numbers(), default=0)
         if number == 0:
             return None
@@ -78,7 +85,9 @@ class Published:
         while (above := self._read(number + 1)) is not None:
             number, newest = number + 1, above
         if newest is None:
-            raise CorruptArtifactError(f"{self.uri}/{CURRENT} names version {number}, which is gone")
+            raise CorruptArtifactError(
+                f"{self.uri}/{CURRENT} names version {number}, which is gone"
+            )
         return newest
 
     def need(self) -> Version:
@@ -90,7 +99,8 @@ class Published:
         newest = self.current()
         if newest is None:
             raise MissingArtifactError(
-                f"nothing has been published at {self.uri}", action="run invar-ray index-versions publish INDEX"
+                f"nothing has been published at {self.uri}",
+                action="run invar-ray index-versions publish INDEX",
             )
         return newest
 
@@ -115,7 +125,8 @@ class Published:
         """The index artifacts of a version (the current one unless given), one a shard.
 
         Raises:
-            MissingArtifactError: if nothing has been published, or the artifacts have been collected.
+            MissingArtifactError: if nothing has been published, or the artifacts have been
+                collected.
         """
         version = version or self.need()
         return [self.store.open(ref, "index") for ref in version.index]
@@ -125,7 +136,9 @@ class Published:
         return tuple(join_uri(self.store.root_uri, ref) for ref in (version or self.need()).index)
 
     def kept(self, newest: Version) -> list[int]:
-        """Numbers of the publications that one can go back to, ascending; ``newest`` is the current version."""
+        """Numbers of the publications that one can go back to, ascending; ``newest`` is the current
+        version.
+        """
         published = [record.number for record in self.history() if record.action == "publish"]
         return [number for number in published if number not in newest.collected]
 
@@ -140,12 +153,14 @@ class Published:
         info: Mapping[str, Any] | None = None,
         verify: bool = True,
     ) -> Version:
-        """Make these index artifacts (one a shard) the current version; what is current already stays as it is.
+        """Make these index artifacts (one a shard) the current version; what is current already
+        stays as it is.
 
         Args:
             indexes: artifacts of kind ``index`` of this store, all of one encoder.
-            expected: number of the version that this one was made against (0: none).  Pass it where the work took
-                time: without it only writers that overlap within this call exclude each other.
+            expected: number of the version that this one was made against (0: none).  Pass it where
+                the work took time: without it only writers that overlap within this call exclude
+                each other.
             note: for people.
             info: more facts for the record.
             verify: read every file and compare checksums before.
@@ -166,7 +181,9 @@ class Published:
         self.open(version)  # a collection that began before may have removed them
         return version
 
-    def rollback(self, to: int | None = None, *, expected: int | None = None, note: str = "") -> Version:
+    def rollback(
+        self, to: int | None = None, *, expected: int | None = None, note: str = ""
+    ) -> Version:
         """Serve an earlier version again, as a new record.
 
         Args:
@@ -194,7 +211,13 @@ class Published:
             )
         self.open(target)
         return self.commit(
-            newest, expected, "rollback", target.index, source=target.number, note=note, info=target.info
+            newest,
+            expected,
+            "rollback",
+            target.index,
+            source=target.number,
+            note=note,
+            info=target.info,
         )
 
     def commit(
@@ -209,7 +232,8 @@ class Published:
         note: str = "",
         info: Mapping[str, Any] | None = None,
     ) -> Version:
-        """Write the record after ``newest``; for :meth:`publish`, :meth:`rollback` and :mod:`invar_ray.store.garbage`.
+        """Write the record after ``newest``; for :meth:`publish`, :meth:`rollback` and
+        :mod:`invar_ray.store.garbage`.
 
         Raises:
             ConflictError: if another writer has that number.
@@ -230,7 +254,11 @@ class Published:
             json.loads(json.dumps(dict(info or {}))),
         )
         if not conditional.create_if_absent(self._record_uri(number), version.to_json().encode()):
-            raise _conflict(self.uri, f"got version {number} from another writer in this moment", self._read(number))
+            raise _conflict(
+                self.uri,
+                f"got version {number} from another writer in this moment",
+                self._read(number),
+            )
         self._point()
         return version
 
@@ -246,14 +274,19 @@ class Published:
 
     def _check(self, indexes: Sequence[Artifact], verify: bool) -> dict[str, Any]:
         if not indexes:
-            raise ArtifactError("no index to publish", expected="at least one artifact of kind index")
+            raise ArtifactError(
+                "no index to publish", expected="at least one artifact of kind index"
+            )
         encoders: dict[str, str] = {}
         for artifact in indexes:
             if artifact.manifest.kind != "index":
-                raise ArtifactError(f"{artifact.uri} is of kind {artifact.manifest.kind!r}", expected="kind 'index'")
+                raise ArtifactError(
+                    f"{artifact.uri} is of kind {artifact.manifest.kind!r}", expected="kind 'index'"
+                )
             if artifact.store.root_uri != self.store.root_uri:
                 raise MixedArtifactsError(
-                    f"{artifact.uri} is not below {self.store.root_uri}", action="publish in the store that holds it"
+                    f"{artifact.uri} is not below {self.store.root_uri}",
+                    action="publish in the store that holds it",
                 )
             encoders.setdefault(digest(artifact.info.get("encoder")), artifact.uri)
             recall, target = artifact.info.get("recall_at_10"), artifact.info.get("recall_target")
@@ -269,7 +302,9 @@ class Published:
                 action="reindex all shards with one encoder (python -m jobs.reindex)",
             )
         if len({artifact.ref for artifact in indexes}) < len(indexes):
-            raise MixedArtifactsError("a shard is named twice", expected="different index artifacts")
+            raise MixedArtifactsError(
+                "a shard is named twice", expected="different index artifacts"
+            )
         if verify:
             for artifact in indexes:
                 artifact.verify()
@@ -284,7 +319,9 @@ class Published:
         return join_uri(self.store.root_uri, f"{self.ref}/versions/{number:08d}.json")
 
     def _numbers(self) -> list[int]:
-        selector = fs.FileSelector(self.store.location(f"{self.ref}/versions"), allow_not_found=True)
+        selector = fs.FileSelector(
+            self.store.location(f"{self.ref}/versions"), allow_not_found=True
+        )
         names = [entry.base_name for entry in self.store.filesystem.get_file_info(selector)]
         return [int(name[:-5]) for name in names if re.fullmatch(r"\d+\.json", name)]
 
@@ -327,7 +364,9 @@ def open_published(uri: str) -> Published:
     base, _, query = uri.partition("?")
     found = _PLACE.fullmatch(base)
     if found is None:
-        raise MissingArtifactError(f"{uri} is no place of published versions", expected=f"<root>/{FOLDER}/<name>")
+        raise MissingArtifactError(
+            f"{uri} is no place of published versions", expected=f"<root>/{FOLDER}/<name>"
+        )
     return Published(Store(found.group(1) + (f"?{query}" if query else "")), found.group(2))
 
 

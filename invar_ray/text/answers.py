@@ -1,8 +1,9 @@
 """Answers as text: SQuAD normalisation, and whether and where a text holds an answer.
 
-Sources: ``normalise_answer`` is SQuAD's official evaluation script (Rajpurkar et al., arXiv 1606.05250).  Containment
-is word-bounded on the normalised text, as METHOD "Stage 1" and answer recall need it; [ours] it also drops punctuation
-outside ASCII (curly quotes, en dashes), which SQuAD's script keeps and which is common in Wikipedia.
+Sources: ``normalise_answer`` is SQuAD's official evaluation script (Rajpurkar et al., arXiv
+1606.05250).  Containment is word-bounded on the normalised text, as METHOD "Stage 1" and answer
+recall need it; [ours] it also drops punctuation outside ASCII (curly quotes, en dashes), which
+SQuAD's script keeps and which is common in Wikipedia.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ class _Word(NamedTuple):
 
 
 def normalise_answer(text: str) -> str:
-    """Normalise an answer as SQuAD does: lower case, no ASCII punctuation, no English articles, single spaces.
+    """Normalise an answer as SQuAD does: lower case, no ASCII punctuation, no English articles,
+    single spaces.
 
     The order is SQuAD's (punctuation goes before articles, so ``"the-end"`` becomes ``"theend"``).
     """
@@ -39,8 +41,8 @@ def normalise_answer(text: str) -> str:
 def contains_answer(text: str, answers: Sequence[str]) -> bool:
     """Whether any of ``answers`` stands in ``text``, word by word after normalisation.
 
-    ``"art"`` is not in ``"party"``; ``"1,000 men"`` is in ``"the 1000 men"``.  An answer of which normalisation leaves
-    nothing (``"the"``, ``"?"``) is in no text.
+    ``"art"`` is not in ``"party"``; ``"1,000 men"`` is in ``"the 1000 men"``.  An answer of which
+    normalisation leaves nothing (``"the"``, ``"?"``) is in no text.
     """
     return find_answer(text, answers) is not None
 
@@ -48,8 +50,8 @@ def contains_answer(text: str, answers: Sequence[str]) -> bool:
 def searchable(text: str) -> str:
     """The normalised words of ``text`` between single spaces, one at either end.
 
-    ``searchable(answer) in searchable(text)`` is :func:`contains_answer`, for texts that are searched many times; an
-    answer without words gives ``"  "``, which is in no text.
+    ``searchable(answer) in searchable(text)`` is :func:`contains_answer`, for texts that are
+    searched many times; an answer without words gives ``"  "``, which is in no text.
     """
     return f" {' '.join(word.text for word in _words(text))} "
 
@@ -62,9 +64,10 @@ def find_answer(text: str, answers: Sequence[str]) -> tuple[int, int] | None:
         answers: gold answers, any of which will do.
 
     Returns:
-        Character offsets, half open, of the earliest occurrence (of the longest one, where several start there);
-        ``None`` exactly when :func:`contains_answer` is false.  The span covers the answer as it was written where the
-        text spells it so (``"C++"``, ``"The Who"``), else the words that matched.
+        Character offsets, half open, of the earliest occurrence (of the longest one, where several
+        start there); ``None`` exactly when :func:`contains_answer` is false.  The span covers the
+        answer as it was written where the text spells it so (``"C++"``, ``"The Who"``), else the
+        words that matched.
     """
     words = _words(text)
     best: tuple[int, int] | None = None
@@ -84,7 +87,8 @@ def find_answer(text: str, answers: Sequence[str]) -> tuple[int, int] | None:
 
 def _words(text: str) -> list[_Word]:
     lowered = text.lower()
-    # Lower-casing can lengthen a character ("İ"): remember which raw character each lowered one came from.
+    # Lower-casing can lengthen a character ("İ"): remember which raw character each lowered one
+    # came from.
     origins = [index for index, character in enumerate(text) for _ in character.lower()]
     kept, places = [], []
     for character, origin in zip(lowered, origins, strict=True):
@@ -96,7 +100,8 @@ def _words(text: str) -> list[_Word]:
         places.append(origin)
     joined = _ARTICLES.sub(lambda match: " " * len(match.group()), "".join(kept))
     return [
-        _Word(match.group(), places[match.start()], places[match.end() - 1] + 1) for match in _WORD.finditer(joined)
+        _Word(match.group(), places[match.start()], places[match.end() - 1] + 1)
+        for match in _WORD.finditer(joined)
     ]
 
 

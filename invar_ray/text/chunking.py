@@ -1,4 +1,6 @@
-"""Documents into passages: by tokens, at sentence ends where there are any, with exact character offsets."""
+"""Documents into passages: by tokens, at sentence ends where there are any, with exact character
+offsets.
+"""
 
 from __future__ import annotations
 
@@ -12,31 +14,38 @@ from invar_ray.text.places import PlaceFinder
 from invar_ray.text.sentences import sentence_starts, skip_space
 from invar_ray.text.tokens import token_starts
 
-# A sentence longer than the window is cut at once if what stands before it fills less than this part. [ours]
+# A sentence longer than the window is cut at once if what stands before it fills less than this
+# part. [ours]
 _SENTENCE_PART = 1 / 3
 # An overlap may grow to this many times its length to start with a sentence. [ours]
 _OVERLAP_PART = 2
-# A page or heading that starts beyond this part of the window ends it, so that a passage is of one place. [ours]
+# A page or heading that starts beyond this part of the window ends it, so that a passage is of one
+# place. [ours]
 _PLACE_PART = 1 / 4
 _SLICE_CHARS = 1_000_000
 
 
-def chunk_document(document: Document, tokenizer: Any, *, tokens: int, stride: int) -> list[Passage]:
+def chunk_document(
+    document: Document, tokenizer: Any, *, tokens: int, stride: int
+) -> list[Passage]:
     """Cut a document into passages of at most ``tokens`` tokens.
 
-    A passage ends where a page or section of the document starts, if its window is a quarter full by then; else at the
-    last sentence end in the window; else, inside a sentence longer than the window, between words, else (no white
-    space at all) between tokens.  Every character but white space around passages is in some passage, and
-    ``document.text[p.start:p.end] == p.text``.  With ``stride < tokens`` neighbours share about ``tokens - stride``
-    tokens, from the start of a sentence on: up to twice as many, or none where the sentence before the border is
-    longer than that; inside a sentence longer than the window from a word border on.
+    A passage ends where a page or section of the document starts, if its window is a quarter full
+    by then; else at the last sentence end in the window; else, inside a sentence longer than the
+    window, between words, else (no white space at all) between tokens.  Every character but white
+    space around passages is in some passage, and ``document.text[p.start:p.end] == p.text``.  With
+    ``stride < tokens`` neighbours share about ``tokens - stride`` tokens, from the start of a
+    sentence on: up to twice as many, or none where the sentence before the border is longer than
+    that; inside a sentence longer than the window from a word border on.
 
     Args:
         document: an empty (or blank) text gives no passages.
-        tokenizer: a Hugging Face *fast* tokenizer (offset mappings are needed); special tokens and the title do not
-            count.  A passage cut inside a word can come out a token longer when it is tokenised by itself.
+        tokenizer: a Hugging Face *fast* tokenizer (offset mappings are needed); special tokens and
+            the title do not count.  A passage cut inside a word can come out a token longer when it
+            is tokenised by itself.
         tokens: longest passage, in tokens.
-        stride: tokens between the starts of neighbours, at most ``tokens``; less overlap where no sentence starts.
+        stride: tokens between the starts of neighbours, at most ``tokens``; less overlap where no
+            sentence starts.
 
     Returns:
         Passages in text order.  The id is ``<document id>:<start>-<end>:<hash of title and text>``.
@@ -47,11 +56,15 @@ def chunk_document(document: Document, tokenizer: Any, *, tokens: int, stride: i
     if tokens < 1 or not 1 <= stride <= tokens:
         raise ValueError(f"tokens={tokens}, stride={stride}: expected 1 <= stride <= tokens")
     if not getattr(tokenizer, "is_fast", False):
-        raise ValueError(f"{type(tokenizer).__name__} has no offset mapping: expected a fast tokenizer")
+        raise ValueError(
+            f"{type(tokenizer).__name__} has no offset mapping: expected a fast tokenizer"
+        )
     text = document.text
     if not text.strip():
         return []
-    spans = _token_windows(_borders(text, tokenizer), text, tokens, stride, [place.start for place in document.places])
+    spans = _token_windows(
+        _borders(text, tokenizer), text, tokens, stride, [place.start for place in document.places]
+    )
     kept: list[tuple[int, int]] = []
     for span in spans:
         start, end = _trimmed(text, *span)
@@ -64,32 +77,39 @@ def chunk_document(document: Document, tokenizer: Any, *, tokens: int, stride: i
 
 
 def passages_at(document: Document, spans: Sequence[tuple[int, int]]) -> list[Passage]:
-    """The passages of a document that was cut before, from where they start and end: no tokenizer is needed."""
+    """The passages of a document that was cut before, from where they start and end: no tokenizer
+    is needed.
+    """
     places = PlaceFinder(document)
     return [_passage(document, start, end, places.of(start, end)) for start, end in spans]
 
 
 def passage_id(document_id: str, title: str, text: str, start: int, end: int) -> str:
-    """The id of a passage: where it is, and a hash of what is embedded, so that any edit gives a new id."""
+    """The id of a passage: where it is, and a hash of what is embedded, so that any edit gives a
+    new id.
+    """
     digest = hashlib.sha256(f"{title}\n{text}".encode("utf-8", "surrogatepass")).hexdigest()
     return f"{document_id}:{start}-{end}:{digest[:8]}"
 
 
 def _borders(text: str, tokenizer: Any) -> list[int]:
-    """Character offset at which each token starts, then ``len(text)``; never falling.  The first is 0."""
+    """Character offset at which each token starts, then ``len(text)``; never falling.  The first is
+    0.
+    """
     borders = [0]
     for begin, stop in _slices(text):
         for start in token_starts(tokenizer, text[begin:stop])[1 if begin == 0 else 0 :]:
-            # Characters that the tokenizer drops lie between two offsets; starting each piece where the one before
-            # ended keeps them in a passage.  Byte-level tokens of one character share its offset.
+            # Characters that the tokenizer drops lie between two offsets; starting each piece where
+            # the one before ended keeps them in a passage.  Byte-level tokens of one character
+            # share its offset.
             borders.append(max(borders[-1], min(begin + start, stop)))
     borders.append(len(text))
     return borders
 
 
 def _slices(text: str) -> Iterator[tuple[int, int]]:
-    """The text in parts of some million characters, cut at white space: a tokenizer needs about 200 bytes of memory a
-    character.
+    """The text in parts of some million characters, cut at white space: a tokenizer needs about 200
+    bytes of memory a character.
     """
     begin = 0
     while len(text) - begin > _SLICE_CHARS:
@@ -104,7 +124,9 @@ def _token_windows(
     borders: list[int], text: str, tokens: int, stride: int, place_starts: list[int]
 ) -> list[tuple[int, int]]:
     last = len(borders) - 1
-    places = sorted({bisect.bisect_left(borders, start) for start in place_starts} - {0, last, last + 1})
+    places = sorted(
+        {bisect.bisect_left(borders, start) for start in place_starts} - {0, last, last + 1}
+    )
     sentences = _sentence_borders(borders, text)
     whole = set(sentences)
 
@@ -127,7 +149,9 @@ def _token_windows(
         for index in range(limit, begin, -1):
             if between_words(index) and borders[index] > borders[begin]:
                 return index
-        while limit < last and borders[limit] == borders[begin]:  # one character of many byte-level tokens
+        while (
+            limit < last and borders[limit] == borders[begin]
+        ):  # one character of many byte-level tokens
             limit += 1
         return limit
 
@@ -135,7 +159,9 @@ def _token_windows(
         wanted = end - (tokens - stride)
         if end in whole:
             earliest = max(begin + 1, end - _OVERLAP_PART * (tokens - stride))
-            near = sentences[bisect.bisect_left(sentences, earliest) : bisect.bisect_left(sentences, end)]
+            near = sentences[
+                bisect.bisect_left(sentences, earliest) : bisect.bisect_left(sentences, end)
+            ]
             near = [index for index in near if borders[index] > borders[begin]]
             # the last one at or before the place wanted, else the first after it, else no overlap
             before = [index for index in near if index <= wanted]
@@ -159,7 +185,9 @@ def _token_windows(
 
 
 def _sentence_borders(borders: list[int], text: str) -> list[int]:
-    """Indices of the tokens that sentences start with (or with the white space before them), ascending."""
+    """Indices of the tokens that sentences start with (or with the white space before them),
+    ascending.
+    """
     found = []
     for start in sentence_starts(text):
         index = bisect.bisect_left(borders, start)

@@ -1,4 +1,6 @@
-"""Offsets into places that a person can turn to: ``manual.pdf, page 3`` or ``notes.md, "Install", lines 12-30``."""
+"""Offsets into places that a person can turn to: ``manual.pdf, page 3`` or
+``notes.md, "Install", lines 12-30``.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ class PlaceFinder:
         self._offset, self._number = 0, 1
 
     def of(self, start: int, end: int) -> str:
-        """The place of ``text[start:end]``; empty for a document without a file.  Quickest with rising starts."""
+        """The place of ``text[start:end]``; empty for a document without a file.  Quickest with
+        rising starts.
+        """
         if not self._document.file:
             return ""
         parts = [self._document.file]
@@ -36,7 +40,10 @@ class PlaceFinder:
         if self._separator:
             number = self._count_to(start)
             parts.append(
-                _joined(f"{self._document.unit} {number}", f"{self._document.unit} {self._ending(end, number)}")
+                _joined(
+                    f"{self._document.unit} {number}",
+                    f"{self._document.unit} {self._ending(end, number)}",
+                )
             )
         return ", ".join(parts)
 
@@ -45,7 +52,11 @@ class PlaceFinder:
         label = self._document.places[at].label if at >= 0 else ""
         if len(label) <= _LABEL_CHARS:
             return label
-        return label[: _LABEL_CHARS - 2] + "…" + label[-1:] if label.endswith('"') else label[:_LABEL_CHARS]
+        return (
+            label[: _LABEL_CHARS - 2] + "…" + label[-1:]
+            if label.endswith('"')
+            else label[:_LABEL_CHARS]
+        )
 
     def _count_to(self, offset: int) -> int:
         if offset < self._offset:

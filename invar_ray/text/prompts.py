@@ -1,4 +1,6 @@
-"""Every text that a model sees is put together here, and what the generator writes is taken apart here."""
+"""Every text that a model sees is put together here, and what the generator writes is taken apart
+here.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +30,10 @@ class ParsedAnswer:
 
     Attributes:
         text: the answer without citation marks.
-        numbers: cited passages, 1-based, in the order of their first mention, each once; none for a refusal.
-        removed_citations: numbers cited that no passage of the prompt has, one for each mention (for a refusal, which
-            cites nothing, the good ones too).
+        numbers: cited passages, 1-based, in the order of their first mention, each once; none for a
+            refusal.
+        removed_citations: numbers cited that no passage of the prompt has, one for each mention
+            (for a refusal, which cites nothing, the good ones too).
         refused: True where the text is :data:`REFUSAL`.
     """
 
@@ -58,23 +61,27 @@ class FittedPrompt:
 
 
 def format_query(question: str, prefix: str) -> str:
-    """The encoder's input for a question: ``{prefix}{question}``; the encoder appends its end token."""
+    """The encoder's input for a question: ``{prefix}{question}``; the encoder appends its end
+    token.
+    """
     return f"{prefix}{_one_line(question)}"
 
 
 def format_passage(title: str, text: str, prefix: str) -> str:
-    """The encoder's input for a passage: ``{prefix}{title} {text}``; the encoder appends its end token."""
+    """The encoder's input for a passage: ``{prefix}{title} {text}``; the encoder appends its end
+    token.
+    """
     return f"{prefix}{_one_line(f'{title} {text}')}"
 
 
 def format_answer_prompt(question: str, passages: Sequence[tuple[str, str]]) -> str:
     """The generator's prompt: the question, numbered passages, the question again, ``Answer:``.
 
-    Each passage is one line (``[1] title: text``), so that no passage can look like the question or like another one.
-    A causal model reads a passage without knowing what comes after it: with the question in front it can read *for* the
-    question [ours; compare re-reading, arXiv 2309.06275].
-    Without passages the prompt is closed-book: the question alone.  The answer follows after a space
-    (``prompt + " " + format_target(...)``).
+    Each passage is one line (``[1] title: text``), so that no passage can look like the question or
+    like another one. A causal model reads a passage without knowing what comes after it: with the
+    question in front it can read *for* the question [ours; compare re-reading, arXiv 2309.06275].
+    Without passages the prompt is closed-book: the question alone.  The answer follows after a
+    space (``prompt + " " + format_target(...)``).
 
     Args:
         question: the user's wording.
@@ -91,11 +98,15 @@ def format_answer_prompt(question: str, passages: Sequence[tuple[str, str]]) -> 
 
 
 def fit_prompt(
-    question: str, passages: Sequence[tuple[str, str]], count_tokens: Callable[[str], int], budget: int
+    question: str,
+    passages: Sequence[tuple[str, str]],
+    count_tokens: Callable[[str], int],
+    budget: int,
 ) -> FittedPrompt:
     """The prompt with as many passages as fit, dropped from the worst rank up.
 
-    If not even the first fits, its text is cut at a word and the cut noted; if no word of it fits, no passage is kept.
+    If not even the first fits, its text is cut at a word and the cut noted; if no word of it fits,
+    no passage is kept.
 
     Args:
         question: the user's wording.
@@ -111,7 +122,9 @@ def fit_prompt(
     if count == 0 and given:
         return _cut_first(question, given, count_tokens, budget, size)
     notes = [] if count == len(given) else [_dropped_note(given, count, size, budget)]
-    return FittedPrompt(format_answer_prompt(question, given[:count]), given[:count], list(range(count)), notes)
+    return FittedPrompt(
+        format_answer_prompt(question, given[:count]), given[:count], list(range(count)), notes
+    )
 
 
 def format_target(answer: str, number: int | None) -> str:
@@ -123,8 +136,8 @@ def format_target(answer: str, number: int | None) -> str:
 def parse_answer(text: str, num_passages: int) -> ParsedAnswer:
     """Take the generator's text apart.
 
-    Marks may be spaced as WordPiece decodes them (``[ 2 ]``), joined (``[1][2]``), listed (``[1, 2]``) or ranges
-    (``[1-3]``).  Text after an empty line or a new ``Question:`` is dropped.
+    Marks may be spaced as WordPiece decodes them (``[ 2 ]``), joined (``[1][2]``), listed
+    (``[1, 2]``) or ranges (``[1-3]``).  Text after an empty line or a new ``Question:`` is dropped.
 
     Args:
         text: what was generated.
@@ -163,7 +176,9 @@ def _mentioned(mark: str, num_passages: int) -> list[int]:
 def _count_fitting(
     question: str, given: list[tuple[str, str]], count_tokens: Callable[[str], int], budget: int
 ) -> tuple[int, int]:
-    """How many of the best passages fit, and the tokens of the prompt with one more (with all, where all fit)."""
+    """How many of the best passages fit, and the tokens of the prompt with one more (with all,
+    where all fit).
+    """
     size = count_tokens(format_answer_prompt(question, []))
     if size > budget:
         raise RequestError(
@@ -179,20 +194,29 @@ def _count_fitting(
 
 
 def _dropped_note(given: list[tuple[str, str]], count: int, size: int, budget: int) -> str:
-    names = ", ".join(f"[{number}] {given[number - 1][0]}".strip() for number in range(count + 1, len(given) + 1))
+    names = ", ".join(
+        f"[{number}] {given[number - 1][0]}".strip() for number in range(count + 1, len(given) + 1)
+    )
     plural = "s" if len(given) - count > 1 else ""
     return f"passage{plural} {names} left out: with [{count + 1}] the prompt takes {size} tokens, {budget} are allowed"
 
 
 def _cut_first(
-    question: str, given: list[tuple[str, str]], count_tokens: Callable[[str], int], budget: int, size: int
+    question: str,
+    given: list[tuple[str, str]],
+    count_tokens: Callable[[str], int],
+    budget: int,
+    size: int,
 ) -> FittedPrompt:
     title, text = given[0]
     words = text.split()
     low, high = 0, len(words)  # low words fit (0: not tried), high do not
     while high - low > 1:
         middle = (low + high) // 2
-        if count_tokens(format_answer_prompt(question, [(title, " ".join(words[:middle]))])) <= budget:
+        if (
+            count_tokens(format_answer_prompt(question, [(title, " ".join(words[:middle]))]))
+            <= budget
+        ):
             low = middle
         else:
             high = middle
@@ -215,7 +239,9 @@ def _letters(text: str) -> str:
 
 
 def _clean(text: str) -> str:
-    """Undo what WordPiece decoding does to spacing; text that is spaced as people write stays as it is."""
+    """Undo what WordPiece decoding does to spacing; text that is spaced as people write stays as it
+    is.
+    """
     text = re.sub(r"\s*##", "", _one_line(text))
     spaced = text == text.lower() or re.search(r"\w [.,;:!?%)\]](?: |$)", text) is not None
     text = re.sub(r"(?<=\d) ([.,:]) (?=\d)", r"\1", text)

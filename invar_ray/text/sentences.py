@@ -1,4 +1,6 @@
-"""Where sentences start: rules for written text, used to cut passages and windows at natural places."""
+"""Where sentences start: rules for written text, used to cut passages and windows at natural
+places.
+"""
 
 from __future__ import annotations
 
@@ -9,16 +11,18 @@ _ABBREVIATIONS = frozenset(
     no nos vol fig figs ed eds est dept inc ltd co corp bros mt ft jan feb mar apr jun jul aug sep sept oct nov dec
     u.s u.k u.n a.m p.m ph.d b.c a.d d.c lit pinyin""".split()
 )
-# Sentence-final marks and what closes the sentence, then white space; or CJK marks, which need none; or an empty line.
+# Sentence-final marks and what closes the sentence, then white space; or CJK marks, which need
+# none; or an empty line.
 _END = re.compile(r"(?P<marks>[.!?…]+)[\"'”’»)\]]*(?=\s)|[。！？]+[」』）”]*|\n[^\S\n]*\n")
 _LAST_WORD = re.compile(r"[\w.]+$")
 
 
 def sentence_starts(text: str) -> list[int]:
-    """Character offsets at which sentences of ``text`` start (each at its first visible character), ascending.
+    """Character offsets at which sentences of ``text`` start (each at its first visible character),
+    ascending.
 
-    A full stop ends no sentence after an abbreviation, after an initial (``J. S. Bach``) or before a small letter,
-    unless the whole text is in small letters.  An empty line always does.
+    A full stop ends no sentence after an abbreviation, after an initial (``J. S. Bach``) or before
+    a small letter, unless the whole text is in small letters.  An empty line always does.
     """
     starts: list[int] = []
     first = _skip_space(text, 0)
@@ -29,7 +33,9 @@ def sentence_starts(text: str) -> list[int]:
         following = _skip_space(text, match.end())
         if following >= len(text):
             break
-        if match.group("marks") == "." and not _ends_sentence(text, match.start(), following, all_small):
+        if match.group("marks") == "." and not _ends_sentence(
+            text, match.start(), following, all_small
+        ):
             continue
         if starts[-1] < following:
             starts.append(following)
@@ -37,7 +43,9 @@ def sentence_starts(text: str) -> list[int]:
 
 
 def skip_space(text: str, offset: int) -> int:
-    """The first offset at or after ``offset`` that is not white space (``len(text)`` where there is none)."""
+    """The first offset at or after ``offset`` that is not white space (``len(text)`` where there is
+    none).
+    """
     return _skip_space(text, offset)
 
 

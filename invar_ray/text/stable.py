@@ -1,4 +1,6 @@
-"""Draws that are the same in every process and on every machine: Python's ``hash()`` is salted per process."""
+"""Draws that are the same in every process and on every machine: Python's ``hash()`` is salted per
+process.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,9 @@ import random
 def stable_hash(*parts: object) -> int:
     """A 64-bit number from the texts of ``parts``; ``("ab", "c")`` and ``("a", "bc")`` differ."""
     joined = "\x1f".join(str(part) for part in parts)
-    return int.from_bytes(hashlib.sha256(joined.encode("utf-8", "surrogatepass")).digest()[:8], "big")
+    return int.from_bytes(
+        hashlib.sha256(joined.encode("utf-8", "surrogatepass")).digest()[:8], "big"
+    )
 
 
 def stable_random(*parts: object) -> random.Random:

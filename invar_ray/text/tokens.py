@@ -1,4 +1,5 @@
-"""The one door through which texts become token ids: what stands in a text is never a control token.
+"""The one door through which texts become token ids: what stands in a text is never a control
+token.
 
 A document or a question may hold ``<|im_end|>``, ``</s>`` or ``[SEP]`` literally. A tokenizer reads
 such a string as the real token, and whoever wrote the text could end it, open a turn, or stop the
@@ -38,21 +39,25 @@ def text_ids(
     """
     rows = []
     for text, encoding in zip(texts, _encodings(tokenizer, texts, max_tokens, framed), strict=True):
-        # Two kinds get past `split_special_tokens`: tokens that are added without being marked as special, and pieces
-        # of a Unigram vocabulary.
+        # Two kinds get past `split_special_tokens`: tokens that are added without being marked as
+        # special, and pieces of a Unigram vocabulary.
         if _own_controls(tokenizer, text, encoding):
             text = _apart(tokenizer, text, split=True)
             encoding = _encodings(tokenizer, [text], max_tokens, framed)[0]
         left = set(_own_controls(tokenizer, text, encoding))
-        rows.append([token for place, token in enumerate(encoding.ids) if place not in left] if left else encoding.ids)
+        rows.append(
+            [token for place, token in enumerate(encoding.ids) if place not in left]
+            if left
+            else encoding.ids
+        )
     return rows
 
 
 def token_starts(tokenizer: Any, text: str) -> list[int]:
     """The character at which each token of a text starts, ascending; no frame.
 
-    Where :func:`text_ids` would have to break a string apart, each of its characters counts as a token: no fewer than
-    come out.
+    Where :func:`text_ids` would have to break a string apart, each of its characters counts as a
+    token: no fewer than come out.
 
     Raises:
         ModelError: the tokenizer is not a fast one.
@@ -66,8 +71,9 @@ def token_starts(tokenizer: Any, text: str) -> list[int]:
 
 
 def plain_text(tokenizer: Any, text: str) -> str:
-    """The text for a server that tokenises by itself: a space inside each string that ``tokenizer`` would read as a
-    control token, or that has the form of one (``<|..|>``).  Any other text is unchanged.
+    """The text for a server that tokenises by itself: a space inside each string that ``tokenizer``
+    would read as a control token, or that has the form of one (``<|..|>``).  Any other text is
+    unchanged.
 
     Raises:
         ModelError: the tokenizer is not a fast one.
@@ -77,8 +83,8 @@ def plain_text(tokenizer: Any, text: str) -> str:
 
 
 def control_ids(tokenizer: Any) -> frozenset[int]:
-    """The tokens that mean something to a model beyond their text: special ones, and added ones that the chat template
-    writes or that have the form ``<|..|>``.
+    """The tokens that mean something to a model beyond their text: special ones, and added ones
+    that the chat template writes or that have the form ``<|..|>``.
     """
     size = len(tokenizer)
     found = _known.get(tokenizer)
@@ -93,12 +99,22 @@ def control_ids(tokenizer: Any) -> frozenset[int]:
         }
         found = size, frozenset(added)
         _known[tokenizer] = found
-    special = {tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id, tokenizer.pad_token_id}
+    special = {
+        tokenizer.bos_token_id,
+        tokenizer.eos_token_id,
+        tokenizer.sep_token_id,
+        tokenizer.pad_token_id,
+    }
     return found[1] | (special - {None})
 
 
 def _encodings(
-    tokenizer: Any, texts: Sequence[str], max_tokens: int | None, framed: bool, *, split: bool = True
+    tokenizer: Any,
+    texts: Sequence[str],
+    max_tokens: int | None,
+    framed: bool,
+    *,
+    split: bool = True,
 ) -> list[Any]:
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
@@ -126,7 +142,11 @@ def _own_controls(tokenizer: Any, text: str, encoding: Any) -> list[int]:
     places = [place for place, token in enumerate(encoding.ids) if token in controls]
     if not places:
         return []
-    framed, offsets, unknown = encoding.special_tokens_mask, encoding.offsets, tokenizer.unk_token_id
+    framed, offsets, unknown = (
+        encoding.special_tokens_mask,
+        encoding.offsets,
+        tokenizer.unk_token_id,
+    )
 
     def is_written(place: int) -> bool:
         # A character that the vocabulary lacks becomes the unknown token too, and may stay so.
@@ -145,7 +165,9 @@ def _apart(tokenizer: Any, text: str, *, split: bool) -> str:
             break
         for start, end in reversed(spans):
             token = text[start:end]
-            begin = len(token) - len(token.lstrip())  # some tokens take the white space before them along
+            begin = len(token) - len(
+                token.lstrip()
+            )  # some tokens take the white space before them along
             broken = f"{token[: begin + 1]} {token[begin + 1 :]}" if len(token.strip()) > 1 else " "
             text = text[:start] + broken + text[end:]
     return text

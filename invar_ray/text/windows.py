@@ -14,7 +14,8 @@ from invar_ray.text.sentences import sentence_starts
 from invar_ray.text.stable import stable_random
 
 _WORD = re.compile(r"\S+")
-# [ours] A cut has at least this many words and this share of the anchor's; more text than that still shows the topic.
+# [ours] A cut has at least this many words and this share of the anchor's; more text than that
+# still shows the topic.
 _MIN_WORDS = 5
 _MIN_SHARE = 0.25
 _DRAWS = 24
@@ -22,7 +23,9 @@ _DRAWS = 24
 
 @dataclass(frozen=True)
 class _Scene:
-    """Word borders of the part of the document around the anchor; word indices ``first <= anchor < last``."""
+    """Word borders of the part of the document around the anchor; word indices
+    ``first <= anchor < last``.
+    """
 
     text: str
     words: list[tuple[int, int]]
@@ -42,21 +45,23 @@ def resize_windows(
 ) -> list[Window]:
     """Cut a document otherwise around the anchor cut ``document.text[start:end]``.
 
-    Kinds take turns (which comes first depends on seed, document and place): ``shorter`` (40-80 % of the anchor's
-    words, inside it), ``longer`` (120-200 %, around it) and ``shifted`` (same size, moved by 25-50 %, over it in part).
-    Edges are moved to the nearest sentence border within an eighth of the anchor's size, else they are word borders.
-    No cut equals the anchor or another cut.  If the anchor holds one of ``answers``, so does every cut.
+    Kinds take turns (which comes first depends on seed, document and place): ``shorter`` (40-80 %
+    of the anchor's words, inside it), ``longer`` (120-200 %, around it) and ``shifted`` (same size,
+    moved by 25-50 %, over it in part). Edges are moved to the nearest sentence border within an
+    eighth of the anchor's size, else they are word borders. No cut equals the anchor or another
+    cut.  If the anchor holds one of ``answers``, so does every cut.
 
-    Rule for fewer: a cut has at least 5 words and a quarter of the anchor's, so a short anchor with nothing around it
-    (the document *is* the anchor span) has few cuts or none, of the kind ``shorter`` only.  Where a kind is impossible
-    its turn goes to the next.
+    Rule for fewer: a cut has at least 5 words and a quarter of the anchor's, so a short anchor with
+    nothing around it (the document *is* the anchor span) has few cuts or none, of the kind
+    ``shorter`` only.  Where a kind is impossible its turn goes to the next.
 
     Args:
         document: the document.
         start, end: the anchor's character offsets, half open.
         answers: gold answers; may be empty.
         count: how many cuts to make.
-        seed: part of the draw, with the document's id and the offsets; the same arguments give the same windows.
+        seed: part of the draw, with the document's id and the offsets; the same arguments give the
+            same windows.
 
     Returns:
         At most ``count`` windows, numbered from 1 without gaps.
@@ -126,7 +131,10 @@ def _first_valid(
         drawn = draw(scene, generator)
         if drawn is None:
             return None
-        for cut in (_snap(scene, *drawn), drawn):  # on sentence borders if that keeps what must be kept
+        for cut in (
+            _snap(scene, *drawn),
+            drawn,
+        ):  # on sentence borders if that keeps what must be kept
             span = _checked(scene, cut, answers, taken)
             if span is not None:
                 return span
@@ -134,7 +142,9 @@ def _first_valid(
 
 
 def _any_shorter(scene: _Scene, answers: Sequence[str], taken: set[str]) -> tuple[int, int] | None:
-    """The longest sub-cut that is still free: the draws can all lose the answer or fall on a cut that exists."""
+    """The longest sub-cut that is still free: the draws can all lose the answer or fall on a cut
+    that exists.
+    """
     for drop in range(1, scene.size - scene.shortest + 1):
         for cut in ((scene.first + drop, scene.last), (scene.first, scene.last - drop)):
             span = _checked(scene, cut, answers, taken)
@@ -143,7 +153,9 @@ def _any_shorter(scene: _Scene, answers: Sequence[str], taken: set[str]) -> tupl
     return None
 
 
-def _checked(scene: _Scene, cut: tuple[int, int], answers: Sequence[str], taken: set[str]) -> tuple[int, int] | None:
+def _checked(
+    scene: _Scene, cut: tuple[int, int], answers: Sequence[str], taken: set[str]
+) -> tuple[int, int] | None:
     low, high = cut
     if high - low < scene.shortest:
         return None
@@ -152,7 +164,9 @@ def _checked(scene: _Scene, cut: tuple[int, int], answers: Sequence[str], taken:
     if text in taken:
         return None
     if scene.answer is not None and not low <= scene.answer[0] < scene.answer[1] <= high:
-        return span if find_answer(text, answers) is not None else None  # perhaps it holds another occurrence
+        return (
+            span if find_answer(text, answers) is not None else None
+        )  # perhaps it holds another occurrence
     return span
 
 
@@ -209,7 +223,9 @@ def _nearest_start(scene: _Scene, index: int, tolerance: int) -> int:
     starts = set(scene.starts)
     fitting = [
         near
-        for near in range(max(0, index - tolerance), min(len(scene.words) - 1, index + tolerance) + 1)
+        for near in range(
+            max(0, index - tolerance), min(len(scene.words) - 1, index + tolerance) + 1
+        )
         if scene.words[near][0] in starts
     ]
     return min(fitting, key=lambda near: (abs(near - index), near), default=index)

@@ -1,8 +1,8 @@
 """The training set of stage 1, and what each step sees of it.
 
-Everything about a step follows from (seed, step): every rank plans the whole batch and encodes its share; only vectors
-are exchanged.  Shape legend: B rows of the global batch, C candidate slots, R wordings, N windows, E = R * N
-environments.
+Everything about a step follows from (seed, step): every rank plans the whole batch and encodes its
+share; only vectors are exchanged.  Shape legend: B rows of the global batch, C candidate slots, R
+wordings, N windows, E = R * N environments.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class StepPlan:
     Attributes:
         rows: [B] question numbers; B is a multiple of the number of ranks.
         weights: [B] 1 for real rows, 0 for padding.
-        slots: [C] slot numbers; the positives of all rows first; C is a multiple of the number of ranks.
+        slots: [C] slot numbers; the positives of all rows first; C is a multiple of the number of
+            ranks.
         present: [C] False for padding.
         positive: [B] position of each row's positive in ``slots``.
         owner: [C] the row whose positive it is, else -1.
@@ -60,7 +61,9 @@ class Trainset:
         self.negatives: list[list[int]] = questions.column("negatives").to_pylist()
         self.titles: list[str] = slots.column("title").to_pylist()
         self.slot_texts: list[list[str]] = slots.column("texts").to_pylist()
-        self._spans = np.stack([slots.column("start").to_numpy(), slots.column("end").to_numpy()], axis=1)
+        self._spans = np.stack(
+            [slots.column("start").to_numpy(), slots.column("end").to_numpy()], axis=1
+        )
         self._documents = _numbered(slots.column("document_id").to_pylist())
         self._contents = _numbered([texts[0] for texts in self.slot_texts])
         vectors = load_file(artifact.path("teacher.safetensors"))
@@ -75,7 +78,8 @@ class Trainset:
         return len(self.question_ids)
 
     def hold_out(self, share: float, seed: int) -> None:
-        """Set a share of the positives' titles aside: no batch holds their questions or passages from now on.
+        """Set a share of the positives' titles aside: no batch holds their questions or passages
+        from now on.
 
         Raises:
             DataError: nothing is left to train on, or nothing is set aside.
@@ -83,11 +87,16 @@ class Trainset:
         titles = sorted({self.titles[slot] for slot in self.positives})
         random.Random(f"{seed}-heldout").shuffle(titles)
         self._heldout_titles = set(titles[: round(share * len(titles))])
-        self.heldout = [row for row, slot in enumerate(self.positives) if self.titles[slot] in self._heldout_titles]
+        self.heldout = [
+            row
+            for row, slot in enumerate(self.positives)
+            if self.titles[slot] in self._heldout_titles
+        ]
         self._cache.clear()
         if not 0 < len(self.heldout) < len(self):
             raise DataError(
-                f"retriever.heldout_share {share} sets {len(self.heldout)} of {len(self)} training questions aside",
+                f"retriever.heldout_share {share} sets {len(self.heldout)} of {len(self)} training "
+                "questions aside",
                 expected="some, and not all",
                 action="change the share, or train on more documents",
             )
@@ -104,7 +113,9 @@ class Trainset:
 
     @cached_property
     def _searchable(self) -> list[list[str]]:
-        """Per slot its windows as the encoder sees them, title first; a positive's own windows count too."""
+        """Per slot its windows as the encoder sees them, title first; a positive's own windows
+        count too.
+        """
         windows = [set(texts) for texts in self.slot_texts]
         for slot, texts in zip(self.positives, self.positive_texts, strict=True):
             windows[slot] |= set(texts)
@@ -118,7 +129,9 @@ class Trainset:
         return [[searchable(answer) for answer in answers] for answers in self.answers]
 
     def render(self, plan: StepPlan, column: int, window: int) -> tuple[str, str, bool]:
-        """(title, text, missing) of a slot in a window; a missing rendering falls back to the anchor's."""
+        """(title, text, missing) of a slot in a window; a missing rendering falls back to the
+        anchor's.
+        """
         slot, owner = plan.slots[column], plan.owner[column]
         texts = self.positive_texts[plan.rows[owner]] if owner >= 0 else self.slot_texts[slot]
         missing = window >= len(texts)
@@ -139,10 +152,16 @@ class Trainset:
         )
 
     def holds_answer(self, plan: StepPlan) -> Tensor:
-        """[B, C] bool: the slot holds a gold answer of the row, word-bounded, in any of its windows."""
+        """[B, C] bool: the slot holds a gold answer of the row, word-bounded, in any of its
+        windows.
+        """
         found = [
             [
-                any(answer in text for answer in self._searchable_answers[row] for text in self._searchable[slot])
+                any(
+                    answer in text
+                    for answer in self._searchable_answers[row]
+                    for text in self._searchable[slot]
+                )
                 for slot in plan.slots
             ]
             for row in plan.rows
@@ -159,12 +178,16 @@ class Trainset:
         )
 
     def environment_mask(self, plan: StepPlan) -> Tensor:
-        """[B, R * N] bool: the row has that wording (windows fall back to the anchor cut, so they are always there)."""
+        """[B, R * N] bool: the row has that wording (windows fall back to the anchor cut, so they
+        are always there).
+        """
         counts = torch.tensor([len(self.wordings[row]) for row in plan.rows])
         held = torch.arange(self.num_wordings)[None, :] < counts[:, None]  # [B, R]
         return held.repeat_interleave(self.num_windows, dim=1)
 
-    def plan(self, seed: int, step: int, global_batch_size: int, num_hard_negatives: int, world_size: int) -> StepPlan:
+    def plan(
+        self, seed: int, step: int, global_batch_size: int, num_hard_negatives: int, world_size: int
+    ) -> StepPlan:
         """The batch of a step: see :class:`StepPlan`."""
         rows = self._rows(seed, step, global_batch_size)
         weights = [1.0] * len(rows)

@@ -1,7 +1,7 @@
 """DeepSpeed behind one door.  The only file that imports it.
 
-Gradients are averaged over ranks; a loss that is the local rows' share of the global one is therefore exact (see
-``losses``).
+Gradients are averaged over ranks; a loss that is the local rows' share of the global one is
+therefore exact (see ``losses``).
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class EngineState:
 
     Attributes:
         parameters: name -> float32 value.
-        moments: ``exp_avg`` / ``exp_avg_sq`` -> name -> float32 value (empty before the first step).
+        moments: ``exp_avg`` / ``exp_avg_sq`` -> name -> float32 value (empty before the first
+            step).
         adam_step: Adam's own step count, for its bias correction.
     """
 
@@ -42,16 +43,23 @@ class EngineState:
 
 
 def init_distributed(use_gpu: bool) -> None:
-    """Join the process group that the launcher described in the environment (gloo on CPU, NCCL on GPU)."""
+    """Join the process group that the launcher described in the environment (gloo on CPU, NCCL on
+    GPU).
+    """
     if not use_gpu:
-        # Its just-in-time build takes some 90 s and a killed build leaves a lock that hangs the next one.
+        # Its just-in-time build takes some 90 s and a killed build leaves a lock that hangs the
+        # next one.
         compatible_ops["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        dist_backend="nccl" if use_gpu else "gloo", auto_mpi_discovery=False, verbose=False
+    )
 
 
 def largest_over_ranks(count: int) -> int:
     """The largest of the ranks' numbers, on all of them."""
-    device = torch.device("cuda") if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
+    device = (
+        torch.device("cuda") if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
+    )
     largest = torch.tensor(count, device=device)
     torch.distributed.all_reduce(largest, op=torch.distributed.ReduceOp.MAX)
     return int(largest)
@@ -61,7 +69,9 @@ def broadcast_text(text: str) -> str:
     """Rank 0's text, on all ranks; every rank must call it."""
     if torch.distributed.get_world_size() == 1:
         return text
-    device = torch.device("cuda") if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
+    device = (
+        torch.device("cuda") if torch.distributed.get_backend() == "nccl" else torch.device("cpu")
+    )
     content = torch.tensor(list(text.encode("utf-8")), dtype=torch.uint8, device=device)
     size = torch.tensor(len(content), device=device)
     torch.distributed.broadcast(size, src=0)
@@ -83,12 +93,24 @@ class Engine:
     """
 
     def __init__(
-        self, module: nn.Module, *, zero_stage: int, precision: str, weight_decay: float, max_grad_norm: float
+        self,
+        module: nn.Module,
+        *,
+        zero_stage: int,
+        precision: str,
+        weight_decay: float,
+        max_grad_norm: float,
     ) -> None:
         self.zero_stage = zero_stage
-        self._names = [name for name, parameter in module.named_parameters() if parameter.requires_grad]
-        self._parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        optimizer = torch.optim.AdamW(self._parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay)
+        self._names = [
+            name for name, parameter in module.named_parameters() if parameter.requires_grad
+        ]
+        self._parameters = [
+            parameter for parameter in module.parameters() if parameter.requires_grad
+        ]
+        optimizer = torch.optim.AdamW(
+            self._parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=weight_decay
+        )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
@@ -114,7 +136,9 @@ class Engine:
 
     @contextlib.contextmanager
     def accumulation(self) -> Iterator[None]:
-        """Inside, :meth:`backward` calls add up; they are reduced over ranks once, on leaving.  One block a step."""
+        """Inside, :meth:`backward` calls add up; they are reduced over ranks once, on leaving.  One
+        block a step.
+        """
         if self.zero_stage > 0:
             with self._engine.coalesce_grad_reduction():
                 yield
@@ -129,13 +153,17 @@ class Engine:
             group["lr"] = learning_rate
         gradients = [parameter.grad for parameter in self._parameters if parameter.grad is not None]
         # Without ZeRO DeepSpeed clips but keeps no norm; the averaged gradients lie in .grad there.
-        norm = torch.nn.utils.get_total_norm(gradients) if self.zero_stage == 0 and gradients else None
+        norm = (
+            torch.nn.utils.get_total_norm(gradients) if self.zero_stage == 0 and gradients else None
+        )
         self._engine.step()
         kept = self._engine.get_global_grad_norm()
         return float(kept) if kept is not None else float("nan") if norm is None else float(norm)
 
     def gradients(self) -> dict[str, Tensor]:
-        """Averaged full gradients by name, between :meth:`backward` and :meth:`step`; for parity tests."""
+        """Averaged full gradients by name, between :meth:`backward` and :meth:`step`; for parity
+        tests.
+        """
         return {
             name: safe_get_full_grad(parameter).detach().clone()
             for name, parameter in zip(self._names, self._parameters, strict=True)
@@ -158,8 +186,8 @@ class Engine:
         return EngineState(parameters, moments, step)
 
     def load_state(self, state: EngineState) -> None:
-        """Put a state back; the module's parameters must already hold ``state.parameters`` (so that every precision's
-        copy agrees).  Every rank must call it, before the first step.
+        """Put a state back; the module's parameters must already hold ``state.parameters`` (so that
+        every precision's copy agrees).  Every rank must call it, before the first step.
         """
         if state.adam_step == 0:
             return
@@ -191,7 +219,8 @@ class Engine:
         return 0
 
     def _allocate_moments(self, step: int) -> None:
-        # AdamW allocates on its first step, when ZeRO links its shards to the moments: a restored run needs both now.
+        # AdamW allocates on its first step, when ZeRO links its shards to the moments: a restored
+        # run needs both now.
         for parameter in self._flat_parameters():
             self._inner().state[parameter] = {
                 "step": torch.tensor(float(step)),

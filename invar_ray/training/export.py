@@ -1,4 +1,6 @@
-"""A trained adapter as a folder for others: plain PEFT, a model card, pictures, and merged weights on request."""
+"""A trained adapter as a folder for others: plain PEFT, a model card, pictures, and merged weights
+on request.
+"""
 
 from __future__ import annotations
 
@@ -16,12 +18,23 @@ from torch.nn.functional import cosine_similarity
 
 from invar_ray import __version__
 from invar_ray.errors import DataError, MixedArtifactsError, ModelError, ResourceError
-from invar_ray.evaluation.report import RETRIEVAL_METRICS, VARIANCE_METRICS, read_report, render_table
+from invar_ray.evaluation.report import (
+    RETRIEVAL_METRICS,
+    VARIANCE_METRICS,
+    read_report,
+    render_table,
+)
 from invar_ray.evaluation.tables import ANSWER_METRICS, print_name
 from invar_ray.models.adapters import load_adapter
 from invar_ray.models.base import BaseRef, open_base
 from invar_ray.models.batching import pad_right
-from invar_ray.models.encoder import PROJECTION_FILE, BiEncoder, EncoderSpec, keep_first_layers, load_projection
+from invar_ray.models.encoder import (
+    PROJECTION_FILE,
+    BiEncoder,
+    EncoderSpec,
+    keep_first_layers,
+    load_projection,
+)
 from invar_ray.store.artifacts import Artifact, open_artifact
 from invar_ray.text.tokens import text_ids
 
@@ -30,7 +43,8 @@ MIN_COSINE = 1.0 - 1e-6  # unit vectors within 1.4e-3; merging in float32 stays 
 _PROBES = (
     "Who keeps the light on the northern island?",
     "when was the first bridge over the river built",
-    "The harbour was founded by fishermen. It has a lighthouse, two churches and a market that is held on Saturdays.",
+    "The harbour was founded by fishermen. It has a lighthouse, two churches and a market that is "
+    "held on Saturdays.",
     "What is the capital?",
 )
 
@@ -57,27 +71,39 @@ def export_adapter(
 
     Args:
         adapter: a ``retriever`` or ``generator`` artifact.
-        folder: new or empty.  It gets the PEFT files, ``README.md`` (a model card), ``training/`` (log, losses) and,
-            with a report, ``evaluation/`` (report, table, pictures).
+        folder: new or empty.  It gets the PEFT files, ``README.md`` (a model card), ``training/``
+            (log, losses) and, with a report, ``evaluation/`` (report, table, pictures).
         report: a ``report`` artifact that the adapter is part of.
-        merged: write ``merged/`` too: the base with the update folded in, for ``from_pretrained`` alone.
+        merged: write ``merged/`` too: the base with the update folded in, for ``from_pretrained``
+            alone.
 
     Raises:
-        DataError: ``folder`` is not empty.  MixedArtifactsError: the report is of another adapter.  ModelError: merged
+        DataError: ``folder`` is not empty.  MixedArtifactsError: the report is of another adapter.
+            ModelError: merged
         weights do not reproduce the unmerged ones.  ArtifactError: an artifact cannot be used.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise DataError(f"{folder} is there and not empty", expected="a new folder", action="name another one")
+        raise DataError(
+            f"{folder} is there and not empty", expected="a new folder", action="name another one"
+        )
     adapter.verify()
     if report is not None and not _mentions(report, adapter.ref):
         raise MixedArtifactsError(
-            f"{report.uri} does not measure {adapter.uri}", expected="a report of a run with this adapter"
+            f"{report.uri} does not measure {adapter.uri}",
+            expected="a report of a run with this adapter",
         )
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copytree(adapter.path("adapter"), folder, dirs_exist_ok=True)
     _copy(adapter, folder / "training", ("log.jsonl", "losses.png", "losses.csv"))
     if report is not None:
-        names = ("report.json", "table.txt", "recall.png", "recall.csv", "variance.png", "variance.csv")
+        names = (
+            "report.json",
+            "table.txt",
+            "recall.png",
+            "recall.csv",
+            "variance.png",
+            "variance.csv",
+        )
         _copy(report, folder / "evaluation", names)
     place = lowest = None
     if merged:
@@ -87,15 +113,18 @@ def export_adapter(
     return Exported(folder, place, lowest)
 
 
-def push_folder(folder: Path, repo: str, *, private: bool = True, endpoint: str | None = None) -> str:
-    """Upload an exported folder to a model hub, as one commit; a repository that is not there is made.
+def push_folder(
+    folder: Path, repo: str, *, private: bool = True, endpoint: str | None = None
+) -> str:
+    """Upload an exported folder to a model hub, as one commit; a repository that is not there is
+    made.
 
     Args:
         folder: of :func:`export_adapter`.
         repo: ``owner/name``.
         private: of a repository that is made.
-        endpoint: address of the hub; ``None`` is what ``HF_ENDPOINT`` names, or Hugging Face.  The token comes from
-            ``HF_TOKEN`` or from ``hf auth login``.
+        endpoint: address of the hub; ``None`` is what ``HF_ENDPOINT`` names, or Hugging Face.  The
+            token comes from ``HF_TOKEN`` or from ``hf auth login``.
 
     Returns:
         The address of the commit.
@@ -112,7 +141,9 @@ def push_folder(folder: Path, repo: str, *, private: bool = True, endpoint: str 
     api = HfApi(endpoint=endpoint)
     try:
         api.create_repo(repo, private=private, exist_ok=True)
-        commit = api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"invar_ray {__version__}")
+        commit = api.upload_folder(
+            repo_id=repo, folder_path=folder, commit_message=f"invar_ray {__version__}"
+        )
     except HFValidationError as error:
         raise DataError(f"{repo!r} is no name of a repository", expected="owner/name") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, httpx.HTTPError, OSError) as error:
@@ -132,7 +163,9 @@ def open_adapter(uri: str) -> Artifact:
     """
     artifact = open_artifact(uri)
     if artifact.manifest.kind not in {"retriever", "generator"}:
-        raise MixedArtifactsError(f"{uri} is of kind {artifact.manifest.kind!r}", expected="a retriever or a generator")
+        raise MixedArtifactsError(
+            f"{uri} is of kind {artifact.manifest.kind!r}", expected="a retriever or a generator"
+        )
     return artifact
 
 
@@ -171,7 +204,9 @@ def _merge(adapter: Artifact, place: Path) -> float:
 
 @torch.inference_mode()
 def _outputs(adapter: Artifact, model: Any, tokenizer: Any) -> Tensor:
-    """What the adapter is for: vectors [N, D] of stage 1, the last token's logits [N, V] of stage 2."""
+    """What the adapter is for: vectors [N, D] of stage 1, the last token's logits [N, V] of stage
+    2.
+    """
     rows = [[*row, int(tokenizer.eos_token_id)] for row in text_ids(tokenizer, _PROBES)]
     ids, mask = pad_right(rows, int(tokenizer.pad_token_id))
     if adapter.manifest.kind == "retriever":
@@ -211,43 +246,79 @@ def _card(adapter: Artifact, report: Artifact | None, folder: Path, lowest: floa
     description = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     base = str(description["base_model_name_or_path"])
     stage = "stage 1, the retriever" if kind == "retriever" else "stage 2, the generator"
-    lines = ["---", "library_name: peft", *([] if base.startswith("builtin:") else [f"base_model: {base}"])]
+    lines = [
+        "---",
+        "library_name: peft",
+        *([] if base.startswith("builtin:") else [f"base_model: {base}"]),
+    ]
     lines += ["tags:", "- retrieval-augmented-generation", "- lora", "---", ""]
     lines += [f"# {adapter.manifest.name}: {stage}", ""]
     lines += [
-        f"A LoRA adapter (rank {description['r']}, alpha {description['lora_alpha']}) for `{base}`, trained with",
+        f"A LoRA adapter (rank {description['r']}, alpha {description['lora_alpha']}) for "
+        f"`{base}`, trained with",
         f"invar_ray {__version__} after Invar-RAG (arXiv 2411.07021).",
         f"Artifact `{adapter.ref}`, {adapter.manifest.created}.",
         "",
     ]
     if base.startswith("builtin:"):
-        lines += ["The base is embedded in invar_ray: outside of it use merged weights (`export --merged`).", ""]
+        lines += [
+            "The base is embedded in invar_ray: outside of it use merged weights (`export "
+            "--merged`).",
+            "",
+        ]
     lines += ["## Use", ""]
     if kind == "retriever":
         spec = EncoderSpec.from_json(adapter.info["encoder"])
         lines += [
-            f"Query: `{spec.query_prefix}{{question}}` and the end token, at most {spec.query_max_tokens} tokens.",
-            f"Passage: `{spec.passage_prefix}{{title}} {{text}}` and the end token, at most {spec.passage_max_tokens}.",
+            f"Query: `{spec.query_prefix}{{question}}` and the end token, at most "
+            f"{spec.query_max_tokens} tokens.",
+            f"Passage: `{spec.passage_prefix}{{title}} {{text}}` and the end token, at most "
+            f"{spec.passage_max_tokens}.",
             "Vector:"
             f" {'mean of the' if spec.pooling == 'mean' else 'last'} token"
             f"{' states' if spec.pooling == 'mean' else ' state'} of `.model`"
-            + (f", then `{PROJECTION_FILE}` ({spec.projection_dim} values)" if spec.projection_dim else "")
+            + (
+                f", then `{PROJECTION_FILE}` ({spec.projection_dim} values)"
+                if spec.projection_dim
+                else ""
+            )
             + ", L2 norm 1. Score: cosine.",
         ]
     else:
         lines += [
-            f"At most {adapter.info['max_context']} tokens of context, {adapter.info['max_new_tokens']} new ones."
+            f"At most {adapter.info['max_context']} tokens of context, "
+            f"{adapter.info['max_new_tokens']} new ones."
         ]
     if lowest is not None:
         lines += [
             "",
-            f"`{MERGED}/` holds base and adapter in one; lowest cosine with the unmerged outputs {lowest:.7f}.",
+            f"`{MERGED}/` holds base and adapter in one; lowest cosine with the unmerged outputs "
+            f"{lowest:.7f}.",
         ]
-    lines += ["", "## Data", "", *_data(adapter), "", "## Training", "", *_settings(adapter.manifest.config)]
+    lines += [
+        "",
+        "## Data",
+        "",
+        *_data(adapter),
+        "",
+        "## Training",
+        "",
+        *_settings(adapter.manifest.config),
+    ]
     final = adapter.info.get("final")
     if final:
-        lines += ["", f"After {adapter.info['steps']} steps:", "", "| measure | last step |", "|---|---|"]
-        lines += [f"| {print_name(name)} | {value:.4g} |" for name, value in final.items() if name != "step"]
+        lines += [
+            "",
+            f"After {adapter.info['steps']} steps:",
+            "",
+            "| measure | last step |",
+            "|---|---|",
+        ]
+        lines += [
+            f"| {print_name(name)} | {value:.4g} |"
+            for name, value in final.items()
+            if name != "step"
+        ]
     if (folder / "training" / "losses.png").exists():
         lines += ["", "![losses](training/losses.png)"]
     lines += ["", "## Evaluation", ""]
@@ -260,7 +331,9 @@ def _card(adapter: Artifact, report: Artifact | None, folder: Path, lowest: floa
             ("Variance", VARIANCE_METRICS),
             ("Answers", ANSWER_METRICS),
         ):
-            held = [name for name in names if any(row.metrics.get(name) is not None for row in rows)]
+            held = [
+                name for name in names if any(row.metrics.get(name) is not None for row in rows)
+            ]
             if held:
                 lines += [f"### {title}", "", render_table(rows, held, markdown=True), ""]
         lines += [f"![{name}](evaluation/{name}.png)" for name in ("recall", "variance")
@@ -280,7 +353,9 @@ def _data(adapter: Artifact) -> list[str]:
             seen.add(ref)
             parent = artifact.parent(role)
             open_.append(parent)
-            numbers = {key: value for key, value in parent.info.items() if isinstance(value, (int, str))}
+            numbers = {
+                key: value for key, value in parent.info.items() if isinstance(value, (int, str))
+            }
             told = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in numbers.items())
             lines.append(f"- `{ref}`" + (f": {told}" if told else ""))
     return lines or ["- no parents recorded"]

@@ -1,4 +1,6 @@
-"""Stage 2 as the training loop sees it.  Shape legend: B sequences, T tokens, V vocabulary, N chosen positions."""
+"""Stage 2 as the training loop sees it.  Shape legend: B sequences, T tokens, V vocabulary, N
+chosen positions.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,13 @@ from invar_ray.models.adapters import new_adapter
 from invar_ray.models.base import BaseRef, open_base
 from invar_ray.models.batching import length_batches
 from invar_ray.store.artifacts import Store
-from invar_ray.training.sequences import PromptAndTarget, ReadingSet, pack_sequences, segment_inputs, tokenize_sequences
+from invar_ray.training.sequences import (
+    PromptAndTarget,
+    ReadingSet,
+    pack_sequences,
+    segment_inputs,
+    tokenize_sequences,
+)
 from invar_ray.training.stage import Chunking, Forward, Metrics, dtype_of, recompute, save_lora
 
 
@@ -27,11 +35,11 @@ class _CausalLm(nn.Module):
         self.causal_lm: Any = model
 
     def forward(self, input_ids: Tensor, segments: Tensor, predicts: Tensor) -> Tensor:
-        """[B, T] ids, segments (1 for every token of an unpacked row, 0 for padding) and choice of positions -> logits
-        [N, V] of the N chosen positions.
+        """[B, T] ids, segments (1 for every token of an unpacked row, 0 for padding) and choice of
+        positions -> logits [N, V] of the N chosen positions.
 
-        The head is most of a small model's work, and logits most of its memory: only those are made that the loss
-        reads.
+        The head is most of a small model's work, and logits most of its memory: only those are made
+        that the loss reads.
         """
         hidden = self.causal_lm.model(
             input_ids=input_ids, use_cache=False, **segment_inputs(segments)
@@ -43,7 +51,8 @@ class _CausalLm(nn.Module):
 def answer_loss_at(
     forward: Forward, ids: Tensor, segments: Tensor, labels: Tensor, *, normaliser: float | Tensor
 ) -> AnswerOutput:
-    """:func:`invar_ray.losses.answer.answer_loss` of [B, T] sequences, through logits of the answers' positions only.
+    """:func:`invar_ray.losses.answer.answer_loss` of [B, T] sequences, through logits of the
+    answers' positions only.
 
     Args:
         forward: (ids, segments, choice of positions) -> logits [N, V].
@@ -66,7 +75,9 @@ def answer_loss_at(
 class GeneratorStage:
     """Stage 2: answers from what the frozen stage-1 retriever found; loss on answer tokens only."""
 
-    def __init__(self, config: Config, store: Store, inputs: dict[str, Any], rank: int, world_size: int) -> None:
+    def __init__(
+        self, config: Config, store: Store, inputs: dict[str, Any], rank: int, world_size: int
+    ) -> None:
         self.config, self.rank, self.world_size = config, rank, world_size
         self.steps = config.generator.steps
         self.measure_every = 0
@@ -82,7 +93,9 @@ class GeneratorStage:
         """See :class:`Stage`; METHOD "Stage 2"."""
         ids, segments, labels, normaliser = self._batch(step)
         output = answer_loss_at(forward, ids, segments, labels, normaliser=normaliser)
-        return output.loss, _metrics(output.loss, output.accuracy, output.tokens, segments, segments.numel())
+        return output.loss, _metrics(
+            output.loss, output.accuracy, output.tokens, segments, segments.numel()
+        )
 
     def accumulate(self, forward: Forward, step: int, chunking: Chunking) -> Metrics:
         """See :class:`Stage`: the loss is a sum over sequences, hence over chunks of them."""
@@ -97,9 +110,15 @@ class GeneratorStage:
             goal = labels[rows, :width]
             if number >= len(chunks):  # a dummy: the ranks stay in step, and nothing counts twice
                 goal = torch.full_like(goal, IGNORED)
-            part = answer_loss_at(forward, ids[rows, :width], segments[rows, :width], goal, normaliser=normaliser)
+            part = answer_loss_at(
+                forward, ids[rows, :width], segments[rows, :width], goal, normaliser=normaliser
+            )
             chunking.backward(part.loss)
-            loss, accuracy, tokens = loss + part.loss.detach(), accuracy + part.accuracy, tokens + part.tokens
+            loss, accuracy, tokens = (
+                loss + part.loss.detach(),
+                accuracy + part.accuracy,
+                tokens + part.tokens,
+            )
         return _metrics(loss, accuracy, tokens, segments, padded)
 
     def measure(self, forward: Forward, chunking: Chunking) -> Metrics:
@@ -108,7 +127,11 @@ class GeneratorStage:
 
     def describe(self, step: int) -> dict[str, Any]:
         """See :class:`Stage`."""
-        return {"sequences": [{"prompt": one.prompt, "target": one.target} for one in self._sequences(step)]}
+        return {
+            "sequences": [
+                {"prompt": one.prompt, "target": one.target} for one in self._sequences(step)
+            ]
+        }
 
     def save(self, parameters: dict[str, Tensor], folder: Path) -> None:
         """See :class:`Stage`."""
@@ -119,7 +142,9 @@ class GeneratorStage:
         settings = self.config.generator
         rows = self.readings.step_rows(self.config.seed, step, settings.global_batch_size)
         return [
-            self.readings.sequence(row, settings, self.tokenizer, random.Random(f"{self.config.seed}-{step}-{place}"))
+            self.readings.sequence(
+                row, settings, self.tokenizer, random.Random(f"{self.config.seed}-{step}-{place}")
+            )
             for place, row in enumerate(rows)
         ]
 
@@ -128,7 +153,9 @@ class GeneratorStage:
         settings, sequences = self.config.generator, self._sequences(step)
         mine = sequences[self.rank :: self.world_size]
         # Every rank knows the whole batch, hence the global token count, without asking the others.
-        ids, mask, labels = tokenize_sequences(mine or sequences[:1], self.tokenizer, settings.max_tokens)
+        ids, mask, labels = tokenize_sequences(
+            mine or sequences[:1], self.tokenizer, settings.max_tokens
+        )
         if not mine:
             labels.fill_(IGNORED)
         _, _, all_labels = tokenize_sequences(sequences, self.tokenizer, settings.max_tokens)
@@ -139,7 +166,9 @@ class GeneratorStage:
         return ids.to(device), mask.to(device), labels.to(device), normaliser
 
 
-def _metrics(loss: Tensor, accuracy: Tensor, tokens: Tensor, segments: Tensor, padded: int) -> Metrics:
+def _metrics(
+    loss: Tensor, accuracy: Tensor, tokens: Tensor, segments: Tensor, padded: int
+) -> Metrics:
     return {
         "loss": loss.item(),
         "token_accuracy": accuracy.item(),

@@ -1,7 +1,7 @@
 """Hard negatives: passages that rank high for a question but do not answer it.
 
-They are taken from the union of the lists of all of a question's wordings: what ranks high in some wordings only (a
-variant pattern) lives there.
+They are taken from the union of the lists of all of a question's wordings: what ranks high in some
+wordings only (a variant pattern) lives there.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class MiningReport:
 
 
 def union_by_best_rank(lists: Sequence[Sequence[int]], first_rank: int = 1) -> list[int]:
-    """Rows of several ranked lists, each once, by best rank, ties by the order of the lists; without those whose best
-    rank is above ``first_rank`` (ranks count from 1).
+    """Rows of several ranked lists, each once, by best rank, ties by the order of the lists;
+    without those whose best rank is above ``first_rank`` (ranks count from 1).
     """
     best: dict[int, int] = {}
     for ranked in lists:
@@ -51,17 +51,17 @@ def select_negatives(
 ) -> list[int]:
     """The first ``count`` candidates that are no answer.
 
-    Dropped: copies of the positive and spans that overlap it; passages that hold a gold answer; passages whose teacher
-    score is at least s(positive) - margin * |s(positive)| (the rules of the contrastive loss's mask, METHOD
-    "Contrastive").
+    Dropped: copies of the positive and spans that overlap it; passages that hold a gold answer;
+    passages whose teacher score is at least s(positive) - margin * |s(positive)| (the rules of the
+    contrastive loss's mask, METHOD "Contrastive").
 
     Args:
         candidates: rows, best first; ``passages[row]`` is the passage.
         positive: row of the positive.
         teacher_scores: s_T of each candidate, then of the positive as the last entry.
         report: counts are added to it.
-        gold_documents: documents that are annotated as answering.  Other passages of the positive's own document stay:
-            they are the hardest negatives.
+        gold_documents: documents that are annotated as answering.  Other passages of the positive's
+            own document stay: they are the hardest negatives.
     """
     gold = passages[positive]
     limit = float(teacher_scores[-1] - margin * abs(teacher_scores[-1]))
@@ -72,7 +72,11 @@ def select_negatives(
         passage = passages[row]
         if row == positive or passage.text == gold.text:
             report.dropped["copy of the positive"] += 1
-        elif passage.document_id == gold.document_id and passage.start < gold.end and passage.end > gold.start:
+        elif (
+            passage.document_id == gold.document_id
+            and passage.start < gold.end
+            and passage.end > gold.start
+        ):
             report.dropped["overlaps the positive"] += 1
         elif passage.document_id in gold_documents and passage.document_id != gold.document_id:
             report.dropped["another gold document"] += 1

@@ -1,6 +1,8 @@
-"""Stage 1's objective as a function of vectors: what METHOD "Stage 1" adds up, and the numbers that are logged.
+"""Stage 1's objective as a function of vectors: what METHOD "Stage 1" adds up, and the numbers that
+are logged.
 
-Shape legend: b local rows, C candidate slots, R wordings, N windows, E = R * N environments, D embedding size.
+Shape legend: b local rows, C candidate slots, R wordings, N windows, E = R * N environments, D
+embedding size.
 """
 
 from __future__ import annotations
@@ -46,8 +48,8 @@ def objective(
 ) -> tuple[Tensor, Metrics]:
     """This rank's share of the global loss of a step, and numbers to log (shares, too).
 
-    With ``matryoshka_dims`` it is the mean over sizes (:mod:`invar_ray.losses.matryoshka`); the contrastive loss and
-    the accuracy of each smaller size are logged under its number.
+    With ``matryoshka_dims`` it is the mean over sizes (:mod:`invar_ray.losses.matryoshka`); the
+    contrastive loss and the accuracy of each smaller size are logged under its number.
 
     Args:
         queries: [b, R, D], unit rows.
@@ -56,11 +58,15 @@ def objective(
         settings: weights, temperatures, schedules.
         step: counted from 0.
     """
-    sizes = size_weights(candidates.shape[-1], settings.matryoshka_dims, settings.matryoshka_weights)
+    sizes = size_weights(
+        candidates.shape[-1], settings.matryoshka_dims, settings.matryoshka_weights
+    )
     losses: list[Tensor] = []
     metrics: Metrics = {}
     for number, size in enumerate(sizes):
-        loss, found = _at_one_size(unit_prefix(queries, size), unit_prefix(candidates, size), rows, settings, step)
+        loss, found = _at_one_size(
+            unit_prefix(queries, size), unit_prefix(candidates, size), rows, settings, step
+        )
         losses.append(loss)
         if number == 0:
             metrics |= found
@@ -73,7 +79,9 @@ def objective(
 def _at_one_size(
     queries: Tensor, candidates: Tensor, rows: Rows, settings: RetrieverConfig, step: int
 ) -> tuple[Tensor, Metrics]:
-    cosines = torch.einsum("brd,cnd->brnc", queries, candidates).flatten(1, 2)  # [b, E, C], (0, 0) first
+    cosines = torch.einsum("brd,cnd->brnc", queries, candidates).flatten(
+        1, 2
+    )  # [b, E, C], (0, 0) first
     nce = contrastive_loss(
         cosines,
         rows.positive,
@@ -96,7 +104,10 @@ def _at_one_size(
             normaliser=rows.normaliser,
         )
         total = total + alignment_weight(settings, step) * aligned.loss
-        metrics |= {"loss_alignment": aligned.loss.item(), "teacher_agreement": aligned.agreement.item()}
+        metrics |= {
+            "loss_alignment": aligned.loss.item(),
+            "teacher_agreement": aligned.agreement.item(),
+        }
     if settings.invariance_weight > 0:
         steady = invariance_loss(
             cosines,

@@ -1,11 +1,12 @@
 """Hard negatives that follow the model (ANCE): when a version is made and when it is used.
 
-At every ``refresh_every``-th step rank 0 publishes the adapter of that moment and starts a Ray task that mines with it
-(the function comes from outside: this shell does not know how negatives are mined).  ``refresh_delay`` steps later all
-ranks take the new training set, and wait for it if need be; with ``refresh_async`` they take it when it stands.
+At every ``refresh_every``-th step rank 0 publishes the adapter of that moment and starts a Ray task
+that mines with it (the function comes from outside: this shell does not know how negatives are
+mined).  ``refresh_delay`` steps later all ranks take the new training set, and wait for it if need
+be; with ``refresh_async`` they take it when it stands.
 
-What is used and what is under way is part of the checkpoint.  A resumed run takes the same version, and starts the job
-that was lost again; whatever that had finished stands as artifacts.
+What is used and what is under way is part of the checkpoint.  A resumed run takes the same version,
+and starts the job that was lost again; whatever that had finished stands as artifacts.
 """
 
 from __future__ import annotations
@@ -110,7 +111,11 @@ class Refresh:
             ref = broadcast_text(self._publish(found, step) if self._rank == 0 else "")
             self._pending = {"step": step, "adapter": ref, "current": self._current}
             self._start()
-        if self._pending is not None and not asynchronous and step >= self._pending["step"] + self._delay:
+        if (
+            self._pending is not None
+            and not asynchronous
+            and step >= self._pending["step"] + self._delay
+        ):
             return self._look(step, wait=True)
         return None
 
@@ -153,7 +158,9 @@ class Refresh:
     def _start(self) -> None:
         if self._rank != 0 or self._pending is None:
             return
-        task = ray.remote(self._mine).options(num_cpus=self._config.scale.cpus_per_worker, name="refresh negatives")
+        task = ray.remote(self._mine).options(
+            num_cpus=self._config.scale.cpus_per_worker, name="refresh negatives"
+        )
         arguments = self._pending["adapter"], self._first, self._pending["current"]
         self._job = task.remote(self._config, self._root_uri, *arguments)
 
@@ -163,10 +170,16 @@ class Refresh:
         while True:
             answer: dict[str, Any] = json.loads(broadcast_text(self._ask(_POLL_S if wait else 0.0)))
             limit = self._config.scale.refresh_timeout_s
-            if answer.get("waiting") and wait and self._rank == 0 and time.monotonic() - told > _TELL_S:
+            if (
+                answer.get("waiting")
+                and wait
+                and self._rank == 0
+                and time.monotonic() - told > _TELL_S
+            ):
                 told = time.monotonic()
                 print(
-                    f"  step {step}: waiting for negatives since {told - started:.0f} s (the job needs "
+                    f"  step {step}: waiting for negatives since {told - started:.0f} s (the job "
+                    "needs "
                     f"{self._config.scale.cpus_per_worker} CPUs beside the training)",
                     file=sys.stderr,
                     flush=True,
@@ -176,7 +189,10 @@ class Refresh:
             if not wait:
                 return None
             # The answer of rank 0's clock, so that all ranks give up together.
-            if float(broadcast_text(str(time.monotonic() - started) if self._rank == 0 else "")) > limit:
+            if (
+                float(broadcast_text(str(time.monotonic() - started) if self._rank == 0 else ""))
+                > limit
+            ):
                 return f"step {step}: no new negatives within {limit:g} s (scale.refresh_timeout_s)"
         if "fault" in answer:
             return f"step {step}: the job that mines new negatives failed: {answer['fault']}"
@@ -197,15 +213,24 @@ class Refresh:
 
     def _adopt(self, step: int, answer: dict[str, Any]) -> None:
         assert self._pending is not None
-        found = {"version": self.version + 1, "step": self._pending["step"], "adopted": step, **answer}
+        found = {
+            "version": self.version + 1,
+            "step": self._pending["step"],
+            "adopted": step,
+            **answer,
+        }
         self._history.append(found)
         self._pending = self._job = None
         self._stage.adopt(self._current)
         if self._rank == 0:
-            dropped = ", ".join(f"{count:,} {rule}" for rule, count in answer["mining"]["dropped"].items())
+            dropped = ", ".join(
+                f"{count:,} {rule}" for rule, count in answer["mining"]["dropped"].items()
+            )
             print(
-                f"  step {step}: negatives of version {found['version']} (adapter of step {found['step']}, "
-                f"{answer['passages']:,} passages in {answer['seconds']:.0f} s): {answer['mining']['kept']:,} kept, "
+                f"  step {step}: negatives of version {found['version']} (adapter of step "
+                f"{found['step']}, "
+                f"{answer['passages']:,} passages in {answer['seconds']:.0f} s): "
+                f"{answer['mining']['kept']:,} kept, "
                 f"{answer['changed_share']:.0%} of them new; dropped: {dropped}",
                 file=sys.stderr,
                 flush=True,

@@ -32,31 +32,51 @@ from invar_ray.models.encoder import (
 from invar_ray.store.artifacts import Store
 from invar_ray.training.batches import StepPlan, Trainset
 from invar_ray.training.objective import Rows, objective
-from invar_ray.training.stage import HELDOUT, Chunking, Forward, Metrics, dtype_of, recompute, save_lora
+from invar_ray.training.stage import (
+    HELDOUT,
+    Chunking,
+    Forward,
+    Metrics,
+    dtype_of,
+    recompute,
+    save_lora,
+)
 
 HELDOUT_QUESTIONS = 200
 HELDOUT_PASSAGES = 1000  # beside those of the held-out questions
 
 
 class RetrieverStage:
-    """Stage 1: contrastive + alignment + invariance over environments, candidates gathered over ranks."""
+    """Stage 1: contrastive + alignment + invariance over environments, candidates gathered over
+    ranks.
+    """
 
-    def __init__(self, config: Config, store: Store, inputs: dict[str, Any], rank: int, world_size: int) -> None:
+    def __init__(
+        self, config: Config, store: Store, inputs: dict[str, Any], rank: int, world_size: int
+    ) -> None:
         self.config, self.rank, self.world_size = config, rank, world_size
         self.steps = config.retriever.steps
         self.spec = EncoderSpec.from_json(inputs["encoder"])
-        self.measure_every = config.retriever.heldout_every if config.retriever.heldout_share > 0 else 0
+        self.measure_every = (
+            config.retriever.heldout_every if config.retriever.heldout_share > 0 else 0
+        )
         self._store = store
         self.trainset = self._open_trainset(inputs["trainset"])
         self._measured = self.trainset  # measurements stay comparable when negatives are refreshed
-        base, self.tokenizer = open_base(self.spec.base, store, dtype_of(config), config.model.quantize)
+        base, self.tokenizer = open_base(
+            self.spec.base, store, dtype_of(config), config.model.quantize
+        )
         keep_first_layers(base, self.spec.num_layers)
         self._base_name = config.model.base
         recompute(base, config)
-        self._adapted = new_adapter(base, config.retriever.lora, config.seed, num_layers=self.spec.num_layers)
+        self._adapted = new_adapter(
+            base, config.retriever.lora, config.seed, num_layers=self.spec.num_layers
+        )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
-            module = BiEncoder(self._adapted.get_base_model(), self.spec.pooling, config.model.projection_dim)
+            module = BiEncoder(
+                self._adapted.get_base_model(), self.spec.pooling, config.model.projection_dim
+            )
         self.module: nn.Module = module
         self._dimension = module.dimension
 
@@ -64,7 +84,11 @@ class RetrieverStage:
         """See :class:`Stage`; METHOD "Stage 1" names the terms."""
         settings, trainset = self.config.retriever, self.trainset
         plan = trainset.plan(
-            self.config.seed, step, settings.global_batch_size, settings.num_hard_negatives, self.world_size
+            self.config.seed,
+            step,
+            settings.global_batch_size,
+            settings.num_hard_negatives,
+            self.world_size,
         )
         share = len(plan.rows) // self.world_size
         mine = slice(self.rank * share, (self.rank + 1) * share)
@@ -74,7 +98,10 @@ class RetrieverStage:
         device = candidates.device
         weights = torch.tensor(plan.weights[mine], device=device)
         normaliser = sum(plan.weights) / self.world_size
-        slots, teacher = trainset.slot_metadata(plan), trainset.teacher_scores(plan, self.config.coarse.document_weight)
+        slots, teacher = (
+            trainset.slot_metadata(plan),
+            trainset.teacher_scores(plan, self.config.coarse.document_weight),
+        )
         positives = torch.tensor(plan.positive)
         no_answers = contrastive_allowed(
             slots,
@@ -95,8 +122,10 @@ class RetrieverStage:
         total, metrics = objective(queries, candidates, rows, settings, step)
         metrics |= {
             "candidates": float(sum(plan.present)),
-            # Of real rows and slots: padding depends on the number of ranks, what is logged must not.
-            "masked_share": float((~no_answers[:, plan.present]).float().mean(dim=1) @ weights) / normaliser,
+            # Of real rows and slots: padding depends on the number of ranks, what is logged must
+            # not.
+            "masked_share": float((~no_answers[:, plan.present]).float().mean(dim=1) @ weights)
+            / normaliser,
             "missing_windows": missing,
             "tokens": float(seen[0] + also_seen[0]),
             "padded_tokens": float(seen[1] + also_seen[1]),
@@ -111,7 +140,9 @@ class RetrieverStage:
         return metrics | {"padded_tokens": float(cache.padded_tokens)}
 
     def measure(self, forward: Forward, chunking: Chunking) -> Metrics:
-        """See :class:`Stage`: Recall@5 of held-out questions, among their passages and a sample of the others."""
+        """See :class:`Stage`: Recall@5 of held-out questions, among their passages and a sample of
+        the others.
+        """
         trainset = self._measured
         draw = random.Random(f"{self.config.seed}-measure")
         rows = sorted(draw.sample(trainset.heldout, min(HELDOUT_QUESTIONS, len(trainset.heldout))))
@@ -122,9 +153,13 @@ class RetrieverStage:
         self.module.eval()
         with torch.no_grad():
             texts = [(trainset.titles[slot], trainset.slot_texts[slot][0]) for slot in slots]
-            passages = self._gathered(forward, passage_ids(self.tokenizer, texts, self.spec), chunking)
+            passages = self._gathered(
+                forward, passage_ids(self.tokenizer, texts, self.spec), chunking
+            )
             wordings = [text for family in families for text in family]
-            queries = self._gathered(forward, query_ids(self.tokenizer, wordings, self.spec), chunking)
+            queries = self._gathered(
+                forward, query_ids(self.tokenizer, wordings, self.spec), chunking
+            )
         self.module.train()
         contents = torch.as_tensor(trainset.contents_of(slots), device=passages.device)
         gold = [slots.index(trainset.positives[row]) for row in rows]
@@ -132,7 +167,9 @@ class RetrieverStage:
         sizes = self._sizes()
         for size in sizes:
             cosines = unit_prefix(queries, size) @ unit_prefix(passages, size).T
-            anchor, worst = _recall_at_5(cosines, gold, [len(family) for family in families], contents)
+            anchor, worst = _recall_at_5(
+                cosines, gold, [len(family) for family in families], contents
+            )
             of_size = "" if size == sizes[0] else f"_{size}"
             metrics |= {f"heldout_recall_at_5{of_size}": anchor, f"{HELDOUT}{of_size}": worst}
         return metrics
@@ -150,12 +187,16 @@ class RetrieverStage:
     def _sizes(self) -> list[int]:
         """The sizes that vectors are trained at, the full one first."""
         settings = self.config.retriever
-        return list(size_weights(self._dimension, settings.matryoshka_dims, settings.matryoshka_weights))
+        return list(
+            size_weights(self._dimension, settings.matryoshka_dims, settings.matryoshka_weights)
+        )
 
     def _gathered(self, forward: Forward, ids: list[list[int]], chunking: Chunking) -> Tensor:
         """Vectors [N, D] of all rows, each rank having encoded its share."""
         share = -(-len(ids) // self.world_size)
-        mine = (ids + ids[:1] * (share * self.world_size - len(ids)))[self.rank * share : (self.rank + 1) * share]
+        mine = (ids + ids[:1] * (share * self.world_size - len(ids)))[
+            self.rank * share : (self.rank + 1) * share
+        ]
         cache = RepresentationCache(forward, chunking.tokens, agree=chunking.agree)
         return gather_rows(self._forward(cache, mine)[0].detach())[: len(ids)]
 
@@ -163,17 +204,28 @@ class RetrieverStage:
         """See :class:`Stage`."""
         settings, trainset = self.config.retriever, self.trainset
         plan = trainset.plan(
-            self.config.seed, step, settings.global_batch_size, settings.num_hard_negatives, self.world_size
+            self.config.seed,
+            step,
+            settings.global_batch_size,
+            settings.num_hard_negatives,
+            self.world_size,
         )
         return {
             "questions": [
-                {"id": trainset.question_ids[row], "wordings": trainset.wordings[row], "positive": positive}
+                {
+                    "id": trainset.question_ids[row],
+                    "wordings": trainset.wordings[row],
+                    "positive": positive,
+                }
                 for row, positive in zip(plan.rows, plan.positive, strict=True)
             ],
             "candidates": [
                 {
                     "title": trainset.render(plan, column, 0)[0],
-                    "texts": [trainset.render(plan, column, window)[1] for window in range(trainset.num_windows)],
+                    "texts": [
+                        trainset.render(plan, column, window)[1]
+                        for window in range(trainset.num_windows)
+                    ],
                 }
                 for column in range(len(plan.slots))
             ],
@@ -185,19 +237,30 @@ class RetrieverStage:
         if "projection.weight" in parameters:
             save_file({"weight": parameters["projection.weight"]}, str(folder / PROJECTION_FILE))
 
-    def _encode_queries(self, forward: Forward, plan: StepPlan, mine: slice) -> tuple[Tensor, tuple[int, int]]:
+    def _encode_queries(
+        self, forward: Forward, plan: StepPlan, mine: slice
+    ) -> tuple[Tensor, tuple[int, int]]:
         families = [self.trainset.wordings[row] for row in plan.rows[mine]]
         width = self.trainset.num_wordings
-        # A missing wording is encoded as the anchor and masked out: every rank runs the same shapes.
-        texts = [family[r] if r < len(family) else family[0] for family in families for r in range(width)]
+        # A missing wording is encoded as the anchor and masked out: every rank runs the same
+        # shapes.
+        texts = [
+            family[r] if r < len(family) else family[0] for family in families for r in range(width)
+        ]
         vectors, seen = self._forward(forward, query_ids(self.tokenizer, texts, self.spec))
         return vectors.view(len(families), width, -1), seen
 
-    def _encode_candidates(self, forward: Forward, plan: StepPlan) -> tuple[Tensor, float, tuple[int, int]]:
+    def _encode_candidates(
+        self, forward: Forward, plan: StepPlan
+    ) -> tuple[Tensor, float, tuple[int, int]]:
         share = len(plan.slots) // self.world_size
         columns = range(self.rank * share, (self.rank + 1) * share)
         windows = self.trainset.num_windows
-        rendered = [self.trainset.render(plan, column, window) for column in columns for window in range(windows)]
+        rendered = [
+            self.trainset.render(plan, column, window)
+            for column in columns
+            for window in range(windows)
+        ]
         ids = passage_ids(self.tokenizer, [(title, text) for title, text, _ in rendered], self.spec)
         vectors, seen = self._forward(forward, ids)
         gathered = gather_rows(vectors.view(share, windows, -1))
@@ -210,8 +273,11 @@ class RetrieverStage:
         return forward(tokens.to(device), mask.to(device)), (int(mask.sum()), mask.numel())
 
 
-def _recall_at_5(cosines: Tensor, gold: list[int], counts: list[int], contents: Tensor) -> tuple[float, float]:
-    """Share of questions whose anchor has its passage in the top 5, and of those with it there for every wording.
+def _recall_at_5(
+    cosines: Tensor, gold: list[int], counts: list[int], contents: Tensor
+) -> tuple[float, float]:
+    """Share of questions whose anchor has its passage in the top 5, and of those with it there for
+    every wording.
 
     Args:
         cosines: [sum of counts, C], a question's wordings behind each other, the anchor first.

@@ -18,13 +18,21 @@ def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
 
 
 def best_step(log: Sequence[Mapping[str, Any]]) -> int | None:
-    """The step with the most of ``HELDOUT`` in a log, the first of equals; ``None`` where nothing was measured."""
+    """The step with the most of ``HELDOUT`` in a log, the first of equals; ``None`` where nothing
+    was measured.
+    """
     measured = [record for record in log if HELDOUT in record]
-    return int(max(measured, key=lambda record: (record[HELDOUT], -record["step"]))["step"]) if measured else None
+    return (
+        int(max(measured, key=lambda record: (record[HELDOUT], -record["step"]))["step"])
+        if measured
+        else None
+    )
 
 
 def is_exhausted(log: Sequence[Mapping[str, Any]], patience: int | None) -> bool:
-    """Whether ``patience`` measurements in a row have not been better than the best one before; never for ``None``."""
+    """Whether ``patience`` measurements in a row have not been better than the best one before;
+    never for ``None``.
+    """
     best = best_step(log)
     if patience is None or best is None:
         return False

@@ -1,7 +1,7 @@
 """What stage 2 trains on: prompts with retrieved passages, and the answers that they end in.
 
-Everything about a step follows from (seed, step), as in stage 1.  Shape legend: B sequences, T tokens, P packed rows,
-L tokens of one.
+Everything about a step follows from (seed, step), as in stage 1.  Shape legend: B sequences, T
+tokens, P packed rows, L tokens of one.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class _Shown:
 
 
 class ReadingSet:
-    """A ``readings`` artifact in memory: for each training question its wordings and the passages each of them
-    retrieved, in all windows.
+    """A ``readings`` artifact in memory: for each training question its wordings and the passages
+    each of them retrieved, in all windows.
     """
 
     def __init__(self, artifact: Artifact) -> None:
@@ -64,19 +64,27 @@ class ReadingSet:
         return len(self.rows)
 
     def sequence(
-        self, number: int, config: GeneratorConfig, tokenizer: PreTrainedTokenizerBase, rng: random.Random
+        self,
+        number: int,
+        config: GeneratorConfig,
+        tokenizer: PreTrainedTokenizerBase,
+        rng: random.Random,
     ) -> PromptAndTarget:
-        """One training sequence; what varies (METHOD "Stage 2") is drawn from ``rng``: wording, window, whether an
-        oracle is among the passages, their number and their order.
+        """One training sequence; what varies (METHOD "Stage 2") is drawn from ``rng``: wording,
+        window, whether an oracle is among the passages, their number and their order.
 
-        The target is the answer that stands in the passage cited: one of a gold document, where any holds an answer.
-        Where none does, the target is the fixed refusal; in oracle-free examples, and where no passage fits, it is the
-        first answer, which cites nothing.
+        The target is the answer that stands in the passage cited: one of a gold document, where any
+        holds an answer. Where none does, the target is the fixed refusal; in oracle-free examples,
+        and where no passage fits, it is the first answer, which cites nothing.
         """
         row = self.rows[number]
         wording = rng.randrange(len(row["wordings"])) if config.use_rewrites else 0
         found = row["hits"][wording][: config.top_k]
-        window = rng.randrange(max((len(hit["texts"]) for hit in found), default=1)) if config.vary_windows else 0
+        window = (
+            rng.randrange(max((len(hit["texts"]) for hit in found), default=1))
+            if config.vary_windows
+            else 0
+        )
         passages = [_shown(hit, window, row) for hit in found]
         distractors = [passage for passage in passages if not passage.answers]
         draw = rng.random()
@@ -93,7 +101,9 @@ class ReadingSet:
             if best in left:
                 passages[-1] = left[left.index(best)]
         question = row["wordings"][wording]
-        passages = _fitting(question, passages, row["answers"], tokenizer, config.max_tokens - config.max_new_tokens)
+        passages = _fitting(
+            question, passages, row["answers"], tokenizer, config.max_tokens - config.max_new_tokens
+        )
         if config.shuffle_passages:
             rng.shuffle(passages)
         best = _best(passages)
@@ -103,7 +113,9 @@ class ReadingSet:
             target = format_target(row["answers"][0], None)
         else:
             target = REFUSAL
-        return PromptAndTarget(format_answer_prompt(question, [(one.title, one.text) for one in passages]), target)
+        return PromptAndTarget(
+            format_answer_prompt(question, [(one.title, one.text) for one in passages]), target
+        )
 
     def step_rows(self, seed: int, step: int, size: int) -> list[int]:
         """Numbers of the questions of a step: epochs of shuffled passes, without gaps."""
@@ -121,10 +133,11 @@ class ReadingSet:
 def tokenize_sequences(
     sequences: Sequence[PromptAndTarget], tokenizer: PreTrainedTokenizerBase, max_tokens: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids [B, T], mask [B, T] and labels [B, T] (``IGNORED`` outside the target), padded right.
+    """Token ids [B, T], mask [B, T] and labels [B, T] (``IGNORED`` outside the target), padded
+    right.
 
-    The target ends in the end token; a prompt that leaves it too little room loses tokens from its left, which
-    :func:`invar_ray.text.prompts.fit_prompt` makes rare.
+    The target ends in the end token; a prompt that leaves it too little room loses tokens from its
+    left, which :func:`invar_ray.text.prompts.fit_prompt` makes rare.
     """
     eos = int(tokenizer.eos_token_id)
     rows: list[tuple[list[int], int]] = []
@@ -145,7 +158,9 @@ def tokenize_sequences(
     return ids_tensor, mask, labels
 
 
-def pack_sequences(ids: Tensor, mask: Tensor, labels: Tensor, capacity: int) -> tuple[Tensor, Tensor, Tensor]:
+def pack_sequences(
+    ids: Tensor, mask: Tensor, labels: Tensor, capacity: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Put short rows behind each other, so that less is padding.
 
     Args:
@@ -153,9 +168,10 @@ def pack_sequences(ids: Tensor, mask: Tensor, labels: Tensor, capacity: int) -> 
         capacity: tokens of a packed row; a sequence that is longer is a row of its own.
 
     Returns:
-        ids, segments and labels [P, L], P <= B: segment n > 0 is the n-th sequence of its row, 0 is padding.  No token
-        may see another segment than its own (:func:`segment_inputs`), and the first token of a sequence is never a
-        target, so the sum of the losses is that of the unpacked rows.
+        ids, segments and labels [P, L], P <= B: segment n > 0 is the n-th sequence of its row, 0 is
+        padding.  No token may see another segment than its own (:func:`segment_inputs`), and the
+        first token of a sequence is never a target, so the sum of the losses is that of the
+        unpacked rows.
     """
     lengths: list[int] = mask.sum(dim=1).tolist()
     groups = packs(lengths, capacity)
@@ -175,8 +191,8 @@ def pack_sequences(ids: Tensor, mask: Tensor, labels: Tensor, capacity: int) -> 
 
 
 def segment_inputs(segments: Tensor) -> dict[str, Tensor]:
-    """What keeps packed sequences apart: ``position_ids`` [P, L], which begin anew at each sequence, and a boolean
-    ``attention_mask`` [P, 1, L, L], causal within a segment.
+    """What keeps packed sequences apart: ``position_ids`` [P, L], which begin anew at each
+    sequence, and a boolean ``attention_mask`` [P, 1, L, L], causal within a segment.
 
     Rows of one sequence each need neither: then an ordinary [P, L] mask comes back.
     """
@@ -187,7 +203,9 @@ def segment_inputs(segments: Tensor) -> dict[str, Tensor]:
     begins = torch.ones_like(segments, dtype=torch.bool)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
     starts = torch.where(begins, places, 0).cummax(dim=1).values  # [P, L]
-    same = segments[:, :, None] == segments[:, None, :]  # [P, L, L]; padding sees padding, so that no row is empty
+    same = (
+        segments[:, :, None] == segments[:, None, :]
+    )  # [P, L, L]; padding sees padding, so that no row is empty
     return {
         "position_ids": places - starts,
         "attention_mask": (same & (places[:, None] >= places[None, :]))[:, None],
@@ -201,15 +219,17 @@ def _fitting(
     tokenizer: PreTrainedTokenizerBase,
     budget: int,
 ) -> list[_Shown]:
-    """What fits, dropped by rank; the one to be cited goes before all others, or its question would be taught to be
-    refused.
+    """What fits, dropped by rank; the one to be cited goes before all others, or its question would
+    be taught to be refused.
     """
     best = _best(passages)
     first = [] if best is None else [passages.index(best)]
     order = [*first, *(rank for rank in range(len(passages)) if rank not in first)]
     given = [(passages[rank].title, passages[rank].text) for rank in order]
     fitted = fit_prompt(question, given, lambda text: len(encode_prompt(tokenizer, text)), budget)
-    kept = {order[place]: text for place, (_, text) in zip(fitted.kept, fitted.passages, strict=True)}
+    kept = {
+        order[place]: text for place, (_, text) in zip(fitted.kept, fitted.passages, strict=True)
+    }
     # A first passage that alone is too long comes back cut, perhaps without its answer.
     return [
         passages[rank]
@@ -225,18 +245,27 @@ def _fitting(
 
 
 def _shown(hit: dict[str, Any], window: int, row: dict[str, Any]) -> _Shown:
-    """A passage of a row in a window; a missing rendering falls back to the indexed cut, as in stage 1."""
+    """A passage of a row in a window; a missing rendering falls back to the indexed cut, as in
+    stage 1.
+    """
     texts: list[str] = hit["texts"]
     text = texts[window] if window < len(texts) else texts[0]
     return _Shown(
-        hit["title"], text, _standing(hit["title"], text, row["answers"]), hit["document_id"] in row["positive_ids"]
+        hit["title"],
+        text,
+        _standing(hit["title"], text, row["answers"]),
+        hit["document_id"] in row["positive_ids"],
     )
 
 
 def _best(passages: Sequence[_Shown]) -> _Shown | None:
-    """The passage to cite: the first of a gold document that holds an answer, else the first that does."""
+    """The passage to cite: the first of a gold document that holds an answer, else the first that
+    does.
+    """
     holding = [passage for passage in passages if passage.answers]
-    return next((passage for passage in holding if passage.is_gold), holding[0] if holding else None)
+    return next(
+        (passage for passage in holding if passage.is_gold), holding[0] if holding else None
+    )
 
 
 def _standing(title: str, text: str, answers: Sequence[str]) -> tuple[str, ...]:

@@ -17,8 +17,8 @@ HELDOUT = "heldout_worst_recall_at_5"
 Forward = Callable[..., Tensor]
 Metrics = dict[str, float]
 Mine = Callable[[Config, str, str, str, str], dict[str, Any]]
-"""Makes new negatives: (config, root URI, ref of an adapter, ref of the run's training set, ref of the one in use) ->
-``trainset``, the ref of the new one, and numbers about it."""
+"""Makes new negatives: (config, root URI, ref of an adapter, ref of the run's training set, ref of
+the one in use) -> ``trainset``, the ref of the new one, and numbers about it."""
 NEGATIVES_FILE = "negatives.json"
 """Of a checkpoint and of an adapter: the versions of the negatives."""
 
@@ -46,20 +46,23 @@ class Stage(Protocol):
     """Steps between calls of :meth:`measure`; 0 for never."""
 
     def loss(self, forward: Forward, step: int) -> tuple[Tensor, Metrics]:
-        """The local share of the step's global loss (its average over ranks is the global one), and numbers to log.
+        """The local share of the step's global loss (its average over ranks is the global one), and
+        numbers to log.
 
-        Of these ``tokens`` and ``padded_tokens`` (padding included) are this rank's, all others shares of the global
-        value.
+        Of these ``tokens`` and ``padded_tokens`` (padding included) are this rank's, all others
+        shares of the global value.
         """
         ...
 
     def accumulate(self, forward: Forward, step: int, chunking: Chunking) -> Metrics:
-        """The gradients of :meth:`loss` in the memory of one part, left in the module's parameters; its numbers."""
+        """The gradients of :meth:`loss` in the memory of one part, left in the module's parameters;
+        its numbers.
+        """
         ...
 
     def measure(self, forward: Forward, chunking: Chunking) -> Metrics:
-        """Numbers of held-out questions, the same on every rank; ``HELDOUT`` among them is what the best step has most
-        of.  Every rank must call it.
+        """Numbers of held-out questions, the same on every rank; ``HELDOUT`` among them is what the
+        best step has most of.  Every rank must call it.
         """
         ...
 
@@ -84,7 +87,9 @@ def recompute(base: Any, config: Config) -> None:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
-def save_lora(model: Any, parameters: dict[str, Tensor], prefix: str, folder: Path, base_name: str) -> None:
+def save_lora(
+    model: Any, parameters: dict[str, Tensor], prefix: str, folder: Path, base_name: str
+) -> None:
     """Write a PEFT folder from parameters that are named ``prefix`` + name in the model."""
     state = {
         f"base_model.model.{name.removeprefix(prefix)}": value

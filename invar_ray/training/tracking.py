@@ -1,7 +1,7 @@
 """Scalars of a run for TensorBoard, MLflow or W&B; only rank 0 writes.
 
-Ray Train V2 takes no Tune callbacks, so the loop writes by itself.  Every number of ``log.jsonl`` is a scalar under its
-own name, over the optimizer step; a resumed run goes on in the same place.
+Ray Train V2 takes no Tune callbacks, so the loop writes by itself.  Every number of ``log.jsonl``
+is a scalar under its own name, over the optimizer step; a resumed run goes on in the same place.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def check_trackers(names: Sequence[str]) -> None:
     for name in names:
         if importlib.util.find_spec(_PACKAGES[name]) is None:
             raise ResourceError(
-                f"scale.trackers asks for {name!r}, but the package {_PACKAGES[name]} is not installed",
+                f"scale.trackers asks for {name!r}, but the package {_PACKAGES[name]} is not "
+                "installed",
                 action=f"pip install {_PACKAGES[name]} on every node, or take {name!r} out of scale.trackers",
             )
 
@@ -78,27 +79,38 @@ def open_trackers(
 class _TensorBoard:
     """Event files through tensorboardX, which needs neither torch's TensorBoard nor TensorFlow.
 
-    Its ``SummaryWriter`` is not used: it writes from a thread, and its ``flush`` does not wait for that.
+    Its ``SummaryWriter`` is not used: it writes from a thread, and its ``flush`` does not wait for
+    that.
     """
 
     def __init__(self, root_uri: str, run: str, first_step: int) -> None:
         self._target = join_uri(root_uri, f"tensorboard/{run}")
         self._temporary = "://" in root_uri
-        self._folder = Path(tempfile.mkdtemp(prefix="invar-tensorboard-") if self._temporary else self._target)
+        self._folder = Path(
+            tempfile.mkdtemp(prefix="invar-tensorboard-") if self._temporary else self._target
+        )
         self._folder.mkdir(parents=True, exist_ok=True)
         self._events = importlib.import_module("tensorboardX.proto.event_pb2")
         self._summary = importlib.import_module("tensorboardX.proto.summary_pb2")
         writer = importlib.import_module("tensorboardX.event_file_writer").EventsWriter
-        # Names go by the second: the suffix keeps a quick restart from writing over the first attempt's file.
+        # Names go by the second: the suffix keeps a quick restart from writing over the first
+        # attempt's file.
         self._writer = writer(str(self._folder / "events"), f".{first_step}")
         if first_step:
             start = self._events.SessionLog(status=self._events.SessionLog.START)
-            self._writer.write_event(self._events.Event(wall_time=time.time(), step=first_step + 1, session_log=start))
+            self._writer.write_event(
+                self._events.Event(wall_time=time.time(), step=first_step + 1, session_log=start)
+            )
 
     def log(self, record: Mapping[str, Any]) -> None:
-        values = [self._summary.Summary.Value(tag=key, simple_value=value) for key, value in _scalars(record).items()]
+        values = [
+            self._summary.Summary.Value(tag=key, simple_value=value)
+            for key, value in _scalars(record).items()
+        ]
         summary = self._summary.Summary(value=values)
-        self._writer.write_event(self._events.Event(wall_time=time.time(), step=record["step"], summary=summary))
+        self._writer.write_event(
+            self._events.Event(wall_time=time.time(), step=record["step"], summary=summary)
+        )
 
     def flush(self) -> None:
         self._writer.flush()
@@ -123,7 +135,9 @@ class _Mlflow:
         self._mlflow = importlib.import_module("mlflow")
         # A restarted run goes on where the cut-off one stopped.
         found = self._mlflow.search_runs(
-            filter_string=f"tags.`mlflow.runName` = '{run}'", output_format="list", search_all_experiments=True
+            filter_string=f"tags.`mlflow.runName` = '{run}'",
+            output_format="list",
+            search_all_experiments=True,
         )
         self._mlflow.start_run(run_id=found[0].info.run_id if found else None, run_name=run)
         if not found:
@@ -157,4 +171,8 @@ class _Wandb:
 
 
 def _scalars(record: Mapping[str, Any]) -> dict[str, float]:
-    return {key: float(value) for key, value in record.items() if key != "step" and isinstance(value, (int, float))}
+    return {
+        key: float(value)
+        for key, value in record.items()
+        if key != "step" and isinstance(value, (int, float))
+    }

@@ -50,7 +50,12 @@ def retriever_plan(config: Config, base: BaseRef, trainset: Artifact) -> Plan:
 
 
 def train_retriever(
-    building: Building, config: Config, base: BaseRef, trainset: Artifact, *, mine: Mine | None = None
+    building: Building,
+    config: Config,
+    base: BaseRef,
+    trainset: Artifact,
+    *,
+    mine: Mine | None = None,
 ) -> None:
     """Stage 1: fill an adapter artifact.
 
@@ -72,7 +77,10 @@ def train_retriever(
     if config.retriever.refresh_every is None:
         mine = None
     elif mine is None:
-        raise ConfigError("retriever.refresh_every is set and nothing here mines", action="train with jobs or the CLI")
+        raise ConfigError(
+            "retriever.refresh_every is set and nothing here mines",
+            action="train with jobs or the CLI",
+        )
     _train(building, config, "retriever", inputs, trainset.store.root_uri, mine)
     if mine is not None:
         _tidy(building, trainset.store)
@@ -98,8 +106,18 @@ def generator_plan(config: Config, base: BaseRef, readings: Artifact) -> Plan:
 
 def train_generator(building: Building, config: Config, base: BaseRef, readings: Artifact) -> None:
     """Stage 2: fill an adapter artifact; errors as :func:`train_retriever`."""
-    reference = {"location": base.location, "revision": base.revision, "fingerprint": base.fingerprint}
-    _train(building, config, "generator", {"readings": readings.ref, "base": reference}, readings.store.root_uri)
+    reference = {
+        "location": base.location,
+        "revision": base.revision,
+        "fingerprint": base.fingerprint,
+    }
+    _train(
+        building,
+        config,
+        "generator",
+        {"readings": readings.ref, "base": reference},
+        readings.store.root_uri,
+    )
     building.info |= {
         "base": reference,
         "max_context": config.generator.max_tokens,
@@ -113,7 +131,12 @@ def encoder_of(adapter: Artifact) -> EncoderSpec:
 
 
 def _train(
-    building: Building, config: Config, stage: str, inputs: dict[str, Any], root_uri: str, mine: Mine | None = None
+    building: Building,
+    config: Config,
+    stage: str,
+    inputs: dict[str, Any],
+    root_uri: str,
+    mine: Mine | None = None,
 ) -> None:
     scale, plan = config.scale, building.plan
     check_trackers(scale.trackers)
@@ -133,7 +156,8 @@ def _train(
             num_workers=scale.num_workers,
             elastic_resize_monitor_interval_s=scale.resize_every_s,
             use_gpu=scale.use_gpu,
-            resources_per_worker={"CPU": scale.cpus_per_worker} | ({"GPU": 1} if scale.use_gpu else {}),
+            resources_per_worker={"CPU": scale.cpus_per_worker}
+            | ({"GPU": 1} if scale.use_gpu else {}),
         ),
         run_config=RunConfig(
             name=name,
@@ -154,19 +178,28 @@ def _train(
             action="look at that batch; lower the learning rate or raise the temperatures. The last checkpoint stands",
         )
     if result.checkpoint is None:
-        raise ResourceError(f"training of the {stage} ended without a checkpoint", action="see the workers' logs above")
+        raise ResourceError(
+            f"training of the {stage} ended without a checkpoint",
+            action="see the workers' logs above",
+        )
     with result.checkpoint.as_directory() as name:
         folder = Path(name)
         shutil.copytree(folder / "adapter", building.path / "adapter", dirs_exist_ok=True)
         shutil.copy(folder / "log.jsonl", building.path / "log.jsonl")
         if (folder / NEGATIVES_FILE).is_file():
             shutil.copy(folder / NEGATIVES_FILE, building.path / NEGATIVES_FILE)
-    log = [json.loads(line) for line in (building.path / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+    log = [
+        json.loads(line)
+        for line in (building.path / "log.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     plot_losses(log, building.path / "losses.png")
     building.info |= {"steps": len(log), "final": log[-1]}
     best = best_step(log)
     if best is not None:
-        building.info |= {"best_step": best, "best": next(record for record in log if record["step"] == best)}
+        building.info |= {
+            "best_step": best,
+            "best": next(record for record in log if record["step"] == best),
+        }
 
 
 def _tidy(building: Building, store: Store) -> None:
@@ -188,7 +221,8 @@ def _check_sizes(config: Config, base: BaseRef, store: Store) -> None:
 
 
 def _fit(trainer: TorchTrainer) -> ray.train.Result:
-    # On the main thread fit() would keep SIGINT for itself, also after it has ended: any Ctrl-C would then exit 0.
+    # On the main thread fit() would keep SIGINT for itself, also after it has ended: any Ctrl-C
+    # would then exit 0.
     outcome: dict[str, Any] = {}
 
     def run() -> None:
@@ -208,10 +242,11 @@ def _fit(trainer: TorchTrainer) -> ray.train.Result:
 
 
 def unrecorded_checkpoints(run_uri: str) -> list[str]:
-    """URIs of a run's checkpoints, newest first, where Ray's own record of them is cut off; else none.
+    """URIs of a run's checkpoints, newest first, where Ray's own record of them is cut off; else
+    none.
 
-    Ray writes the record in place: a kill in that moment leaves half of it, which no run could start from.  It is
-    removed, and the workers look at the checkpoints themselves.
+    Ray writes the record in place: a kill in that moment leaves half of it, which no run could
+    start from.  It is removed, and the workers look at the checkpoints themselves.
     """
     filesystem, folder = resolve_uri(run_uri)
     record = f"{folder}/{_RECORD}"
@@ -226,9 +261,14 @@ def unrecorded_checkpoints(run_uri: str) -> list[str]:
     else:
         return []
     found = [
-        entry for entry in filesystem.get_file_info(fs.FileSelector(folder)) if entry.type == fs.FileType.Directory
+        entry
+        for entry in filesystem.get_file_info(fs.FileSelector(folder))
+        if entry.type == fs.FileType.Directory
     ]
-    names = sorted((entry.base_name for entry in found if entry.base_name.startswith("checkpoint_")), reverse=True)
+    names = sorted(
+        (entry.base_name for entry in found if entry.base_name.startswith("checkpoint_")),
+        reverse=True,
+    )
     return [join_uri(run_uri, name) for name in names]
 
 
@@ -253,7 +293,8 @@ def _explain(error: Exception, stage: str) -> InvarError:
                 return inner
         cause = cause.__cause__
     return ResourceError(
-        f"training of the {stage} failed: {str(error).strip().splitlines()[-1] if str(error).strip() else error!r}",
+        f"training of the {stage} failed: "
+        f"{str(error).strip().splitlines()[-1] if str(error).strip() else error!r}",
         action="see the workers' log above; a re-run goes on from the last checkpoint",
     )
 

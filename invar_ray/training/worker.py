@@ -36,8 +36,8 @@ class Outcome(TypedDict):
 
     Attributes:
         first: the step that it started from.
-        fault: why it stopped before the last step, or ``None``.  A fault that would come again is returned and not
-            raised: Ray Train would restart the run in vain.
+        fault: why it stopped before the last step, or ``None``.  A fault that would come again is
+            returned and not raised: Ray Train would restart the run in vain.
     """
 
     first: int
@@ -48,9 +48,10 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
     """Train from the last checkpoint to the last step.
 
     Args:
-        payload: ``stage``, ``config``, ``root_uri``, ``inputs`` (refs of artifacts), ``run`` (fingerprint), ``mine``
-            (what makes new negatives; ``None`` where they are not refreshed) and ``unrecorded`` (URIs of checkpoints
-            that Ray has no record of, newest first).
+        payload: ``stage``, ``config``, ``root_uri``, ``inputs`` (refs of artifacts), ``run``
+            (fingerprint), ``mine`` (what makes new negatives; ``None`` where they are not
+            refreshed) and ``unrecorded`` (URIs of checkpoints that Ray has no record of, newest
+            first).
 
     Returns:
         The same on every rank.
@@ -59,8 +60,14 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     init_distributed(config.scale.use_gpu)
-    stage = STAGES[payload["stage"]](config, Store(payload["root_uri"]), payload["inputs"], rank, world_size)
-    optimizer = config.retriever.optimizer if payload["stage"] == "retriever" else config.generator.optimizer
+    stage = STAGES[payload["stage"]](
+        config, Store(payload["root_uri"]), payload["inputs"], rank, world_size
+    )
+    optimizer = (
+        config.retriever.optimizer
+        if payload["stage"] == "retriever"
+        else config.generator.optimizer
+    )
     device = ray.train.torch.get_device() if config.scale.use_gpu else torch.device("cpu")
     stage.module.to(device)
 
@@ -80,20 +87,29 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
     best = resumed.best if resumed is not None else None
     refresh = _open_refresh(stage, payload, rank, resumed)
     patience = config.retriever.heldout_patience
-    chunking = Chunking(config.scale.train_tokens_per_chunk or _MEASURE_TOKENS, largest_over_ranks, engine.backward)
+    chunking = Chunking(
+        config.scale.train_tokens_per_chunk or _MEASURE_TOKENS, largest_over_ranks, engine.backward
+    )
     stage.module.train()
     progress = Progress(f"train {payload['stage']}", stage.steps, "steps", done=first)
     name = f"{payload['stage']}-{payload['run']}"
     trackers = (
-        open_trackers(config.scale.trackers, payload["root_uri"], name, to_dict(config), first) if rank == 0 else []
+        open_trackers(config.scale.trackers, payload["root_uri"], name, to_dict(config), first)
+        if rank == 0
+        else []
     )
     try:
         for step in range(first, first if is_exhausted(log, patience) else stage.steps):
             started = time.monotonic()
-            fault = refresh.before(step, lambda: engine.state().parameters) if refresh is not None else None
+            fault = (
+                refresh.before(step, lambda: engine.state().parameters)
+                if refresh is not None
+                else None
+            )
             if fault is not None:
                 return Outcome(first=first, fault=fault)
-            # Dropout is a function of (seed, step, rank): a resumed run repeats the masks of the one that was cut off.
+            # Dropout is a function of (seed, step, rank): a resumed run repeats the masks of the
+            # one that was cut off.
             torch.manual_seed(config.seed * _SEED_STRIDE + step * 1009 + rank)
             rate = learning_rate(optimizer, step, stage.steps)
             metrics = step_gradients(stage, engine, step, config.scale.train_tokens_per_chunk)
@@ -108,11 +124,17 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
             fault = _fault(record)
             if fault is not None:
                 if rank == 0:
-                    fault += f"; its batch is in {_keep_batch(stage, record, payload['root_uri'], name)}"
+                    fault += (
+                        f"; its batch is in {_keep_batch(stage, record, payload['root_uri'], name)}"
+                    )
                 return Outcome(first=first, fault=fault)
-            record["tokens_per_s"] = averaged["tokens"] * world_size / max(1e-9, time.monotonic() - started)
+            record["tokens_per_s"] = (
+                averaged["tokens"] * world_size / max(1e-9, time.monotonic() - started)
+            )
             log.append(record)
-            if stage.measure_every and ((step + 1) % stage.measure_every == 0 or step + 1 == stage.steps):
+            if stage.measure_every and (
+                (step + 1) % stage.measure_every == 0 or step + 1 == stage.steps
+            ):
                 record |= _mean_over_ranks(stage.measure(engine, chunking), device)
                 if best_step(log) == step + 1:
                     best = engine.state().parameters
@@ -136,7 +158,9 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
     return Outcome(first=first, fault=None)
 
 
-def step_gradients(stage: Stage, engine: Engine, step: int, tokens_per_chunk: int | None) -> Metrics:
+def step_gradients(
+    stage: Stage, engine: Engine, step: int, tokens_per_chunk: int | None
+) -> Metrics:
     """Leave the step's averaged gradients in the engine; this rank's numbers.
 
     Args:
@@ -147,7 +171,9 @@ def step_gradients(stage: Stage, engine: Engine, step: int, tokens_per_chunk: in
         engine.backward(loss)
         return metrics
     with engine.accumulation():
-        return stage.accumulate(engine, step, Chunking(tokens_per_chunk, largest_over_ranks, engine.backward))
+        return stage.accumulate(
+            engine, step, Chunking(tokens_per_chunk, largest_over_ranks, engine.backward)
+        )
 
 
 def _resume(run: str, unrecorded: Sequence[str]) -> Checkpoint | None:
@@ -161,19 +187,36 @@ def _resume(run: str, unrecorded: Sequence[str]) -> Checkpoint | None:
         with ray.train.Checkpoint(path, filesystem).as_directory() as folder:
             try:
                 return load_checkpoint(Path(folder), run)
-            except (OSError, ValueError, KeyError, SafetensorError) as error:  # its upload was cut off
-                print(f"{uri} is not whole ({type(error).__name__}); trying the one before", flush=True)
+            except (
+                OSError,
+                ValueError,
+                KeyError,
+                SafetensorError,
+            ) as error:  # its upload was cut off
+                print(
+                    f"{uri} is not whole ({type(error).__name__}); trying the one before",
+                    flush=True,
+                )
     return None
 
 
-def _open_refresh(stage: Stage, payload: dict[str, Any], rank: int, resumed: Checkpoint | None) -> Refresh | None:
+def _open_refresh(
+    stage: Stage, payload: dict[str, Any], rank: int, resumed: Checkpoint | None
+) -> Refresh | None:
     if payload.get("mine") is None:
         return None
     trainset = payload["inputs"]["trainset"]
     state = resumed.negatives if resumed is not None else None
     refreshed = cast(Refreshed, stage)
     return Refresh(
-        refreshed, payload["config"], payload["mine"], payload["root_uri"], payload["run"], trainset, rank, state
+        refreshed,
+        payload["config"],
+        payload["mine"],
+        payload["root_uri"],
+        payload["run"],
+        trainset,
+        rank,
+        state,
     )
 
 
@@ -223,7 +266,9 @@ def _keep_batch(stage: Stage, record: dict[str, Any], root_uri: str, name: str) 
     filesystem, path = resolve_uri(uri)
     filesystem.create_dir(path.rpartition("/")[0], recursive=True)
     numbers = {key: value if math.isfinite(value) else str(value) for key, value in record.items()}
-    content = json.dumps({"numbers": numbers, **stage.describe(step - 1)}, ensure_ascii=False, indent=1)
+    content = json.dumps(
+        {"numbers": numbers, **stage.describe(step - 1)}, ensure_ascii=False, indent=1
+    )
     with filesystem.open_output_stream(path) as stream:
         stream.write(content.encode("utf-8"))
     return uri

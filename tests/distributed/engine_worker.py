@@ -1,11 +1,12 @@
 """One rank of the engine tests: ``python engine_worker.py ROOT OUT RANK WORLD GRID``.
 
-World 1 makes the small store below ROOT and writes metrics and gradients of every case by plain autograd, without
-DeepSpeed: the reference.  Through the engine each ZeRO stage computes every case, GradCache and gradient checkpointing
-on and off (OUT/parity-*): with GRID ``full`` in all combinations on 1 rank too, with ``pairwise`` on more ranks and so
-that any two of (loss, ZeRO stage, GradCache and checkpointing) meet.  On more ranks, ``pairwise`` also trains without
-interruption and through a checkpoint on disk, and writes both ends (OUT/state-*).  The process group comes from the
-environment (MASTER_ADDR, ...).
+World 1 makes the small store below ROOT and writes metrics and gradients of every case by plain
+autograd, without DeepSpeed: the reference.  Through the engine each ZeRO stage computes every case,
+GradCache and gradient checkpointing on and off (OUT/parity-*): with GRID ``full`` in all
+combinations on 1 rank too, with ``pairwise`` on more ranks and so that any two of (loss, ZeRO
+stage, GradCache and checkpointing) meet.  On more ranks, ``pairwise`` also trains without
+interruption and through a checkpoint on disk, and writes both ends (OUT/state-*).  The process
+group comes from the environment (MASTER_ADDR, ...).
 """
 
 from __future__ import annotations
@@ -30,20 +31,31 @@ ZERO_STAGES = (0, 1, 2, 3)
 STATE_ZERO_STAGES = (0, 2, 3)
 # (GradCache, gradient checkpointing)
 MODES = ((False, False), (True, True), (True, False), (False, True))
-# With the first budget queries are one chunk and passages are several, with the second both are several.
+# With the first budget queries are one chunk and passages are several, with the second both are
+# several.
 CHUNK_TOKENS = (400, 120)
 STEP = 3  # of the batch; not 0, where the invariance loss has no weight
-ALONE: dict[str, Any] = {"alignment_weight": 0.0, "invariance_weight": 0.0, "risk_variance_weight": 0.0}
+ALONE: dict[str, Any] = {
+    "alignment_weight": 0.0,
+    "invariance_weight": 0.0,
+    "risk_variance_weight": 0.0,
+}
 # The contrastive loss is always on: the weights let the other one stand out.
 RETRIEVER_CASES: dict[str, dict[str, Any]] = {
     "contrastive": ALONE,
     "alignment": ALONE | {"alignment_weight": 30.0},
     "invariance_soft": ALONE | {"invariance_weight": 300.0, "invariance_pattern": "soft"},
-    "invariance_hard": ALONE | {"invariance_weight": 300.0, "invariance_pattern": "hard", "pattern_share": 0.5},
+    "invariance_hard": ALONE
+    | {"invariance_weight": 300.0, "invariance_pattern": "hard", "pattern_share": 0.5},
     "risk_variance": ALONE | {"risk_variance_weight": 30.0},
     "all": {"alignment_weight": 1.0, "invariance_weight": 3.0, "risk_variance_weight": 0.5},
     # 5 questions on 2 ranks: one rank holds a padded row, and perhaps a padded slot.
-    "all_odd": {"alignment_weight": 1.0, "invariance_weight": 3.0, "risk_variance_weight": 0.5, "global_batch_size": 5},
+    "all_odd": {
+        "alignment_weight": 1.0,
+        "invariance_weight": 3.0,
+        "risk_variance_weight": 0.5,
+        "global_batch_size": 5,
+    },
     "matryoshka": {
         "alignment_weight": 1.0,
         "invariance_weight": 3.0,
@@ -77,7 +89,13 @@ def make_stage(name: str, small: SmallStore, config: Config, rank: int, world: i
 def make_engine(stage: Any, zero_stage: int, max_grad_norm: float) -> Any:
     from invar_ray.training.engine import Engine
 
-    return Engine(stage.module, zero_stage=zero_stage, precision="fp32", weight_decay=0.01, max_grad_norm=max_grad_norm)
+    return Engine(
+        stage.module,
+        zero_stage=zero_stage,
+        precision="fp32",
+        weight_decay=0.01,
+        max_grad_norm=max_grad_norm,
+    )
 
 
 def disturb(module: torch.nn.Module) -> None:
@@ -90,13 +108,17 @@ def disturb(module: torch.nn.Module) -> None:
 
 def plain_gradients(stage: Any, loss: Tensor) -> dict[str, Tensor]:
     loss.backward()
-    found = {n: p.grad.detach().clone() for n, p in stage.module.named_parameters() if p.requires_grad}
+    found = {
+        n: p.grad.detach().clone() for n, p in stage.module.named_parameters() if p.requires_grad
+    }
     stage.module.zero_grad(set_to_none=True)
     return found
 
 
 def modes_of(grid: str, case: int, zero_stage: int) -> Sequence[tuple[bool, bool]]:
-    """All modes, or the one of a Latin square, in which each case and each ZeRO stage meets every mode."""
+    """All modes, or the one of a Latin square, in which each case and each ZeRO stage meets every
+    mode.
+    """
     return MODES if grid == "full" else (MODES[(case + zero_stage) % len(MODES)],)
 
 
@@ -104,7 +126,9 @@ def cell(case: str, mode: tuple[bool, bool]) -> str:
     return f"{case}|{'cache' if mode[0] else 'plain'},{'recompute' if mode[1] else 'keep'}"
 
 
-def gradients_of(stage: Any, engine: Any, tokens: int | None) -> tuple[dict[str, Tensor], dict[str, float]]:
+def gradients_of(
+    stage: Any, engine: Any, tokens: int | None
+) -> tuple[dict[str, Tensor], dict[str, float]]:
     from invar_ray.training.worker import step_gradients
 
     if engine is None:
@@ -148,7 +172,9 @@ def parity(small: SmallStore, out: Path, rank: int, world: int, grid: str, engin
             engine = None if zero_stage is None else make_engine(stage, zero_stage, 0.0)
             for number, (case, settings) in enumerate(cases.items()):
                 stage.config = with_settings(small.config, name, settings)
-                for mode in modes_of(grid, number, zero_stage) if zero_stage is not None else MODES[:1]:
+                for mode in (
+                    modes_of(grid, number, zero_stage) if zero_stage is not None else MODES[:1]
+                ):
                     recomputing(stage, mode[1])
                     tokens = CHUNK_TOKENS[number % len(CHUNK_TOKENS)] if mode[0] else None
                     gradients, metrics = gradients_of(stage, engine, tokens)
@@ -158,7 +184,10 @@ def parity(small: SmallStore, out: Path, rank: int, world: int, grid: str, engin
                         if world > 1:
                             torch.distributed.all_reduce(mean)
                         found[f"{label}/metric/{key}"] = mean / world
-                    found |= {f"{label}/grad/{key}": value.float().contiguous() for key, value in gradients.items()}
+                    found |= {
+                        f"{label}/grad/{key}": value.float().contiguous()
+                        for key, value in gradients.items()
+                    }
             if name == "retriever" and engine is not None and world > 1:
                 stage.config = with_settings(small.config, name, RETRIEVER_CASES["all"])
                 for case, wrong in PLANTED.items():
@@ -168,7 +197,10 @@ def parity(small: SmallStore, out: Path, rank: int, world: int, grid: str, engin
                         gradients, _ = gradients_of(stage, engine, None)
                     finally:
                         retriever_stage.gather_rows = right
-                    found |= {f"{case}/grad/{key}": value.float().contiguous() for key, value in gradients.items()}
+                    found |= {
+                        f"{case}/grad/{key}": value.float().contiguous()
+                        for key, value in gradients.items()
+                    }
         found["chunks"] = torch.tensor(counts, dtype=torch.long).view(-1, 2)
         save_file(found, out / f"parity-z{zero_stage}-w{world}-r{rank}.safetensors")
 
@@ -182,7 +214,9 @@ def detached_documents(x: Tensor) -> Tensor:
 
 
 class _UnscaledSlice(torch.autograd.Function):
-    """A known wrong gather: backward averages over ranks what they should add up, and returns one's own slice."""
+    """A known wrong gather: backward averages over ranks what they should add up, and returns one's
+    own slice.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:

@@ -22,7 +22,12 @@ def launch(folder: Path, world: int, grid: str = "pairwise") -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "DS_LOG_LEVEL": "error"}
+    group = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world),
+        "DS_LOG_LEVEL": "error",
+    }
     path = {"PYTHONPATH": str(WORKER.parents[2])}
     processes = []
     logs = [folder / f"w{world}-r{rank}.log" for rank in range(world)]
@@ -42,10 +47,14 @@ def launch(folder: Path, world: int, grid: str = "pairwise") -> None:
             ]
             environment = os.environ | group | path | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
             with open(log, "w") as stream:
-                processes.append(subprocess.Popen(command, env=environment, stdout=stream, stderr=stream))
+                processes.append(
+                    subprocess.Popen(command, env=environment, stdout=stream, stderr=stream)
+                )
         # If one fails the others would wait for it: look at all of them.
         while any(process.poll() is None for process in processes):
-            if time.monotonic() > deadline or any(process.poll() not in (None, 0) for process in processes):
+            if time.monotonic() > deadline or any(
+                process.poll() not in (None, 0) for process in processes
+            ):
                 break
             time.sleep(0.2)
         faults = [

@@ -1,8 +1,9 @@
 """One rank of the loss parity test: ``python loss_parity_worker.py RANK WORLD FOLDER``.
 
-Computes every case on its share of one fixed global batch through a small encoder, averages gradients over ranks as DDP
-does, and lets rank 0 write them to FOLDER/world<WORLD>.safetensors.  World 1 is the reference: the same batch in one
-process.  Shape legend: B rows, R rewrites, P windows, E = R * P environments, C slots, F features, D embedding size.
+Computes every case on its share of one fixed global batch through a small encoder, averages
+gradients over ranks as DDP does, and lets rank 0 write them to FOLDER/world<WORLD>.safetensors.
+World 1 is the reference: the same batch in one process.  Shape legend: B rows, R rewrites, P
+windows, E = R * P environments, C slots, F features, D embedding size.
 """
 
 from __future__ import annotations
@@ -28,7 +29,18 @@ from invar_ray.losses.invariance import invariance_loss
 from invar_ray.losses.risk import environment_risks, risk_variance
 from invar_ray.training.objective import Rows, objective
 
-SHARES, ROWS, SLOTS, REWRITES, WINDOWS, FEATURES, HIDDEN, SIZE, TOKENS, WORDS = 2, 4, 6, 2, 2, 12, 16, 8, 5, 11
+SHARES, ROWS, SLOTS, REWRITES, WINDOWS, FEATURES, HIDDEN, SIZE, TOKENS, WORDS = (
+    2,
+    4,
+    6,
+    2,
+    2,
+    12,
+    16,
+    8,
+    5,
+    11,
+)
 
 
 class Encoder(nn.Module):
@@ -56,9 +68,13 @@ class Batch:
         rows, slots = SHARES * ROWS, SHARES * SLOTS
         self.all_queries = torch.randn(rows, REWRITES, FEATURES)
         self.all_passages = torch.randn(slots, WINDOWS, FEATURES)
-        self.positive = torch.cat([torch.arange(ROWS) + share * SLOTS for share in range(SHARES)])  # [B]
+        self.positive = torch.cat(
+            [torch.arange(ROWS) + share * SLOTS for share in range(SHARES)]
+        )  # [B]
         self.allowed = torch.rand(rows, slots) > 0.2
-        self.weights = torch.tensor([1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.0, 0.0])  # the last rank holds padding
+        self.weights = torch.tensor(
+            [1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.0, 0.0]
+        )  # the last rank holds padding
         self.environments = torch.rand(rows, REWRITES * WINDOWS) > 0.3
         self.environments[:, 0] = True
         teacher = [normalize(torch.randn(count, 6), dim=-1) for count in (rows, slots, slots)]
@@ -86,7 +102,9 @@ def cosines_of(queries: Tensor, passages: Tensor) -> Tensor:
 
 def cosines(batch: Batch, model: Encoder) -> Tensor:
     """Local queries against gathered passages: the way that is right."""
-    return cosines_of(model(batch.all_queries[batch.mine]), gather_rows(model(batch.all_passages[batch.my_slots])))
+    return cosines_of(
+        model(batch.all_queries[batch.mine]), gather_rows(model(batch.all_passages[batch.my_slots]))
+    )
 
 
 def contrastive(batch: Batch, scores: Tensor, masked: bool = True) -> ContrastiveOutput:
@@ -166,7 +184,10 @@ def matryoshka(batch: Batch, model: Encoder) -> Tensor:
         no_copies=batch.allowed[batch.mine],
         no_answers=batch.allowed[batch.mine],
     )
-    queries, passages = model(batch.all_queries[batch.mine]), gather_rows(model(batch.all_passages[batch.my_slots]))
+    queries, passages = (
+        model(batch.all_queries[batch.mine]),
+        gather_rows(model(batch.all_passages[batch.my_slots])),
+    )
     return objective(queries, passages, rows, settings, 3)[0]
 
 
@@ -197,9 +218,12 @@ def detached(x: Tensor) -> Tensor:
 
 
 def detached_everything(batch: Batch, model: Encoder, factor: float) -> Tensor:
-    """Every rank computes the full matrix from detached gathers: right only if multiplied by the number of ranks."""
+    """Every rank computes the full matrix from detached gathers: right only if multiplied by the
+    number of ranks.
+    """
     scores = cosines_of(
-        detached(model(batch.all_queries[batch.mine])), detached(model(batch.all_passages[batch.my_slots]))
+        detached(model(batch.all_queries[batch.mine])),
+        detached(model(batch.all_passages[batch.my_slots])),
     )
     output = contrastive_loss(
         scores,
@@ -215,7 +239,9 @@ def detached_everything(batch: Batch, model: Encoder, factor: float) -> Tensor:
 def detached_documents(batch: Batch, model: Encoder) -> Tensor:
     """Local rows against detached documents: wrong whatever the factor."""
     queries = model(batch.all_queries[batch.mine])
-    return contrastive(batch, cosines_of(queries, detached(model(batch.all_passages[batch.my_slots])))).loss
+    return contrastive(
+        batch, cosines_of(queries, detached(model(batch.all_passages[batch.my_slots])))
+    ).loss
 
 
 CASES: dict[str, Callable[[Batch, Encoder], Tensor]] = {
@@ -223,9 +249,13 @@ CASES: dict[str, Callable[[Batch, Encoder], Tensor]] = {
     "alignment": lambda batch, model: alignment(batch, cosines(batch, model)),
     "invariance_soft": lambda batch, model: invariance(batch, cosines(batch, model), "soft"),
     "invariance_hard": lambda batch, model: invariance(batch, cosines(batch, model), "hard"),
-    "risk_variance": lambda batch, model: risk_variance(*environment_risks(contrastive(batch, cosines(batch, model)))),
+    "risk_variance": lambda batch, model: risk_variance(
+        *environment_risks(contrastive(batch, cosines(batch, model)))
+    ),
     "risk_of_averaged_losses": lambda batch, model: risk_variance(
-        gather.mean_over_ranks(contrastive(batch, cosines(batch, model), masked=False).per_environment)
+        gather.mean_over_ranks(
+            contrastive(batch, cosines(batch, model), masked=False).per_environment
+        )
     ),
     "answer": answer,
     "all": all_together,
@@ -234,8 +264,12 @@ CASES: dict[str, Callable[[Batch, Encoder], Tensor]] = {
     "contrastive@all_gather_tensor_autograd": lambda batch, model: through_older_names(
         batch, model, "all_gather_tensor_autograd"
     ),
-    "contrastive@torch.distributed.nn": lambda batch, model: through_older_names(batch, model, None),
-    "contrastive@detached_times_world": lambda batch, model: detached_everything(batch, model, float(batch.world)),
+    "contrastive@torch.distributed.nn": lambda batch, model: through_older_names(
+        batch, model, None
+    ),
+    "contrastive@detached_times_world": lambda batch, model: detached_everything(
+        batch, model, float(batch.world)
+    ),
     # Wrong ways, compared with the right reference.
     "contrastive@wrong_detached": lambda batch, model: detached_everything(batch, model, 1.0),
     "contrastive@wrong_detached_documents": detached_documents,

@@ -1,8 +1,8 @@
-"""A small store for tests, made in one process without Ray: a one-layer base, some 30 documents, what both stages train
-on.
+"""A small store for tests, made in one process without Ray: a one-layer base, some 30 documents,
+what both stages train on.
 
-The artifacts are the pipeline's own (same plans, same code, same fingerprints), so a :class:`Pipeline` over the same
-config finds them.
+The artifacts are the pipeline's own (same plans, same code, same fingerprints), so a
+:class:`Pipeline` over the same config finds them.
 """
 
 from __future__ import annotations
@@ -68,20 +68,31 @@ def small_store(root: Path | str, overrides: Sequence[str] = ()) -> SmallStore:
     embed_here(pipeline, "base", llm_spec(config.model, pipeline.base))
     hits, passages = search_here(pipeline, pipeline.base_index, "train"), pipeline.passages
     readings, _ = pipeline.store.get_or_build(
-        readings_plan(config, hits, passages), lambda building: build_readings(building, hits, passages)
+        readings_plan(config, hits, passages),
+        lambda building: build_readings(building, hits, passages),
     )
     base = pipeline.base
     return SmallStore(
         config,
         pipeline.trainset,
         readings,
-        {"trainset": pipeline.trainset.ref, "encoder": llm_spec(config.model, base, ("retriever/x", "x")).to_json()},
-        {"readings": readings.ref, "base": {entry.name: getattr(base, entry.name) for entry in fields(base)}},
+        {
+            "trainset": pipeline.trainset.ref,
+            "encoder": llm_spec(config.model, base, ("retriever/x", "x")).to_json(),
+        },
+        {
+            "readings": readings.ref,
+            "base": {entry.name: getattr(base, entry.name) for entry in fields(base)},
+        },
     )
 
 
-def embed_here(pipeline: Pipeline, name: str, spec: EncoderSpec, adapter: Artifact | None = None) -> Artifact:
-    """The vectors of all passages, as ``build_vectors`` makes them, with one actor's code run in this process."""
+def embed_here(
+    pipeline: Pipeline, name: str, spec: EncoderSpec, adapter: Artifact | None = None
+) -> Artifact:
+    """The vectors of all passages, as ``build_vectors`` makes them, with one actor's code run in
+    this process.
+    """
     config, passages = pipeline.config, pipeline.passages
 
     def body(building: Building) -> None:
@@ -89,11 +100,20 @@ def embed_here(pipeline: Pipeline, name: str, spec: EncoderSpec, adapter: Artifa
         building.filesystem.create_dir(prefix, recursive=True)
         root, rows, step = passages.store.root_uri, len(Passages(passages)), config.scale.shard_rows
         actor = EmbedShard(
-            root, passages.ref, spec.to_json(), root, prefix, config.scale, inference_precision(config, spec.kind)
+            root,
+            passages.ref,
+            spec.to_json(),
+            root,
+            prefix,
+            config.scale,
+            inference_precision(config, spec.kind),
         )
         starts = list(range(0, rows, step))
         actor({"start": starts, "stop": [min(start + step, rows) for start in starts]})
-        texts = [(passage.title, passage.text) for passage in Passages(passages).rows(range(config.index.num_probes))]
+        texts = [
+            (passage.title, passage.text)
+            for passage in Passages(passages).rows(range(config.index.num_probes))
+        ]
         matrix = open_encoder(spec, passages.store).encode_passages(texts)
         write_probes(building.path / "probes.parquet", texts, matrix)
         building.info |= {"encoder": spec.to_json(), "rows": rows}
@@ -107,7 +127,10 @@ def search_here(pipeline: Pipeline, index: Artifact, split: str) -> Artifact:
     top_k = pipeline.config.evaluation.top_k if split == "dev" else pipeline.config.generator.top_k
 
     def body(building: Building) -> None:
-        examples, variants = load_examples(pipeline.questions, split), load_variants(pipeline.questions, split)
+        examples, variants = (
+            load_examples(pipeline.questions, split),
+            load_variants(pipeline.questions, split),
+        )
         families = [[variant.text for variant in variants[example.id]] for example in examples]
         found = SearchBlock(index.uri, top_k, "fp32")({"block": 0, "wordings": families})["hits"]
         rows = [
@@ -120,7 +143,9 @@ def search_here(pipeline: Pipeline, index: Artifact, split: str) -> Artifact:
             }
             for example, family, hits in zip(examples, families, found, strict=True)
         ]
-        pq.write_table(pa.Table.from_pylist(rows, schema=hits_module._ROW), building.path / "hits.parquet")
+        pq.write_table(
+            pa.Table.from_pylist(rows, schema=hits_module._ROW), building.path / "hits.parquet"
+        )
         building.info |= {"questions": len(rows), "split": split, "top_k": top_k}
 
     plan = hits_plan(pipeline.config, index, pipeline.questions, split, top_k)

@@ -1,7 +1,8 @@
-"""DeepSpeed with the real stages: two ranks under ZeRO 0-3 give the gradients of one process without it.
+"""DeepSpeed with the real stages: two ranks under ZeRO 0-3 give the gradients of one process
+without it.
 
-GradCache and gradient checkpointing go through a Latin square: each of their four combinations meets each loss and each
-ZeRO stage.  All combinations, on 1, 2 and 4 ranks, are ``make parity``.
+GradCache and gradient checkpointing go through a Latin square: each of their four combinations
+meets each loss and each ZeRO stage.  All combinations, on 1, 2 and 4 ranks, are ``make parity``.
 """
 
 from __future__ import annotations
@@ -12,7 +13,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.distributed.engine_worker import GENERATOR_CASES, PLANTED, RETRIEVER_CASES, ZERO_STAGES, cell, modes_of
+from tests.distributed.engine_worker import (
+    GENERATOR_CASES,
+    PLANTED,
+    RETRIEVER_CASES,
+    ZERO_STAGES,
+    cell,
+    modes_of,
+)
 from tests.distributed.parity import CAUGHT, TOLERANCE, flat_gradient, relative_error
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(900)]
@@ -23,7 +31,9 @@ TOTALS = {"tokens", "answer_tokens", "padded_tokens"}  # per rank, hence halved 
 
 
 def gradient(run: dict[str, Tensor], case: str) -> Tensor:
-    assert len([name for name in run if name.startswith(f"{case}/grad/")]) == 14, "one layer, seven adapted projections"
+    assert len([name for name in run if name.startswith(f"{case}/grad/")]) == 14, (
+        "one layer, seven adapted projections"
+    )
     return flat_gradient(run, case)
 
 
@@ -34,7 +44,11 @@ def label(case: str, zero_stage: int) -> str:
 
 def metrics(run: dict[str, Tensor], case: str) -> dict[str, float]:
     prefix = f"{case}/metric/"
-    return {name.removeprefix(prefix): float(value) for name, value in run.items() if name.startswith(prefix)}
+    return {
+        name.removeprefix(prefix): float(value)
+        for name, value in run.items()
+        if name.startswith(prefix)
+    }
 
 
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)
@@ -42,16 +56,24 @@ def metrics(run: dict[str, Tensor], case: str) -> dict[str, float]:
 def test_gradients_equal_those_of_one_process(engine_runs: Any, case: str, zero_stage: int) -> None:
     reference = gradient(engine_runs.load("parity-zNone-w1-r0"), case)
     name = label(case, zero_stage)
-    ranks = [gradient(engine_runs.load(f"parity-z{zero_stage}-w2-r{rank}"), name) for rank in (0, 1)]
+    ranks = [
+        gradient(engine_runs.load(f"parity-z{zero_stage}-w2-r{rank}"), name) for rank in (0, 1)
+    ]
     assert torch.equal(*ranks)
-    assert reference.abs().max() > 1e-3, "the reference has no gradient to speak of: the case proves nothing"
+    assert reference.abs().max() > 1e-3, (
+        "the reference has no gradient to speak of: the case proves nothing"
+    )
     assert relative_error(ranks[0], reference) <= TOLERANCE
 
 
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)
 def test_ranks_had_different_numbers_of_chunks(engine_runs: Any, zero_stage: int) -> None:
-    """What would hang ZeRO 2 and 3 if each rank ran its own number; and some calls had one chunk, others several."""
-    counts = torch.cat([engine_runs.load(f"parity-z{zero_stage}-w2-r{rank}")["chunks"] for rank in (0, 1)])
+    """What would hang ZeRO 2 and 3 if each rank ran its own number; and some calls had one chunk,
+    others several.
+    """
+    counts = torch.cat(
+        [engine_runs.load(f"parity-z{zero_stage}-w2-r{rank}")["chunks"] for rank in (0, 1)]
+    )
     assert (counts[:, 0] < counts[:, 1]).any()
     assert (counts[:, 1] == 1).any()
     assert (counts[:, 1] > 2).any()
@@ -67,7 +89,9 @@ def test_a_planted_wrong_gather_is_caught(engine_runs: Any, case: str, zero_stag
 
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)
 @pytest.mark.parametrize("case", CASES)
-def test_logged_numbers_do_not_depend_on_the_number_of_ranks(engine_runs: Any, case: str, zero_stage: int) -> None:
+def test_logged_numbers_do_not_depend_on_the_number_of_ranks(
+    engine_runs: Any, case: str, zero_stage: int
+) -> None:
     single = metrics(engine_runs.load("parity-zNone-w1-r0"), case)
     ranks = metrics(engine_runs.load(f"parity-z{zero_stage}-w2-r0"), label(case, zero_stage))
     assert single.keys() == ranks.keys()

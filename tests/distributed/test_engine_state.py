@@ -1,4 +1,6 @@
-"""The engine's state through a checkpoint on disk: three steps, a fresh engine, three more, bit-equal to six."""
+"""The engine's state through a checkpoint on disk: three steps, a fresh engine, three more,
+bit-equal to six.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ ZERO_STAGES = [0, 2, 3]
 
 
 def part(run: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    found = {key.removeprefix(f"{name}/"): value for key, value in run.items() if key.startswith(f"{name}/")}
+    found = {
+        key.removeprefix(f"{name}/"): value
+        for key, value in run.items()
+        if key.startswith(f"{name}/")
+    }
     # One layer, seven adapted projections of two matrices each; value and two moments; Adam's step.
     assert len(found) == (15 if name == "begin" else 43)
     return found
@@ -26,13 +32,21 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)
-def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(engine_runs: Any, zero_stage: int, rank: int) -> None:
+def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
+    engine_runs: Any, zero_stage: int, rank: int
+) -> None:
     run = engine_runs.load(f"state-z{zero_stage}-w2-r{rank}")
-    begin, half, loaded, whole, resumed = (part(run, name) for name in ("begin", "half", "loaded", "whole", "resumed"))
+    begin, half, loaded, whole, resumed = (
+        part(run, name) for name in ("begin", "half", "loaded", "whole", "resumed")
+    )
     assert differing(half, loaded) == [], "what was loaded is not what was saved"
     assert differing(whole, resumed) == []
     assert [int(state["adam_step"]) for state in (begin, half, whole, resumed)] == [0, 3, 6, 6]
-    moved = [key for key in half if key.startswith("parameter/") and not torch.equal(half[key], whole[key])]
+    moved = [
+        key
+        for key in half
+        if key.startswith("parameter/") and not torch.equal(half[key], whole[key])
+    ]
     assert len(moved) == 14, "the three later steps changed nothing: the test proves nothing"
 
 

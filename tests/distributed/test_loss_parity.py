@@ -29,7 +29,11 @@ RIGHT = [
     "contrastive@torch.distributed.nn",
     "contrastive@detached_times_world",
 ]
-WRONG = ["contrastive@wrong_detached", "contrastive@wrong_detached_documents", "risk_variance@wrong_local"]
+WRONG = [
+    "contrastive@wrong_detached",
+    "contrastive@wrong_detached_documents",
+    "risk_variance@wrong_local",
+]
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +42,18 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Tensor], d
     folder = tmp_path_factory.mktemp("parity")
     root = Path(__file__).parents[2]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
-    command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("loss_parity_worker.py"))]
+    command = [
+        sys.executable,
+        "-W",
+        "ignore",
+        str(Path(__file__).with_name("loss_parity_worker.py")),
+    ]
     processes = [
         subprocess.Popen(
-            [*command, str(rank), str(world), str(folder)], env=environment, stderr=subprocess.PIPE, text=True
+            [*command, str(rank), str(world), str(folder)],
+            env=environment,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank, world in ((0, 2), (1, 2), (0, 1))
     ]
@@ -62,12 +74,16 @@ def relative_error(runs: tuple[dict[str, Tensor], dict[str, Tensor]], case: str)
     ranks, single = runs
     reference = single[f"{case.partition('@')[0]}/grad"]
     assert torch.isfinite(ranks[f"{case}/grad"]).all()
-    assert reference.abs().max() > 1e-3, "the reference has no gradient to speak of: the case proves nothing"
+    assert reference.abs().max() > 1e-3, (
+        "the reference has no gradient to speak of: the case proves nothing"
+    )
     return float((ranks[f"{case}/grad"] - reference).abs().max() / reference.abs().max())
 
 
 @pytest.mark.parametrize("case", RIGHT)
-def test_two_ranks_give_the_gradient_of_one(runs: tuple[dict[str, Tensor], dict[str, Tensor]], case: str) -> None:
+def test_two_ranks_give_the_gradient_of_one(
+    runs: tuple[dict[str, Tensor], dict[str, Tensor]], case: str
+) -> None:
     assert relative_error(runs, case) <= TOLERANCE
 
 
@@ -75,9 +91,13 @@ def test_two_ranks_give_the_gradient_of_one(runs: tuple[dict[str, Tensor], dict[
 def test_the_mean_of_the_ranks_losses_is_the_loss_of_one(
     runs: tuple[dict[str, Tensor], dict[str, Tensor]], case: str
 ) -> None:
-    torch.testing.assert_close(runs[0][f"{case}/loss"], runs[1][f"{case}/loss"], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        runs[0][f"{case}/loss"], runs[1][f"{case}/loss"], rtol=1e-5, atol=1e-6
+    )
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_wrong_gathers_are_caught(runs: tuple[dict[str, Tensor], dict[str, Tensor]], case: str) -> None:
+def test_wrong_gathers_are_caught(
+    runs: tuple[dict[str, Tensor], dict[str, Tensor]], case: str
+) -> None:
     assert relative_error(runs, case) > 100 * TOLERANCE

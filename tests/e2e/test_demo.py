@@ -53,13 +53,16 @@ class Demo:
                 ],
                 cwd=ROOT,
                 # Short, for Ray's sockets below it.
-                env=os.environ | {"TMPDIR": tempfile.mkdtemp(prefix="id", dir="/tmp"), "PYTHONUNBUFFERED": "1"},
+                env=os.environ
+                | {"TMPDIR": tempfile.mkdtemp(prefix="id", dir="/tmp"), "PYTHONUNBUFFERED": "1"},
                 stdout=stream,
                 stderr=stream,
             )
 
     def text(self) -> str:
-        """What it printed, but for a helper actor of Ray Train's that cannot bear a second Ray on the machine."""
+        """What it printed, but for a helper actor of Ray Train's that cannot bear a second Ray on
+        the machine.
+        """
         return "".join(line for line in open(self.log) if "(PlacementGroupCleaner pid=" not in line)
 
     def wait(self, until: str | None, timeout_s: float) -> None:
@@ -94,7 +97,12 @@ def check_report(path: Path, question: str) -> None:
     for row in report["rows"]:
         assert row.keys() >= {"system", "dataset", "metrics"}
         assert all(isinstance(value, float) for value in row["metrics"].values())
-    assert report["seconds"].keys() >= {"stage 1: retriever", "stage 2: generator", "report", "serve and answer"}
+    assert report["seconds"].keys() >= {
+        "stage 1: retriever",
+        "stage 2: generator",
+        "report",
+        "serve and answer",
+    }
     assert all(value >= 0 for value in report["seconds"].values())
     assert report["answer"].keys() == {"question", "text", "citations"}
     assert report["answer"]["question"] == question
@@ -105,7 +113,9 @@ def check_report(path: Path, question: str) -> None:
     assert Path(report["meta"]["generator"], "manifest.json").is_file()
 
 
-def test_the_demo_answers_and_leaves_only_its_files_and_then_serves_until_ctrl_c(tmp_path: Path) -> None:
+def test_the_demo_answers_and_leaves_only_its_files_and_then_serves_until_ctrl_c(
+    tmp_path: Path,
+) -> None:
     root, question = tmp_path / "s", "Which element has the symbol Fe?"
     demo = Demo(root, tmp_path / "first.log", "--question", question)
     try:
@@ -119,7 +129,9 @@ def test_the_demo_answers_and_leaves_only_its_files_and_then_serves_until_ctrl_c
     assert "everything is shut down" in text
     assert "Traceback" not in text
     assert re.search(r"^answer: ", text, re.MULTILINE)
-    assert re.search(r"^  (\[\d\] |no citation; the passages were: )", text, re.MULTILINE), text[-3000:]
+    assert re.search(r"^  (\[\d\] |no citation; the passages were: )", text, re.MULTILINE), text[
+        -3000:
+    ]
     assert "recall@5" in text
     check_report(root / "report.json", question)
 
@@ -132,7 +144,9 @@ def test_the_demo_answers_and_leaves_only_its_files_and_then_serves_until_ctrl_c
         assert found is not None, text[-4000:]
         assert "re-used" in text
         assert "stage 1: retriever ..." not in text, "it trained again"
-        answer = httpx.post(f"{found[1]}/v1/answer", json={"question": question}, timeout=60, trust_env=False).json()
+        answer = httpx.post(
+            f"{found[1]}/v1/answer", json={"question": question}, timeout=60, trust_env=False
+        ).json()
         assert len(answer["passages"]) == 3
         assert all(passage["text"] for passage in answer["passages"])
         demo.process.send_signal(signal.SIGINT)

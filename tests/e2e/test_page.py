@@ -1,8 +1,10 @@
-"""The page at ``/`` in a real Chromium over a real service: asking, streaming, citations, stability, errors, keys.
+"""The page at ``/`` in a real Chromium over a real service: asking, streaming, citations,
+stability, errors, keys.
 
-Needs the package ``selenium`` and the programs ``chromium`` and ``chromedriver`` (Debian: apt-get install chromium
-chromium-driver).  The accessibility test also needs axe-core (npm install axe-core), its ``axe.min.js`` named in
-``INVAR_AXE``.  Pictures go to the folder that ``INVAR_SHOTS`` names, if any.
+Needs the package ``selenium`` and the programs ``chromium`` and ``chromedriver`` (Debian: apt-get
+install chromium chromium-driver).  The accessibility test also needs axe-core (npm install
+axe-core), its ``axe.min.js`` named in ``INVAR_AXE``.  Pictures go to the folder that
+``INVAR_SHOTS`` names, if any.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ from tests.reader import Reader
 from tests.serving import LIMITS, Live, shared_artifacts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-webdriver = pytest.importorskip("selenium.webdriver", reason="the package selenium is not installed (extra dev)")
+webdriver = pytest.importorskip(
+    "selenium.webdriver", reason="the package selenium is not installed (extra dev)"
+)
 FERRY = "When does the ferry leave?"
 
 
@@ -58,7 +62,10 @@ def services(reader: Reader, tmp_path_factory: pytest.TempPathFactory) -> Iterat
         "open": Live(artifacts, engine=engine, limits=limits),
         "locked": Live(artifacts, engine=engine, limits=limits, keys=(key,)),
         "sharded": Live(
-            artifacts, engine=engine, limits=limits, shards=[artifacts.left_index_uri, artifacts.right_index_uri]
+            artifacts,
+            engine=engine,
+            limits=limits,
+            shards=[artifacts.left_index_uri, artifacts.right_index_uri],
         ),
     }
     yield made
@@ -78,7 +85,12 @@ class Page:
             {"name": "prefers-reduced-motion", "value": "reduce"},
         ]
         self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 500}
+        metrics = {
+            "width": size[0],
+            "height": size[1],
+            "deviceScaleFactor": 1,
+            "mobile": size[0] < 500,
+        }
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
         self.driver.get(url)
         self.driver.execute_script("sessionStorage.clear(); localStorage.clear()")
@@ -123,7 +135,9 @@ class Page:
         if folder:
             clip = {"x": 0, "y": 0, "scale": 1, "width": self.js("innerWidth")}
             clip["height"] = self.js("Math.max(innerHeight, document.documentElement.scrollHeight)")
-            shot = self.driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+            shot = self.driver.execute_cdp_cmd(
+                "Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip}
+            )
             Path(folder).mkdir(parents=True, exist_ok=True)
             (Path(folder) / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))
 
@@ -138,9 +152,15 @@ ENTER, ESCAPE, TAB = "\ue007", "\ue00c", "\ue004"
 
 @pytest.fixture(scope="module")
 def page() -> Iterator[Page]:
-    browser, driver = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    browser, driver = (
+        shutil.which("chromium") or shutil.which("google-chrome"),
+        shutil.which("chromedriver"),
+    )
     if browser is None or driver is None:
-        pytest.skip("no chromium and chromedriver on PATH (Debian: apt-get install chromium chromium-driver)")
+        pytest.skip(
+            "no chromium and chromedriver on PATH (Debian: apt-get install chromium "
+            "chromium-driver)"
+        )
     options = webdriver.ChromeOptions()
     options.binary_location = browser
     for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage"):
@@ -162,10 +182,14 @@ def test_an_answer_streams_and_its_citation_leads_to_the_passage(
     page.open(services["open"].url)
     reader.pause_s = 0.4
     page.ask(FERRY, to_the_end=False)
-    page.wait("/^nine in( the)?$/.test(document.getElementById('answer').textContent)")  # in the middle of it
+    page.wait(
+        "/^nine in( the)?$/.test(document.getElementById('answer').textContent)"
+    )  # in the middle of it
     assert page.find("#send").text == "Stop"
     assert page.texts("#passages h3")[0] == "Ferry"
-    assert page.js("document.querySelectorAll('.cite').length") == 0  # no number is a link before it was checked
+    assert (
+        page.js("document.querySelectorAll('.cite').length") == 0
+    )  # no number is a link before it was checked
     page.picture("writing")
     page.wait("!document.body.classList.contains('busy')")
     assert page.text("#answer").split("\n")[0].startswith("nine in the morning")
@@ -216,30 +240,48 @@ def test_stability_says_what_changed(page: Page, services: dict[str, Live]) -> N
     page.find("#rewrites").clear()
     page.find("#rewrites").send_keys("5")
     page.compare()
-    result = services["open"]("POST", "/v1/stability", json={"question": question, "rewrites": 5, "seed": 0}).json()
-    assert page.texts(".score-box b") == [f"{round(100 * result[name])} %" for name in ("overlap", "agreement")]
-    assert [" ".join(text.split()) for text in page.texts(".wording")] == [w["text"] for w in result["wordings"]]
+    result = services["open"](
+        "POST", "/v1/stability", json={"question": question, "rewrites": 5, "seed": 0}
+    ).json()
+    assert page.texts(".score-box b") == [
+        f"{round(100 * result[name])} %" for name in ("overlap", "agreement")
+    ]
+    assert [" ".join(text.split()) for text in page.texts(".wording")] == [
+        w["text"] for w in result["wordings"]
+    ]
     strips = page.js(
         "[...document.querySelectorAll('.strip')]"
-        ".map(strip => [...strip.children].map(square => square.textContent).filter(Boolean).sort())"
+        ".map(strip => [...strip.children].map(square => "
+        "square.textContent).filter(Boolean).sort())"
     )
     assert strips == [[str(p["rank"]) for p in w["passages"]] for w in result["wordings"]]
     anchor, *others = result["wordings"]
     gone = [
-        len({p["passage_id"] for p in anchor["passages"]} - {p["passage_id"] for p in w["passages"]}) for w in others
+        len(
+            {p["passage_id"] for p in anchor["passages"]} - {p["passage_id"] for p in w["passages"]}
+        )
+        for w in others
     ]
     kept = [line.split(" of ")[0] for line in page.texts(".change")]
     assert kept == [str(3 - count) for count in gone]
-    different = [w for w in others if (w["refused"], w["answer"]) != (anchor["refused"], anchor["answer"])]
+    different = [
+        w for w in others if (w["refused"], w["answer"]) != (anchor["refused"], anchor["answer"])
+    ]
     assert len(page.texts(".said.other")) == len(different)
     page.picture("stability")
     page.driver.execute_script("document.querySelector('.wordings').dataset.old = 1")
     page.find("#others").click()
     page.wait("document.querySelector('.wordings:not([data-old])')")
-    again = services["open"]("POST", "/v1/stability", json={"question": question, "rewrites": 5, "seed": 1}).json()
-    assert [" ".join(text.split()) for text in page.texts(".wording")] == [w["text"] for w in again["wordings"]]
+    again = services["open"](
+        "POST", "/v1/stability", json={"question": question, "rewrites": 5, "seed": 1}
+    ).json()
+    assert [" ".join(text.split()) for text in page.texts(".wording")] == [
+        w["text"] for w in again["wordings"]
+    ]
     page.driver.find_elements("css selector", ".wordings .plain")[0].click()
-    page.wait("!document.body.classList.contains('busy') && !document.getElementById('stability').hidden")
+    page.wait(
+        "!document.body.classList.contains('busy') && !document.getElementById('stability').hidden"
+    )
     assert page.js("document.getElementById('question').value") == again["wordings"][1]["text"]
 
 
@@ -256,7 +298,9 @@ def test_refusals_and_silence_look_like_themselves(page: Page, services: dict[st
     assert "%" in page.text(".score-box b")
 
 
-def test_errors_say_what_happened_and_leave_a_way_on(page: Page, services: dict[str, Live], reader: Reader) -> None:
+def test_errors_say_what_happened_and_leave_a_way_on(
+    page: Page, services: dict[str, Live], reader: Reader
+) -> None:
     live = services["open"]
     page.open(live.url)
     page.ask("why " * 200)
@@ -275,7 +319,9 @@ def test_errors_say_what_happened_and_leave_a_way_on(page: Page, services: dict[
     assert not page.find("#problem").is_displayed()
 
 
-def test_a_broken_stream_keeps_what_came(page: Page, services: dict[str, Live], reader: Reader) -> None:
+def test_a_broken_stream_keeps_what_came(
+    page: Page, services: dict[str, Live], reader: Reader
+) -> None:
     page.open(services["open"].url)
     reader.pause_s, reader.broken_after = 0.2, 3
     page.ask(FERRY)
@@ -344,7 +390,9 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(page: Page, services: dict[str,
     assert page.js("sessionStorage.length") == 0
 
 
-def test_a_missing_shard_is_told(page: Page, services: dict[str, Live], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_shard_is_told(
+    page: Page, services: dict[str, Live], monkeypatch: pytest.MonkeyPatch
+) -> None:
     async def gone(*args: Any) -> Any:
         raise OSError("the shard's node is gone")
 
@@ -409,8 +457,14 @@ def test_nothing_comes_from_elsewhere(page: Page, services: dict[str, Live]) -> 
     page.wait("document.querySelectorAll('.opblock').length > 8")
     assert page.complaints() == []
 
-    messages = [json.loads(entry["message"])["message"] for entry in page.driver.get_log("performance")]
-    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    messages = [
+        json.loads(entry["message"])["message"] for entry in page.driver.get_log("performance")
+    ]
+    asked = [
+        m["params"]["request"]["url"]
+        for m in messages
+        if m["method"] == "Network.requestWillBeSent"
+    ]
     assert len(asked) > 10
     assert [address for address in asked if not address.startswith((url, "data:"))] == []
 
@@ -427,7 +481,10 @@ def test_axe_finds_nothing(page: Page, services: dict[str, Live], scheme: str) -
         page.driver.execute_script(script)
         result = page.driver.execute_async_script("axe.run(document).then(arguments[0])")
         assert len(result["passes"]) > 10
-        return [(state, fault["id"], [node["target"] for node in fault["nodes"]]) for fault in result["violations"]]
+        return [
+            (state, fault["id"], [node["target"] for node in fault["nodes"]])
+            for fault in result["violations"]
+        ]
 
     found = []
     for size in ((1280, 900), (375, 800)):

@@ -1,8 +1,9 @@
-"""The report's page in a real Chromium, wide and narrow, light and dark: readable, and nothing is fetched.
+"""The report's page in a real Chromium, wide and narrow, light and dark: readable, and nothing is
+fetched.
 
 Needs ``selenium``, ``chromium`` and ``chromedriver``, as ``test_page.py`` does.  ``INVAR_REPORT``
-may name a ``report.json`` to look at instead of the small one made here; pictures go to the folder that ``INVAR_SHOTS``
-names, if any.
+may name a ``report.json`` to look at instead of the small one made here; pictures go to the folder
+that ``INVAR_SHOTS`` names, if any.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ from invar_ray.evaluation.report import read_report
 from tests.unit.test_page import outcome
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
-webdriver = pytest.importorskip("selenium.webdriver", reason="the package selenium is not installed (extra dev)")
+webdriver = pytest.importorskip(
+    "selenium.webdriver", reason="the package selenium is not installed (extra dev)"
+)
 
 # Text that its box hides, and elements that stick out of the page: what a reader cannot read.
 CUT = """
@@ -57,7 +60,8 @@ for (const svg of document.querySelectorAll('svg')) {
 }
 return faults;
 """
-# Contrast of all text against the first ground behind it that is not see-through (WCAG 2.2, 1.4.3: 4.5 or more).
+# Contrast of all text against the first ground behind it that is not see-through (WCAG 2.2, 1.4.3:
+# 4.5 or more).
 CONTRAST = """
 const rgb = text => { const n = text.match(/[\\d.]+/g).map(Number); return n.length < 4 ? [...n, 1] : n; };
 const light = c => c.slice(0, 3).map(v => v / 255).map(v => v <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)
@@ -118,7 +122,9 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 375])
-def test_the_page_is_readable_and_fetches_nothing(driver: Any, file: Path, width: int, scheme: str) -> None:
+def test_the_page_is_readable_and_fetches_nothing(
+    driver: Any, file: Path, width: int, scheme: str
+) -> None:
     features = [{"name": "prefers-color-scheme", "value": scheme}]
     driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
     size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
@@ -128,9 +134,15 @@ def test_the_page_is_readable_and_fetches_nothing(driver: Any, file: Path, width
     picture(driver, f"report-{width}-{scheme}", width)
 
     messages = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
-    asked = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    asked = [
+        m["params"]["request"]["url"]
+        for m in messages
+        if m["method"] == "Network.requestWillBeSent"
+    ]
     assert asked == [file.as_uri()]
-    assert [entry for entry in driver.get_log("browser") if entry["level"] in {"SEVERE", "WARNING"}] == []
+    assert [
+        entry for entry in driver.get_log("browser") if entry["level"] in {"SEVERE", "WARNING"}
+    ] == []
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
     assert driver.execute_script(CUT) == []
     assert driver.execute_script(CHARTS) == []
@@ -144,6 +156,8 @@ def picture(driver: Any, name: str, width: int) -> None:
     if folder:
         height = driver.execute_script("return document.documentElement.scrollHeight")
         clip = {"x": 0, "y": 0, "scale": 1, "width": width, "height": height}
-        shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip})
+        shot = driver.execute_cdp_cmd(
+            "Page.captureScreenshot", {"captureBeyondViewport": True, "clip": clip}
+        )
         Path(folder).mkdir(parents=True, exist_ok=True)
         (Path(folder) / f"{name}.png").write_bytes(base64.b64decode(shot["data"]))

@@ -1,14 +1,15 @@
-"""A reindexing run under SIGKILL: actors, the driver, a simulated node.  Prints a table and checks three things.
+"""A reindexing run under SIGKILL: actors, the driver, a simulated node.  Prints a table and checks
+three things.
 
     python -m tests.ray.chaos --kills 20 --out docs/chaos.md
 
-A cluster of a head and two nodes (``ray.cluster_utils``) runs in this process; ``python -m jobs.reindex`` is a process
-of its own, started again whenever it was killed.  At random moments one of the three kinds is killed with SIGKILL.
-Then:
+A cluster of a head and two nodes (``ray.cluster_utils``) runs in this process;
+``python -m jobs.reindex`` is a process of its own, started again whenever it was killed.  At random
+moments one of the three kinds is killed with SIGKILL. Then:
 
 1. the index has the ids of a run that nothing disturbed, and vectors equal bit for bit;
-2. no shard that stood at a kill was made again (its file is the same file, by inode and time), so at most those in
-   flight were;
+2. no shard that stood at a kill was made again (its file is the same file, by inode and time), so
+   at most those in flight were;
 3. ``jobs.verify_index`` finds no fault.
 """
 
@@ -72,7 +73,11 @@ class Outcome:
 def make_corpus(folder: Path, copies: int) -> Path:
     """Documents of several passages each, no two alike."""
     rows = [
-        {**row, "id": f"{row['id']}-{copy}", "text": row["text"].replace(". ", f", says copy {copy}. ")}
+        {
+            **row,
+            "id": f"{row['id']}-{copy}",
+            "text": row["text"].replace(". ", f", says copy {copy}. "),
+        }
         for copy in range(copies)
         for row in documents()
     ]
@@ -94,7 +99,9 @@ def overrides(root: Path, corpus: Path) -> list[str]:
     ]
 
 
-def start_job(root: Path, corpus: Path, address: str | None, log: Path, verb: str = "reindex") -> subprocess.Popen[Any]:
+def start_job(
+    root: Path, corpus: Path, address: str | None, log: Path, verb: str = "reindex"
+) -> subprocess.Popen[Any]:
     env = os.environ | {"OMP_NUM_THREADS": "1", "RAY_AUTH_MODE": "disabled", "HF_HUB_OFFLINE": "1"}
     env.pop("RAY_ADDRESS", None)
     if address is not None:
@@ -137,14 +144,20 @@ class Cluster:
 
     def __init__(self) -> None:
         self.folder = tempfile.mkdtemp(prefix="ic", dir="/tmp")
-        # Ray notes the address of its newest cluster there, for whoever starts without one: not in the common /tmp.
+        # Ray notes the address of its newest cluster there, for whoever starts without one: not in
+        # the common /tmp.
         os.environ["RAY_TMPDIR"] = self.folder
         os.mkdir(f"{self.folder}/ray")
         from ray.cluster_utils import Cluster as RayCluster
 
         self.ray = RayCluster(
             initialize_head=True,
-            head_node_args={"num_cpus": 0, "include_dashboard": False, "temp_dir": f"{self.folder}/ray", **_SMALL},
+            head_node_args={
+                "num_cpus": 0,
+                "include_dashboard": False,
+                "temp_dir": f"{self.folder}/ray",
+                **_SMALL,
+            },
         )
         self.nodes = [self._add() for _ in range(WORKERS)]
 
@@ -165,7 +178,9 @@ class Cluster:
 _SMALL = {"object_store_memory": 150 * 1024**2}
 
 
-def disturb(root: Path, corpus: Path, count: int, seed: int, log: Path, deadline_s: float) -> Outcome:
+def disturb(
+    root: Path, corpus: Path, count: int, seed: int, log: Path, deadline_s: float
+) -> Outcome:
     """Run to the end under ``count`` kills."""
     draw, outcome, started = random.Random(seed), Outcome(), time.monotonic()
     # every kind is met, most often the cheap one
@@ -178,11 +193,14 @@ def disturb(root: Path, corpus: Path, count: int, seed: int, log: Path, deadline
     try:
         while True:
             if time.monotonic() - started > deadline_s:
-                raise TimeoutError(f"not through after {deadline_s:.0f} s; {len(outcome.kills)} kills")
+                raise TimeoutError(
+                    f"not through after {deadline_s:.0f} s; {len(outcome.kills)} kills"
+                )
             if job.poll() is not None:
                 if job.returncode == 0:
                     break
-                # e.g. Ray gave up on a node that went: a run that failed is started again, as an operator would
+                # e.g. Ray gave up on a node that went: a run that failed is started again, as an
+                # operator would
                 outcome.drivers += 1
                 job = start_job(root, corpus, cluster.ray.address, log)
             time.sleep(draw.uniform(0.05, 0.4))
@@ -206,7 +224,10 @@ def disturb(root: Path, corpus: Path, count: int, seed: int, log: Path, deadline
                 job = start_job(root, corpus, cluster.ray.address, log)
             else:
                 cluster.kill_node(draw.randrange(WORKERS))
-            print(f"  {outcome.kills[-1].second:6.0f} s: {kind} killed, {seen} shards stand", flush=True)
+            print(
+                f"  {outcome.kills[-1].second:6.0f} s: {kind} killed, {seen} shards stand",
+                flush=True,
+            )
     finally:
         job.kill()
         cluster.close()
@@ -221,7 +242,9 @@ def judge(outcome: Outcome, root: Path, whole: Path, corpus: Path, log: Path) ->
     outcome.same_ids = ids == expected_ids
     outcome.same_bits = bool(np.array_equal(matrix, expected))
     folder = _vectors(root).path("shards")
-    final = {int(path.stem.removeprefix("part-")): path.stat() for path in folder.glob("part-*.parquet")}
+    final = {
+        int(path.stem.removeprefix("part-")): path.stat() for path in folder.glob("part-*.parquet")
+    }
     outcome.shards = len(final)
     outcome.redone = sum(
         (final[start].st_ino, final[start].st_mtime_ns) != written
@@ -229,7 +252,9 @@ def judge(outcome: Outcome, root: Path, whole: Path, corpus: Path, log: Path) ->
         for start, written in kill.standing.items()
     )
     verify = start_job(root, corpus, None, log, "verify_index")
-    outcome.faults = "" if verify.wait(timeout=300) == 0 else "jobs.verify_index failed, see the log"
+    outcome.faults = (
+        "" if verify.wait(timeout=300) == 0 else "jobs.verify_index failed, see the log"
+    )
     return outcome
 
 
@@ -252,19 +277,22 @@ def page(outcome: Outcome) -> str:
     """The outcome as Markdown."""
     kinds = {kind: sum(kill.kind == kind for kill in outcome.kills) for kind in KINDS}
     rows = [
-        f"| {at} | {kill.kind} | {kill.second:.0f} | {len(kill.standing)} |" for at, kill in enumerate(outcome.kills, 1)
+        f"| {at} | {kill.kind} | {kill.second:.0f} | {len(kill.standing)} |"
+        for at, kill in enumerate(outcome.kills, 1)
     ]
     yes = {True: "yes", False: "**no**"}
     return "\n".join(
         [
             "# Reindexing under SIGKILL",
             "",
-            "Made by `python -m tests.ray.chaos`; do not edit. One run, killed at random moments, against a run that",
+            "Made by `python -m tests.ray.chaos`; do not edit. One run, killed at random moments, "
+            "against a run that",
             "nothing disturbed.",
             "",
             "| | |",
             "|---|---|",
-            f"| kills | {len(outcome.kills)} ({', '.join(f'{count} {kind}' for kind, count in kinds.items())}) |",
+            f"| kills | {len(outcome.kills)} "
+            f"({', '.join(f'{count} {kind}' for kind, count in kinds.items())}) |",
             f"| shards, embedding actors | {outcome.shards}, {WORKERS} |",
             f"| starts of the job | {outcome.drivers} |",
             f"| seconds | {outcome.seconds:.0f} |",
@@ -282,9 +310,13 @@ def page(outcome: Outcome) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--copies", type=int, default=150, help="the corpus: 12 documents times this")
+    parser.add_argument(
+        "--copies", type=int, default=150, help="the corpus: 12 documents times this"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--deadline", type=float, default=3600.0, help="seconds")
     parser.add_argument("--out", default="")

@@ -1,10 +1,12 @@
-"""Stage 1's training under SIGKILL: workers, the driver, a simulated node.  Prints a table and checks four things.
+"""Stage 1's training under SIGKILL: workers, the driver, a simulated node.  Prints a table and
+checks four things.
 
     python -m tests.ray.chaos_training --kills 10 --out docs/chaos-training.md
 
-A cluster of a head and two nodes (``ray.cluster_utils``) runs in this process; ``python -m jobs.train_retriever`` is a
-process of its own, started again whenever it was killed.  Its two workers note each step that they begin.  At random
-steps, and sometimes while a run is still starting, one of the three kinds is killed with SIGKILL.  Then:
+A cluster of a head and two nodes (``ray.cluster_utils``) runs in this process;
+``python -m jobs.train_retriever`` is a process of its own, started again whenever it was killed.
+Its two workers note each step that they begin.  At random steps, and sometimes while a run is still
+starting, one of the three kinds is killed with SIGKILL.  Then:
 
 1. the adapter's files equal those of a run that nothing disturbed, byte for byte;
 2. the log of all steps equals its log (but for the clock);
@@ -36,7 +38,9 @@ from tests.ray.chaos import WORKERS, Cluster
 
 ROOT = Path(__file__).parents[2]
 KINDS = ("worker", "driver", "node")
-LEAST_LEFT = 12  # steps that no kill is planned in: the run must not be through before the last kill
+LEAST_LEFT = (
+    12  # steps that no kill is planned in: the run must not be through before the last kill
+)
 
 
 @dataclass(frozen=True)
@@ -186,17 +190,27 @@ def run_job_noting(notes: str, arguments: list[str]) -> None:
 
 
 def plan_kills(count: int, steps: int, draw: random.Random) -> list[tuple[str, int | None]]:
-    """(kind, step from which it may come, or ``None`` for a run that is starting): every kind is met."""
+    """(kind, step from which it may come, or ``None`` for a run that is starting): every kind is
+    met.
+    """
     kinds = [KINDS[number % 3] for number in range(count)]
     draw.shuffle(kinds)
     at = sorted(draw.sample(range(1, steps - LEAST_LEFT), count))
     # While a run starts there is no worker to kill yet.
-    early = draw.sample([number for number in range(1, count) if kinds[number] != "worker"], count // 5)
+    early = draw.sample(
+        [number for number in range(1, count) if kinds[number] != "worker"], count // 5
+    )
     return [(kind, None if number in early else at[number]) for number, kind in enumerate(kinds)]
 
 
 def disturb(
-    outcome: Outcome, cluster: Cluster, arguments: list[str], folder: Path, count: int, seed: int, deadline_s: float
+    outcome: Outcome,
+    cluster: Cluster,
+    arguments: list[str],
+    folder: Path,
+    count: int,
+    seed: int,
+    deadline_s: float,
 ) -> None:
     """Run to the end under ``count`` kills."""
     draw, notes, log = random.Random(seed), folder / "notes-killed", folder / "killed.log"
@@ -207,10 +221,14 @@ def disturb(
     try:
         while job.poll() is None or job.returncode != 0 or len(outcome.kills) < count:
             if time.time() - outcome.began > deadline_s:
-                raise TimeoutError(f"not through after {deadline_s:.0f} s; {len(outcome.kills)} kills")
+                raise TimeoutError(
+                    f"not through after {deadline_s:.0f} s; {len(outcome.kills)} kills"
+                )
             if job.poll() is not None:
                 if job.returncode == 0:
-                    raise RuntimeError(f"through after {len(outcome.kills)} of {count} kills: take more steps")
+                    raise RuntimeError(
+                        f"through after {len(outcome.kills)} of {count} kills: take more steps"
+                    )
                 # A run that failed is started again, as an operator would.
                 outcome.drivers += 1
                 job = start_job(arguments, notes, cluster.ray.address, log)
@@ -238,7 +256,10 @@ def disturb(
             starting = not {note.pid for note in before} - seen
             outcome.kills.append(Kill(kind, moment, starting))
             seen |= {note.pid for note in before}
-            print(f"  {time.time() - outcome.began:6.0f} s: {kind} killed{' at start' * starting}", flush=True)
+            print(
+                f"  {time.time() - outcome.began:6.0f} s: {kind} killed{' at start' * starting}",
+                flush=True,
+            )
             if kind == "driver":
                 outcome.drivers += 1
                 job = start_job(arguments, notes, cluster.ray.address, log)
@@ -254,7 +275,9 @@ def account(outcome: Outcome, notes: list[Note]) -> None:
     mine = [note for note in notes if note.rank == 0]
     outcome.steps_begun = len(mine)
     old: set[int] = set()
-    for kill, until in zip(outcome.kills, [*(kill.at for kill in outcome.kills[1:]), float("inf")], strict=True):
+    for kill, until in zip(
+        outcome.kills, [*(kill.at for kill in outcome.kills[1:]), float("inf")], strict=True
+    ):
         old |= {note.pid for note in mine if note.at <= kill.at}
         life = [note for note in mine if note.pid in old]
         if not life:
@@ -279,12 +302,19 @@ def files_of(found: Artifact) -> dict[str, str]:
 def log_of(found: Artifact) -> list[dict[str, Any]]:
     """The log without its clock; JSON keeps every bit of a float."""
     lines = found.path("log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_s"} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "tokens_per_s"}
+        for line in lines
+    ]
 
 
-def run(folder: Path, kills: int, steps: int, checkpoint_every: int, seed: int, deadline_s: float) -> Outcome:
+def run(
+    folder: Path, kills: int, steps: int, checkpoint_every: int, seed: int, deadline_s: float
+) -> Outcome:
     """Both runs in one cluster, and the comparison; logs are in ``folder``."""
-    os.environ.update(OMP_NUM_THREADS="1", RAY_AUTH_MODE="disabled", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu")
+    os.environ.update(
+        OMP_NUM_THREADS="1", RAY_AUTH_MODE="disabled", HF_HUB_OFFLINE="1", DS_ACCELERATOR="cpu"
+    )
     os.environ.pop("RAY_ADDRESS", None)
     whole, killed = folder / "whole", folder / "killed"
     small_store(whole, [f"retriever.steps={steps}"])
@@ -293,20 +323,31 @@ def run(folder: Path, kills: int, steps: int, checkpoint_every: int, seed: int, 
     cluster = Cluster()
     try:
         first = start_job(
-            settings(whole, steps, checkpoint_every), folder / "notes-whole", cluster.ray.address, folder / "whole.log"
+            settings(whole, steps, checkpoint_every),
+            folder / "notes-whole",
+            cluster.ray.address,
+            folder / "whole.log",
         )
         try:
             if first.wait(timeout=deadline_s) != 0:
                 raise RuntimeError((folder / "whole.log").read_text()[-5000:])
         finally:
             first.kill()
-        disturb(outcome, cluster, settings(killed, steps, checkpoint_every), folder, kills, seed, deadline_s)
+        disturb(
+            outcome,
+            cluster,
+            settings(killed, steps, checkpoint_every),
+            folder,
+            kills,
+            seed,
+            deadline_s,
+        )
     finally:
         cluster.close()
     found, expected = adapter(killed), adapter(whole)
-    outcome.same_files = files_of(found) == files_of(expected) and "adapter/adapter_model.safetensors" in files_of(
-        found
-    )
+    outcome.same_files = files_of(found) == files_of(
+        expected
+    ) and "adapter/adapter_model.safetensors" in files_of(found)
     outcome.same_log = log_of(found) == log_of(expected) and len(log_of(found)) == steps
     return outcome
 
@@ -319,26 +360,35 @@ def page(outcome: Outcome) -> str:
     for number, kill in enumerate(outcome.kills, 1):
         resumed = "killed again first" if kill.resumed is None else str(kill.resumed)
         what = kill.kind + ", while the run was starting" * kill.starting
-        rows.append(f"| {number} | {what} | {kill.at - outcome.began:.0f} | {kill.done} | {resumed} | {kill.lost} |")
+        rows.append(
+            f"| {number} | {what} | {kill.at - outcome.began:.0f} | {kill.done} | {resumed} | "
+            f"{kill.lost} |"
+        )
     return "\n".join(
         [
             "# Training under SIGKILL",
             "",
-            "Made by `python -m tests.ray.chaos_training`; do not edit. One run of stage 1 (two workers, ZeRO-2,",
-            "dropout, the one-layer base of the tests), killed at random moments and resumed, against a run that",
+            "Made by `python -m tests.ray.chaos_training`; do not edit. One run of stage 1 (two "
+            "workers, ZeRO-2,",
+            "dropout, the one-layer base of the tests), killed at random moments and resumed, "
+            "against a run that",
             "nothing disturbed. Nodes are simulated on one machine.",
             "",
             "| | |",
             "|---|---|",
-            f"| kills | {len(outcome.kills)} ({', '.join(f'{count} {kind}' for kind, count in kinds.items())}) |",
+            f"| kills | {len(outcome.kills)} "
+            f"({', '.join(f'{count} {kind}' for kind, count in kinds.items())}) |",
             f"| steps, steps between checkpoints | {outcome.steps}, {outcome.checkpoint_every} |",
             f"| starts of the job | {outcome.drivers} |",
             f"| seconds | {outcome.seconds:.0f} |",
             f"| adapter equal byte for byte | {yes[outcome.same_files]} |",
-            f"| loss and every other number of each step equal bit for bit | {yes[outcome.same_log]} |",
-            f"| steps begun, lost to kills | {outcome.steps_begun}, {sum(kill.lost for kill in outcome.kills)} |",
+            "| loss and every other number of each step equal bit for bit | "
+            f"{yes[outcome.same_log]} |",
+            f"| steps begun, lost to kills | {outcome.steps_begun}, "
+            f"{sum(kill.lost for kill in outcome.kills)} |",
             "",
-            "`done` counts finished steps at the kill, `went on from` those that the checkpoint held; the difference",
+            "`done` counts finished steps at the kill, `went on from` those that the checkpoint "
+            "held; the difference",
             "was computed twice.",
             "",
             "| kill | what | second | done | went on from | lost |",
@@ -353,7 +403,9 @@ def main() -> None:
     if sys.argv[1:2] == ["--job"]:
         run_job_noting(sys.argv[2], sys.argv[3:])
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--checkpoint-every", type=int, default=5)
@@ -365,7 +417,12 @@ def main() -> None:
     folder = Path(arguments.folder or tempfile.mkdtemp(prefix="invar-chaos-"))
     folder.mkdir(parents=True, exist_ok=True)
     outcome = run(
-        folder, arguments.kills, arguments.steps, arguments.checkpoint_every, arguments.seed, arguments.deadline
+        folder,
+        arguments.kills,
+        arguments.steps,
+        arguments.checkpoint_every,
+        arguments.seed,
+        arguments.deadline,
     )
     text = page(outcome)
     print(text)

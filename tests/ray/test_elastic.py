@@ -1,4 +1,6 @@
-"""Elastic workers: a node that joins is used, and the loss stays on the curve of a fixed number of workers."""
+"""Elastic workers: a node that joins is used, and the loss stays on the curve of a fixed number of
+workers.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,12 @@ def cluster() -> Iterator[Any]:
     os.mkdir(f"{folder}/ray")
     made = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 1, "include_dashboard": False, "temp_dir": f"{folder}/ray", **_NODE},
+        head_node_args={
+            "num_cpus": 1,
+            "include_dashboard": False,
+            "temp_dir": f"{folder}/ray",
+            **_NODE,
+        },
     )
     ray.init(address=made.address, log_to_driver=False)
     try:
@@ -56,7 +63,9 @@ def cluster() -> Iterator[Any]:
 
 
 def slow_work(folder: Path) -> Callable[[dict[str, Any]], Any]:
-    """The training function with steps that take two seconds and are noted, so that a node can join meanwhile."""
+    """The training function with steps that take two seconds and are noted, so that a node can join
+    meanwhile.
+    """
     place = str(folder)
 
     def work(payload: dict[str, Any]) -> Any:
@@ -106,7 +115,9 @@ def test_a_node_that_joins_is_used_and_the_curve_stays(
 
     monkeypatch.setattr(trainer, "_work", slow_work(tmp_path))
     place = copied(prepared, "elastic")
-    with ThreadPoolExecutor(1) as pool:  # the training's thread: Ray starts nodes in the main one only
+    with ThreadPoolExecutor(
+        1
+    ) as pool:  # the training's thread: Ray starts nodes in the main one only
         training = pool.submit(train, place, "retriever", *OVERRIDES, "scale.num_workers=[1, 2]")
         while not training.done() and begun(tmp_path) < 5:
             time.sleep(0.5)
@@ -116,7 +127,11 @@ def test_a_node_that_joins_is_used_and_the_curve_stays(
     workers = [int(record["workers"]) for record in found]
     assert workers == sorted(workers), workers
     assert set(workers) == {1, 2}, "the group never grew: the test proves nothing"
-    assert [record["step"] for record in found] == [record["step"] for record in fixed] == list(range(1, STEPS + 1))
+    assert (
+        [record["step"] for record in found]
+        == [record["step"] for record in fixed]
+        == list(range(1, STEPS + 1))
+    )
     for record, other in zip(found, fixed, strict=True):
         assert record["loss"] == pytest.approx(other["loss"], rel=1e-3), record["step"]
     assert found[0]["loss"] - found[-1]["loss"] > 0.1, "nothing was learnt: any run has this curve"

@@ -1,4 +1,6 @@
-"""Embedding on Ray Data: what a killed run had finished is kept, what was cut off is made again, bit for bit."""
+"""Embedding on Ray Data: what a killed run had finished is kept, what was cut off is made again,
+bit for bit.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ def vectors_of(index: Artifact) -> Artifact:
 
 def shards(folder: Path) -> dict[int, Path]:
     """First row -> file."""
-    return {int(path.stem.removeprefix("part-")): path for path in sorted(folder.glob("part-*.parquet"))}
+    return {
+        int(path.stem.removeprefix("part-")): path for path in sorted(folder.glob("part-*.parquet"))
+    }
 
 
 def matrix(vectors: Artifact) -> np.ndarray[Any, np.dtype[np.float32]]:
@@ -78,7 +82,9 @@ def test_vectors_do_not_depend_on_shards_or_workers(whole: Pipeline) -> None:
     passages = [(passage.title, passage.text) for passage in load_passages(whole.passages)]
     plain = open_encoder(spec, whole.store).encode_passages(passages)
     # 2^-11 is what a float16 rounds by
-    np.testing.assert_allclose(matrix(vectors_of(whole.base_index)), plain, rtol=2.0**-11, atol=1e-5)
+    np.testing.assert_allclose(
+        matrix(vectors_of(whole.base_index)), plain, rtol=2.0**-11, atol=1e-5
+    )
 
 
 def test_a_run_that_failed_goes_on_where_it_was(
@@ -93,7 +99,9 @@ def test_a_run_that_failed_goes_on_where_it_was(
     root = tmp_path / "s"
     with monkeypatch.context() as patch:
         patch.setattr(embed, "EmbedShard", FailsAtThirdShard)
-        with pytest.raises(ResourceError, match=r"RuntimeError: the test ends this run here\. To do: .*keeps"):
+        with pytest.raises(
+            ResourceError, match=r"RuntimeError: the test ends this run here\. To do: .*keeps"
+        ):
             _ = pipeline_in(root).base_index
     assert not list(root.glob("vectors/*")), "an unfinished run published something"
 
@@ -122,7 +130,9 @@ def test_a_run_that_failed_goes_on_where_it_was(
     rows = len(load_passages(whole.passages))
     assert list(published) == list(range(0, rows, SHARD_ROWS))
     assert {path.suffix for path in vectors.path("shards").iterdir()} == {".parquet", ".json"}
-    assert sorted(map(int, embedded.read_text().split())) == list(range(SHARD_ROWS, rows, SHARD_ROWS))
+    assert sorted(map(int, embedded.read_text().split())) == list(
+        range(SHARD_ROWS, rows, SHARD_ROWS)
+    )
     assert published[0].stat().st_mtime_ns == before, "a finished shard was made again"
     assert np.array_equal(matrix(vectors), matrix(vectors_of(whole.base_index)))
     vectors.verify()
@@ -147,8 +157,12 @@ def test_a_killed_actor_is_replaced_and_changes_nothing(
     assert np.array_equal(matrix(vectors), matrix(vectors_of(whole.base_index)))
 
 
-def test_a_users_mistake_on_an_actor_comes_out_as_such(monkeypatch: pytest.MonkeyPatch, whole: Pipeline) -> None:
-    """E.g. a base that one node cannot read: the command line prints InvarErrors without a traceback."""
+def test_a_users_mistake_on_an_actor_comes_out_as_such(
+    monkeypatch: pytest.MonkeyPatch, whole: Pipeline
+) -> None:
+    """E.g. a base that one node cannot read: the command line prints InvarErrors without a
+    traceback.
+    """
 
     class CannotLoad(EmbedShard):
         def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -156,7 +170,9 @@ def test_a_users_mistake_on_an_actor_comes_out_as_such(monkeypatch: pytest.Monke
 
     monkeypatch.setattr(embed, "EmbedShard", CannotLoad)
     changed = pipeline_in(Path(whole.store.root), "model.passage_max_tokens=100")
-    with pytest.raises(ModelError, match=r"^no folder 'base' on this node\. To do: copy it there\.$"):
+    with pytest.raises(
+        ModelError, match=r"^no folder 'base' on this node\. To do: copy it there\.$"
+    ):
         _ = changed.base_index
 
 
@@ -168,7 +184,9 @@ def test_a_users_mistake_on_an_actor_comes_out_as_such(monkeypatch: pytest.Monke
         ["scale.cut_workers=2", "scale.incremental=false"],
     ],
 )
-def test_how_the_work_is_spread_changes_nothing(whole: Pipeline, tmp_path: Path, overrides: list[str]) -> None:
+def test_how_the_work_is_spread_changes_nothing(
+    whole: Pipeline, tmp_path: Path, overrides: list[str]
+) -> None:
     """Tokenised by actors of their own, a pool that grows, documents cut by tasks: the same files."""
     spread = pipeline_in(tmp_path / "s", *overrides)
     assert spread.passages.manifest.files == whole.passages.manifest.files
@@ -204,7 +222,9 @@ def test_a_shard_that_stands_is_not_made_again(whole: Pipeline, tmp_path: Path) 
 
 def shard_tasks(vectors: Artifact) -> list[ShardTask]:
     """The tasks that made an artifact, from its entries."""
-    entries = [json.loads(path.read_text()) for path in sorted(vectors.path("shards").glob("*.json"))]
+    entries = [
+        json.loads(path.read_text()) for path in sorted(vectors.path("shards").glob("*.json"))
+    ]
     return [
         ShardTask(
             entry["start"],

@@ -64,7 +64,15 @@ def test_sigterm_ends_a_job_and_its_ray(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with open(log, "w") as stream:
         job = subprocess.Popen(
-            [sys.executable, "-m", "jobs.index_base", "--config", "tiny", f"storage.root_uri={tmp_path / 's'}", *SMALL],
+            [
+                sys.executable,
+                "-m",
+                "jobs.index_base",
+                "--config",
+                "tiny",
+                f"storage.root_uri={tmp_path / 's'}",
+                *SMALL,
+            ],
             cwd=ROOT,
             env=os.environ | {"TMPDIR": folder},
             stdout=stream,
@@ -78,7 +86,9 @@ def test_sigterm_ends_a_job_and_its_ray(tmp_path: Path) -> None:
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.2)
             own = set(psutil.Process(job.pid).children(recursive=True))
-        assert not list((tmp_path / "s").glob("vectors/*")), "it was through before it could be interrupted"
+        assert not list((tmp_path / "s").glob("vectors/*")), (
+            "it was through before it could be interrupted"
+        )
         job.send_signal(signal.SIGTERM)
         assert job.wait(timeout=90) == 130, log.read_text()
         _, alive = psutil.wait_procs(own, timeout=30)
@@ -92,7 +102,9 @@ def test_sigterm_ends_a_job_and_its_ray(tmp_path: Path) -> None:
     assert "interrupted; what was finished stands, run again to go on" in text
     assert "Traceback" not in text
     assert not list((tmp_path / "s").glob("index/base-*"))
-    assert [path.name for path in Path(folder).iterdir() if path.name.startswith("invar-ray-")] == []
+    assert [
+        path.name for path in Path(folder).iterdir() if path.name.startswith("invar-ray-")
+    ] == []
 
 
 def _name(process: psutil.Process) -> str:
@@ -104,20 +116,38 @@ def _name(process: psutil.Process) -> str:
 
 @pytest.fixture
 def head() -> Iterator[dict[str, str]]:
-    """A head node with a dashboard of its own, ended by its process ids; yields the environment to reach it."""
+    """A head node with a dashboard of its own, ended by its process ids; yields the environment to
+    reach it.
+    """
     folder = tempfile.mkdtemp(prefix="ih", dir="/tmp")
     gcs, dashboard, client, agent = (_free_port() for _ in range(4))
     log = Path(folder) / "head.log"
     with open(log, "w") as stream:
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=4"]
-        command += [f"--port={gcs}", f"--dashboard-port={dashboard}", f"--ray-client-server-port={client}"]
+        command = [
+            str(Path(sys.executable).with_name("ray")),
+            "start",
+            "--head",
+            "--block",
+            "--num-cpus=4",
+        ]
+        command += [
+            f"--port={gcs}",
+            f"--dashboard-port={dashboard}",
+            f"--ray-client-server-port={client}",
+        ]
         # Its default is one number for all Rays of a machine; without the agent no job is taken.
         command += [f"--dashboard-agent-listen-port={agent}"]
-        command += ["--dashboard-host=127.0.0.1", "--node-ip-address=127.0.0.1", f"--temp-dir={folder}/r"]
+        command += [
+            "--dashboard-host=127.0.0.1",
+            "--node-ip-address=127.0.0.1",
+            f"--temp-dir={folder}/r",
+        ]
         command += ["--object-store-memory=268435456", "--disable-usage-stats"]
         # A job's `python` is the first on its head's PATH.
         path = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        process = subprocess.Popen(command, stdout=stream, stderr=stream, start_new_session=True, env=os.environ | path)
+        process = subprocess.Popen(
+            command, stdout=stream, stderr=stream, start_new_session=True, env=os.environ | path
+        )
     try:
         address = f"http://127.0.0.1:{dashboard}"
         _wait_for(lambda: _listens(dashboard), 120, log)
@@ -162,12 +192,23 @@ def _wait_for(condition: Any, timeout_s: float, log: Path) -> None:
 
 
 def submit(head: dict[str, str], verb: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """``ray job submit --working-dir . -- python -m jobs.VERB --config tiny ..``, as the README has it."""
-    command = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--working-dir", ".", "--"]
+    """``ray job submit --working-dir . -- python -m jobs.VERB --config tiny ..``, as the README has
+    it.
+    """
+    command = [
+        str(Path(sys.executable).with_name("ray")),
+        "job",
+        "submit",
+        "--working-dir",
+        ".",
+        "--",
+    ]
     command += ["python", "-m", f"jobs.{verb}", "--config", "tiny", *arguments]
     deadline = time.monotonic() + 120
     while True:
-        result = subprocess.run(command, cwd=ROOT, env=os.environ | head, capture_output=True, text=True, timeout=800)
+        result = subprocess.run(
+            command, cwd=ROOT, env=os.environ | head, capture_output=True, text=True, timeout=800
+        )
         # The dashboard listens some seconds before the node's agent does.
         if "No available agent" not in result.stdout + result.stderr or time.monotonic() > deadline:
             return result
@@ -177,7 +218,9 @@ def submit(head: dict[str, str], verb: str, *arguments: str) -> subprocess.Compl
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_ray_job_submit_trains_on_a_cluster(head: dict[str, str], tmp_path: Path) -> None:
-    result = submit(head, "train_retriever", f"storage.root_uri={tmp_path / 's'}", *SMALL, "retriever.steps=3")
+    result = submit(
+        head, "train_retriever", f"storage.root_uri={tmp_path / 's'}", *SMALL, "retriever.steps=3"
+    )
     assert result.returncode == 0, result.stdout[-3000:] + result.stderr[-3000:]
     found = re.search(r"^adapter: (/\S+)", result.stdout, re.MULTILINE)
     assert found is not None, result.stdout[-3000:]

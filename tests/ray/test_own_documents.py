@@ -39,9 +39,13 @@ def test_indexed_asked_cited(local_ray: Any, tmp_path: Path) -> None:
     assert f"ask:    invar-ray ask --root {root} " in first.stderr
 
     # The same documents in this process: the same vectors, hence the same hits.
-    at_home = CliRunner().invoke(app, ["index", str(folder), f"storage.root_uri={tmp_path / 'home'}", *SMALL])
+    at_home = CliRunner().invoke(
+        app, ["index", str(folder), f"storage.root_uri={tmp_path / 'home'}", *SMALL]
+    )
     assert at_home.exit_code == 0, at_home.stderr
-    retriever, home = (open_retriever(result.stdout.strip().splitlines()[-1]) for result in (first, at_home))
+    retriever, home = (
+        open_retriever(result.stdout.strip().splitlines()[-1]) for result in (first, at_home)
+    )
     for question, (file, place) in QUESTIONS.items():
         [[best]] = retriever.retrieve([question], 1)
         assert best.place.startswith(f"{file}, "), (question, best.place)
@@ -50,7 +54,8 @@ def test_indexed_asked_cited(local_ray: Any, tmp_path: Path) -> None:
         assert (again.passage_id, again.place) == (best.passage_id, best.place)
         assert again.score == pytest.approx(best.score, abs=1e-5)
 
-    # A second folder in the same store, then the first again, which is re-used: it is the one that is asked.
+    # A second folder in the same store, then the first again, which is re-used: it is the one that
+    # is asked.
     other = tmp_path / "other"
     other.mkdir()
     (other / "one.txt").write_text("Dunmore is an island of otters.\n")
@@ -62,20 +67,39 @@ def test_indexed_asked_cited(local_ray: Any, tmp_path: Path) -> None:
     assert again.stderr.count("left out: ") == len(faults)
     assert latest_index(store).parent("passages").info["source"] == str(folder)
 
-    asked = CliRunner().invoke(app, ["ask", "Who built the lighthouse of Arvon?", "--root", str(root)])
+    asked = CliRunner().invoke(
+        app, ["ask", "Who built the lighthouse of Arvon?", "--root", str(root)]
+    )
     assert asked.exit_code == 0, asked.stderr
     assert f"asking {folder}: " in asked.stderr
-    assert "the base as retriever (not trained); the base writes the answer (not trained to)" in asked.stderr
-    assert "arvon.pdf, page 2" in asked.stdout.splitlines()[2 if "no citation" in asked.stdout else 1]
+    assert (
+        "the base as retriever (not trained); the base writes the answer (not trained to)"
+        in asked.stderr
+    )
+    assert (
+        "arvon.pdf, page 2" in asked.stdout.splitlines()[2 if "no citation" in asked.stdout else 1]
+    )
     elsewhere = CliRunner().invoke(
-        app, ["ask", "Which animals live on Dunmore?", "--root", str(root), "--corpus", str(other), "--top-k", "1"]
+        app,
+        [
+            "ask",
+            "Which animals live on Dunmore?",
+            "--root",
+            str(root),
+            "--corpus",
+            str(other),
+            "--top-k",
+            "1",
+        ],
     )
     assert "one.txt, line 1" in elsewhere.stdout
 
 
 def test_nothing_to_index_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "picture.png").write_bytes(b"\x89PNG")
-    result = CliRunner().invoke(app, ["index", str(tmp_path), f"storage.root_uri={tmp_path / 'runs'}", *SMALL])
+    result = CliRunner().invoke(
+        app, ["index", str(tmp_path), f"storage.root_uri={tmp_path / 'runs'}", *SMALL]
+    )
     assert result.exit_code == 1
     assert "holds no file to read (1 entries seen)" in result.stderr
     assert "Traceback" not in result.stderr

@@ -1,5 +1,5 @@
-"""The whole pipeline on a small corpus, in processes of a local Ray: what is made, what is re-used, what is
-repeatable.
+"""The whole pipeline on a small corpus, in processes of a local Ray: what is made, what is re-used,
+what is repeatable.
 """
 
 from __future__ import annotations
@@ -31,7 +31,15 @@ OVERRIDES = (
     "evaluation.answer_wordings=2",
     "scale.embed_workers=1",
 )
-RETRIEVING = ["BM25", "MiniLM", "MiniLM + BM25", "base", "stage 1", "stage 1 + BM25", "stage 1, rewrites fused"]
+RETRIEVING = [
+    "BM25",
+    "MiniLM",
+    "MiniLM + BM25",
+    "base",
+    "stage 1",
+    "stage 1 + BM25",
+    "stage 1, rewrites fused",
+]
 SYSTEMS = [
     "BM25",
     "MiniLM",
@@ -63,14 +71,22 @@ def pipeline_in(root: Path | str, *overrides: str) -> Pipeline:
 
 
 def adapter_hashes(adapter: Artifact) -> dict[str, str]:
-    files = {name: entry["sha256"] for name, entry in adapter.manifest.files.items() if name.startswith("adapter/")}
+    files = {
+        name: entry["sha256"]
+        for name, entry in adapter.manifest.files.items()
+        if name.startswith("adapter/")
+    }
     assert "adapter/adapter_model.safetensors" in files
     return files
 
 
 @pytest.fixture(scope="module")
-def first(local_ray: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Pipeline, Report, dict[str, str]]:
-    """A run of everything: the pipeline, its report, and the stage-1 adapter's hashes from before stage 2."""
+def first(
+    local_ray: Any, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Pipeline, Report, dict[str, str]]:
+    """A run of everything: the pipeline, its report, and the stage-1 adapter's hashes from before
+    stage 2.
+    """
     pipeline = pipeline_in(tmp_path_factory.mktemp("p") / "s")
     before = adapter_hashes(pipeline.retriever)
     return pipeline, pipeline.run(), before
@@ -86,7 +102,9 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RaySession, "ensure", refuse)
 
 
-def test_the_report_has_every_row_and_metrics_in_range(first: tuple[Pipeline, Report, dict[str, str]]) -> None:
+def test_the_report_has_every_row_and_metrics_in_range(
+    first: tuple[Pipeline, Report, dict[str, str]],
+) -> None:
     _, report, _ = first
     assert [row.system for row in report.rows] == SYSTEMS
     for row in report.rows:
@@ -100,14 +118,25 @@ def test_the_report_has_every_row_and_metrics_in_range(first: tuple[Pipeline, Re
         assert set(wanted.split()) <= by_name[system].keys(), system
         assert by_name[system]["num_families"] == 6
     for system in ANSWERING:
-        assert {"exact_match", "f1", "accuracy", "abstained", "calibration_error", "num_answered"} <= by_name[
-            system
-        ].keys(), system
-    assert by_name["both stages"]["recall_at_5"] == by_name["stage 1"]["recall_at_5"], "stage 2 retrieves the same"
-    assert by_name["MiniLM"]["recall_at_5"] > 0, "MiniLM finds nothing at all: hits and questions are out of step"
+        assert {
+            "exact_match",
+            "f1",
+            "accuracy",
+            "abstained",
+            "calibration_error",
+            "num_answered",
+        } <= by_name[system].keys(), system
+    assert by_name["both stages"]["recall_at_5"] == by_name["stage 1"]["recall_at_5"], (
+        "stage 2 retrieves the same"
+    )
+    assert by_name["MiniLM"]["recall_at_5"] > 0, (
+        "MiniLM finds nothing at all: hits and questions are out of step"
+    )
 
 
-def test_the_reports_files_are_there_and_whole(first: tuple[Pipeline, Report, dict[str, str]]) -> None:
+def test_the_reports_files_are_there_and_whole(
+    first: tuple[Pipeline, Report, dict[str, str]],
+) -> None:
     pipeline, report, _ = first
     for artifact in (pipeline.report, pipeline.retriever, pipeline.generator, pipeline.index):
         artifact.verify()
@@ -118,15 +147,25 @@ def test_the_reports_files_are_there_and_whole(first: tuple[Pipeline, Report, di
         "recall.png",
         "variance.png",
     } <= pipeline.report.manifest.files.keys()
-    answers = [json.loads(line) for line in pipeline.report.path("answers.jsonl").read_text("utf-8").splitlines()]
-    assert [answer["system"] for answer in answers] == [system for system in ANSWERING for _ in range(2)]
+    answers = [
+        json.loads(line)
+        for line in pipeline.report.path("answers.jsonl").read_text("utf-8").splitlines()
+    ]
+    assert [answer["system"] for answer in answers] == [
+        system for system in ANSWERING for _ in range(2)
+    ]
     assert all(len(answer["texts"]) == 2 for answer in answers if answer["system"] == "both stages")
-    log = [json.loads(line) for line in pipeline.retriever.path("log.jsonl").read_text("utf-8").splitlines()]
+    log = [
+        json.loads(line)
+        for line in pipeline.retriever.path("log.jsonl").read_text("utf-8").splitlines()
+    ]
     assert [record["step"] for record in log] == [1, 2]
     assert report.meta["index"] == pipeline.index.uri
 
 
-def test_stage_2_leaves_the_retriever_as_it_was(first: tuple[Pipeline, Report, dict[str, str]]) -> None:
+def test_stage_2_leaves_the_retriever_as_it_was(
+    first: tuple[Pipeline, Report, dict[str, str]],
+) -> None:
     pipeline, _, before = first
     assert pipeline.generator.manifest.kind == "generator"
     assert adapter_hashes(pipeline.store.open(pipeline.retriever.ref)) == before
@@ -134,7 +173,9 @@ def test_stage_2_leaves_the_retriever_as_it_was(first: tuple[Pipeline, Report, d
 
 
 @pytest.mark.usefixtures("no_ray")
-def test_a_second_run_re_uses_everything_without_ray(first: tuple[Pipeline, Report, dict[str, str]]) -> None:
+def test_a_second_run_re_uses_everything_without_ray(
+    first: tuple[Pipeline, Report, dict[str, str]],
+) -> None:
     pipeline, report, _ = first
     again = pipeline_in(pipeline.store.root)
     repeated = again.run()
@@ -143,7 +184,9 @@ def test_a_second_run_re_uses_everything_without_ray(first: tuple[Pipeline, Repo
     assert repeated.rows == report.rows
 
 
-def test_a_report_s_numbers_lie_at_the_top_and_a_run_s_own_stay(first: tuple[Pipeline, Report, dict[str, str]]) -> None:
+def test_a_report_s_numbers_lie_at_the_top_and_a_run_s_own_stay(
+    first: tuple[Pipeline, Report, dict[str, str]],
+) -> None:
     pipeline, report, _ = first
     top = Path(pipeline.store.root) / "report.json"
     top.unlink(missing_ok=True)
@@ -178,7 +221,11 @@ def test_scale_changes_nothing(first: tuple[Pipeline, Report, dict[str, str]]) -
 @pytest.mark.parametrize(
     ("override", "step", "kept"),
     [
-        ("generator.steps=3", "stage 2: generator", "hits of train questions in the retriever index"),
+        (
+            "generator.steps=3",
+            "stage 2: generator",
+            "hits of train questions in the retriever index",
+        ),
         ("retriever.invariance_weight=0.7", "stage 1: retriever", "training set"),
         ("evaluation.num_answers=3", "report", "stage 2: generator"),
     ],
@@ -219,7 +266,9 @@ def test_the_same_seed_in_another_place_gives_the_same_numbers(
     assert other.reused == []
     assert adapter_hashes(other.retriever) == before
     assert adapter_hashes(other.generator) == adapter_hashes(pipeline.generator)
-    assert [(row.system, row.metrics) for row in repeated.rows] == [(row.system, row.metrics) for row in report.rows]
+    assert [(row.system, row.metrics) for row in repeated.rows] == [
+        (row.system, row.metrics) for row in report.rows
+    ]
     answers = [run.report.path("answers.jsonl").read_bytes() for run in (pipeline, other)]
     assert answers[0] == answers[1]
 
@@ -228,13 +277,30 @@ def test_the_same_seed_in_another_place_gives_the_same_numbers(
 
 
 def write(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows), encoding="utf-8")
+    path.write_text(
+        "".join(f"{row if isinstance(row, str) else json.dumps(row)}\n" for row in rows),
+        encoding="utf-8",
+    )
     return path
 
 
-GOOD = {"id": "q1", "question": "Where does the ferry leave?", "answers": ["the pier"], "positive_ids": ["d1"]}
-DEV = {"id": "q2", "question": "When does the ferry leave?", "answers": ["nine"], "positive_ids": ["d1"]}
-DOCUMENT = {"id": "d1", "title": "Ferry", "text": "The ferry leaves the pier at nine in the morning."}
+GOOD = {
+    "id": "q1",
+    "question": "Where does the ferry leave?",
+    "answers": ["the pier"],
+    "positive_ids": ["d1"],
+}
+DEV = {
+    "id": "q2",
+    "question": "When does the ferry leave?",
+    "answers": ["nine"],
+    "positive_ids": ["d1"],
+}
+DOCUMENT = {
+    "id": "d1",
+    "title": "Ferry",
+    "text": "The ferry leaves the pier at nine in the morning.",
+}
 
 
 def run_on(tmp_path: Path, corpus: list[Any], train: list[Any], *overrides: str) -> None:
@@ -260,12 +326,23 @@ def test_an_empty_corpus_is_one_error(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ('{"id": "q3", "question"', r"train\.jsonl, line 2: malformed JSON"),
-        ({"id": "q3", "question": "Who?", "positive_ids": ["d1"]}, r"train\.jsonl, line 2: the field 'answers'"),
-        (GOOD | {"id": "q3", "answers": "the pier"}, r"train\.jsonl, line 2: 'answers' is a string"),
-        (GOOD | {"id": "q3", "positive_ids": ["gone"]}, r"1 of 2 train questions have no positive document"),
+        (
+            {"id": "q3", "question": "Who?", "positive_ids": ["d1"]},
+            r"train\.jsonl, line 2: the field 'answers'",
+        ),
+        (
+            GOOD | {"id": "q3", "answers": "the pier"},
+            r"train\.jsonl, line 2: 'answers' is a string",
+        ),
+        (
+            GOOD | {"id": "q3", "positive_ids": ["gone"]},
+            r"1 of 2 train questions have no positive document",
+        ),
     ],
 )
-def test_a_faulty_question_is_one_error_before_any_work(tmp_path: Path, row: Any, message: str) -> None:
+def test_a_faulty_question_is_one_error_before_any_work(
+    tmp_path: Path, row: Any, message: str
+) -> None:
     with pytest.raises(DataError, match=message):
         run_on(tmp_path, [DOCUMENT], [GOOD, row])
 
@@ -278,7 +355,11 @@ def test_a_missing_file_is_one_error(tmp_path: Path) -> None:
 def test_unknown_keys_are_one_error_that_lists_them_all() -> None:
     with pytest.raises(ConfigError) as caught:
         load_config("tiny", ["retriever.step=3", "generater.steps=3", "scale.zero_stage=5"])
-    for part in ("retriever.step: unknown key; did you mean retriever.steps", "generater", "scale.zero_stage"):
+    for part in (
+        "retriever.step: unknown key; did you mean retriever.steps",
+        "generater",
+        "scale.zero_stage",
+    ):
         assert part in str(caught.value)
 
 
@@ -289,11 +370,16 @@ def test_a_limit_holds_for_the_built_in_corpus_too(tmp_path: Path, limit: int) -
     assert made.info["documents"] == limit
 
 
-def test_serving_finds_what_a_run_made_and_makes_nothing_else(first: tuple[Pipeline, Report, dict[str, str]]) -> None:
+def test_serving_finds_what_a_run_made_and_makes_nothing_else(
+    first: tuple[Pipeline, Report, dict[str, str]],
+) -> None:
     made = first[0]
     with Pipeline(made.config, quiet=True, find_only=True) as finding:
         assert (finding.index.uri, finding.generator.uri) == (made.index.uri, made.generator.uri)
         assert not finding.seconds
     other = replace(made.config, seed=made.config.seed + 1)
-    with Pipeline(other, quiet=True, find_only=True) as finding, pytest.raises(MissingArtifactError, match="has no "):
+    with (
+        Pipeline(other, quiet=True, find_only=True) as finding,
+        pytest.raises(MissingArtifactError, match="has no "),
+    ):
         finding.index  # noqa: B018

@@ -1,4 +1,6 @@
-"""The composed application over small real artifacts: in this process without a cluster, and once on a local Ray."""
+"""The composed application over small real artifacts: in this process without a cluster, and once
+on a local Ray.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,15 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
 
 
 def app_args(artifacts: Artifacts, **options: Any) -> AppArgs:
-    values: dict[str, Any] = {"top_k": 3, "max_top_k": 4, "max_question_chars": 1500, "max_new_tokens": 4}
-    return AppArgs(index_uri=artifacts.index_uri, generator_uri=artifacts.generator_uri, **(values | options))
+    values: dict[str, Any] = {
+        "top_k": 3,
+        "max_top_k": 4,
+        "max_question_chars": 1500,
+        "max_new_tokens": 4,
+    }
+    return AppArgs(
+        index_uri=artifacts.index_uri, generator_uri=artifacts.generator_uri, **(values | options)
+    )
 
 
 class Local:
@@ -42,14 +51,18 @@ class Local:
         self.handle = serve.run(application, _local_testing_mode=True)
         self.handle._init()  # Serve has no public way to the local replica's web application
         self.app = self.handle._router._user_callable_wrapper._callable.app
-        deadline = time.monotonic() + 20  # local testing does not wait for the retriever's first reconfigure
+        deadline = (
+            time.monotonic() + 20
+        )  # local testing does not wait for the retriever's first reconfigure
         while ready and self("GET", "/readyz").status_code != 200 and time.monotonic() < deadline:
             time.sleep(0.1)
 
     def __call__(self, method: str, path: str, **options: Any) -> httpx.Response:
         async def send() -> httpx.Response:
             transport = httpx.ASGITransport(self.app)
-            async with httpx.AsyncClient(transport=transport, base_url="http://service", timeout=60) as client:
+            async with httpx.AsyncClient(
+                transport=transport, base_url="http://service", timeout=60
+            ) as client:
                 return await client.request(method, path, **options)
 
         return asyncio.run(send())
@@ -61,7 +74,9 @@ def service(artifacts: Artifacts) -> Local:
 
 
 def test_retrieve(service: Local) -> None:
-    response = service("POST", "/v1/retrieve", json={"question": "Who kept the light on Gorse Island?", "top_k": 2})
+    response = service(
+        "POST", "/v1/retrieve", json={"question": "Who kept the light on Gorse Island?", "top_k": 2}
+    )
     body = RetrieveResponse.model_validate(response.json())
     assert body.passages[0].title == "Gorse Island"
     assert [passage.rank for passage in body.passages] == [1, 2]
@@ -85,13 +100,24 @@ def test_answer(service: Local) -> None:
 
 
 def test_answers_in_a_crowd_equal_answers_alone(service: Local) -> None:
-    questions = ["Who kept the light?", "Who kept the light on Gorse Island until the storm?", "What grows?", "Salt?"]
-    alone = [service("POST", "/v1/answer", json={"question": question}).json() for question in questions]
+    questions = [
+        "Who kept the light?",
+        "Who kept the light on Gorse Island until the storm?",
+        "What grows?",
+        "Salt?",
+    ]
+    alone = [
+        service("POST", "/v1/answer", json={"question": question}).json() for question in questions
+    ]
 
     async def crowd() -> list[httpx.Response]:
         transport = httpx.ASGITransport(service.app)
-        async with httpx.AsyncClient(transport=transport, base_url="http://service", timeout=60) as client:
-            sent = [client.post("/v1/answer", json={"question": question}) for question in questions]
+        async with httpx.AsyncClient(
+            transport=transport, base_url="http://service", timeout=60
+        ) as client:
+            sent = [
+                client.post("/v1/answer", json={"question": question}) for question in questions
+            ]
             too_long = client.post("/v1/answer", json={"question": "why " * 200})
             return list(await asyncio.gather(*sent, too_long))
 
@@ -117,14 +143,26 @@ def test_index_health_and_page(service: Local, artifacts: Artifacts) -> None:
 
 def test_bad_requests(service: Local) -> None:
     for path in ("/v1/answer", "/v1/retrieve"):
-        assert "empty" in fault(service("POST", path, json={"question": "  "}), 422, "invalid_request")
-        assert "1500" in fault(service("POST", path, json={"question": "x" * 1501}), 422, "invalid_request")
-        assert "1 to 4" in fault(service("POST", path, json={"question": "Who?", "top_k": 5}), 422, "invalid_request")
-        fault(service("POST", path, content=b"{", headers={"Content-Type": "application/json"}), 400, "invalid_json")
+        assert "empty" in fault(
+            service("POST", path, json={"question": "  "}), 422, "invalid_request"
+        )
+        assert "1500" in fault(
+            service("POST", path, json={"question": "x" * 1501}), 422, "invalid_request"
+        )
+        assert "1 to 4" in fault(
+            service("POST", path, json={"question": "Who?", "top_k": 5}), 422, "invalid_request"
+        )
+        fault(
+            service("POST", path, content=b"{", headers={"Content-Type": "application/json"}),
+            400,
+            "invalid_json",
+        )
         fault(service("GET", path), 405, "method_not_allowed")
     fault(service("POST", "/v1/answer", json={"question": "x" * 70_000}), 413, "body_too_large")
     fault(service("GET", "/v2"), 404, "not_found")
-    message = fault(service("POST", "/v1/answer", json={"question": "why " * 200}), 422, "invalid_request")
+    message = fault(
+        service("POST", "/v1/answer", json={"question": "why " * 200}), 422, "invalid_request"
+    )
     assert "tokens as a prompt" in message
     assert "context of 160" in message
 
@@ -137,7 +175,9 @@ def test_key(artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch) -> None:
     fault(service("POST", "/v1/answer", json={"question": "Who?"}), 401, "unauthorized")
     assert service("GET", "/healthz").status_code == 200
     headers = {"Authorization": "Bearer sesame"}
-    assert service("POST", "/v1/answer", json={"question": "Who?"}, headers=headers).status_code == 200
+    assert (
+        service("POST", "/v1/answer", json={"question": "Who?"}, headers=headers).status_code == 200
+    )
 
 
 def test_with_a_wrong_index_it_never_becomes_ready(artifacts: Artifacts) -> None:
@@ -148,7 +188,9 @@ def test_with_a_wrong_index_it_never_becomes_ready(artifacts: Artifacts) -> None
         time.sleep(0.2)
 
 
-def test_a_slow_generator_times_out_and_a_broken_one_shows_no_trace(artifacts: Artifacts, tmp_path: Path) -> None:
+def test_a_slow_generator_times_out_and_a_broken_one_shows_no_trace(
+    artifacts: Artifacts, tmp_path: Path
+) -> None:
     class Failing:
         """Passes the probes at start, then hangs until it is let go, then fails."""
 
@@ -230,7 +272,9 @@ def test_config_files_are_valid_for_serve(name: str, monkeypatch: pytest.MonkeyP
     assert application.import_path == "serve.app:build_app"
     args = AppArgs.model_validate(application.args)
     assert schema.http_options.host == "127.0.0.1"
-    monkeypatch.setattr(AppArgs, "resolved", lambda self: self.model_copy(update={"index_uri": "i"}))
+    monkeypatch.setattr(
+        AppArgs, "resolved", lambda self: self.model_copy(update={"index_uri": "i"})
+    )
     built = build_app(args)
     assert {deployment.name for deployment in application.deployments} <= {
         "RetrieverDeployment",
@@ -271,7 +315,10 @@ def test_over_http(running: str) -> None:
     with pytest.raises(ResourceError, match="cannot reach"):
         ask("http://127.0.0.1:9", "Who?")
     response = httpx.post(
-        f"{running}/v1/answer", json={"question": "why " * 200}, headers={"X-Request-ID": "mine-1"}, timeout=60
+        f"{running}/v1/answer",
+        json={"question": "why " * 200},
+        headers={"X-Request-ID": "mine-1"},
+        timeout=60,
     )
     assert "context of 160" in fault(response, 422, "invalid_request")
     assert response.headers["X-Request-ID"] == response.json()["error"]["request_id"] == "mine-1"
@@ -287,7 +334,11 @@ def test_a_replica_that_dies_costs_no_request(running: str, local_ray: Any) -> N
             for _ in range(200):
                 if stopped:
                     return
-                codes.append(client.post(f"{running}/v1/retrieve", json={"question": f"Ferry {number}?"}).status_code)
+                codes.append(
+                    client.post(
+                        f"{running}/v1/retrieve", json={"question": f"Ferry {number}?"}
+                    ).status_code
+                )
 
     with ThreadPoolExecutor(3) as pool:
         tasks = [pool.submit(hammer, number) for number in range(3)]
@@ -295,7 +346,9 @@ def test_a_replica_that_dies_costs_no_request(running: str, local_ray: Any) -> N
         os.kill(_replica_pid(local_ray, "RetrieverDeployment"), signal.SIGKILL)
         killed, deadline = len(codes), time.monotonic() + 120
         time.sleep(4.0)
-        while len(codes) < killed + 20 and time.monotonic() < deadline:  # on a busy machine these take longer
+        while (
+            len(codes) < killed + 20 and time.monotonic() < deadline
+        ):  # on a busy machine these take longer
             time.sleep(0.2)
         stopped = True
         for task in tasks:
@@ -315,7 +368,9 @@ def _replica_pid(local_ray: Any, deployment: str) -> int:
 
 @pytest.mark.timeout(900)
 def test_the_index_changes_in_place(running: str, artifacts: Artifacts, local_ray: Any) -> None:
-    """As `serve deploy` with another user_config: the same replicas, a wrong index is noted, a good one is served."""
+    """As `serve deploy` with another user_config: the same replicas, a wrong index is noted, a good
+    one is served.
+    """
     _deploy(artifacts, artifacts.index_uri)
     assert _state(running, artifacts.index_uri) == (artifacts.index_uri, None)
     before = _replicas(local_ray, "RetrieverDeployment")
@@ -327,13 +382,17 @@ def test_the_index_changes_in_place(running: str, artifacts: Artifacts, local_ra
     assert ask(running, "What grows in the orchard?")["passages"][0]["title"] == "Orchard"
     _deploy(artifacts, artifacts.other_index_uri)
     assert _state(running, artifacts.other_index_uri) == (artifacts.other_index_uri, None)
-    assert {p["title"] for p in ask(running, "What grows in the orchard?", top_k=4)["passages"]} == set(list(TEXTS)[:3])
+    assert {
+        p["title"] for p in ask(running, "What grows in the orchard?", top_k=4)["passages"]
+    } == set(list(TEXTS)[:3])
     assert _replicas(local_ray, "RetrieverDeployment") == before
 
 
 def _deploy(artifacts: Artifacts, index_uri: str) -> None:
     from ray import serve
-    from ray.serve.context import _get_global_client  # what `serve deploy` reaches through the dashboard
+    from ray.serve.context import (
+        _get_global_client,
+    )  # what `serve deploy` reaches through the dashboard
     from ray.serve.schema import ServeDeploySchema
 
     application = {
@@ -343,7 +402,9 @@ def _deploy(artifacts: Artifacts, index_uri: str) -> None:
         "args": app_args(artifacts, **RUNNING).model_dump(mode="json"),
         "deployments": [{"name": "RetrieverDeployment", "user_config": {"index_uri": index_uri}}],
     }
-    _get_global_client().deploy_apps(ServeDeploySchema.model_validate({"applications": [application]}))
+    _get_global_client().deploy_apps(
+        ServeDeploySchema.model_validate({"applications": [application]})
+    )
     deadline = time.monotonic() + 240
     while True:
         state = serve.status().applications["invar-ray"]

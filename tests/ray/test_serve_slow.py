@@ -27,12 +27,26 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
     return shared_artifacts(tmp_path_factory)
 
 
-def test_no_request_fails_while_replicas_die_and_the_index_changes(artifacts: Artifacts, tmp_path: Path) -> None:
+def test_no_request_fails_while_replicas_die_and_the_index_changes(
+    artifacts: Artifacts, tmp_path: Path
+) -> None:
     seconds = os.environ.get("INVAR_CHAOS_SECONDS", "180")
     command = [
-        *(sys.executable, str(ROOT / "benchmarks" / "serve_chaos.py"), "--index", artifacts.index_uri),
+        *(
+            sys.executable,
+            str(ROOT / "benchmarks" / "serve_chaos.py"),
+            "--index",
+            artifacts.index_uri,
+        ),
         *("--other", artifacts.other_index_uri, "--broken", artifacts.scrambled_index_uri),
-        *("--generator", artifacts.generator_uri, "--seconds", seconds, "--out", str(tmp_path / "chaos.json")),
+        *(
+            "--generator",
+            artifacts.generator_uri,
+            "--seconds",
+            seconds,
+            "--out",
+            str(tmp_path / "chaos.json"),
+        ),
     ]
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=850)
@@ -84,7 +98,11 @@ def test_load_adds_a_replica_and_calm_takes_it_away(scaling: str) -> None:
     def caller() -> None:
         while not calm.is_set():
             body = {"question": "Who keeps the light?", "top_k": 1}
-            statuses.append(httpx.post(f"{scaling}/v1/answer", json=body, timeout=120, trust_env=False).status_code)
+            statuses.append(
+                httpx.post(
+                    f"{scaling}/v1/answer", json=body, timeout=120, trust_env=False
+                ).status_code
+            )
 
     assert running() == 1
     callers = [threading.Thread(target=caller) for _ in range(6)]

@@ -1,4 +1,6 @@
-"""Training on Ray Train: a worker that dies costs no bit of the result.  Two workers, ZeRO-2, the real stages."""
+"""Training on Ray Train: a worker that dies costs no bit of the result.  Two workers, ZeRO-2, the
+real stages.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,11 @@ from tests.distributed.small_store import small_config, small_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
-STEPS, CHECKPOINT_EVERY, DIES_AT = 5, 2, 3  # the worker dies before its fourth step: a checkpoint after two stands
+STEPS, CHECKPOINT_EVERY, DIES_AT = (
+    5,
+    2,
+    3,
+)  # the worker dies before its fourth step: a checkpoint after two stands
 OVERRIDES = (
     f"retriever.steps={STEPS}",
     f"generator.steps={STEPS}",
@@ -32,9 +38,11 @@ OVERRIDES = (
 )
 
 
-def work_that_dies(folder: Path, *, deaths: int, dies_at: tuple[int, ...] = (DIES_AT,)) -> Callable[..., Any]:
-    """The training function with a stage that notes its steps, and on rank 1 ends the process before step
-    ``dies_at[n]`` (the last one from there on) the n-th time, at most ``deaths`` times.
+def work_that_dies(
+    folder: Path, *, deaths: int, dies_at: tuple[int, ...] = (DIES_AT,)
+) -> Callable[..., Any]:
+    """The training function with a stage that notes its steps, and on rank 1 ends the process
+    before step ``dies_at[n]`` (the last one from there on) the n-th time, at most ``deaths`` times.
 
     A nested function: Ray sends its code, so that the workers need not import this file.
     """
@@ -58,9 +66,12 @@ def work_that_dies(folder: Path, *, deaths: int, dies_at: tuple[int, ...] = (DIE
                 marks = sorted(Path(place).glob("died-*"))
                 at = dies_at[min(len(marks), len(dies_at) - 1)]
                 if rank == 1 and step == at and len(marks) < deaths:
-                    # A checkpoint whose report is in flight when its worker dies may be lost; this is about the others.
+                    # A checkpoint whose report is in flight when its worker dies may be lost; this
+                    # is about the others.
                     deadline = time.monotonic() + 60
-                    while not list(Path(store.root).glob(".train/*/checkpoint_manager_snapshot.json")):
+                    while not list(
+                        Path(store.root).glob(".train/*/checkpoint_manager_snapshot.json")
+                    ):
                         assert time.monotonic() < deadline, "Ray never took note of the checkpoint"
                         time.sleep(0.2)
                     (Path(place) / f"died-{len(marks)}").touch()
@@ -81,7 +92,10 @@ def work_that_dies(folder: Path, *, deaths: int, dies_at: tuple[int, ...] = (DIE
 def log_of(adapter: Artifact) -> list[dict[str, Any]]:
     """The log without its clock."""
     lines = adapter.path("log.jsonl").read_text(encoding="utf-8").splitlines()
-    return [{key: value for key, value in json.loads(line).items() if key != "tokens_per_s"} for line in lines]
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "tokens_per_s"}
+        for line in lines
+    ]
 
 
 def adapter_files(adapter: Artifact) -> dict[str, str]:
@@ -147,12 +161,16 @@ def test_a_run_whose_worker_died_equals_an_uninterrupted_one(
     found = train(copied(prepared, f"died-{stage}"), stage)
 
     assert (tmp_path / "died-0").exists(), "nothing died: the test proves nothing"
-    assert (tmp_path / "steps-1").read_text().split() == ["0", "1", "2", "2", "3", "4"], "did not go on from step 2"
+    assert (tmp_path / "steps-1").read_text().split() == ["0", "1", "2", "2", "3", "4"], (
+        "did not go on from step 2"
+    )
     check_equal(found, whole)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("torn", [False, True], ids=["as it was left", "record and newest checkpoint cut off"])
+@pytest.mark.parametrize(
+    "torn", [False, True], ids=["as it was left", "record and newest checkpoint cut off"]
+)
 def test_a_failed_run_is_one_error_and_the_next_goes_on(
     torn: bool,
     prepared: Path,
@@ -213,7 +231,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run_with_its_batch(
 ) -> None:
     root = copied(prepared, "overflow")
     monkeypatch.setattr(trainer, "_work", work_that_overflows(at=1))
-    with pytest.raises(DataError, match=r"step 2: .*loss.*not a finite number; its batch is in (\S+)") as caught:
+    with pytest.raises(
+        DataError, match=r"step 2: .*loss.*not a finite number; its batch is in (\S+)"
+    ) as caught:
         train(root, "retriever")  # with max_failures 2: it does not come to a second try
     (kept,) = (root / "faults").iterdir()
     assert str(kept) in str(caught.value)
@@ -221,7 +241,8 @@ def test_a_loss_that_is_not_a_number_stops_the_run_with_its_batch(
     assert batch["numbers"]["loss"] == "nan"
     assert len(batch["questions"]) == 6
     assert all(
-        question["wordings"] and batch["candidates"][question["positive"]]["texts"] for question in batch["questions"]
+        question["wordings"] and batch["candidates"][question["positive"]]["texts"]
+        for question in batch["questions"]
     )
     assert not list(root.glob("retriever/*")), "a failed training published something"
     (events,) = (root / "tensorboard").iterdir()
@@ -256,9 +277,13 @@ def test_the_best_heldout_step_is_kept_and_patience_ends_the_run(
     monkeypatch.setattr(trainer, "_work", work)
     root = copied(prepared, "heldout")
     overrides = ("retriever.steps=9", "retriever.heldout_share=0.3", "retriever.heldout_every=1")
-    found = train(root, "retriever", *overrides, "retriever.heldout_patience=2", "scale.checkpoint_every=50")
+    found = train(
+        root, "retriever", *overrides, "retriever.heldout_patience=2", "scale.checkpoint_every=50"
+    )
     log = log_of(found)
-    assert [record["step"] for record in log] == [1, 2, 3, 4], "two measurements without a better one end it"
+    assert [record["step"] for record in log] == [1, 2, 3, 4], (
+        "two measurements without a better one end it"
+    )
     assert found.info["best_step"] == 2
     with safe_open(found.path("adapter/adapter_model.safetensors"), framework="pt") as stored:
         kept = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118

@@ -18,7 +18,13 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
 from invar_ray.config import LoraConfig
 from invar_ray.errors import ModelError
-from invar_ray.models.adapters import load_adapter, load_merged, new_adapter, save_adapter, share_base
+from invar_ray.models.adapters import (
+    load_adapter,
+    load_merged,
+    new_adapter,
+    save_adapter,
+    share_base,
+)
 from invar_ray.models.base import open_base, open_base_generator, open_generator
 from invar_ray.models.tiny import build_tiny
 from invar_ray.steps import answering
@@ -103,13 +109,15 @@ def peft_own(model: PeftModel) -> PeftModel:
 def test_the_fused_update_is_pefts_in_values_and_gradients(
     tmp_path: Path, dtype: torch.dtype, partitioned: bool
 ) -> None:
-    config = LoraConfig(rank=4, alpha=12, dropout=0.0, target_modules=("q_proj", "o_proj", "down_proj"))
+    config = LoraConfig(
+        rank=4, alpha=12, dropout=0.0, target_modules=("q_proj", "o_proj", "down_proj")
+    )
     found: dict[str, tuple[Tensor, Tensor, list[Tensor]]] = {}
     for side in ("ours", "peft"):
         adapted = save_random(random_llama(layers=2).to(dtype), tmp_path / side, config)
-        assert {type(module).__name__ for module in adapted.modules() if isinstance(module, PeftLinear)} == {
-            "_FusedLinear"
-        }
+        assert {
+            type(module).__name__ for module in adapted.modules() if isinstance(module, PeftLinear)
+        } == {"_FusedLinear"}
         if side == "peft":
             peft_own(adapted)
         own = [parameter for parameter in adapted.parameters() if parameter.requires_grad]
@@ -131,7 +139,9 @@ def test_the_fused_update_is_pefts_in_values_and_gradients(
 
 
 def test_target_modules_that_are_not_there() -> None:
-    with pytest.raises(ModelError, match=r"no LoRA adapter fits LlamaForCausalLM.*set lora\.target_modules"):
+    with pytest.raises(
+        ModelError, match=r"no LoRA adapter fits LlamaForCausalLM.*set lora\.target_modules"
+    ):
         new_adapter(random_llama(), LoraConfig(target_modules=("c_attn",)), seed=0)
 
 
@@ -169,7 +179,9 @@ def test_saved_adapter_loads_to_the_same_outputs(tmp_path: Path, merge: bool) ->
 
 def unit_rows(model: LlamaForCausalLM) -> torch.Tensor:
     with torch.inference_mode():
-        hidden = model.model(torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])).last_hidden_state[:, -1].float()
+        hidden = (
+            model.model(torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])).last_hidden_state[:, -1].float()
+        )
     return torch.nn.functional.normalize(hidden, dim=-1)
 
 
@@ -179,7 +191,9 @@ def test_merging_is_checked_against_the_unmerged_adapter(tmp_path: Path) -> None
     merged = load_merged(random_llama(), tmp_path, unit_rows, 1e-4)
     assert torch.allclose(logits(merged, ids), logits(adapted, ids), atol=1e-5)
     assert not any("lora" in name for name, _ in merged.named_modules())
-    with pytest.raises(ModelError, match=r"bfloat16 changes its vectors \(lowest cosine 0\.9.*to fp32"):
+    with pytest.raises(
+        ModelError, match=r"bfloat16 changes its vectors \(lowest cosine 0\.9.*to fp32"
+    ):
         load_merged(random_llama().to(torch.bfloat16), tmp_path, unit_rows, 1e-9)
 
 
@@ -190,11 +204,16 @@ def test_folder_that_is_no_adapter(tmp_path: Path) -> None:
 
 def test_adapter_of_another_width_is_refused(tmp_path: Path) -> None:
     save_random(random_llama(width=32), tmp_path, LoraConfig())
-    with pytest.raises(ModelError, match=r"does not fit the base .*use the base that its adapter_config\.json names"):
+    with pytest.raises(
+        ModelError,
+        match=r"does not fit the base .*use the base that its adapter_config\.json names",
+    ):
         load_adapter(random_llama(width=48), tmp_path)
 
 
-@pytest.mark.parametrize("trained, used", [(2, 1), (1, 2)], ids=["too many layers", "too few layers"])
+@pytest.mark.parametrize(
+    "trained, used", [(2, 1), (1, 2)], ids=["too many layers", "too few layers"]
+)
 def test_adapter_of_another_depth_is_refused(tmp_path: Path, trained: int, used: int) -> None:
     save_random(random_llama(layers=trained), tmp_path, LoraConfig())
     with pytest.raises(ModelError, match="does not fit the base"):
@@ -211,10 +230,13 @@ def test_shared_base_is_the_same_memory(base: PreTrainedModel) -> None:
     assert first.keys() == second.keys()
     assert all(first[name].data_ptr() == second[name].data_ptr() for name in first)
     assert all(
-        a.data_ptr() == b.data_ptr() for (_, a), (_, b) in zip(base.named_buffers(), twin.named_buffers(), strict=True)
+        a.data_ptr() == b.data_ptr()
+        for (_, a), (_, b) in zip(base.named_buffers(), twin.named_buffers(), strict=True)
     )
     assert twin.lm_head.weight is twin.model.embed_tokens.weight
-    assert {id(module) for module in base.modules()}.isdisjoint(id(module) for module in twin.modules())
+    assert {id(module) for module in base.modules()}.isdisjoint(
+        id(module) for module in twin.modules()
+    )
     assert torch.equal(logits(twin), logits(base))
 
 
@@ -224,17 +246,24 @@ def test_adapter_on_one_tree_leaves_the_other_alone(small: World, base: PreTrain
     assert not torch.allclose(logits(adapted), before, atol=1e-3)
     assert torch.equal(logits(base), before)
     shared = {parameter.data_ptr() for parameter in base.parameters()}
-    own = [name for name, parameter in adapted.named_parameters() if parameter.data_ptr() not in shared]
+    own = [
+        name for name, parameter in adapted.named_parameters() if parameter.data_ptr() not in shared
+    ]
     assert own
     assert all("lora_" in name for name in own)
 
 
-def test_two_adapters_on_one_base_answer_at_the_same_time(small: World, base: PreTrainedModel) -> None:
+def test_two_adapters_on_one_base_answer_at_the_same_time(
+    small: World, base: PreTrainedModel
+) -> None:
     trees = {
         name: load_adapter(share_base(base), artifact.path("adapter"))
         for name, artifact in {"one": small.adapter, "two": small.other_adapter}.items()
     }
-    inputs = [torch.randint(1000, 20000, (1, 8), generator=torch.Generator().manual_seed(n)) for n in range(10)]
+    inputs = [
+        torch.randint(1000, 20000, (1, 8), generator=torch.Generator().manual_seed(n))
+        for n in range(10)
+    ]
     serial = {name: [logits(tree, ids) for ids in inputs] for name, tree in trees.items()}
     assert not torch.allclose(serial["one"][0], serial["two"][0], atol=1e-3)
     barrier = threading.Barrier(2, timeout=30)
@@ -250,7 +279,9 @@ def test_two_adapters_on_one_base_answer_at_the_same_time(small: World, base: Pr
     for thread in threads:
         thread.join()
     for name, expected in serial.items():
-        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(found[name], expected, strict=True))
+        assert all(
+            torch.allclose(a, b, atol=1e-5) for a, b in zip(found[name], expected, strict=True)
+        )
 
 
 # The generator's base
@@ -268,12 +299,18 @@ def test_generator_is_refused_when_its_base_changed(small: World, tmp_path: Path
     def body(building: Building) -> None:
         write_adapter(building.path / "adapter", reference, small.store, seed=1)
         building.info |= {
-            "base": {"location": reference.location, "revision": None, "fingerprint": reference.fingerprint},
+            "base": {
+                "location": reference.location,
+                "revision": None,
+                "fingerprint": reference.fingerprint,
+            },
             "max_context": 64,
             "max_new_tokens": 8,
         }
 
-    artifact, _ = small.store.get_or_build(Plan("generator", "on-folder", {"base": reference.fingerprint}), body)
+    artifact, _ = small.store.get_or_build(
+        Plan("generator", "on-folder", {"base": reference.fingerprint}), body
+    )
     generator = open_generator(artifact.uri)
     assert generator.version == artifact.fingerprint
     build_tiny(replace(TINY, intermediate_size=16), seed=1)[0].save_pretrained(folder)
@@ -286,19 +323,31 @@ def generator_of(small: World) -> Artifact:
         write_adapter(building.path / "adapter", small.base, small.store, seed=4)
         building.info |= {"base": asdict(small.base), "max_context": 64, "max_new_tokens": 8}
 
-    return small.store.get_or_build(Plan("generator", "answers", {}, {"base": small.base_artifact}), body)[0]
+    return small.store.get_or_build(
+        Plan("generator", "answers", {}, {"base": small.base_artifact}), body
+    )[0]
 
 
 def test_generators_answer_in_the_precision_asked_for(small: World) -> None:
     uri, prompt = generator_of(small).uri, "Who built the lighthouse of Garsa?"
-    for open_in in (partial(open_generator, uri), partial(open_base_generator, small.base, small.store, 64)):
-        plain, full, half = open_in(), open_in(precision="fp32"), open_in(precision="bf16", device="cpu:0")
+    for open_in in (
+        partial(open_generator, uri),
+        partial(open_base_generator, small.base, small.store, 64),
+    ):
+        plain, full, half = (
+            open_in(),
+            open_in(precision="fp32"),
+            open_in(precision="bf16", device="cpu:0"),
+        )
         assert {weight.dtype for weight in full.model.parameters()} == {torch.float32}
         assert {weight.dtype for weight in half.model.parameters()} == {torch.bfloat16}
         # Rotary angles stay as they were in training: rounded to bf16 they drift with the position.
         assert {buffer.dtype for buffer in half.model.buffers()} == {torch.float32}
         assert plain.version == full.version == half.version
-        said = [each.generate([prompt], max_new_tokens=4)[0].token_logprobs for each in (plain, full, half)]
+        said = [
+            each.generate([prompt], max_new_tokens=4)[0].token_logprobs
+            for each in (plain, full, half)
+        ]
         assert said[0] == said[1] != said[2]
         assert said[2][0] == pytest.approx(said[1][0], abs=0.1)
     with pytest.raises(ModelError, match="no precision 'half'"):
@@ -317,7 +366,11 @@ def test_evaluation_answers_on_gpus_in_the_models_precision(
     )
     on_gpus = replace(config, scale=replace(config.scale, embed_gpus_per_worker=1.0))
     # Stands for the GPU: all else is what an actor with one does.
-    monkeypatch.setattr(answering, "inference_device", lambda scale: "cpu:0" if scale.embed_gpus_per_worker else "cpu")
+    monkeypatch.setattr(
+        answering,
+        "inference_device",
+        lambda scale: "cpu:0" if scale.embed_gpus_per_worker else "cpu",
+    )
     row = {"block": 0, "questions": ["Who built the lighthouse of Garsa?"], "hits": [[]]}
     found = {}
     for name, settings in {"cpu": config, "gpu": on_gpus}.items():

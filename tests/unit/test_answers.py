@@ -54,7 +54,11 @@ def test_contains_answer(text: str, answers: list[str], expected: bool) -> None:
         ("They wrote it in C++ then.", ["C++"], "C++"),
         ("A song of The Who.", ["The Who"], "The Who"),
         ("A song of Who.", ["The Who"], "Who"),
-        ("\u0130zmir and Rome", ["Rome"], "Rome"),  # lower-casing makes the first letter two characters
+        (
+            "\u0130zmir and Rome",
+            ["Rome"],
+            "Rome",
+        ),  # lower-casing makes the first letter two characters
         ("in New York City", ["New York", "New York City", "City"], "New York City"),
     ],
 )

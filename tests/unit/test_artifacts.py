@@ -1,4 +1,6 @@
-"""What the store promises: names that follow content, publication all at once, and damage that is found and named."""
+"""What the store promises: names that follow content, publication all at once, and damage that is
+found and named.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ from typing import Any
 
 import pytest
 
-from invar_ray.errors import ArtifactError, CorruptArtifactError, IncompleteArtifactError, MissingArtifactError
+from invar_ray.errors import (
+    ArtifactError,
+    CorruptArtifactError,
+    IncompleteArtifactError,
+    MissingArtifactError,
+)
 from invar_ray.store.artifacts import (
     MANIFEST,
     Artifact,
@@ -62,7 +69,10 @@ def test_canonical_json_is_one_text_for_equal_values() -> None:
 
 
 def test_fingerprint_changes_with_everything_but_the_name(store: Store) -> None:
-    parent, other = make(store, Plan("passages", "p", {"x": 1})), make(store, Plan("passages", "p", {"x": 2}))
+    parent, other = (
+        make(store, Plan("passages", "p", {"x": 1})),
+        make(store, Plan("passages", "p", {"x": 2})),
+    )
     plan = replace(PLAN, parents={"passages": parent})
     changed = [
         replace(plan, kind="index"),
@@ -110,8 +120,12 @@ def test_published_artifact_holds_files_info_and_parents(store: Store) -> None:
 
 
 def test_unknown_parent_is_named(store: Store) -> None:
-    artifact = make(store, replace(PLAN, parents={"passages": make(store, Plan("passages", "p", {}))}))
-    with pytest.raises(MissingArtifactError, match=r"records no parent 'adapter'.*Expected: one of passages"):
+    artifact = make(
+        store, replace(PLAN, parents={"passages": make(store, Plan("passages", "p", {}))})
+    )
+    with pytest.raises(
+        MissingArtifactError, match=r"records no parent 'adapter'.*Expected: one of passages"
+    ):
         artifact.parent("adapter")
 
 
@@ -237,7 +251,9 @@ def test_second_writer_of_a_resumable_plan_waits_and_takes_the_result(
         time.sleep(0.5)
         write_atomic(building.path / "notes.txt", b"hello")
 
-    first = threading.Thread(target=lambda: results.append(store.get_or_build(PLAN, body, resumable=True)))
+    first = threading.Thread(
+        target=lambda: results.append(store.get_or_build(PLAN, body, resumable=True))
+    )
     first.start()
     assert inside.wait(10)
     artifact, reused = store.get_or_build(PLAN, body, resumable=True)
@@ -250,7 +266,9 @@ def test_second_writer_of_a_resumable_plan_waits_and_takes_the_result(
 
 
 def test_file_that_another_writer_has_not_finished_is_not_published(store: Store) -> None:
-    """In a shared staging folder ``write_atomic`` of the slower writer has its temporary file beside the whole ones."""
+    """In a shared staging folder ``write_atomic`` of the slower writer has its temporary file
+    beside the whole ones.
+    """
 
     def body(building: Building) -> None:
         write_atomic(building.path / "shards" / "part-0.bin", b"whole")
@@ -305,10 +323,14 @@ def test_corrupt_content_of_equal_size_is_found_by_verify(store: Store) -> None:
     content[500] ^= 1
     shard.write_bytes(content)
     store.open(artifact.ref)  # sizes are right
-    with pytest.raises(CorruptArtifactError, match=r"shards/part-0\.bin differs from its recorded sha256") as caught:
+    with pytest.raises(
+        CorruptArtifactError, match=r"shards/part-0\.bin differs from its recorded sha256"
+    ) as caught:
         artifact.verify()
     assert "notes.txt" not in str(caught.value)
-    assert "delete that folder and run the step that makes it (kind 'vectors') again" in str(caught.value)
+    assert "delete that folder and run the step that makes it (kind 'vectors') again" in str(
+        caught.value
+    )
 
 
 def test_changed_size_is_found_on_opening(store: Store) -> None:
@@ -335,11 +357,15 @@ def test_many_faults_are_counted(store: Store) -> None:
     artifact = make(store, PLAN, body)
     for number in range(8):
         artifact.path(f"file-{number}").unlink()
-    with pytest.raises(CorruptArtifactError, match=r"file-0 is missing; .*file-4 is missing; and 3 more"):
+    with pytest.raises(
+        CorruptArtifactError, match=r"file-0 is missing; .*file-4 is missing; and 3 more"
+    ):
         artifact.verify()
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 1}', '{"schema_version": "x"}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "{}", '{"schema_version": 1}', '{"schema_version": "x"}']
+)
 def test_manifest_that_is_none_is_corrupt(store: Store, text: str) -> None:
     artifact = make(store)
     artifact.path(MANIFEST).write_text(text, encoding="utf-8")
@@ -349,13 +375,17 @@ def test_manifest_that_is_none_is_corrupt(store: Store, text: str) -> None:
 
 def edit_manifest(artifact: Artifact, **values: Any) -> None:
     path = artifact.path(MANIFEST)
-    path.write_text(json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8")
+    path.write_text(
+        json.dumps({**json.loads(path.read_text(encoding="utf-8")), **values}), encoding="utf-8"
+    )
 
 
 def test_manifest_of_a_newer_release_is_refused(store: Store) -> None:
     artifact = make(store)
     edit_manifest(artifact, schema_version=SCHEMA_VERSION + 1, colour="blue")
-    with pytest.raises(ArtifactError, match=f"manifest has schema version {SCHEMA_VERSION + 1}") as caught:
+    with pytest.raises(
+        ArtifactError, match=f"manifest has schema version {SCHEMA_VERSION + 1}"
+    ) as caught:
         store.open(artifact.ref)
     assert type(caught.value) is ArtifactError
     assert "use the invar_ray release that wrote it, or a newer one" in str(caught.value)
@@ -377,14 +407,21 @@ def test_manifest_of_an_older_release_is_refused(store: Store) -> None:
 
 def test_open_by_uri_gives_the_same_artifact(store: Store, tmp_path: Path) -> None:
     artifact = make(store)
-    for uri in (artifact.uri, f"{artifact.uri}/", f"file://{artifact.path()}", str(artifact.path())):
+    for uri in (
+        artifact.uri,
+        f"{artifact.uri}/",
+        f"file://{artifact.path()}",
+        str(artifact.path()),
+    ):
         opened = open_artifact(uri, "vectors")
         assert opened.fingerprint == artifact.fingerprint
         assert opened.path("notes.txt").read_text(encoding="utf-8") == "hello"
         opened.verify()
 
 
-def test_open_by_relative_path(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_by_relative_path(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     artifact = make(store)
     monkeypatch.chdir(tmp_path)
     assert open_artifact(f"runs/{artifact.ref}").uri == artifact.uri
@@ -393,7 +430,9 @@ def test_open_by_relative_path(store: Store, tmp_path: Path, monkeypatch: pytest
 
 def test_wrong_kind_is_refused(store: Store) -> None:
     artifact = make(store)
-    with pytest.raises(ArtifactError, match=r"is an artifact of kind 'vectors'.*Expected: kind 'index'"):
+    with pytest.raises(
+        ArtifactError, match=r"is an artifact of kind 'vectors'.*Expected: kind 'index'"
+    ):
         open_artifact(artifact.uri, "index")
 
 
@@ -404,7 +443,9 @@ def test_uri_that_cannot_be_an_artifact(uri: str) -> None:
 
 
 def test_unknown_scheme_is_refused() -> None:
-    with pytest.raises(ArtifactError, match=r"cannot open 'carrier-pigeon://x/y'.*Expected: a local path"):
+    with pytest.raises(
+        ArtifactError, match=r"cannot open 'carrier-pigeon://x/y'.*Expected: a local path"
+    ):
         Store("carrier-pigeon://x/y")
 
 
@@ -441,7 +482,10 @@ def test_moved_root_stays_usable(store: Store, tmp_path: Path) -> None:
 
 def test_join_uri_keeps_the_query_at_the_end() -> None:
     assert join_uri("/data/runs/", "index/a-1") == "/data/runs/index/a-1"
-    assert join_uri("s3://bucket/runs?scheme=http", "index/a-1") == "s3://bucket/runs/index/a-1?scheme=http"
+    assert (
+        join_uri("s3://bucket/runs?scheme=http", "index/a-1")
+        == "s3://bucket/runs/index/a-1?scheme=http"
+    )
 
 
 def test_write_atomic_replaces_whole_files(tmp_path: Path) -> None:

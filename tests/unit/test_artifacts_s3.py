@@ -1,4 +1,6 @@
-"""The store on an object store: a local S3 server, reached over HTTP through pyarrow as a real one would be."""
+"""The store on an object store: a local S3 server, reached over HTTP through pyarrow as a real one
+would be.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +12,17 @@ from typing import Any
 import pytest
 from pyarrow import fs
 
-from invar_ray.errors import ArtifactError, CorruptArtifactError, IncompleteArtifactError, MissingArtifactError
+from invar_ray.errors import (
+    ArtifactError,
+    CorruptArtifactError,
+    IncompleteArtifactError,
+    MissingArtifactError,
+)
 from invar_ray.store.artifacts import MANIFEST, Artifact, Building, Plan, Store, open_artifact
 
-pytestmark = pytest.mark.skipif(not hasattr(fs, "S3FileSystem"), reason="this pyarrow has no S3FileSystem")
+pytestmark = pytest.mark.skipif(
+    not hasattr(fs, "S3FileSystem"), reason="this pyarrow has no S3FileSystem"
+)
 
 PLAN = Plan("vectors", "demo", {"encoder": "abc"})
 BUCKET = "invar"
@@ -49,7 +58,9 @@ def endpoint() -> Iterator[str]:
 def store(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any) -> Store:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     place = request.node.name
-    return Store(f"s3://{BUCKET}/{place}/runs?endpoint_override={endpoint}&scheme=http&region=us-east-1")
+    return Store(
+        f"s3://{BUCKET}/{place}/runs?endpoint_override={endpoint}&scheme=http&region=us-east-1"
+    )
 
 
 def fill(building: Building) -> None:

@@ -28,7 +28,9 @@ class Data:
         self.number = 0
 
     def __call__(self, questions: list[dict[str, Any]], slots: list[dict[str, Any]]) -> Trainset:
-        """``questions``: positive, negatives, and maybe wordings, answers, texts; ``slots``: texts and maybe more."""
+        """``questions``: positive, negatives, and maybe wordings, answers, texts; ``slots``: texts
+        and maybe more.
+        """
         self.number += 1
         width = 4
         random = np.random.default_rng(self.number)
@@ -37,7 +39,11 @@ class Data:
             matrix = random.normal(size=(rows, width)).astype(np.float32)
             return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
 
-        self.vectors = {"questions": unit(len(questions)), "slots": unit(len(slots)), "documents": unit(len(slots))}
+        self.vectors = {
+            "questions": unit(len(questions)),
+            "slots": unit(len(slots)),
+            "documents": unit(len(slots)),
+        }
         rows = [
             {
                 "question_id": f"q{number}",
@@ -67,12 +73,15 @@ class Data:
             place = question_table.schema.get_field_index("negatives")
             negatives = question_table.column("negatives").cast(kinds.field("negatives").type)
             pq.write_table(
-                question_table.set_column(place, "negatives", negatives), building.path / "questions.parquet"
+                question_table.set_column(place, "negatives", negatives),
+                building.path / "questions.parquet",
             )
             pq.write_table(pa.Table.from_pylist(table), building.path / "slots.parquet")
             save_file(self.vectors, str(building.path / "teacher.safetensors"))
 
-        return Trainset(self.store.get_or_build(Plan("trainset", "t", {"number": self.number}), body)[0])
+        return Trainset(
+            self.store.get_or_build(Plan("trainset", "t", {"number": self.number}), body)[0]
+        )
 
 
 @pytest.fixture(scope="module")
@@ -84,7 +93,10 @@ def paragraphs(data: Data, count: int, per_paragraph: int) -> Trainset:
     """As in reading data sets: several questions share a paragraph, negatives are paragraphs too."""
     slots = [{"texts": [f"paragraph {number}", f"cut {number}"]} for number in range(count)]
     questions = [
-        {"positive": number // per_paragraph, "negatives": [(number + 3) % count, (number + 5) % count]}
+        {
+            "positive": number // per_paragraph,
+            "negatives": [(number + 3) % count, (number + 5) % count],
+        }
         for number in range(count * per_paragraph)
     ]
     return data(questions, slots)
@@ -141,7 +153,9 @@ def check(trainset: Trainset, plan: StepPlan, size: int) -> None:
     for column, owner in enumerate(plan.owner):
         if owner >= 0:
             assert plan.positive[owner] == column
-    assert plan.owner[: len(set(rows))] == list(range(size)), "positives come first, in the order of their rows"
+    assert plan.owner[: len(set(rows))] == list(range(size)), (
+        "positives come first, in the order of their rows"
+    )
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -157,7 +171,9 @@ def test_equal_texts_under_two_ids_are_kept_apart(data: Data) -> None:
         check(trainset, trainset.plan(0, step, 4, 0, 1), 4)
 
 
-@pytest.mark.parametrize("count, per_paragraph, size", [(40, 3, 8), (30, 5, 16), (64, 1, 24), (200, 2, 32)])
+@pytest.mark.parametrize(
+    "count, per_paragraph, size", [(40, 3, 8), (30, 5, 16), (64, 1, 24), (200, 2, 32)]
+)
 def test_epoch_has_each_question_at_most_once_and_nearly_all(
     data: Data, count: int, per_paragraph: int, size: int
 ) -> None:
@@ -178,7 +194,9 @@ def test_epoch_has_each_question_at_most_once_and_nearly_all(
 
 def test_over_many_epochs_every_question_is_seen(squad: Trainset) -> None:
     steps = 5 * len(squad._epoch_batches(0, 0, 8))
-    assert {row for step in range(steps) for row in squad.plan(0, step, 8, 0, 1).rows} == set(range(len(squad)))
+    assert {row for step in range(steps) for row in squad.plan(0, step, 8, 0, 1).rows} == set(
+        range(len(squad))
+    )
 
 
 def test_batch_larger_than_the_questions_is_as_large_as_they_allow(data: Data) -> None:
@@ -195,11 +213,15 @@ def test_batch_larger_than_the_questions_is_as_large_as_they_allow(data: Data) -
 @given(st.data())
 def test_plans_of_any_data(data: Data, draw: st.DataObject) -> None:
     count = draw.draw(st.integers(1, 12), "slots")
-    texts = draw.draw(st.lists(st.sampled_from("abcdefgh"), min_size=count, max_size=count), "texts")
+    texts = draw.draw(
+        st.lists(st.sampled_from("abcdefgh"), min_size=count, max_size=count), "texts"
+    )
     slot = st.integers(0, count - 1)
     rows = draw.draw(
         st.lists(
-            st.fixed_dictionaries({"positive": slot, "negatives": st.lists(slot, max_size=4, unique=True)}),
+            st.fixed_dictionaries(
+                {"positive": slot, "negatives": st.lists(slot, max_size=4, unique=True)}
+            ),
             min_size=1,
             max_size=20,
         ),
@@ -220,7 +242,13 @@ def test_plans_of_any_data(data: Data, draw: st.DataObject) -> None:
 def trio(data: Data) -> Trainset:
     """Two questions and a negative; the second question's positive is the first one's negative."""
     slots = [
-        {"texts": ["red rose", "a red rose"], "document": "x", "start": 0, "end": 8, "title": "Rose"},
+        {
+            "texts": ["red rose", "a red rose"],
+            "document": "x",
+            "start": 0,
+            "end": 8,
+            "title": "Rose",
+        },
         {"texts": ["blue sea"], "document": "y", "start": 5, "end": 13},
         {"texts": ["grey rock", "the grey rock", "rock"], "document": "x", "start": 8, "end": 17},
         {"texts": ["red rose"], "document": "z", "start": 3, "end": 11},
@@ -233,13 +261,20 @@ def trio(data: Data) -> Trainset:
             "answers": ["rose"],
             "texts": ["red rose", "own cut with rose"],
         },
-        {"positive": 1, "negatives": [2], "answers": ["the SEA!", "ocean"], "wordings": ["what is blue"]},
+        {
+            "positive": 1,
+            "negatives": [2],
+            "answers": ["the SEA!", "ocean"],
+            "wordings": ["what is blue"],
+        },
     ]
     return data(questions, slots)
 
 
 def plan_of(trio: Trainset, world_size: int = 1, negatives: int = 5) -> StepPlan:
-    """The first epoch has one batch of both questions; put question 0 first, whatever the shuffle gave."""
+    """The first epoch has one batch of both questions; put question 0 first, whatever the shuffle
+    gave.
+    """
     for seed in range(20):
         plan = trio.plan(seed, 0, 2, negatives, world_size)
         if plan.rows[:2] == [0, 1]:
@@ -252,7 +287,11 @@ def test_slots_are_positives_then_negatives_each_once(trio: Trainset) -> None:
     assert plan.slots == [0, 1, 2, 3]
     assert plan.owner == [0, 1, -1, -1]
     assert plan.positive == [0, 1]
-    assert plan_of(trio, negatives=1).slots == [0, 1, 2]  # question 0: slot 1, a positive already; question 1: slot 2
+    assert plan_of(trio, negatives=1).slots == [
+        0,
+        1,
+        2,
+    ]  # question 0: slot 1, a positive already; question 1: slot 2
     assert plan_of(trio, negatives=0).slots == [0, 1]
 
 
@@ -305,7 +344,10 @@ def test_environment_mask_by_hand(trio: Trainset) -> None:
 
 def test_answers_are_found_by_hand(trio: Trainset) -> None:
     # "rose" stands in slots 0 and 3, "sea" in 1; "ocean" nowhere.
-    assert trio.holds_answer(plan_of(trio)).tolist() == [[True, False, False, True], [False, True, False, False]]
+    assert trio.holds_answer(plan_of(trio)).tolist() == [
+        [True, False, False, True],
+        [False, True, False, False],
+    ]
 
 
 @pytest.mark.parametrize(
@@ -342,7 +384,10 @@ def test_answer_counts_in_any_window_but_not_across_two(data: Data) -> None:
 
 def test_answer_in_the_title_counts(data: Data) -> None:
     """The encoder sees the title, and mining drops such passages."""
-    slots: list[dict[str, Any]] = [{"texts": ["alpha"]}, {"texts": ["The city of light."], "title": "Paris"}]
+    slots: list[dict[str, Any]] = [
+        {"texts": ["alpha"]},
+        {"texts": ["The city of light."], "title": "Paris"},
+    ]
     trainset = data([{"positive": 0, "answers": ["Paris"], "negatives": [1]}], slots)
     assert trainset.holds_answer(trainset.plan(0, 0, 1, 1, 1)).tolist() == [[False, True]]
 

@@ -1,4 +1,6 @@
-"""Public benchmarks in the form they are published in: small files of each, and what is wrong with broken ones."""
+"""Public benchmarks in the form they are published in: small files of each, and what is wrong with
+broken ones.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,12 @@ from invar_ray.cli.main import app
 from invar_ray.config import load_config
 from invar_ray.corpus.readers import read_documents, read_examples
 from invar_ray.errors import DataError
-from invar_ray.questions.benchmarks import Benchmark, convert_benchmark, detect_format, read_benchmark
+from invar_ray.questions.benchmarks import (
+    Benchmark,
+    convert_benchmark,
+    detect_format,
+    read_benchmark,
+)
 from invar_ray.schema import Document, Example
 from invar_ray.steps.questions import read_examples_of, refuse_unanswerable
 
@@ -32,7 +39,12 @@ SQUAD = {
                             "question": "When was it dug?",
                             "answers": [{"text": "1702", "answer_start": 23}] * 2,
                         },
-                        {"id": "s2", "question": "Who dug it?", "is_impossible": True, "answers": []},
+                        {
+                            "id": "s2",
+                            "question": "Who dug it?",
+                            "is_impossible": True,
+                            "answers": [],
+                        },
                     ],
                 },
                 {"context": "No question is about this.", "qas": []},
@@ -45,7 +57,11 @@ TRIVIA = {
         {
             "QuestionId": "tc_1",
             "Question": "Which sea is it?",
-            "Answer": {"Value": "The Inner Sea", "Aliases": ["Inner Sea", "The Inner Sea"], "NormalizedAliases": ["x"]},
+            "Answer": {
+                "Value": "The Inner Sea",
+                "Aliases": ["Inner Sea", "The Inner Sea"],
+                "NormalizedAliases": ["x"],
+            },
         }
     ]
 }
@@ -86,7 +102,13 @@ KILT = [
         ],
     }
 ]
-OWN = {"id": "o1", "question": "Why?", "answers": ["so"], "positive_ids": ["d"], "rewrites": ["How come?"]}
+OWN = {
+    "id": "o1",
+    "question": "Why?",
+    "answers": ["so"],
+    "positive_ids": ["d"],
+    "rewrites": ["How come?"],
+}
 POPQA = (
     "id\tsubj\tprop\tquestion\tpossible_answers\ts_pop\n"
     '42\tDag\toccupation\tWhat does Dag do?\t"[""smith"", ""farrier""]"\t7\n'
@@ -98,21 +120,36 @@ def lines(*rows: Any) -> str:
 
 
 FILES: dict[str, tuple[str, str, Example, int]] = {
-    "squad": ("dev.json", json.dumps(SQUAD), Example("s1", "When was it dug?", ("1702",), ("Old_Harbour/0",)), 2),
+    "squad": (
+        "dev.json",
+        json.dumps(SQUAD),
+        Example("s1", "When was it dug?", ("1702",), ("Old_Harbour/0",)),
+        2,
+    ),
     "triviaqa": (
         "unfiltered-web-dev.json",
         json.dumps(TRIVIA),
         Example("tc_1", "Which sea is it?", ("The Inner Sea", "Inner Sea"), ()),
         0,
     ),
-    "hotpotqa": ("hotpot.json", json.dumps(HOTPOT), Example("h1", "Is A older than B?", ("yes",), ("A", "B")), 3),
+    "hotpotqa": (
+        "hotpot.json",
+        json.dumps(HOTPOT),
+        Example("h1", "Is A older than B?", ("yes",), ("A", "B")),
+        3,
+    ),
     "dpr": (
         "biencoder-nq-dev.json",
         json.dumps(DPR),
         Example("biencoder-nq-dev-0", "who made it", ("Ada",), ("7",)),
         2,
     ),
-    "webquestions": ("web.json", json.dumps(WEB), Example("web-0", "who leads?", ('Jo "J" May', "Ann"), ()), 0),
+    "webquestions": (
+        "web.json",
+        json.dumps(WEB),
+        Example("web-0", "who leads?", ('Jo "J" May', "Ann"), ()),
+        0,
+    ),
     "entityquestions": (
         "P19.test.json",
         json.dumps([{"question": "Where was Ada born?", "answers": ["Elvay"]}]),
@@ -125,7 +162,12 @@ FILES: dict[str, tuple[str, str, Example, int]] = {
         Example("NQ-open-0", "when is it", ("in May", "May"), ()),
         0,
     ),
-    "kilt": ("nq-dev-kilt.jsonl", lines(*KILT), Example("k1", "who wrote it", ("Cora", "C. Fisk"), ("12", "13")), 0),
+    "kilt": (
+        "nq-dev-kilt.jsonl",
+        lines(*KILT),
+        Example("k1", "who wrote it", ("Cora", "C. Fisk"), ("12", "13")),
+        0,
+    ),
     "dpr-qa": (
         "trec-test.csv",
         "how high is it?\t['1,?312 feet', \"it's low\"]\n",
@@ -148,9 +190,9 @@ def test_each_format_is_detected_and_read(tmp_path: Path, name: str, packed: boo
     assert found.examples == [wanted]
     assert len(found.documents) == documents
     assert read_benchmark(str(path), name) == found
-    assert {example_id for e in found.examples for example_id in e.positive_ids} <= {d.id for d in found.documents} or (
-        name in {"kilt", "jsonl"}
-    )
+    assert {example_id for e in found.examples for example_id in e.positive_ids} <= {
+        d.id for d in found.documents
+    } or (name in {"kilt", "jsonl"})
 
 
 def test_documents_carry_their_text(tmp_path: Path) -> None:
@@ -167,12 +209,16 @@ def test_documents_carry_their_text(tmp_path: Path) -> None:
     assert [(d.id, d.title) for d in of("dpr")] == [("7", "It"), ("9", "Other")]
 
 
-def beir(folder: Path, qrels: str = "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t0\nq1\td3\t2\n") -> Path:
+def beir(
+    folder: Path, qrels: str = "query-id\tcorpus-id\tscore\nq1\td1\t1\nq1\td2\t0\nq1\td3\t2\n"
+) -> Path:
     (folder / "qrels").mkdir(parents=True)
     (folder / "corpus.jsonl").write_text(
         lines(*({"_id": f"d{n}", "title": "T", "text": f"text {n}"} for n in (1, 2, 3)))
     )
-    (folder / "queries.jsonl").write_text(lines({"_id": "q1", "text": "which?"}, {"_id": "q2", "text": "unjudged"}))
+    (folder / "queries.jsonl").write_text(
+        lines({"_id": "q1", "text": "which?"}, {"_id": "q2", "text": "unjudged"})
+    )
     (folder / "qrels" / "test.tsv").write_text(qrels)
     return folder
 
@@ -188,13 +234,33 @@ def test_beir(tmp_path: Path) -> None:
 
 
 FAULTS = [
-    ("nq-open", "x.jsonl", '{"question": "a", "answer": ["b"]}\n{"question"', r"x\.jsonl, line 2: malformed JSON"),
-    ("nq-open", "x.jsonl", '{"question": "a", "answer": "b"}', r"line 1: 'answer' is 'b'.*a list of strings"),
-    ("nq-open", "x.jsonl", '{"question": "a", "answer": []}', r"line 1: the question has no answer"),
+    (
+        "nq-open",
+        "x.jsonl",
+        '{"question": "a", "answer": ["b"]}\n{"question"',
+        r"x\.jsonl, line 2: malformed JSON",
+    ),
+    (
+        "nq-open",
+        "x.jsonl",
+        '{"question": "a", "answer": "b"}',
+        r"line 1: 'answer' is 'b'.*a list of strings",
+    ),
+    (
+        "nq-open",
+        "x.jsonl",
+        '{"question": "a", "answer": []}',
+        r"line 1: the question has no answer",
+    ),
     ("nq-open", "x.jsonl", '{"question": " ", "answer": ["b"]}', r"line 1: 'question' is ' '"),
     ("nq-open", "x.jsonl", "[1]", r"line 1: holds a list.*JSON object"),
     ("nq-open", "x.jsonl", "", r"holds no question"),
-    ("kilt", "x.jsonl", lines(KILT[0], KILT[0]), r"line 2: the id 'k1' is taken by .*x\.jsonl, line 1"),
+    (
+        "kilt",
+        "x.jsonl",
+        lines(KILT[0], KILT[0]),
+        r"line 2: the id 'k1' is taken by .*x\.jsonl, line 1",
+    ),
     (
         "entityquestions",
         "x.json",
@@ -239,8 +305,12 @@ FAULTS = [
 ]
 
 
-@pytest.mark.parametrize("format, name, text, message", FAULTS, ids=[f"{f}-{n}" for n, (f, *_) in enumerate(FAULTS)])
-def test_faults_name_file_and_place(tmp_path: Path, format: str, name: str, text: str, message: str) -> None:
+@pytest.mark.parametrize(
+    "format, name, text, message", FAULTS, ids=[f"{f}-{n}" for n, (f, *_) in enumerate(FAULTS)]
+)
+def test_faults_name_file_and_place(
+    tmp_path: Path, format: str, name: str, text: str, message: str
+) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(DataError, match=message) as caught:
         read_benchmark(str(tmp_path / name), format)
@@ -248,13 +318,17 @@ def test_faults_name_file_and_place(tmp_path: Path, format: str, name: str, text
 
 
 def changed_rows(name: str, change: Any) -> str:
-    """A format's file with its first question's row changed, pretty-printed where it is one JSON value."""
+    """A format's file with its first question's row changed, pretty-printed where it is one JSON
+    value.
+    """
     text = FILES[name][1]
     if name in {"nq-open", "kilt", "jsonl"}:
         return "".join(json.dumps(row) + "\n" for row in change(json.loads(text)))
     value = json.loads(text)
     if name == "squad":
-        value["data"][0]["paragraphs"][0]["qas"] = change(value["data"][0]["paragraphs"][0]["qas"][0])
+        value["data"][0]["paragraphs"][0]["qas"] = change(
+            value["data"][0]["paragraphs"][0]["qas"][0]
+        )
     elif name == "triviaqa":
         value["Data"] = change(value["Data"][0])
     else:
@@ -263,19 +337,37 @@ def changed_rows(name: str, change: Any) -> str:
 
 
 NO_ANSWER: dict[str, tuple[Any, str]] = {
-    "squad": (lambda row: [row | {"answers": []}], r"data\[0\] \(line 4\).*qas\[0\]: the question has no answer"),
+    "squad": (
+        lambda row: [row | {"answers": []}],
+        r"data\[0\] \(line 4\).*qas\[0\]: the question has no answer",
+    ),
     "triviaqa": (
         lambda row: [row | {"Answer": {"Value": "", "Aliases": []}}],
         r"Data\[0\] \(line 3\): 'Value' is ''",
     ),
     "hotpotqa": (lambda row: [row | {"answer": " "}], r"entry 1 \(line 2\): 'answer' is ' '"),
-    "dpr": (lambda row: [row | {"answers": [" "]}], r"entry 1 \(line 2\): the question has no answer"),
-    "webquestions": (lambda row: [row | {"targetValue": "(list)"}], r"entry 1 \(line 2\): the question has no answer"),
-    "entityquestions": (lambda row: [row | {"answers": []}], r"entry 1 \(line 2\): the question has no answer"),
+    "dpr": (
+        lambda row: [row | {"answers": [" "]}],
+        r"entry 1 \(line 2\): the question has no answer",
+    ),
+    "webquestions": (
+        lambda row: [row | {"targetValue": "(list)"}],
+        r"entry 1 \(line 2\): the question has no answer",
+    ),
+    "entityquestions": (
+        lambda row: [row | {"answers": []}],
+        r"entry 1 \(line 2\): the question has no answer",
+    ),
     "nq-open": (lambda row: [row, row | {"answer": []}], r"line 2: the question has no answer"),
-    "kilt": (lambda row: [row, row | {"id": "k2", "output": [{"answer": ""}]}], r"line 2: the question has no answer"),
+    "kilt": (
+        lambda row: [row, row | {"id": "k2", "output": [{"answer": ""}]}],
+        r"line 2: the question has no answer",
+    ),
     "jsonl": (lambda row: [row | {"answers": [""]}], r"line 1: the question has no answer"),
-    "popqa": (POPQA.replace('"[""smith"", ""farrier""]"', "[]"), r"line 2: the question has no answer"),
+    "popqa": (
+        POPQA.replace('"[""smith"", ""farrier""]"', "[]"),
+        r"line 2: the question has no answer",
+    ),
     "dpr-qa": ("how?\t['low']\nhow high?\t[]\n", r"line 2: the question has no answer"),
 }
 TWICE: dict[str, tuple[Any, str]] = {
@@ -283,9 +375,18 @@ TWICE: dict[str, tuple[Any, str]] = {
         lambda row: [row, row],
         r"qas\[1\]: the id 's1' is taken by .*data\[0\] \(line 4\)\.paragraphs\[0\]\.qas\[0\]",
     ),
-    "triviaqa": (lambda row: [row, row], r"Data\[1\] \(line \d+\): the id 'tc_1' is taken by .*Data\[0\] \(line 3\)"),
-    "hotpotqa": (lambda row: [row, row], r"entry 2 \(line \d\d\): the id 'h1' is taken by .*entry 1 \(line 2\)"),
-    "entityquestions": (lambda row: [row | {"id": 7}] * 2, r"entry 2 \(line \d+\): the id '7' is taken by"),
+    "triviaqa": (
+        lambda row: [row, row],
+        r"Data\[1\] \(line \d+\): the id 'tc_1' is taken by .*Data\[0\] \(line 3\)",
+    ),
+    "hotpotqa": (
+        lambda row: [row, row],
+        r"entry 2 \(line \d\d\): the id 'h1' is taken by .*entry 1 \(line 2\)",
+    ),
+    "entityquestions": (
+        lambda row: [row | {"id": 7}] * 2,
+        r"entry 2 \(line \d+\): the id '7' is taken by",
+    ),
     "nq-open": (lambda row: [row | {"id": "n"}] * 2, r"line 2: the id 'n' is taken by .*line 1"),
     "kilt": (lambda row: [row, row], r"line 2: the id 'k1' is taken by .*line 1"),
     "jsonl": (lambda row: [row, row], r"line 2: the id 'o1' is taken by .*line 1"),
@@ -296,7 +397,9 @@ TWICE: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("fault", ["no answer", "twice"])
-def test_empty_answers_and_taken_ids_name_file_and_line(tmp_path: Path, name: str, fault: str) -> None:
+def test_empty_answers_and_taken_ids_name_file_and_line(
+    tmp_path: Path, name: str, fault: str
+) -> None:
     cases = NO_ANSWER if fault == "no answer" else TWICE
     if name not in cases:
         assert name in {"dpr", "dpr-qa", "webquestions"}
@@ -315,7 +418,11 @@ def test_empty_answers_and_taken_ids_name_file_and_line(tmp_path: Path, name: st
 @pytest.mark.parametrize("name", FILES)
 def test_files_cut_short_or_of_other_bytes_name_file_and_line(tmp_path: Path, name: str) -> None:
     file, text, *_ = FILES[name]
-    whole = text if name in {"nq-open", "kilt", "jsonl", "popqa", "dpr-qa"} else json.dumps(json.loads(text), indent=1)
+    whole = (
+        text
+        if name in {"nq-open", "kilt", "jsonl", "popqa", "dpr-qa"}
+        else json.dumps(json.loads(text), indent=1)
+    )
     for number, content in enumerate(
         [whole[: len(whole) * 2 // 3].encode(), whole.encode() + b"\xe9\n", b"\xff\xfe\x00"]
     ):
@@ -339,17 +446,27 @@ def test_files_cut_short_or_of_other_bytes_name_file_and_line(tmp_path: Path, na
 
 @pytest.mark.parametrize("name", FILES)
 def test_values_of_another_type_are_data_errors(tmp_path: Path, name: str) -> None:
-    """Each value anywhere in a row, turned into something else: read, or one clear error; never a traceback."""
+    """Each value anywhere in a row, turned into something else: read, or one clear error; never a
+    traceback.
+    """
 
     def variants(value: Any) -> list[Any]:
         others = [None, 7, 1.5, True, [], {}, [None], [[]], {"a": 1}, "", "x"]
         if isinstance(value, dict):
             changed = [value | {key: other} for key in value for other in variants(value[key])]
-            return [*others, *changed, *({k: v for k, v in value.items() if k != key} for key in value)]
+            return [
+                *others,
+                *changed,
+                *({k: v for k, v in value.items() if k != key} for key in value),
+            ]
         if isinstance(value, list):
             return [
                 *others,
-                *([*value[:i], other, *value[i + 1 :]] for i in range(len(value)) for other in variants(value[i])),
+                *(
+                    [*value[:i], other, *value[i + 1 :]]
+                    for i in range(len(value))
+                    for other in variants(value[i])
+                ),
             ]
         return others
 
@@ -404,7 +521,9 @@ BEIR_FAULTS = [
 
 
 @pytest.mark.parametrize("name, text, message", BEIR_FAULTS)
-def test_faults_of_a_beir_folder_name_file_and_line(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_faults_of_a_beir_folder_name_file_and_line(
+    tmp_path: Path, name: str, text: str, message: str
+) -> None:
     folder = beir(tmp_path / "set")
     (folder / name).write_text(text)
     with pytest.raises(DataError, match=message):
@@ -425,13 +544,20 @@ def test_what_cannot_be_read_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "cut.json.gz").write_bytes(gzip.compress(json.dumps(SQUAD).encode())[:60])
     with pytest.raises(DataError, match=r"cut\.json\.gz cannot be read"):
         read_benchmark(str(tmp_path / "cut.json.gz"))
-    (tmp_path / "latin.tsv").write_bytes("id\tquestion\tpossible_answers\n1\tcaf\xe9\t[]\n".encode("latin-1"))
+    (tmp_path / "latin.tsv").write_bytes(
+        "id\tquestion\tpossible_answers\n1\tcaf\xe9\t[]\n".encode("latin-1")
+    )
     with pytest.raises(DataError, match=r"latin\.tsv, line 2: not UTF-8"):
         read_benchmark(str(tmp_path / "latin.tsv"))
 
 
-def test_unusable_questions_are_left_out_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [{"id": 1, "question": "a", "answer": ["b"]}, {"id": 1, "question": "c", "answer": ["d"]}]
+def test_unusable_questions_are_left_out_on_request(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = [
+        {"id": 1, "question": "a", "answer": ["b"]},
+        {"id": 1, "question": "c", "answer": ["d"]},
+    ]
     (tmp_path / "x.jsonl").write_text(lines(*rows, {"id": 2, "question": "e", "answer": [" "]}))
     found = read_benchmark(str(tmp_path / "x.jsonl"), skip_unusable=True)
     assert [example.id for example in found.examples] == ["1"]
@@ -445,7 +571,10 @@ def test_converted_files_are_read_by_the_projects_own_readers(tmp_path: Path) ->
     assert "squad: 1 questions and 2 documents" in result.output
     examples = read_benchmark(str(tmp_path / "dev.json")).examples
     assert read_examples(str(tmp_path / "out" / "questions.jsonl")) == examples
-    assert [d.id for d in read_documents(str(tmp_path / "out" / "corpus.jsonl"))] == ["Old_Harbour/0", "Old_Harbour/1"]
+    assert [d.id for d in read_documents(str(tmp_path / "out" / "corpus.jsonl"))] == [
+        "Old_Harbour/0",
+        "Old_Harbour/1",
+    ]
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot write"):
         convert_benchmark(str(tmp_path / "dev.json"), tmp_path / "file")
@@ -455,7 +584,10 @@ def test_a_recipe_names_a_benchmark_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "web.json").write_text(json.dumps(WEB))
     (tmp_path / "own").mkdir()
     (tmp_path / "own" / "a.jsonl").write_text(lines(OWN))
-    overrides = [f"questions.dev_uri={tmp_path / 'web.json'}", f"questions.train_uri={tmp_path / 'own'}"]
+    overrides = [
+        f"questions.dev_uri={tmp_path / 'web.json'}",
+        f"questions.train_uri={tmp_path / 'own'}",
+    ]
     config = load_config("tiny", overrides)
     dev, train = read_examples_of(config, "dev"), read_examples_of(config, "train")
     assert dev[0].answers == ('Jo "J" May', "Ann")

@@ -25,7 +25,9 @@ class Times:
 def test_few_questions_start_no_actor() -> None:
     blocks = [{"block": number, "value": number + 1} for number in range(3)]
     schema = pa.schema([("block", pa.int64()), ("value", pa.int64())])
-    found = list(map_blocks(Times, {"factor": 10}, blocks, schema, 3, ScaleConfig(in_process_below=4)))
+    found = list(
+        map_blocks(Times, {"factor": 10}, blocks, schema, 3, ScaleConfig(in_process_below=4))
+    )
     assert [row["product"] for row in found] == [10, 20, 30]
     assert {row["pid"] for row in found} == {os.getpid()}
     assert not ray.is_initialized()
@@ -42,11 +44,20 @@ class Fails:
 @pytest.mark.parametrize(
     ("raised", "expected"),
     [
-        (RuntimeError("context\nnot enough memory"), (ResourceError, "RuntimeError: not enough memory")),
+        (
+            RuntimeError("context\nnot enough memory"),
+            (ResourceError, "RuntimeError: not enough memory"),
+        ),
         (DataError("row 3 is empty"), (DataError, "row 3 is empty")),
     ],
 )
-def test_a_failure_here_is_one_clear_error(raised: Exception, expected: tuple[type[Exception], str]) -> None:
+def test_a_failure_here_is_one_clear_error(
+    raised: Exception, expected: tuple[type[Exception], str]
+) -> None:
     schema = pa.schema([("block", pa.int64())])
     with pytest.raises(expected[0], match=expected[1]):
-        list(map_blocks(Fails, {"error": raised}, [{"block": 0}], schema, 1, ScaleConfig(in_process_below=2)))
+        list(
+            map_blocks(
+                Fails, {"error": raised}, [{"block": 0}], schema, 1, ScaleConfig(in_process_below=2)
+            )
+        )

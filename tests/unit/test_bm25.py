@@ -13,11 +13,15 @@ from invar_ray.answering.bm25 import Bm25, Bm25Retriever, words
 from invar_ray.errors import DataError, RequestError
 from invar_ray.schema import Passage
 
-TEXTS = st.lists(st.lists(st.sampled_from("ant bee cat dog elk".split()), max_size=6), min_size=1, max_size=6)
+TEXTS = st.lists(
+    st.lists(st.sampled_from("ant bee cat dog elk".split()), max_size=6), min_size=1, max_size=6
+)
 
 
 def reference(texts: list[list[str]], query: list[str], k1: float, b: float) -> list[float]:
-    """Lucene's BM25: idf ln(1 + (N - n + 1/2) / (n + 1/2)), frequency f / (f + k1 (1 - b + b |d| / mean))."""
+    """Lucene's BM25: idf ln(1 + (N - n + 1/2) / (n + 1/2)), frequency f / (f + k1 (1 - b + b |d| /
+    mean)).
+    """
     mean = sum(map(len, texts)) / len(texts)
     scores = []
     for text in texts:
@@ -37,7 +41,9 @@ def test_scores_are_the_formulas(texts: list[list[str]], query: list[str]) -> No
         with pytest.raises(DataError, match="without a word"):
             Bm25([" ".join(text) for text in texts])
         return
-    found = Bm25([" ".join(text) for text in texts], k1=1.2, b=0.75).search([" ".join(query)], len(texts))[0]
+    found = Bm25([" ".join(text) for text in texts], k1=1.2, b=0.75).search(
+        [" ".join(query)], len(texts)
+    )[0]
     wanted = reference(texts, query, 1.2, 0.75)
     assert {row for row, _ in found} == {row for row, score in enumerate(wanted) if score > 0}
     for row, score in found:
@@ -65,7 +71,9 @@ def test_hits_carry_the_passage() -> None:
 
     passages = Rows(
         Passage(f"d{n}:0", f"d{n}", title, text, 0, len(text), f"file{n}")
-        for n, (title, text) in enumerate([("Oslo", "a port"), ("Rome", "a city"), ("Pisa", "a tower in a city")])
+        for n, (title, text) in enumerate(
+            [("Oslo", "a port"), ("Rome", "a city"), ("Pisa", "a tower in a city")]
+        )
     )
     found = Bm25Retriever(passages).retrieve(["which city is Rome", "tower"], 2)
     assert [(hit.document_id, hit.rank, hit.title, hit.uri) for hit in found[0]] == [

@@ -10,7 +10,12 @@ import torch
 from torch import Tensor
 
 from invar_ray.errors import MixedArtifactsError
-from invar_ray.training.checkpoint import SCHEMA_VERSION, Checkpoint, load_checkpoint, save_checkpoint
+from invar_ray.training.checkpoint import (
+    SCHEMA_VERSION,
+    Checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
 from invar_ray.training.engine import EngineState
 
 NAMES = ("causal_lm.model.layers.0.self_attn.q_proj.lora_A.default.weight", "projection.weight")
@@ -27,7 +32,10 @@ def tensors(seed: int) -> dict[str, Tensor]:
 
 def checkpoint() -> Checkpoint:
     moments = {"exp_avg": tensors(1), "exp_avg_sq": tensors(2)}
-    log = [{"step": 1, "loss": 0.1 + 0.2, "learning_rate": 1e-4 / 3}, {"step": 2, "loss": 1e-17, "tokens": 3.0}]
+    log = [
+        {"step": 1, "loss": 0.1 + 0.2, "learning_rate": 1e-4 / 3},
+        {"step": 2, "loss": 1e-17, "tokens": 3.0},
+    ]
     return Checkpoint(2, EngineState(tensors(0), moments, 2), log)
 
 
@@ -66,7 +74,12 @@ def test_saving_what_was_loaded_gives_the_same_files(tmp_path: Path) -> None:
 def test_checkpoint_before_the_first_step(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, Checkpoint(0, EngineState(tensors(0), {}, 0), []), "run")
     loaded = load_checkpoint(tmp_path, "run")
-    assert (loaded.step, loaded.engine.adam_step, loaded.engine.moments, loaded.log) == (0, 0, {}, [])
+    assert (loaded.step, loaded.engine.adam_step, loaded.engine.moments, loaded.log) == (
+        0,
+        0,
+        {},
+        [],
+    )
 
 
 def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
@@ -75,14 +88,17 @@ def test_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path, "bbbb")
     assert str(caught.value) == (
         f"checkpoint {tmp_path} is of run aaaa (schema {SCHEMA_VERSION}). "
-        f"Expected: run bbbb (schema {SCHEMA_VERSION}). To do: delete it, or train under another storage root."
+        f"Expected: run bbbb (schema {SCHEMA_VERSION}). To do: delete it, or train under another "
+        "storage root."
     )
 
 
 def test_checkpoint_of_another_layout_is_refused(tmp_path: Path) -> None:
     save_checkpoint(tmp_path, checkpoint(), "run")
     state = json.loads((tmp_path / "state.json").read_text(encoding="utf-8"))
-    (tmp_path / "state.json").write_text(json.dumps({**state, "schema_version": SCHEMA_VERSION + 1}), encoding="utf-8")
+    (tmp_path / "state.json").write_text(
+        json.dumps({**state, "schema_version": SCHEMA_VERSION + 1}), encoding="utf-8"
+    )
     with pytest.raises(MixedArtifactsError, match=rf"\(schema {SCHEMA_VERSION + 1}\)"):
         load_checkpoint(tmp_path, "run")
 

@@ -24,7 +24,9 @@ def _load() -> PreTrainedTokenizerFast:
 
 
 def _byte_level() -> PreTrainedTokenizerFast:
-    """Every byte a token and the space glued to the next word: offsets as GPT-2's tokenizer gives them."""
+    """Every byte a token and the space glued to the next word: offsets as GPT-2's tokenizer gives
+    them.
+    """
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -50,7 +52,9 @@ def _check(text: str, passages: list[Passage]) -> None:
         assert passage.text == passage.text.strip()
         for index in range(passage.start, passage.end):
             covered[index] = True
-    lost = [character for character, is_covered in zip(text, covered, strict=True) if not is_covered]
+    lost = [
+        character for character, is_covered in zip(text, covered, strict=True) if not is_covered
+    ]
     assert all(character.isspace() for character in lost), lost
     starts = [passage.start for passage in passages]
     assert starts == sorted(set(starts))
@@ -61,7 +65,8 @@ def _check(text: str, passages: list[Passage]) -> None:
 @given(
     text=st.text(
         alphabet=st.one_of(
-            st.sampled_from("ab cd. E!\n?'\t-1,2 "), st.characters(codec="utf-8", exclude_categories=("Cs",))
+            st.sampled_from("ab cd. E!\n?'\t-1,2 "),
+            st.characters(codec="utf-8", exclude_categories=("Cs",)),
         ),
         max_size=300,
     ),
@@ -69,7 +74,9 @@ def _check(text: str, passages: list[Passage]) -> None:
     overlap=st.integers(0, 11),
     byte_level=st.booleans(),
 )
-def test_no_text_is_lost_and_offsets_are_exact(text: str, tokens: int, overlap: int, byte_level: bool) -> None:
+def test_no_text_is_lost_and_offsets_are_exact(
+    text: str, tokens: int, overlap: int, byte_level: bool
+) -> None:
     tokenizer = BYTES if byte_level else TOKENIZER
     document = Document("d", "t", text)
     stride = max(1, tokens - overlap)
@@ -80,11 +87,16 @@ def test_no_text_is_lost_and_offsets_are_exact(text: str, tokens: int, overlap: 
 
 @settings(max_examples=60, deadline=None)
 @given(
-    words=st.lists(st.sampled_from(["harbour", "ships", "1841", "antidisestablishment", "of", "north."]), max_size=120),
+    words=st.lists(
+        st.sampled_from(["harbour", "ships", "1841", "antidisestablishment", "of", "north."]),
+        max_size=120,
+    ),
     tokens=st.integers(8, 40),
 )
 def test_passages_of_words_hold_at_most_so_many_tokens(words: list[str], tokens: int) -> None:
-    passages = chunk_document(Document("d", "", " ".join(words)), TOKENIZER, tokens=tokens, stride=tokens)
+    passages = chunk_document(
+        Document("d", "", " ".join(words)), TOKENIZER, tokens=tokens, stride=tokens
+    )
     for passage in passages:
         assert len(TOKENIZER(passage.text, add_special_tokens=False)["input_ids"]) <= tokens
 
@@ -103,7 +115,11 @@ def test_a_sentence_longer_than_the_window_is_cut_between_words() -> None:
     text = "and the ships " * 40
     passages = chunk_document(Document("d", "", text), TOKENIZER, tokens=10, stride=10)
     assert len(passages) == 12
-    assert {word for passage in passages for word in passage.text.split()} == {"and", "the", "ships"}
+    assert {word for passage in passages for word in passage.text.split()} == {
+        "and",
+        "the",
+        "ships",
+    }
 
 
 def test_text_without_white_space_is_cut_between_tokens() -> None:
@@ -131,8 +147,12 @@ def test_blank_text_has_no_passages(text: str) -> None:
 
 
 def test_ids_tell_document_place_and_content() -> None:
-    [passage] = chunk_document(Document("a/b", "Title", " One line. ", "file#L1"), TOKENIZER, tokens=8, stride=8)
-    [renamed] = chunk_document(Document("a/b", "Other", " One line. "), TOKENIZER, tokens=8, stride=8)
+    [passage] = chunk_document(
+        Document("a/b", "Title", " One line. ", "file#L1"), TOKENIZER, tokens=8, stride=8
+    )
+    [renamed] = chunk_document(
+        Document("a/b", "Other", " One line. "), TOKENIZER, tokens=8, stride=8
+    )
     assert passage.id.startswith("a/b:1-10:")
     assert (passage.title, passage.uri, passage.document_id) == ("Title", "file#L1", "a/b")
     assert renamed.id != passage.id
@@ -159,10 +179,14 @@ def test_sentence_starts() -> None:
     tokens=st.integers(12, 60),
     overlap=st.integers(0, 11),
 )
-def test_no_sentence_is_cut_unless_it_is_longer_than_the_window(lengths: list[int], tokens: int, overlap: int) -> None:
+def test_no_sentence_is_cut_unless_it_is_longer_than_the_window(
+    lengths: list[int], tokens: int, overlap: int
+) -> None:
     sentences = ["The " + "ships " * (length - 2) + "came." for length in lengths]
     text = " ".join(sentences)
-    passages = chunk_document(Document("d", "", text), TOKENIZER, tokens=tokens, stride=tokens - overlap)
+    passages = chunk_document(
+        Document("d", "", text), TOKENIZER, tokens=tokens, stride=tokens - overlap
+    )
     _check(text, passages)
     at = 0
     for sentence, length in zip(sentences, lengths, strict=True):
@@ -170,7 +194,9 @@ def test_no_sentence_is_cut_unless_it_is_longer_than_the_window(lengths: list[in
             end = at + len(sentence)
             assert any(passage.start <= at and end <= passage.end for passage in passages), sentence
             for passage in passages:
-                assert not at < passage.start < end, "a passage starts inside a sentence that would fit"
+                assert not at < passage.start < end, (
+                    "a passage starts inside a sentence that would fit"
+                )
                 assert not at < passage.end < end, "a passage ends inside a sentence that would fit"
         at += len(sentence) + 1
 

@@ -74,7 +74,14 @@ def test_missing_corpus(tmp_path: Path) -> None:
 def test_answer_is_printed_with_its_citations(capsys: pytest.CaptureFixture[str]) -> None:
     passage = {"passage_id": "p1", "title": "Francium", "text": "Francium is a metal."}
     citation = {"number": 1, "passage_id": "p1", "title": "Francium", "source": "generated"}
-    print_answer({"answer": "Fr", "citations": [citation], "passages": [passage], "notes": ["one passage was dropped"]})
+    print_answer(
+        {
+            "answer": "Fr",
+            "citations": [citation],
+            "passages": [passage],
+            "notes": ["one passage was dropped"],
+        }
+    )
     assert capsys.readouterr().out.splitlines() == [
         "answer: Fr",
         "  [1] Francium: Francium is a metal.",
@@ -98,11 +105,14 @@ def test_serving_a_mistyped_store_fails_at_once_and_makes_nothing(tmp_path: Path
         f"try: app(['serve', 'storage.root_uri={place}', 'serve.port=0'])\n"
         "finally: print(sorted({'ray', 'torch', 'transformers'} & set(sys.modules)))\n"
     )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=100
+    )
     assert found.returncode == 1
     assert found.stdout == "[]\n"
     assert found.stderr == (
-        f"error: storage.root_uri is {place}, and nothing is there. Expected: the store of a finished run. "
+        f"error: storage.root_uri is {place}, and nothing is there. Expected: the store of a "
+        "finished run. "
         "To do: correct storage.root_uri, or make one with invar-ray demo or invar-ray train.\n"
     )
     assert not place.exists()

@@ -27,9 +27,11 @@ def load(path: Path) -> dict[str, Any]:
 
 def cluster_spec(manifest: dict[str, Any]) -> dict[str, Any]:
     spec = manifest["spec"]
-    return {"RayCluster": spec, "RayJob": spec.get("rayClusterSpec"), "RayService": spec.get("rayClusterConfig")}[
-        manifest["kind"]
-    ]
+    return {
+        "RayCluster": spec,
+        "RayJob": spec.get("rayClusterSpec"),
+        "RayService": spec.get("rayClusterConfig"),
+    }[manifest["kind"]]
 
 
 def pod_groups(manifest: dict[str, Any]) -> list[dict[str, Any]]:
@@ -38,7 +40,9 @@ def pod_groups(manifest: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def pinned(name: str) -> str:
-    match = re.search(rf"^{name}==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE)
+    match = re.search(
+        rf"^{name}==(\S+)$", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert match is not None
     return match.group(1)
 
@@ -72,7 +76,9 @@ def test_serve_config_fits_serves_schema() -> None:
     assert isinstance(text, str)
     values = yaml.safe_load(text)
     schema = ServeDeploySchema.model_validate(values)
-    assert set(values) <= set(ServeDeploySchema.model_fields)  # it ignores unknown keys, so look for them here
+    assert set(values) <= set(
+        ServeDeploySchema.model_fields
+    )  # it ignores unknown keys, so look for them here
     application = schema.applications[0]
     assert application.import_path == "serve.app:build_app"
     args = AppArgs.model_validate(application.args)
@@ -135,6 +141,11 @@ def test_one_ray_and_one_python_version() -> None:
 def test_images_carry_the_package_version() -> None:
     from invar_ray import __version__
 
-    texts = [path.read_text(encoding="utf-8") for path in [*KUBERAY, CLUSTER / "ray-up.yaml", CLUSTER / "Dockerfile"]]
-    versions = {version for text in texts for version in re.findall(r"invar-ray:([0-9.]+)-[cg]pu", text)}
+    texts = [
+        path.read_text(encoding="utf-8")
+        for path in [*KUBERAY, CLUSTER / "ray-up.yaml", CLUSTER / "Dockerfile"]
+    ]
+    versions = {
+        version for text in texts for version in re.findall(r"invar-ray:([0-9.]+)-[cg]pu", text)
+    }
     assert versions == {__version__}

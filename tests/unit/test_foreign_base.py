@@ -1,4 +1,6 @@
-"""A base that is not the embedded one: a LLaMA in a folder, with a byte-level BPE tokenizer and a start token."""
+"""A base that is not the embedded one: a LLaMA in a folder, with a byte-level BPE tokenizer and a
+start token.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"]))
+    backend.train_from_iterator(
+        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"])
+    )
     backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
     torch.manual_seed(0)
@@ -61,7 +65,9 @@ def test_tokenizer_without_padding_pads_with_its_end_token(folder: Path) -> None
     assert tokenizer.pad_token_id == tokenizer.eos_token_id
 
 
-def test_texts_start_in_the_start_token_and_end_in_one_end_token(folder: Path, tmp_path: Path) -> None:
+def test_texts_start_in_the_start_token_and_end_in_one_end_token(
+    folder: Path, tmp_path: Path
+) -> None:
     config = replace(ModelConfig(), base=str(folder), query_max_tokens=8, passage_max_tokens=12)
     spec = llm_spec(config, resolve_base(config, None))
     tokenizer = load_tokenizer(str(folder))
@@ -70,16 +76,22 @@ def test_texts_start_in_the_start_token_and_end_in_one_end_token(folder: Path, t
         (query_ids(tokenizer, ["ferry", long], spec), 8),
         (passage_ids(tokenizer, [("a", "b"), ("title", long)], spec), 12),
     ):
-        assert all(row[0] == tokenizer.bos_token_id and row[-1] == tokenizer.eos_token_id for row in ids)
+        assert all(
+            row[0] == tokenizer.bos_token_id and row[-1] == tokenizer.eos_token_id for row in ids
+        )
         assert all(row.count(tokenizer.eos_token_id) == 1 for row in ids)
         assert len(ids[1]) == longest
 
 
 def test_padding_with_the_end_token_does_not_change_a_vector(folder: Path, tmp_path: Path) -> None:
-    # The padding id is the end token's: a pooling that looked for ids instead of the mask would take the wrong state.
+    # The padding id is the end token's: a pooling that looked for ids instead of the mask would
+    # take the wrong state.
     config = replace(ModelConfig(), base=str(folder))
     encoder = open_encoder(llm_spec(config, resolve_base(config, None)), Store(str(tmp_path)))
-    short, long = "when does it leave?", "which crop do the farmers grow on the terraces above the bay of the island?"
+    short, long = (
+        "when does it leave?",
+        "which crop do the farmers grow on the terraces above the bay of the island?",
+    )
     together, alone = encoder.encode_queries([short, long]), encoder.encode_queries([short])
     np.testing.assert_allclose(together[0], alone[0], atol=1e-5)
     np.testing.assert_allclose(np.linalg.norm(together, axis=1), 1.0, atol=1e-5)
@@ -90,7 +102,9 @@ def test_both_adapters_fit_it_and_get_gradients(folder: Path) -> None:
         adapted = new_adapter(load_causal_lm(str(folder)), LoraConfig(), seed=0)
         module = BiEncoder(adapted.get_base_model(), "last")
         module(torch.tensor([[0, 5, 1]]), torch.ones(1, 3, dtype=torch.long))[0, 0].backward()
-        trained = {name for name, parameter in module.named_parameters() if parameter.grad is not None}
+        trained = {
+            name for name, parameter in module.named_parameters() if parameter.grad is not None
+        }
         assert trained
         assert all("lora_" in name for name in trained)
 

@@ -32,9 +32,16 @@ def test_one_list_stays_and_equal_lists_agree() -> None:
 
 def test_ties_go_by_best_rank_then_by_list() -> None:
     assert [hit.passage_id for hit in fuse_hits([hits("ab"), hits("ba")], 5)] == ["a", "b"]
-    assert [hit.passage_id for hit in fuse_hits([hits("xy"), hits("zw")], 5)] == ["x", "z", "y", "w"]
+    assert [hit.passage_id for hit in fuse_hits([hits("xy"), hits("zw")], 5)] == [
+        "x",
+        "z",
+        "y",
+        "w",
+    ]
     # The same three terms in any order tie exactly.
-    assert [hit.passage_id for hit in fuse_hits([hits("abc"), hits("bca"), hits("cab")], 5)] == list("abc")
+    assert [
+        hit.passage_id for hit in fuse_hits([hits("abc"), hits("bca"), hits("cab")], 5)
+    ] == list("abc")
 
 
 def test_a_repeated_passage_counts_once_at_its_best_rank() -> None:

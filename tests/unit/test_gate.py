@@ -24,7 +24,11 @@ from invar_ray.evaluation.per_question import (
     write_questions,
 )
 from invar_ray.evaluation.report import Report, Row, write_report
-from invar_ray.evaluation.significance import bootstrap_columns, cluster_bootstrap, question_clusters
+from invar_ray.evaluation.significance import (
+    bootstrap_columns,
+    cluster_bootstrap,
+    question_clusters,
+)
 
 IDS = [f"q{number}" for number in range(120)]
 CLUSTERS = [f"c{number // 3}" for number in range(120)]
@@ -38,13 +42,19 @@ def column(share: float, seed: int) -> list[float | None]:
 def made(folder: Path, system: str = "stage 1", **columns: list[float | None]) -> Path:
     """A report of one system on disk."""
     folder.mkdir(parents=True, exist_ok=True)
-    metrics: dict[str, Any] = {name: fmean(v for v in c if v is not None) for name, c in columns.items()}
+    metrics: dict[str, Any] = {
+        name: fmean(v for v in c if v is not None) for name, c in columns.items()
+    }
     write_report(Report([Row(system, "dev", metrics)]), folder / "report.json")
     write_questions([QuestionTable(system, "dev", IDS, CLUSTERS, columns)], folder / QUESTIONS_FILE)
     return folder
 
 
-GOOD = {"recall_at_5": column(0.7, 1), "overlap_at_5": column(0.6, 2), "exact_match": column(0.4, 3)}
+GOOD = {
+    "recall_at_5": column(0.7, 1),
+    "overlap_at_5": column(0.6, 2),
+    "exact_match": column(0.4, 3),
+}
 
 
 def gate(*arguments: str) -> tuple[int, str]:
@@ -54,7 +64,16 @@ def gate(*arguments: str) -> tuple[int, str]:
 
 def test_an_equal_candidate_passes_and_what_was_checked_is_said(tmp_path: Path) -> None:
     base, same = made(tmp_path / "a", **GOOD), made(tmp_path / "b", **GOOD)
-    code, text = gate("--baseline", str(base), "--candidate", str(same), "--max-variance", "0.5", "--min-recall", "0.6")
+    code, text = gate(
+        "--baseline",
+        str(base),
+        "--candidate",
+        str(same),
+        "--max-variance",
+        "0.5",
+        "--min-recall",
+        "0.6",
+    )
     assert code == 0, text
     assert text.count("pass  ") == 5
     assert "recall@5 is 0.683; allowed: at least 0.6" in text
@@ -63,10 +82,17 @@ def test_an_equal_candidate_passes_and_what_was_checked_is_said(tmp_path: Path) 
     assert "all 5 checks passed" in text
 
 
-@pytest.mark.parametrize("broken, words", [("recall_at_5", "FAIL  recall@5"), ("overlap_at_5", "FAIL  1 - overlap@5")])
-def test_a_worse_candidate_is_stopped_with_its_reason(tmp_path: Path, broken: str, words: str) -> None:
+@pytest.mark.parametrize(
+    "broken, words", [("recall_at_5", "FAIL  recall@5"), ("overlap_at_5", "FAIL  1 - overlap@5")]
+)
+def test_a_worse_candidate_is_stopped_with_its_reason(
+    tmp_path: Path, broken: str, words: str
+) -> None:
     base = made(tmp_path / "a", **GOOD)
-    worse = made(tmp_path / "b", **(GOOD | {broken: [0.0 if n % 2 else v for n, v in enumerate(GOOD[broken])]}))
+    worse = made(
+        tmp_path / "b",
+        **(GOOD | {broken: [0.0 if n % 2 else v for n, v in enumerate(GOOD[broken])]}),
+    )
     code, text = gate("--baseline", str(base), "--candidate", str(worse / "report.json"))
     assert code == 1
     assert words in text
@@ -88,7 +114,11 @@ def test_limits_alone_and_tolerances(tmp_path: Path) -> None:
     assert passed() == [True, True, True]
     assert passed(max_recall_drop=0.0) == [False, True, True]
     assert passed(max_recall_drop=1 / 120) == [True, True, True]
-    assert passed(min_recall=0.99, max_variance=0.0, min_exact_match=0.0)[:3] == [False, False, True]
+    assert passed(min_recall=0.99, max_variance=0.0, min_exact_match=0.0)[:3] == [
+        False,
+        False,
+        True,
+    ]
 
 
 def test_faulty_input_is_one_clear_error(tmp_path: Path) -> None:
@@ -123,7 +153,9 @@ def test_a_runs_own_report_leads_to_the_artifacts_questions(tmp_path: Path) -> N
 
 def test_questions_there_and_back(tmp_path: Path) -> None:
     tables = [
-        QuestionTable("a", "dev", ["1", "2"], ["c", "c"], {"f1": [0.5, None], "recall_at_5": [1.0, 0.0]}),
+        QuestionTable(
+            "a", "dev", ["1", "2"], ["c", "c"], {"f1": [0.5, None], "recall_at_5": [1.0, 0.0]}
+        ),
         QuestionTable("b", "dev", ["1"], ["c"], {"recall_at_5": [1.0]}),
     ]
     assert read_questions(write_questions(tables, tmp_path / "q.parquet")) == tables
@@ -131,11 +163,15 @@ def test_questions_there_and_back(tmp_path: Path) -> None:
 
 def test_pairs_by_question_not_by_place() -> None:
     first = QuestionTable("a", "dev", ["1", "2", "3"], ["x", "y", "z"], {"f1": [0.0, 0.5, None]})
-    second = QuestionTable("b", "dev", ["3", "2", "1", "4"], ["z", "y", "x", "w"], {"f1": [1.0, 0.5, 1.0, 0.0]})
+    second = QuestionTable(
+        "b", "dev", ["3", "2", "1", "4"], ["z", "y", "x", "w"], {"f1": [1.0, 0.5, 1.0, 0.0]}
+    )
     (found,) = compare_tables(first, second, ["f1", "exact_match"])
     assert (found.questions, found.first_mean, found.second_mean) == (2, 0.25, 0.75)
     assert found.difference.mean == 0.5
-    assert compare_tables(first, QuestionTable("c", "dev", ["9"], ["q"], {"f1": [1.0]}), ["f1"]) == []
+    assert (
+        compare_tables(first, QuestionTable("c", "dev", ["9"], ["q"], {"f1": [1.0]}), ["f1"]) == []
+    )
 
 
 def test_compare_prints_what_differs(tmp_path: Path) -> None:
@@ -146,7 +182,9 @@ def test_compare_prints_what_differs(tmp_path: Path) -> None:
     lines = {line.split()[0]: line for line in result.output.splitlines() if line}
     assert lines["recall@5"].endswith("*")
     assert not lines["overlap@5"].endswith("*")
-    assert CliRunner().invoke(app, ["compare", str(one), str(two), "--system", "none"]).exit_code == 1
+    assert (
+        CliRunner().invoke(app, ["compare", str(one), str(two), "--system", "none"]).exit_code == 1
+    )
     with pytest.raises(DataError, match="share no system"):
         compare_reports(open_report(one)[1], [QuestionTable("z", "dev", IDS, CLUSTERS, GOOD)])
     with pytest.raises(DataError, match="2 tables"):
@@ -168,7 +206,12 @@ def test_missing_values_are_left_out_with_their_weight() -> None:
     values: list[float | None] = [1.0, None, 0.0, None]
     found = bootstrap_columns({"a": values, "none": [None] * 4}, ["x", "y", "z", "z"], samples=200)
     assert found.keys() == {"a"}
-    assert (found["a"].mean, found["a"].low, found["a"].high, found["a"].clusters) == (0.5, 0.0, 1.0, 2)
+    assert (found["a"].mean, found["a"].low, found["a"].high, found["a"].clusters) == (
+        0.5,
+        0.0,
+        1.0,
+        2,
+    )
     with pytest.raises(ValueError, match="got 1 values"):
         bootstrap_columns({"a": [1.0]}, ["x", "y"])
     with pytest.raises(ValueError, match="not finite"):

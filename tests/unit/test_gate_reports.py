@@ -1,5 +1,5 @@
-"""The gate on reports that were really measured: stage 1 trained here in one process, with and without the invariance
-loss, and with its weights broken."""
+"""The gate on reports that were really measured: stage 1 trained here in one process, with and
+without the invariance loss, and with its weights broken."""
 
 from __future__ import annotations
 
@@ -67,10 +67,14 @@ class Bench:
             optimizer = torch.optim.AdamW(trained.values(), weight_decay=0.0)
             for step in range(config.retriever.steps):
                 for group in optimizer.param_groups:
-                    group["lr"] = learning_rate(config.retriever.optimizer, step, config.retriever.steps)
+                    group["lr"] = learning_rate(
+                        config.retriever.optimizer, step, config.retriever.steps
+                    )
                 optimizer.zero_grad()
                 stage.loss(stage.module, step)[0].backward()
-                torch.nn.utils.clip_grad_norm_(trained.values(), config.retriever.optimizer.max_grad_norm)
+                torch.nn.utils.clip_grad_norm_(
+                    trained.values(), config.retriever.optimizer.max_grad_norm
+                )
                 optimizer.step()
             stage.save({name: p.detach() for name, p in trained.items()}, building.path / "adapter")
             building.info |= {"encoder": spec.to_json()}
@@ -86,7 +90,10 @@ class Bench:
             shutil.copytree(whole.path("adapter"), building.path / "adapter")
             file = building.path / "adapter" / "adapter_model.safetensors"
             draw = torch.Generator().manual_seed(0)
-            noisy = {n: v + 3.0 * v.std() * torch.randn(v.shape, generator=draw) for n, v in load_file(file).items()}
+            noisy = {
+                n: v + 3.0 * v.std() * torch.randn(v.shape, generator=draw)
+                for n, v in load_file(file).items()
+            }
             save_file(noisy, file)
             spec = llm_spec(self.config.model, pipeline.base, (plan.ref, plan.fingerprint))
             building.info |= {"encoder": spec.to_json()}
@@ -101,7 +108,9 @@ class Bench:
         systems = [System(ROW, search_here(pipeline, pipeline.index, "dev"), None)]
         made, _ = pipeline.store.get_or_build(
             report_plan(self.config, systems),
-            lambda building: build_report(building, self.config, pipeline.base, systems, "facts", pipeline.passages),
+            lambda building: build_report(
+                building, self.config, pipeline.base, systems, "facts", pipeline.passages
+            ),
         )
         return made.path("report.json")
 
@@ -118,7 +127,16 @@ def served(bench: Bench) -> Artifact:
 
 
 def gate(baseline: Path, candidate: Path, *limits: str) -> tuple[int, str]:
-    arguments = ["gate", "--baseline", str(baseline), "--candidate", str(candidate), "--system", ROW, *limits]
+    arguments = [
+        "gate",
+        "--baseline",
+        str(baseline),
+        "--candidate",
+        str(candidate),
+        "--system",
+        ROW,
+        *limits,
+    ]
     result = CliRunner().invoke(app, arguments)
     return result.exit_code, result.output
 
@@ -130,7 +148,9 @@ def test_a_better_candidate_passes(bench: Bench, served: Artifact) -> None:
 
 
 def test_the_one_with_the_higher_variance_is_stopped(bench: Bench, served: Artifact) -> None:
-    """With and without the invariance loss; 30 steps of a seeded base do not settle which of them varies more."""
+    """With and without the invariance loss; 30 steps of a seeded base do not settle which of them
+    varies more.
+    """
     reports = [bench.report(served), bench.report(bench.train(invariance_weight=0.0))]
     found = compare_reports(*(open_report(place)[1] for place in reports))
     (overlap,) = [entry for entry in found if entry.metric == "overlap_at_5"]
@@ -147,7 +167,9 @@ def test_the_one_with_the_higher_variance_is_stopped(bench: Bench, served: Artif
     assert ("FAIL  1 - overlap@5" in text) == (overlap.difference.high < 0), text
 
 
-def test_a_candidate_broken_on_purpose_is_stopped_for_its_recall(bench: Bench, served: Artifact) -> None:
+def test_a_candidate_broken_on_purpose_is_stopped_for_its_recall(
+    bench: Bench, served: Artifact
+) -> None:
     code, text = gate(bench.report(served), bench.report(bench.broken(served)))
     assert code == 1, text
     assert "FAIL  recall@5" in text

@@ -1,4 +1,6 @@
-"""Generation against manual forward passes, and its paths (batch, one by one, stream) against each other."""
+"""Generation against manual forward passes, and its paths (batch, one by one, stream) against each
+other.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,11 @@ from invar_ray.errors import ModelError, RequestError
 from invar_ray.models.generator import Generation, Generator, encode_prompt
 from invar_ray.models.tiny import build_tiny
 
-PROMPTS = ["The capital of France", "Rain", "A lighthouse stands on the northern cape and warns the ships of"]
+PROMPTS = [
+    "The capital of France",
+    "Rain",
+    "A lighthouse stands on the northern cape and warns the ships of",
+]
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +52,9 @@ def generator(model: LlamaForCausalLM, tokenizer: Any) -> Generator:
     return Generator(model, tokenizer)
 
 
-def manual_greedy(model: LlamaForCausalLM, ids: list[int], steps: int) -> tuple[list[int], list[float]]:
+def manual_greedy(
+    model: LlamaForCausalLM, ids: list[int], steps: int
+) -> tuple[list[int], list[float]]:
     """Greedy decoding without a cache, padding or generate()."""
     new: list[int] = []
     logprobs: list[float] = []
@@ -58,11 +66,16 @@ def manual_greedy(model: LlamaForCausalLM, ids: list[int], steps: int) -> tuple[
     return new, logprobs
 
 
-def test_equals_a_manual_forward_pass(generator: Generator, model: LlamaForCausalLM, tokenizer: Any) -> None:
+def test_equals_a_manual_forward_pass(
+    generator: Generator, model: LlamaForCausalLM, tokenizer: Any
+) -> None:
     for prompt, result in zip(PROMPTS, generator.generate(PROMPTS, max_new_tokens=6), strict=True):
         ids, logprobs = manual_greedy(model, encode_prompt(tokenizer, prompt), 6)
         assert (
-            result.text == tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False).strip()
+            result.text
+            == tokenizer.decode(
+                ids, skip_special_tokens=True, clean_up_tokenization_spaces=False
+            ).strip()
         )
         assert result.token_logprobs == pytest.approx(logprobs, abs=1e-4)
         assert result.num_tokens == 6
@@ -89,33 +102,49 @@ def test_sampling_follows_its_seed_and_leaves_the_global_random_state(generator:
     assert generator.generate(PROMPTS, max_new_tokens=8, temperature=1.5, seed=2) != first
 
 
-def test_samples_are_distributed_as_the_model_says(generator: Generator, model: LlamaForCausalLM) -> None:
+def test_samples_are_distributed_as_the_model_says(
+    generator: Generator, model: LlamaForCausalLM
+) -> None:
     temperature = 1.2
     with torch.no_grad():
         ids = torch.tensor([encode_prompt(generator.tokenizer, "Rain")])
         expected = (model(ids).logits[0, -1] / temperature).softmax(-1)
     top = int(expected.argmax())
     picks = [
-        generator.generate(["Rain"], max_new_tokens=1, temperature=temperature, seed=seed)[0] for seed in range(300)
+        generator.generate(["Rain"], max_new_tokens=1, temperature=temperature, seed=seed)[0]
+        for seed in range(300)
     ]
     with torch.no_grad():
         logprob = float(model(ids).logits[0, -1].log_softmax(-1)[top])
     share = sum(abs(pick.token_logprobs[0] - logprob) < 1e-5 for pick in picks) / len(picks)
     deviation = (float(expected[top]) * (1 - float(expected[top])) / len(picks)) ** 0.5
-    assert 0.05 < expected[top] < 0.95, "the check needs a distribution that is neither flat nor saturated"
+    assert 0.05 < expected[top] < 0.95, (
+        "the check needs a distribution that is neither flat nor saturated"
+    )
     assert abs(share - float(expected[top])) < 4 * deviation
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.9])
 def test_stream_adds_up_to_generate(generator: Generator, temperature: float) -> None:
     for prompt in PROMPTS:
-        whole = generator.generate([prompt], max_new_tokens=12, temperature=temperature, seed=4)[0].text
+        whole = generator.generate([prompt], max_new_tokens=12, temperature=temperature, seed=4)[
+            0
+        ].text
         pieces = list(generator.stream(prompt, max_new_tokens=12, temperature=temperature, seed=4))
         assert "".join(pieces) == whole
         assert len(pieces) > 3
         stop = (whole[len(whole) // 2 :][:4],)
-        cut = generator.generate([prompt], max_new_tokens=12, temperature=temperature, seed=4, stop=stop)[0].text
-        assert "".join(generator.stream(prompt, max_new_tokens=12, temperature=temperature, seed=4, stop=stop)) == cut
+        cut = generator.generate(
+            [prompt], max_new_tokens=12, temperature=temperature, seed=4, stop=stop
+        )[0].text
+        assert (
+            "".join(
+                generator.stream(
+                    prompt, max_new_tokens=12, temperature=temperature, seed=4, stop=stop
+                )
+            )
+            == cut
+        )
 
 
 def test_stop_string_ends_each_row_on_its_own(generator: Generator) -> None:
@@ -125,7 +154,9 @@ def test_stop_string_ends_each_row_on_its_own(generator: Generator) -> None:
     assert stopped[0].text == free[0].text[: free[0].text.index(word)].strip()
     assert stopped[0].finish == "stop"
     assert stopped[0].num_tokens < free[0].num_tokens
-    assert stopped[0].token_logprobs == pytest.approx(free[0].token_logprobs[: stopped[0].num_tokens], abs=1e-4)
+    assert stopped[0].token_logprobs == pytest.approx(
+        free[0].token_logprobs[: stopped[0].num_tokens], abs=1e-4
+    )
     for one, other in zip(stopped[1:], free[1:], strict=True):
         if word not in other.text:
             assert one.text == other.text
@@ -149,7 +180,9 @@ def test_too_long_a_prompt_names_the_counts(generator: Generator) -> None:
         lambda: generator.generate(["Rain", long], max_new_tokens=8),
         lambda: generator.stream(long, max_new_tokens=8),
     ):
-        with pytest.raises(RequestError, match=r"70 tokens and 8 are kept for the answer: 14 too many.*at most 64"):
+        with pytest.raises(
+            RequestError, match=r"70 tokens and 8 are kept for the answer: 14 too many.*at most 64"
+        ):
             call()
     exact = generator.generate(["word " * 56], max_new_tokens=8)[0]
     assert exact.num_tokens == 8
@@ -160,15 +193,23 @@ def test_too_long_a_prompt_names_the_counts(generator: Generator) -> None:
 def test_misuse_is_refused(generator: Generator, model: LlamaForCausalLM, tokenizer: Any) -> None:
     with pytest.raises(ModelError, match="max_context is 65"):
         Generator(model, tokenizer, 65)
-    for bad in ({"max_new_tokens": 0}, {"max_new_tokens": 1, "stop": "x"}, {"max_new_tokens": 1, "temperature": -1.0}):
+    for bad in (
+        {"max_new_tokens": 0},
+        {"max_new_tokens": 1, "stop": "x"},
+        {"max_new_tokens": 1, "temperature": -1.0},
+    ):
         with pytest.raises(ValueError, match="must be"):
             generator.generate(["Rain"], **bad)
     assert generator.generate([], max_new_tokens=3) == []
 
 
-def test_the_checkpoints_own_decoding_settings_do_not_leak_in(model: LlamaForCausalLM, tokenizer: Any) -> None:
+def test_the_checkpoints_own_decoding_settings_do_not_leak_in(
+    model: LlamaForCausalLM, tokenizer: Any
+) -> None:
     expected = Generator(model, tokenizer).generate(PROMPTS, max_new_tokens=6)
-    model.generation_config = GenerationConfig(do_sample=True, temperature=3.0, repetition_penalty=9.0, max_length=2)
+    model.generation_config = GenerationConfig(
+        do_sample=True, temperature=3.0, repetition_penalty=9.0, max_length=2
+    )
     assert Generator(model, tokenizer).generate(PROMPTS, max_new_tokens=6) == expected
 
 
@@ -198,7 +239,9 @@ def test_stream_passes_exceptions_on(generator: Generator, monkeypatch: pytest.M
         list(generator.stream("Rain", max_new_tokens=20))
 
 
-def test_closing_a_stream_stops_the_model(generator: Generator, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closing_a_stream_stops_the_model(
+    generator: Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
     calls = 0
     forward = generator.model.forward
 

@@ -22,18 +22,27 @@ class Encoder(nn.Module):
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.words, self.layer, self.dropout = nn.Embedding(30, 6), nn.Linear(6, 4), nn.Dropout(dropout)
+        self.words, self.layer, self.dropout = (
+            nn.Embedding(30, 6),
+            nn.Linear(6, 4),
+            nn.Dropout(dropout),
+        )
         self.seen: list[tuple[Tensor, Tensor]] = []
 
     def forward(self, ids: Tensor, mask: Tensor) -> Tensor:
         states = torch.tanh(self.layer(self.dropout(self.words(ids))))
-        found = nn.functional.normalize((states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1)
+        found = nn.functional.normalize(
+            (states * mask[..., None]).sum(1) / mask.sum(1, keepdim=True), dim=-1
+        )
         self.seen.append((ids, found.detach().clone()))
         return found
 
     def gradient(self) -> Tensor:
         found = torch.cat(
-            [p.grad.flatten() if p.grad is not None else torch.zeros(p.numel()) for p in self.parameters()]
+            [
+                p.grad.flatten() if p.grad is not None else torch.zeros(p.numel())
+                for p in self.parameters()
+            ]
         )
         self.zero_grad()
         return found
@@ -61,7 +70,9 @@ def test_gradients_equal_those_without_it(tokens: int, more: int) -> None:
     plain = loss_of(encoder)
     plain.backward()
     wanted = encoder.gradient()
-    cache = RepresentationCache(encoder, tokens, agree=lambda count: count + more)  # other ranks have more chunks
+    cache = RepresentationCache(
+        encoder, tokens, agree=lambda count: count + more
+    )  # other ranks have more chunks
     loss = loss_of(cache)
     cache.backward(loss)
     torch.testing.assert_close(loss, plain)
@@ -80,7 +91,10 @@ def test_any_lengths_and_budget(lengths: list[int], tokens: int) -> None:
     cache = RepresentationCache(encoder, tokens)
     cache.backward((cache(ids, mask) * weights).sum())
     assert relative(encoder.gradient(), wanted) < 1e-5
-    assert all(len(rows) == 1 or rows.numel() <= tokens for rows, _ in encoder.seen) or len(encoder.seen) == 1
+    assert (
+        all(len(rows) == 1 or rows.numel() <= tokens for rows, _ in encoder.seen)
+        or len(encoder.seen) == 1
+    )
 
 
 def test_the_second_forward_repeats_the_dropout_of_the_first() -> None:
@@ -95,7 +109,9 @@ def test_the_second_forward_repeats_the_dropout_of_the_first() -> None:
     for (ids, vectors), (ids_again, again) in zip(first, encoder.seen, strict=True):
         assert torch.equal(ids, ids_again)
         assert torch.equal(vectors, again)
-    assert torch.equal(torch.get_rng_state(), after), "the replay moved the random numbers of what follows"
+    assert torch.equal(torch.get_rng_state(), after), (
+        "the replay moved the random numbers of what follows"
+    )
 
 
 def test_with_dropout_the_gradient_is_that_of_the_loss_that_was_computed() -> None:
@@ -110,7 +126,10 @@ def test_with_dropout_the_gradient_is_that_of_the_loss_that_was_computed() -> No
     def row_by_row(ids: Tensor, mask: Tensor) -> Tensor:
         lengths = mask.sum(1).tolist()
         order = sorted(range(len(ids)), key=lambda row: (-lengths[row], row))
-        parts = {row: encoder(ids[row : row + 1, : lengths[row]], mask[row : row + 1, : lengths[row]]) for row in order}
+        parts = {
+            row: encoder(ids[row : row + 1, : lengths[row]], mask[row : row + 1, : lengths[row]])
+            for row in order
+        }
         return torch.cat([parts[row] for row in range(len(ids))])
 
     torch.manual_seed(11)

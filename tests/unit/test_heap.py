@@ -1,4 +1,6 @@
-"""What an embedding actor frees it keeps: page faults are counted in a process that starts as a Ray worker does."""
+"""What an embedding actor frees it keeps: page faults are counted in a process that starts as a Ray
+worker does.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ print(before, understood, faults())
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another malloc")
 def test_freed_blocks_are_used_again() -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT], env=os.environ | _WORKER_ENV, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], env=os.environ | _WORKER_ENV, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr
     before, understood, after = done.stdout.split()
     assert understood == "True"

@@ -1,4 +1,6 @@
-"""Held-out questions of stage 1: never trained on, measured as a plain search would, and what follows from it."""
+"""Held-out questions of stage 1: never trained on, measured as a plain search would, and what
+follows from it.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> support.World:
 def make_stage(world: support.World, **settings: Any) -> RetrieverStage:
     config = replace(world.config, retriever=replace(world.config.retriever, **settings))
     spec = llm_spec(config.model, world.base, ("retriever/x", "x"))
-    return RetrieverStage(config, world.store, {"trainset": world.trainset.ref, "encoder": spec.to_json()}, 0, 1)
+    return RetrieverStage(
+        config, world.store, {"trainset": world.trainset.ref, "encoder": spec.to_json()}, 0, 1
+    )
 
 
 def test_no_batch_holds_a_heldout_question_or_its_passages(world: support.World) -> None:
@@ -60,7 +64,9 @@ def test_what_is_measured_is_the_recall_of_a_plain_search(world: support.World) 
 
     # A fresh adapter changes nothing, so the bare base's encoder is the reference.
     encoder = world.base_encoder
-    texts = [(title, cuts[0]) for title, cuts in zip(trainset.titles, trainset.slot_texts, strict=True)]
+    texts = [
+        (title, cuts[0]) for title, cuts in zip(trainset.titles, trainset.slot_texts, strict=True)
+    ]
     passages = torch.from_numpy(encoder.encode_passages(texts))
     anchor, worst = [], []
     for row in trainset.heldout:
@@ -72,7 +78,10 @@ def test_what_is_measured_is_the_recall_of_a_plain_search(world: support.World) 
             hits.append(gold in ranked[:5])
         anchor.append(hits[0])
         worst.append(all(hits))
-    assert found == {"heldout_recall_at_5": sum(anchor) / len(anchor), HELDOUT: sum(worst) / len(worst)}
+    assert found == {
+        "heldout_recall_at_5": sum(anchor) / len(anchor),
+        HELDOUT: sum(worst) / len(worst),
+    }
     assert 0 < found[HELDOUT] <= found["heldout_recall_at_5"]
 
 
@@ -83,7 +92,13 @@ def test_off_by_default(world: support.World) -> None:
 
 
 def test_best_step_and_patience() -> None:
-    log = [{"step": 1}, {"step": 2, HELDOUT: 0.5}, {"step": 3}, {"step": 4, HELDOUT: 0.7}, {"step": 6, HELDOUT: 0.7}]
+    log = [
+        {"step": 1},
+        {"step": 2, HELDOUT: 0.5},
+        {"step": 3},
+        {"step": 4, HELDOUT: 0.7},
+        {"step": 6, HELDOUT: 0.7},
+    ]
     assert best_step(log[:1]) is None
     assert best_step(log) == 4, "the first of equals"
     assert not is_exhausted(log, None)

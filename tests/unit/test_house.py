@@ -32,7 +32,10 @@ def face() -> dict[str, Any]:
         "cli": {"invar-ray index": "Index documents.\n --adapter URI\n --config NAME\n"},
         "jobs": {"jobs.reindex": "Bring the index up to date.\n --config NAME\n"},
         "exits": {"unknown key": {"rc": 1, "stderr": "error: unknown key"}},
-        "tests": {"tests/unit/test_a.py": ["test_one", "test_two[x]"], "tests/unit/test_b.py": ["test_one"]},
+        "tests": {
+            "tests/unit/test_a.py": ["test_one", "test_two[x]"],
+            "tests/unit/test_b.py": ["test_one"],
+        },
         "assertions": {"tests/unit/test_a.py": {"test_one": 2, "test_two": 1, "helpers": 0}},
     }
 
@@ -67,7 +70,10 @@ def rename_key(dump: dict[str, Any]) -> None:
 
 RENAMED = {"config": {"variants.num": {"new": "rewrites.num", "why": "one word"}}}
 CHANGES: dict[str, tuple[Any, dict[str, Any]]] = {
-    "a key is lost": (lose_key, {"config": {"variants.num": {"new": None, "why": "nobody sets it"}}}),
+    "a key is lost": (
+        lose_key,
+        {"config": {"variants.num": {"new": None, "why": "nobody sets it"}}},
+    ),
     "a key is renamed": (rename_key, RENAMED),
     "a default changes": (
         lambda d: d["config"]["seed"].update(default=1),
@@ -151,7 +157,9 @@ def test_a_renamed_key_keeps_its_default_and_its_recipe(compared: Any) -> None:
 
 def test_what_may_change_without_a_reason(compared: Any) -> None:
     new = face()
-    new["tests"] = {"tests/unit/other/test_c.py": ["test_one", "test_one", "test_two[x]", "test_three"]}
+    new["tests"] = {
+        "tests/unit/other/test_c.py": ["test_one", "test_one", "test_two[x]", "test_three"]
+    }
     new["assertions"] = {"tests/unit/other/test_c.py": {"test_one": 3, "test_two": 1, "helpers": 4}}
     new["cli"]["invar-ray index"] = "Index your documents.\n --adapter URI\n --config NAME --new\n"
     new["exits"]["unknown key"]["stderr"] = "error: there is no such key"
@@ -169,11 +177,21 @@ def store(folder: Path, fingerprint: str, **changes: Any) -> Path:
     (made / "manifest.json").write_text(json.dumps({"created": fingerprint}))
     table = pa.table({"id": changes.get("ids", ["a", "b"])})
     pq.write_table(table.replace_schema_metadata({"made": fingerprint}), made / "hits.parquet")
-    says = {"base": f"report/demo-{fingerprint}", "wall_s": len(folder.name), "rank": changes.get("rank", 8)}
+    says = {
+        "base": f"report/demo-{fingerprint}",
+        "wall_s": len(folder.name),
+        "rank": changes.get("rank", 8),
+    }
     (made / "adapter.json").write_text(json.dumps(says))
     (made / "weights.bin").write_bytes(changes.get("weights", b"1234"))
-    row = {"system": "base", "dataset": "dev", "metrics": {"recall_at_5": changes.get("recall", 0.5)}}
-    (made / "report.json").write_text(json.dumps({"rows": [row], "seconds": {"all": len(folder.name)}}))
+    row = {
+        "system": "base",
+        "dataset": "dev",
+        "metrics": {"recall_at_5": changes.get("recall", 0.5)},
+    }
+    (made / "report.json").write_text(
+        json.dumps({"rows": [row], "seconds": {"all": len(folder.name)}})
+    )
     return folder
 
 

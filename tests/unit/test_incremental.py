@@ -38,7 +38,9 @@ def corpus(count: int = COUNT, *, repeated: bool = False) -> list[dict[str, str]
         {
             **rows[number % 12],
             "id": f"d{number:03d}",
-            "text": rows[number % 12]["text"].replace(". ", ". " if repeated else f", says copy {number}. "),
+            "text": rows[number % 12]["text"].replace(
+                ". ", ". " if repeated else f", says copy {number}. "
+            ),
         }
         for number in range(count)
     ]
@@ -49,7 +51,10 @@ def changed(rows: list[dict[str, str]]) -> list[dict[str, str]]:
     rows = [dict(row) for row in rows]
     for at in (4, 20):
         rows[at]["text"] = rows[at]["text"].replace("terraces", "slopes")
-    new = [{"id": f"new{number}", "title": "New", "text": f"A new island, number {number}."} for number in (1, 2)]
+    new = [
+        {"id": f"new{number}", "title": "New", "text": f"A new island, number {number}."}
+        for number in (1, 2)
+    ]
     return [new[0], *rows[:9], *rows[10:30], *rows[31:], new[1]]
 
 
@@ -111,9 +116,16 @@ def test_only_what_is_new_or_changed_is_embedded(
     index = index_of(root, rows)
     vectors, passages = index.parent("vectors"), index.parent("passages")
     changes = passages.info["changes"]
-    assert (changes["new"], changes["changed"], changes["deleted"], changes["unchanged"]) == (2, 2, 2, 32)
+    assert (changes["new"], changes["changed"], changes["deleted"], changes["unchanged"]) == (
+        2,
+        2,
+        2,
+        32,
+    )
     texts = {row["id"]: row["text"] for row in rows}
-    assert all(any(text in texts[name] for name in ("d004", "d020", "new1", "new2")) for _, text in seen)
+    assert all(
+        any(text in texts[name] for name in ("d004", "d020", "new1", "new2")) for _, text in seen
+    )
     assert vectors.info["embedded"] == len(seen)
     assert vectors.info["reused"] == vectors.info["rows"] - len(seen)
     # of the edited documents the passages without an edit keep their vectors
@@ -152,20 +164,30 @@ def test_search_finds_what_a_full_rebuild_finds(first: Path, tmp_path: Path) -> 
     root, rows = copy_of(first, tmp_path), changed(corpus())
     asked = [row["question"] for split in ("train", "dev") for row in questions(split)]
     part = open_retriever(index_of(root, rows).uri).retrieve(asked, 10)
-    whole = open_retriever(index_of(tmp_path / "full", rows, "scale.shard_rows=100").uri).retrieve(asked, 10)
+    whole = open_retriever(index_of(tmp_path / "full", rows, "scale.shard_rows=100").uri).retrieve(
+        asked, 10
+    )
     for left, right in zip(part, whole, strict=True):
         for one, other in zip(left, right, strict=True):
             assert one.score == pytest.approx(other.score, abs=1e-5)
             assert one.passage_id == other.passage_id or abs(one.score - other.score) < 1e-5
 
 
-def test_deleting_alone_needs_no_encoder(first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_deleting_alone_needs_no_encoder(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root = copy_of(first, tmp_path)
-    monkeypatch.setattr(shards, "open_encoder", lambda *a, **k: pytest.fail("nothing is to be embedded"))
+    monkeypatch.setattr(
+        shards, "open_encoder", lambda *a, **k: pytest.fail("nothing is to be embedded")
+    )
     index = index_of(root, corpus()[:-3])
     info = index.parent("vectors").info
     assert (info["embedded"], info["tombstones"] > 0) == (0, True)
-    gone = {hit.document_id for hits in open_retriever(index.uri).retrieve(["copy 35", "island"], 50) for hit in hits}
+    gone = {
+        hit.document_id
+        for hits in open_retriever(index.uri).retrieve(["copy 35", "island"], 50)
+        for hit in hits
+    }
     assert not gone & {"d033", "d034", "d035"}
 
 
@@ -182,7 +204,9 @@ def test_many_tombstones_are_compacted(first: Path, tmp_path: Path) -> None:
     assert kept.parent("vectors").info["tombstones"] > 0
     left, right = by_id(index), by_id(kept)
     assert list(left) == list(right)
-    assert all(np.array_equal(left[name], right[name]) for name in left), "the same vectors, bit for bit"
+    assert all(np.array_equal(left[name], right[name]) for name in left), (
+        "the same vectors, bit for bit"
+    )
 
 
 def test_repeated_passages_are_no_tombstones(tmp_path: Path) -> None:
@@ -192,13 +216,19 @@ def test_repeated_passages_are_no_tombstones(tmp_path: Path) -> None:
     info = index.parent("vectors").info
     assert (info["embedded"], info["tombstones"]) == (0, 0)
     assert ROWS_FILE in index.parent("vectors").manifest.files
-    assert Store(str(root / "runs")).list("index")[-1].ref == index.ref, "two of one second stand in their order"
+    assert Store(str(root / "runs")).list("index")[-1].ref == index.ref, (
+        "two of one second stand in their order"
+    )
 
 
 def test_a_chain_of_versions_stays_sound(first: Path, tmp_path: Path) -> None:
     root, rows = copy_of(first, tmp_path), corpus()
     for step in range(3):
-        rows = changed(rows) if step == 0 else [*rows[:7], *rows[8:], {"id": f"s{step}", "text": f"Step {step}."}]
+        rows = (
+            changed(rows)
+            if step == 0
+            else [*rows[:7], *rows[8:], {"id": f"s{step}", "text": f"Step {step}."}]
+        )
         index = index_of(root, rows)
         assert not verify_index(index, samples=100, seed=step).faults
         assert index.parent("vectors").info["embedded"] < 8
@@ -243,7 +273,11 @@ def test_vectors_of_one_version_are_all_of_one_precision(first: Path, tmp_path: 
 
 def test_incremental_can_be_switched_off(first: Path, tmp_path: Path) -> None:
     root = copy_of(first, tmp_path)
-    info = index_of(root, corpus()[:-1], "scale.incremental=false", "scale.shard_rows=100").parent("vectors").info
+    info = (
+        index_of(root, corpus()[:-1], "scale.incremental=false", "scale.shard_rows=100")
+        .parent("vectors")
+        .info
+    )
     assert (info["embedded"], info["since"]) == (info["rows"], None)
 
 
@@ -270,7 +304,9 @@ def test_hash_table_finds_positions() -> None:
 
 
 def tampered(index: Artifact, change: Any) -> list[str]:
-    """Faults after ``change`` was made to the files of its vectors, whose manifest then records the new files."""
+    """Faults after ``change`` was made to the files of its vectors, whose manifest then records the
+    new files.
+    """
     vectors = index.parent("vectors")
     change(vectors.path())
     manifest = json.loads(vectors.path(MANIFEST).read_text())
@@ -286,7 +322,9 @@ def rewrite(folder: Path, column: str, change: Any, *, mend: bool = True) -> Non
     change(values)
     at = table.schema.get_field_index(column)
     table = table.set_column(
-        at, table.schema.field(column), [__import__("pyarrow").array(values, table.schema.types[at])]
+        at,
+        table.schema.field(column),
+        [__import__("pyarrow").array(values, table.schema.types[at])],
     )
     path.unlink()
     pq.write_table(table, path)
@@ -314,7 +352,9 @@ def double(values: list[Any]) -> None:
         ("content", swap, True, "holds the vector of another text"),
     ],
 )
-def test_verify_finds(first: Path, tmp_path: Path, column: str, change: Any, mend: bool, message: str) -> None:
+def test_verify_finds(
+    first: Path, tmp_path: Path, column: str, change: Any, mend: bool, message: str
+) -> None:
     index = index_of(copy_of(first, tmp_path), corpus(), "scale.shard_rows=100")
     assert not verify_index(index, samples=1000, seed=0).faults
     faults = tampered(index, lambda folder: rewrite(folder, column, change, mend=mend))

@@ -1,4 +1,6 @@
-"""The index and the retriever: exact search against numpy, and artifacts that do not belong together."""
+"""The index and the retriever: exact search against numpy, and artifacts that do not belong
+together.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,10 @@ class Table:
 
 
 def passages_of(tmp_path: Path, count: int) -> Passages:
-    rows = [Passage(f"p{row}", f"d{row // 2}", f"title {row}", f"text {row}", 0, 6, f"u{row}") for row in range(count)]
+    rows = [
+        Passage(f"p{row}", f"d{row // 2}", f"title {row}", f"text {row}", 0, 6, f"u{row}")
+        for row in range(count)
+    ]
     place = tmp_path / "passages.parquet"
     pq.write_table(to_table(rows, PASSAGE_SCHEMA), place)
 
@@ -113,7 +118,9 @@ def test_trained_factory_searches_as_numpy_does_when_it_looks_everywhere() -> No
 
 @pytest.mark.parametrize("factory", ["Nonsense", "IVF512,Flat"], ids=["unknown", "too few vectors"])
 def test_factory_that_cannot_be_built(factory: str) -> None:
-    with pytest.raises(ArtifactError, match=rf"FAISS cannot build '{factory}' over 20 vectors of 8 dim") as caught:
+    with pytest.raises(
+        ArtifactError, match=rf"FAISS cannot build '{factory}' over 20 vectors of 8 dim"
+    ) as caught:
         build_faiss(unit(20, 8), factory)
     assert "set index.factory to Flat" in str(caught.value)
 
@@ -130,11 +137,22 @@ def test_ranks_scores_and_passages(tmp_path: Path) -> None:
     axes = np.eye(4, dtype=np.float32)
     tilted = (0.8 * axes[1] + 0.6 * axes[2]).astype(np.float32)
     found = Retriever(
-        Table({"q": tilted, "other": axes[3]}), Index(build_faiss(axes, "Flat")), passages_of(tmp_path, 4), "v"
+        Table({"q": tilted, "other": axes[3]}),
+        Index(build_faiss(axes, "Flat")),
+        passages_of(tmp_path, 4),
+        "v",
     ).retrieve(["q", "other"], 3)
-    assert [(hit.rank, hit.passage_id, round(hit.score, 5)) for hit in found[0][:2]] == [(1, "p1", 0.8), (2, "p2", 0.6)]
+    assert [(hit.rank, hit.passage_id, round(hit.score, 5)) for hit in found[0][:2]] == [
+        (1, "p1", 0.8),
+        (2, "p2", 0.6),
+    ]
     first = found[0][0]
-    assert (first.document_id, first.title, first.text, first.uri) == ("d0", "title 1", "text 1", "u1")
+    assert (first.document_id, first.title, first.text, first.uri) == (
+        "d0",
+        "title 1",
+        "text 1",
+        "u1",
+    )
     assert [hit.rank for hit in found[1]] == [1, 2, 3]
     assert found[1][0].passage_id == "p3"
 
@@ -147,7 +165,9 @@ def test_ties_keep_the_index_s_order(tmp_path: Path) -> None:
     retriever = Retriever(Table({"q": vectors[0]}), index, passages_of(tmp_path, 9), "v")
     for top_k in (1, 3, 8):
         (hits,) = retriever.retrieve(["q"], top_k)
-        assert [hit.passage_id for hit in hits] == [f"p{row}" for row in range(9) if row != 4][:top_k]
+        assert [hit.passage_id for hit in hits] == [f"p{row}" for row in range(9) if row != 4][
+            :top_k
+        ]
 
 
 def test_places_that_an_approximate_index_leaves_empty_are_left_out(tmp_path: Path) -> None:
@@ -188,7 +208,10 @@ def test_search_through_artifacts_equals_numpy(small: World, retriever: Retrieve
 def test_untrained_base_is_a_usable_retriever(small: World, retriever: Retriever) -> None:
     questions = [f"Who built the lighthouse of {name}?" for name in ISLANDS]
     found = retriever.retrieve(questions, 1)
-    right = [hits[0].document_id == f"doc-{name.lower()}" for hits, name in zip(found, ISLANDS, strict=True)]
+    right = [
+        hits[0].document_id == f"doc-{name.lower()}"
+        for hits, name in zip(found, ISLANDS, strict=True)
+    ]
     assert sum(right) >= 9
 
 
@@ -202,7 +225,11 @@ def test_versions_trace_an_answer(small: World, retriever: Retriever) -> None:
 
 def test_passages_by_row(small: World, retriever: Retriever) -> None:
     rows = retriever.passages
-    assert [passage.id for passage in rows.rows([3, 0, 3])] == [rows.ids()[3], rows.ids()[0], rows.ids()[3]]
+    assert [passage.id for passage in rows.rows([3, 0, 3])] == [
+        rows.ids()[3],
+        rows.ids()[0],
+        rows.ids()[3],
+    ]
     assert rows.rows([]) == []
     assert [passage.document_id for passage in rows.rows(range(len(rows)))] == rows.document_ids()
 
@@ -227,9 +254,14 @@ def test_vectors_shards_are_readable_by_plain_pyarrow(small: World) -> None:
     matrix = column_to_matrix(table.column("vector"))
     assert np.allclose(np.linalg.norm(matrix, axis=1), 1.0, atol=2.0**-11)
     expected = small.base_encoder.encode_passages(
-        [(passage.title, passage.text) for passage in Passages(small.passages).rows(range(len(matrix)))]
+        [
+            (passage.title, passage.text)
+            for passage in Passages(small.passages).rows(range(len(matrix)))
+        ]
     )
-    assert (np.abs(matrix - expected) <= 2.0**-11 * np.abs(expected) + 1e-5).all()  # a half's rounding, and padding's
+    assert (
+        np.abs(matrix - expected) <= 2.0**-11 * np.abs(expected) + 1e-5
+    ).all()  # a half's rounding, and padding's
 
 
 @pytest.mark.parametrize("name", ["reordered", "shorter"])
@@ -241,7 +273,9 @@ def test_vectors_of_other_passages_are_refused(small: World, name: str) -> None:
         lambda building: pq.write_table(other, building.path / "passages.parquet"),
     )
     vectors = small.base_index.parent("vectors")
-    with pytest.raises(MixedArtifactsError, match=r"vectors, which are not those of the .* passages in") as caught:
+    with pytest.raises(
+        MixedArtifactsError, match=r"vectors, which are not those of the .* passages in"
+    ) as caught:
         small.store.get_or_build(
             Plan("index", name, {}, {"vectors": vectors, "passages": passages}),
             lambda building: build_index(building, vectors, passages, "Flat"),
@@ -272,7 +306,9 @@ def test_damaged_index_is_not_served(small: World, tmp_path: Path) -> None:
     shutil.copytree(small.store.root, tmp_path / "runs")
     copy = str(tmp_path / "runs" / small.base_index.ref)
     for kind, name in {"index": "index.faiss", "passages": "passages.parquet"}.items():
-        artifact = open_artifact(copy) if kind == "index" else open_artifact(copy).parent("passages")
+        artifact = (
+            open_artifact(copy) if kind == "index" else open_artifact(copy).parent("passages")
+        )
         path = artifact.path(name)
         original = path.read_bytes()
         content = bytearray(original)
@@ -289,7 +325,12 @@ def test_damaged_index_is_not_served(small: World, tmp_path: Path) -> None:
 
 def test_own_encoder_reproduces_the_probes(small: World) -> None:
     for index in (small.base_index, small.adapter_index, small.coarse_index):
-        assert check_probes(index, open_encoder(EncoderSpec.from_json(index.info["encoder"]), small.store)) > 1 - 1e-5
+        assert (
+            check_probes(
+                index, open_encoder(EncoderSpec.from_json(index.info["encoder"]), small.store)
+            )
+            > 1 - 1e-5
+        )
 
 
 def test_bf16_encoder_nearly_reproduces_the_probes_of_fp32(small: World) -> None:
@@ -313,7 +354,11 @@ def test_an_index_is_read_in_the_precision_that_it_was_made_in(small: World) -> 
     assert dtype_of(open_retriever(index.uri, precision="fp32")) == torch.float32
     assert dtype_of(open_retriever(small.base_index.uri)) == torch.float32
     assert dtype_of(open_retriever(small.base_index.uri, precision="bf16")) == torch.bfloat16
-    assert [hit.rank for hit in opened.retrieve(["Who built the lighthouse of Garsa?"], 3)[0]] == [1, 2, 3]
+    assert [hit.rank for hit in opened.retrieve(["Who built the lighthouse of Garsa?"], 3)[0]] == [
+        1,
+        2,
+        3,
+    ]
     faults = verify_index(index, samples=8, seed=0).faults
     assert not [fault for fault in faults if fault.startswith(("encoder", "probes", "vectors"))]
 
@@ -346,7 +391,10 @@ def test_another_encoder_does_not_reproduce_the_probes(small: World) -> None:
 
 def test_encoder_with_other_prompts_does_not_reproduce_the_probes(small: World) -> None:
     with pytest.raises(MixedArtifactsError):
-        check_probes(small.base_index, open_encoder(replace(small.base_spec, passage_prefix="a b c d"), small.store))
+        check_probes(
+            small.base_index,
+            open_encoder(replace(small.base_spec, passage_prefix="a b c d"), small.store),
+        )
 
 
 def test_encoder_of_another_dimension_does_not_reproduce_the_probes(small: World) -> None:
@@ -366,14 +414,17 @@ def test_index_made_by_another_adapter_is_refused(small: World) -> None:
         open_retriever(small.adapter_index.uri, adapter_uri=small.other_adapter.uri)
     message = str(caught.value)
     assert (
-        f"was made by adapter {small.adapter.fingerprint}, not by adapter {small.other_adapter.fingerprint}" in message
+        f"was made by adapter {small.adapter.fingerprint}, not by adapter "
+        f"{small.other_adapter.fingerprint}" in message
     )
     assert small.adapter_index.uri in message
     assert "reindex with this adapter (python -m jobs.reindex)" in message
 
 
 def test_index_of_the_bare_base_is_refused_for_an_adapter(small: World) -> None:
-    with pytest.raises(MixedArtifactsError, match="was made by the base without an adapter, not by adapter"):
+    with pytest.raises(
+        MixedArtifactsError, match="was made by the base without an adapter, not by adapter"
+    ):
         open_retriever(small.base_index.uri, adapter_uri=small.adapter.uri)
 
 
@@ -382,7 +433,9 @@ def test_manifest_that_names_another_encoder_is_refused(small: World, tmp_path: 
     shutil.copytree(small.store.root, tmp_path / "runs")
     index = open_artifact(str(tmp_path / "runs" / small.adapter_index.ref))
     small.other_adapter.verify()
-    shutil.copytree(small.other_adapter.path(), tmp_path / "runs" / small.other_adapter.ref, dirs_exist_ok=True)
+    shutil.copytree(
+        small.other_adapter.path(), tmp_path / "runs" / small.other_adapter.ref, dirs_exist_ok=True
+    )
     manifest = json.loads(index.path("manifest.json").read_text(encoding="utf-8"))
     manifest["info"]["encoder"] = small.other_adapter.info["encoder"]
     index.path("manifest.json").write_text(json.dumps(manifest), encoding="utf-8")

@@ -1,4 +1,6 @@
-"""Building an index in parts, on a sample, measured against exact search; and searching it with filters, or mapped."""
+"""Building an index in parts, on a sample, measured against exact search; and searching it with
+filters, or mapped.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from invar_ray.config import IndexConfig, load_config
-from invar_ray.errors import ArtifactError, ConfigError, MixedArtifactsError, RequestError, ResourceError
+from invar_ray.errors import (
+    ArtifactError,
+    ConfigError,
+    MixedArtifactsError,
+    RequestError,
+    ResourceError,
+)
 from invar_ray.index import faiss_index as index_module
 from invar_ray.index.blocks import VectorBlocks, of_matrix, vector_blocks
 from invar_ray.index.build import (
@@ -57,7 +65,9 @@ def unit(rows: int, width: int, seed: int = 0) -> Floats:
     """Clustered, as embeddings are."""
     random = np.random.default_rng(seed)
     centres = np.random.default_rng(99).normal(size=(20, width))
-    matrix = (centres[random.integers(0, 20, rows)] + 0.5 * random.normal(size=(rows, width))).astype(np.float32)
+    matrix = (
+        centres[random.integers(0, 20, rows)] + 0.5 * random.normal(size=(rows, width))
+    ).astype(np.float32)
     return matrix / np.linalg.norm(matrix, axis=1, keepdims=True)
 
 
@@ -100,7 +110,9 @@ def test_blocks_of_an_artifact_are_its_shards(small: World) -> None:
     tables = [pq.read_table(path) for path in sorted(artifact.path("shards").glob("*.parquet"))]
     assert blocks.edges == (0, len(tables[0]), len(tables[0]) + len(tables[1]))
     _, last = list(blocks.some())[1]
-    assert np.allclose(last[0], tables[1].column("vector")[0].as_py(), atol=1e-3), "halves, scaled to length 1"
+    assert np.allclose(last[0], tables[1].column("vector")[0].as_py(), atol=1e-3), (
+        "halves, scaled to length 1"
+    )
     sample, rows = blocks.sample(blocks.rows - 1, seed=0)
     whole = np.concatenate([rows for _, rows in blocks.some()])
     assert np.array_equal(sample, whole[rows])
@@ -111,10 +123,15 @@ def test_blocks_of_an_artifact_are_its_shards(small: World) -> None:
 
 @pytest.mark.parametrize("factory", TYPES)
 @pytest.mark.parametrize("workers", [1, 3, 50])
-def test_parts_give_the_index_of_a_build_in_order(vectors: Floats, factory: str, workers: int) -> None:
+def test_parts_give_the_index_of_a_build_in_order(
+    vectors: Floats, factory: str, workers: int
+) -> None:
     queries = unit(20, WIDTH, seed=1)
     blocks = of_matrix(vectors, 300)
-    parts, whole = fill(blocks, factory, 2000, workers), fill(of_matrix(vectors, ROWS), factory, 2000)
+    parts, whole = (
+        fill(blocks, factory, 2000, workers),
+        fill(of_matrix(vectors, ROWS), factory, 2000),
+    )
     assert parts.ntotal == ROWS
     scores, rows = everything(parts, queries)
     expected_scores, expected = everything(whole, queries)
@@ -128,7 +145,9 @@ def test_looking_everywhere_is_exact(vectors: Floats, built: dict[str, Any], fac
     exact = np.argsort(-(queries @ vectors.T), axis=1, kind="stable")[:, :10]
     assert np.array_equal(exact_best(queries, of_matrix(vectors, 300).some(), 10), exact)
     _, rows = everything(built[factory], queries)
-    overlap = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(rows.tolist(), exact.tolist(), strict=True)])
+    overlap = np.mean(
+        [len(set(a) & set(b)) / 10 for a, b in zip(rows.tolist(), exact.tolist(), strict=True)]
+    )
     assert overlap == 1.0 if factory != "IVF16,SQ8" else overlap > 0.95
 
 
@@ -139,7 +158,9 @@ def test_only_flat_and_ivf_can_be_merged(built: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("factory", ["IVF16,Flat", "IVF16,SQ8", "OPQ4,IVF16,PQ4x8np"])
-def test_lists_found_by_another_quantizer_give_the_same_index(vectors: Floats, factory: str) -> None:
+def test_lists_found_by_another_quantizer_give_the_same_index(
+    vectors: Floats, factory: str
+) -> None:
     """What a GPU does with its copy of the quantizer; here the copy is on the CPU."""
     index = new_index(WIDTH, factory, ROWS)
     train(index, vectors, factory)
@@ -152,19 +173,27 @@ def test_lists_found_by_another_quantizer_give_the_same_index(vectors: Floats, f
     add(other, vectors[900:], 900, assigner)
     queries = unit(20, WIDTH, seed=1)
     assert other.ntotal == ROWS
-    assert np.array_equal(Index(other, 3).search(queries, 5)[1], Index(index, 3).search(queries, 5)[1])
+    assert np.array_equal(
+        Index(other, 3).search(queries, 5)[1], Index(index, 3).search(queries, 5)[1]
+    )
 
 
 def test_training_does_not_make_polysemous_codes() -> None:
-    """They cost minutes (docs/design/indexes.md) and nothing reads them; neither does a factory string without np."""
+    """They cost minutes (docs/design/indexes.md) and nothing reads them; neither does a factory
+    string without np.
+    """
     for factory in ("IVF4,PQ4x8", "PQ4x8", "IVF4,PQ4x8np", "OPQ4,IVF4,PQ4x8"):
         index = new_index(WIDTH, factory, ROWS)
         assert index_module._core(index).do_polysemous_training is False
-    assert faiss.index_factory(WIDTH, "IVF4,PQ4x8").do_polysemous_training is True, "FAISS's own default"
+    assert faiss.index_factory(WIDTH, "IVF4,PQ4x8").do_polysemous_training is True, (
+        "FAISS's own default"
+    )
 
 
 def test_too_few_vectors_to_train(vectors: Floats) -> None:
-    with pytest.raises(ArtifactError, match="FAISS cannot build 'IVF64,Flat' over 20 vectors of 16 dim"):
+    with pytest.raises(
+        ArtifactError, match="FAISS cannot build 'IVF64,Flat' over 20 vectors of 16 dim"
+    ):
         fill(of_matrix(vectors[:20]), "IVF64,Flat", 20)
 
 
@@ -187,7 +216,8 @@ def test_recall_by_hand() -> None:
     # The first query is row 0 itself: it does not count. 2 of its 4; of the second's ten, 10..14.
     found = [[0, 1, 2, 9, 8, 7, 6, 5, 50, 51, 3], [10, 11, 12, 13, 14, 0, 1, 2, 3, 4, 15]]
     trial = Trial(np.zeros((2, 4), np.float32), exact, np.asarray([0, -1]))
-    # Without itself, row 3 is the tenth of the first: 3 of 4. Row 15 is the eleventh of the second: it is too late.
+    # Without itself, row 3 is the tenth of the first: 3 of 4. Row 15 is the eleventh of the second:
+    # it is too late.
     assert measure_recall(Canned(found), trial, 1) == pytest.approx((3 / 4 + 5 / 10) / 2)  # type: ignore[arg-type]
 
 
@@ -204,7 +234,10 @@ def test_tuning_takes_the_least_depth_that_does() -> None:
     scattered = np.random.default_rng(0).normal(size=(ROWS, 32)).astype(np.float32)
     blocks = of_matrix(scattered / np.linalg.norm(scattered, axis=1, keepdims=True), 300)
     (candidate,) = [c for c in candidates(Need(ROWS, 32, 0.9)) if c.kind == "IVF-Flat"]
-    index, trial = Index(fill(blocks, candidate.factory, candidate.training_rows)), sampled_trial(blocks, 100)
+    index, trial = (
+        Index(fill(blocks, candidate.factory, candidate.training_rows)),
+        sampled_trial(blocks, 100),
+    )
     depth, recall, _ = tune(index, candidate, trial, 0.9)
     assert recall == measure_recall(index, trial, depth) >= 0.9
     lower = [each for each in candidate.depths if each < depth]
@@ -216,11 +249,16 @@ def test_tuning_takes_the_least_depth_that_does() -> None:
 # The step
 
 
-def build(small: World, name: str, factory: str, limits: Limits | None = None, **more: Any) -> Artifact:
+def build(
+    small: World, name: str, factory: str, limits: Limits | None = None, **more: Any
+) -> Artifact:
     vectors = small.base_index.parent("vectors")
     plan = Plan("index", name, {"name": name}, {"vectors": vectors, "passages": small.passages})
     return small.store.get_or_build(
-        plan, lambda building: build_index(building, vectors, small.passages, factory, limits=limits, **more)
+        plan,
+        lambda building: build_index(
+            building, vectors, small.passages, factory, limits=limits, **more
+        ),
     )[0]
 
 
@@ -236,7 +274,9 @@ def test_planned_index_says_what_was_chosen_and_measured(small: World) -> None:
     assert lines[0].startswith("index plan:"), "the plan comes before the work"
     assert "recall@10 1.000" in lines[1]
     queries = small.base_encoder.encode_queries(["Who built the lighthouse of Arvon?"])
-    assert np.array_equal(load_index(index).search(queries, 5)[1], load_index(small.base_index).search(queries, 5)[1])
+    assert np.array_equal(
+        load_index(index).search(queries, 5)[1], load_index(small.base_index).search(queries, 5)[1]
+    )
 
 
 def test_index_below_its_target_is_not_published(small: World) -> None:
@@ -245,8 +285,13 @@ def test_index_below_its_target_is_not_published(small: World) -> None:
     message = str(caught.value)
     assert "the index IVF8,Flat finds 0." in message
     assert "not published. Expected: 0.990 or more" in message
-    assert not [artifact for artifact in small.store.list("index") if artifact.manifest.name == "low"]
-    assert build(small, "low enough", "IVF8,Flat", Limits(recall_target=0.1)).info["recall_at_10"] > 0.1
+    assert not [
+        artifact for artifact in small.store.list("index") if artifact.manifest.name == "low"
+    ]
+    assert (
+        build(small, "low enough", "IVF8,Flat", Limits(recall_target=0.1)).info["recall_at_10"]
+        > 0.1
+    )
     assert "recall_at_10" not in build(small, "unmeasured", "IVF8,Flat").info
 
 
@@ -258,7 +303,9 @@ def test_limits_that_cannot_be_met(small: World) -> None:
 def test_next_type_is_tried_where_the_first_finds_too_little(
     small: World, monkeypatch: pytest.MonkeyPatch, vectors: Floats
 ) -> None:
-    """Random vectors of many dimensions: few lists hold the neighbours, and only a deep search finds them."""
+    """Random vectors of many dimensions: few lists hold the neighbours, and only a deep search
+    finds them.
+    """
     hard = np.random.default_rng(0).normal(size=(3000, 64)).astype(np.float32)
     hard /= np.linalg.norm(hard, axis=1, keepdims=True)
     blocks = of_matrix(hard)
@@ -298,13 +345,20 @@ def test_settings_that_do_not_act_are_in_no_plan() -> None:
 
 
 def test_faults_of_the_settings() -> None:
-    overrides = ["index.recall_target=1.5", "index.max_memory_mb=-1", "index.max_latency_ms=3", "scale.index_workers=0"]
+    overrides = [
+        "index.recall_target=1.5",
+        "index.max_memory_mb=-1",
+        "index.max_latency_ms=3",
+        "scale.index_workers=0",
+    ]
     with pytest.raises(ConfigError) as caught:
         load_config("tiny", overrides)
     message = str(caught.value)
     assert "index.recall_target: must be in (0, 1]" in message
     assert "index.max_memory_mb: must be above 0" in message
-    assert "index.max_latency_ms: only the planner keeps to it; set index.factory to auto" in message
+    assert (
+        "index.max_latency_ms: only the planner keeps to it; set index.factory to auto" in message
+    )
     assert "scale.index_workers: must be above 0" in message
 
 
@@ -312,7 +366,12 @@ def test_faults_of_the_settings() -> None:
 
 
 def test_plan_names_the_graph_before_codes_only_without_a_memory_limit() -> None:
-    assert [c.kind for c in candidates(Need(10**6, 64))][:4] == ["Flat", "IVF-Flat", "IVF-SQ8", "HNSW"]
+    assert [c.kind for c in candidates(Need(10**6, 64))][:4] == [
+        "Flat",
+        "IVF-Flat",
+        "IVF-SQ8",
+        "HNSW",
+    ]
 
 
 @pytest.mark.parametrize("factory", TYPES)
@@ -327,7 +386,9 @@ def test_mapped_index_finds_the_same(tmp_path: Path, built: dict[str, Any], fact
 
 @pytest.mark.parametrize("factory", TYPES)
 @pytest.mark.parametrize("share", [0.5, 0.05, 0.001, 0.0])
-def test_filter_finds_only_what_is_allowed(vectors: Floats, built: dict[str, Any], factory: str, share: float) -> None:
+def test_filter_finds_only_what_is_allowed(
+    vectors: Floats, built: dict[str, Any], factory: str, share: float
+) -> None:
     queries = unit(10, WIDTH, seed=1)
     allowed = np.random.default_rng(5).random(ROWS) < share
     _, rows = Index(built[factory], 4).search(queries, 10, allowed=allowed)
@@ -364,7 +425,9 @@ def test_batch_equals_one_by_one(built: dict[str, Any]) -> None:
     for factory in TYPES:
         index = Index(built[factory], 4)
         together = index.search(queries, 10)[1]
-        assert np.array_equal(together, np.concatenate([index.search(query[None], 10)[1] for query in queries]))
+        assert np.array_equal(
+            together, np.concatenate([index.search(query[None], 10)[1] for query in queries])
+        )
 
 
 def test_depth_decides_how_much_is_found(vectors: Floats, built: dict[str, Any]) -> None:
@@ -378,7 +441,9 @@ def test_vectors_of_other_passages_are_refused(small: World) -> None:
     table = pq.read_table(small.passages.path("passages.parquet"))
     passages, _ = small.store.get_or_build(
         Plan("passages", "reversed", {"name": "reversed"}),
-        lambda building: pq.write_table(table.take(list(range(len(table)))[::-1]), building.path / "passages.parquet"),
+        lambda building: pq.write_table(
+            table.take(list(range(len(table)))[::-1]), building.path / "passages.parquet"
+        ),
     )
     vectors = small.base_index.parent("vectors")
     with pytest.raises(MixedArtifactsError, match="which are not those of"):

@@ -29,17 +29,29 @@ def test_hand_worked() -> None:
     cosines = torch.tensor([[0.2, 0.2]])
     teacher = 0.25 * torch.tensor([[math.log(3), 0.0]])
     output = alignment_loss(
-        cosines, teacher, torch.ones(1, 2, dtype=torch.bool), temperature=0.5, teacher_temperature=0.25
+        cosines,
+        teacher,
+        torch.ones(1, 2, dtype=torch.bool),
+        temperature=0.5,
+        teacher_temperature=0.25,
     )
-    torch.testing.assert_close(output.loss, torch.tensor(0.75 * math.log(1.5) + 0.25 * math.log(0.5)))
+    torch.testing.assert_close(
+        output.loss, torch.tensor(0.75 * math.log(1.5) + 0.25 * math.log(0.5))
+    )
 
 
 def test_equals_kl_div() -> None:
     cosines, teacher, _ = problem(0)
     output = alignment_loss(
-        cosines, teacher, torch.ones(4, 6, dtype=torch.bool), temperature=0.05, teacher_temperature=0.1
+        cosines,
+        teacher,
+        torch.ones(4, 6, dtype=torch.bool),
+        temperature=0.05,
+        teacher_temperature=0.1,
     )
-    expected = kl_div((cosines / 0.05).log_softmax(-1), (teacher / 0.1).softmax(-1), reduction="batchmean")
+    expected = kl_div(
+        (cosines / 0.05).log_softmax(-1), (teacher / 0.1).softmax(-1), reduction="batchmean"
+    )
     torch.testing.assert_close(output.loss, expected)
 
 
@@ -49,7 +61,11 @@ def test_masked_slots_are_as_if_absent() -> None:
     masked = alignment_loss(cosines, teacher, allowed, temperature=0.2, teacher_temperature=0.1)
     kept = allowed[0]
     alone = alignment_loss(
-        cosines[:, kept], teacher[:, kept], allowed[:, kept], temperature=0.2, teacher_temperature=0.1
+        cosines[:, kept],
+        teacher[:, kept],
+        allowed[:, kept],
+        temperature=0.2,
+        teacher_temperature=0.1,
     )
     torch.testing.assert_close(masked.loss, alone.loss)
     torch.testing.assert_close(masked.agreement, alone.agreement)
@@ -76,7 +92,13 @@ def test_gradients() -> None:
 
     def loss(x: Tensor) -> Tensor:
         return alignment_loss(
-            x, teacher, allowed, temperature=0.3, teacher_temperature=0.2, weights=weights, normaliser=2.5
+            x,
+            teacher,
+            allowed,
+            temperature=0.3,
+            teacher_temperature=0.2,
+            weights=weights,
+            normaliser=2.5,
         ).loss
 
     assert torch.autograd.gradcheck(loss, cosines.requires_grad_())
@@ -90,7 +112,12 @@ def test_padding_may_hold_anything() -> None:
     allowed[1] = False  # nothing to align on: 0, not NaN
     cosines.requires_grad_()
     output = alignment_loss(
-        cosines, teacher, allowed, temperature=0.1, teacher_temperature=0.1, weights=torch.tensor([1.0, 1.0, 0.0, 1.0])
+        cosines,
+        teacher,
+        allowed,
+        temperature=0.1,
+        teacher_temperature=0.1,
+        weights=torch.tensor([1.0, 1.0, 0.0, 1.0]),
     )
     output.loss.backward()
     assert torch.isfinite(output.loss)
@@ -120,8 +147,12 @@ def test_order_of_candidates_and_constants_do_not_matter(seed: int, shift: float
 
 def test_half_precision_is_computed_in_float32() -> None:
     cosines, teacher, allowed = problem(5)
-    low = alignment_loss(cosines.bfloat16(), teacher, allowed, temperature=0.1, teacher_temperature=0.1)
-    full = alignment_loss(cosines.bfloat16().float(), teacher, allowed, temperature=0.1, teacher_temperature=0.1)
+    low = alignment_loss(
+        cosines.bfloat16(), teacher, allowed, temperature=0.1, teacher_temperature=0.1
+    )
+    full = alignment_loss(
+        cosines.bfloat16().float(), teacher, allowed, temperature=0.1, teacher_temperature=0.1
+    )
     assert low.loss.dtype == torch.float32
     assert low.loss == full.loss
 
@@ -144,7 +175,9 @@ def test_document_vectors_are_normalised_means() -> None:
     torch.testing.assert_close(vectors, torch.tensor([[0.6, 0.8], [0.0, 0.0], [half, half]]))
     random = normalize(torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), dim=-1)
     expected = normalize(random.mean(0, keepdim=True), dim=-1)
-    torch.testing.assert_close(mean_document_vectors(random, torch.zeros(5, dtype=torch.long), 1), expected)
+    torch.testing.assert_close(
+        mean_document_vectors(random, torch.zeros(5, dtype=torch.long), 1), expected
+    )
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -13,8 +13,9 @@ from invar_ray.losses.answer import answer_loss
 
 
 def test_hand_worked() -> None:
-    # Position 0 predicts token 1 (label 0): p = 3/4.  Position 1 predicts token 2 (label 1): p = 1/5.  Position 2
-    # predicts nothing.  Loss = (log 4/3 + log 5) / 2; the first is the most likely token, the second is not.
+    # Position 0 predicts token 1 (label 0): p = 3/4.  Position 1 predicts token 2 (label 1): p =
+    # 1/5.  Position 2 predicts nothing.  Loss = (log 4/3 + log 5) / 2; the first is the most likely
+    # token, the second is not.
     logits = torch.tensor([[[math.log(3), 0.0], [math.log(4), 0.0], [50.0, -50.0]]])
     output = answer_loss(logits, torch.tensor([[-100, 0, 1]]))
     torch.testing.assert_close(output.loss, torch.tensor((math.log(4 / 3) + math.log(5)) / 2))
@@ -33,16 +34,23 @@ def problem() -> tuple[Tensor, Tensor]:
 
 def test_equals_cross_entropy_of_shifted_labels_as_in_transformers() -> None:
     logits, labels = problem()
-    expected = cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100)
+    expected = cross_entropy(
+        logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten(), ignore_index=-100
+    )
     torch.testing.assert_close(answer_loss(logits, labels).loss, expected)
 
 
 def test_normaliser_divides_the_sum() -> None:
     logits, labels = problem()
     plain = answer_loss(logits, labels)
-    torch.testing.assert_close(answer_loss(logits, labels, normaliser=5).loss, plain.loss * plain.tokens / 5)
+    torch.testing.assert_close(
+        answer_loss(logits, labels, normaliser=5).loss, plain.loss * plain.tokens / 5
+    )
     # Two halves with the global number of tokens / 2 average to the whole.
-    halves = [answer_loss(logits[part], labels[part], normaliser=plain.tokens / 2).loss for part in ([0], [1, 2])]
+    halves = [
+        answer_loss(logits[part], labels[part], normaliser=plain.tokens / 2).loss
+        for part in ([0], [1, 2])
+    ]
     torch.testing.assert_close(sum(halves) / 2, plain.loss)
 
 

@@ -20,9 +20,13 @@ def logs(*numbers: float) -> list[float]:
     return [math.log(number) for number in numbers]
 
 
-def problem(seed: int, rows: int = 4, environments: int = 3, slots: int = 5) -> tuple[Tensor, Tensor, Tensor]:
+def problem(
+    seed: int, rows: int = 4, environments: int = 3, slots: int = 5
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    cosines = torch.rand(rows, environments, slots, generator=generator, dtype=torch.float64) * 2 - 1
+    cosines = (
+        torch.rand(rows, environments, slots, generator=generator, dtype=torch.float64) * 2 - 1
+    )
     positive = torch.randint(slots, (rows,), generator=generator)
     allowed = torch.rand(rows, slots, generator=generator) > 0.3
     return cosines, positive, allowed
@@ -34,12 +38,15 @@ def test_hand_worked() -> None:
     cosines = 0.5 * torch.tensor([[logs(1, 2, 3), logs(1, 6, 1)]])
     output = contrastive_loss(cosines, torch.tensor([1]), EVERYTHING, temperature=0.5)
     torch.testing.assert_close(output.per_environment, torch.tensor([math.log(3), math.log(4 / 3)]))
-    torch.testing.assert_close(output.loss, torch.tensor((math.log(3) + math.log(4 / 3)) / 2))  # = log 2
+    torch.testing.assert_close(
+        output.loss, torch.tensor((math.log(3) + math.log(4 / 3)) / 2)
+    )  # = log 2
     assert output.accuracy == 0.5  # best in e1 only
 
 
 def test_masked_slots_are_not_candidates_and_the_positive_always_is() -> None:
-    # As above, e0 without slot 2: 2/3.  The mask forbids the positive (slot 1) too, which must not matter.
+    # As above, e0 without slot 2: 2/3.  The mask forbids the positive (slot 1) too, which must not
+    # matter.
     cosines = torch.tensor([[logs(1, 2, 3)]])
     allowed = torch.tensor([[True, False, False]])
     output = contrastive_loss(cosines, torch.tensor([1]), allowed, temperature=1.0)
@@ -50,13 +57,17 @@ def test_equals_cross_entropy_without_masks() -> None:
     cosines, positive, _ = problem(0)
     for environment in range(3):
         one = cosines[:, environment : environment + 1]
-        output = contrastive_loss(one, positive, torch.ones(4, 5, dtype=torch.bool), temperature=0.05)
-        torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(one[:, 0] / 0.05, positive))
+        output = contrastive_loss(
+            one, positive, torch.ones(4, 5, dtype=torch.bool), temperature=0.05
+        )
+        torch.testing.assert_close(
+            output.loss, torch.nn.functional.cross_entropy(one[:, 0] / 0.05, positive)
+        )
 
 
 def test_weights_normaliser_and_missing_environments() -> None:
-    # Row 0 has e0 only: log 3.  Row 1 has both: (log 2 + log 4) / 2 = 1.5 log 2.  Weights 1 and 3, normaliser 2:
-    # (log 3 + 4.5 log 2) / 2.
+    # Row 0 has e0 only: log 3.  Row 1 has both: (log 2 + log 4) / 2 = 1.5 log 2.  Weights 1 and 3,
+    # normaliser 2: (log 3 + 4.5 log 2) / 2.
     cosines = torch.tensor([[logs(1, 2, 3), logs(5, 1, 9)], [logs(1, 3, 2), logs(1, 1, 2)]])
     output = contrastive_loss(
         cosines,
@@ -85,12 +96,16 @@ def test_padding_and_missing_environments_may_hold_nan() -> None:
     environments[0, 2] = False
     weights = torch.tensor([1.0, 1.0, 1.0, 0.0])
     leaf = cosines.clone().requires_grad_()
-    output = contrastive_loss(leaf, positive, allowed, temperature=0.1, weights=weights, environment_mask=environments)
+    output = contrastive_loss(
+        leaf, positive, allowed, temperature=0.1, weights=weights, environment_mask=environments
+    )
     (gradient,) = torch.autograd.grad(output.loss + risk_variance(output.per_environment), leaf)
     assert torch.isfinite(gradient).all()
     assert (gradient[3] == 0).all()
     assert (gradient[0, 2] == 0).all()
-    alone = contrastive_loss(cosines[:3], positive[:3], allowed[:3], temperature=0.1, environment_mask=environments[:3])
+    alone = contrastive_loss(
+        cosines[:3], positive[:3], allowed[:3], temperature=0.1, environment_mask=environments[:3]
+    )
     torch.testing.assert_close(output.loss, alone.loss)
 
 
@@ -130,13 +145,17 @@ def test_half_precision_is_computed_in_float32() -> None:
     low = cosines.bfloat16()
     output = contrastive_loss(low, positive, allowed, temperature=0.05)
     assert output.loss.dtype == torch.float32
-    torch.testing.assert_close(output.loss, contrastive_loss(low.float(), positive, allowed, temperature=0.05).loss)
+    torch.testing.assert_close(
+        output.loss, contrastive_loss(low.float(), positive, allowed, temperature=0.05).loss
+    )
 
 
 def test_a_collapsed_encoder_has_no_accuracy() -> None:
     cosines = torch.ones(1, 1, 3)
     assert contrastive_loss(cosines, torch.tensor([0]), EVERYTHING, temperature=0.05).accuracy == 0
-    alone = contrastive_loss(cosines[..., :1], torch.tensor([0]), EVERYTHING[:, :1], temperature=0.05)
+    alone = contrastive_loss(
+        cosines[..., :1], torch.tensor([0]), EVERYTHING[:, :1], temperature=0.05
+    )
     assert alone.accuracy == 1
     assert alone.loss == 0
 

@@ -28,9 +28,13 @@ def loss_of(cosines: Tensor, positive: int = 0, **settings_: Any) -> InvarianceO
     return invariance_loss(cosines, torch.full((rows,), positive), allowed, **settings_)
 
 
-def problem(seed: int, rows: int = 3, environments: int = 4, slots: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+def problem(
+    seed: int, rows: int = 3, environments: int = 4, slots: int = 6
+) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    cosines = torch.rand(rows, environments, slots, generator=generator, dtype=torch.float64) * 2 - 1
+    cosines = (
+        torch.rand(rows, environments, slots, generator=generator, dtype=torch.float64) * 2 - 1
+    )
     positive = torch.randint(slots, (rows,), generator=generator)
     allowed = torch.rand(rows, slots, generator=generator) > 0.2
     return cosines, positive, allowed
@@ -39,7 +43,9 @@ def problem(seed: int, rows: int = 3, environments: int = 4, slots: int = 6) -> 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("pattern", ["hard", "soft"])
 @pytest.mark.parametrize("environments", [2, 3, 5, 7])
-def test_identical_environments_give_exactly_zero(dtype: torch.dtype, pattern: str, environments: int) -> None:
+def test_identical_environments_give_exactly_zero(
+    dtype: torch.dtype, pattern: str, environments: int
+) -> None:
     cosines, positive, allowed = problem(0, rows=16, environments=1, slots=40)
     same = cosines.expand(-1, environments, -1).to(dtype).contiguous().requires_grad_()
     output = invariance_loss(
@@ -64,13 +70,15 @@ def test_identical_environments_beside_a_missing_one_give_exactly_zero() -> None
     same = cosines.expand(-1, 4, -1).clone()
     same[:, 0] = math.nan
     present = torch.tensor([False, True, True, True]).expand(3, 4)
-    output = invariance_loss(same, positive, allowed, temperature=0.1, environment_mask=present, **SOFT)
+    output = invariance_loss(
+        same, positive, allowed, temperature=0.1, environment_mask=present, **SOFT
+    )
     assert output.loss.item() == 0.0
 
 
 def test_hand_worked_with_weights_of_one() -> None:
-    # p_0 = (1/2, 1/2), p_1 = (4/5, 1/5).  exp(a) = (sqrt(2/5), sqrt(1/10)), their sum is 3 sqrt(1/10), c = (2/3, 1/3).
-    # L = -log(3 / sqrt(10)) = 0.5 log(10/9);  exp H(c) = 3 / 2^(2/3).
+    # p_0 = (1/2, 1/2), p_1 = (4/5, 1/5).  exp(a) = (sqrt(2/5), sqrt(1/10)), their sum is 3
+    # sqrt(1/10), c = (2/3, 1/3). L = -log(3 / sqrt(10)) = 0.5 log(10/9);  exp H(c) = 3 / 2^(2/3).
     cosines = torch.tensor([[logs(1, 1), logs(4, 1)]], dtype=torch.float64)
     output = loss_of(cosines, **W_IS_ONE)
     assert output.loss.item() == pytest.approx(0.5 * math.log(10 / 9), abs=1e-9)
@@ -83,14 +91,17 @@ def test_hand_worked_with_weights_of_one() -> None:
 
 
 def test_hand_worked_soft_patterns() -> None:
-    # As above with kappa 0.1: log p of slot 0 is log .5, log .8 -> v = (log 1.6 / 2)^2; of slot 1 log .5, log .2 ->
-    # v = (log 2.5 / 2)^2.  w = exp(-v / kappa); all slots are in S, so p_e needs no renormalisation.
+    # As above with kappa 0.1: log p of slot 0 is log .5, log .8 -> v = (log 1.6 / 2)^2; of slot 1
+    # log .5, log .2 -> v = (log 2.5 / 2)^2.  w = exp(-v / kappa); all slots are in S, so p_e needs
+    # no renormalisation.
     cosines = torch.tensor([[logs(1, 1), logs(4, 1)]], dtype=torch.float64)
     output = loss_of(cosines, kappa=0.1)
     w = [math.exp(-((math.log(ratio) / 2) ** 2) / 0.1) for ratio in (1.6, 2.5)]
     raw = [w[0] * math.sqrt(0.4), w[1] * math.sqrt(0.1)]
     c = [value / sum(raw) for value in raw]
-    expected = sum(0.5 * c[j] * math.log(c[j] / p[j]) for p in ([0.5, 0.5], [0.8, 0.2]) for j in range(2))
+    expected = sum(
+        0.5 * c[j] * math.log(c[j] / p[j]) for p in ([0.5, 0.5], [0.8, 0.2]) for j in range(2)
+    )
     assert output.loss.item() == pytest.approx(expected, abs=1e-12)
     assert output.pattern_share.item() == pytest.approx(sum(w) / 2)
 
@@ -103,8 +114,8 @@ def test_hand_worked_hard_patterns() -> None:
     assert strict.loss.item() == 0
     assert strict.pattern_share.item() == pytest.approx(1 / 4)
     assert strict.perplexity.item() == pytest.approx(1.0)
-    # rho 1/2: S = {0, 1, 3}; p_0|S = (4, 3, 1) / 8, p_1|S = (4, 1, 3) / 8; geometric means (4, sqrt 3, sqrt 3) / 8:
-    # L = -log((4 + 2 sqrt 3) / 8).
+    # rho 1/2: S = {0, 1, 3}; p_0|S = (4, 3, 1) / 8, p_1|S = (4, 1, 3) / 8; geometric means (4, sqrt
+    # 3, sqrt 3) / 8: L = -log((4 + 2 sqrt 3) / 8).
     loose = loss_of(cosines, pattern="hard", top_m=2, share=0.5)
     assert loose.loss.item() == pytest.approx(-math.log((4 + 2 * math.sqrt(3)) / 8), abs=1e-12)
     assert loose.pattern_share.item() == pytest.approx(3 / 4)
@@ -115,7 +126,8 @@ def test_rows_that_weigh_nothing_count_in_the_denominator() -> None:
     right = 0.5 * math.log(10 / 9)
     cosines = torch.tensor([row, row, row, row], dtype=torch.float64)
     present = torch.tensor([[True, True], [True, False], [True, True], [True, True]])
-    # Row 1 has one environment.  Row 2's positive is slot 1, which c = (2/3, 1/3) puts second: wrong for top 1.
+    # Row 1 has one environment.  Row 2's positive is slot 1, which c = (2/3, 1/3) puts second:
+    # wrong for top 1.
     output = invariance_loss(
         cosines,
         torch.tensor([0, 0, 1, 0]),
@@ -186,7 +198,9 @@ def test_gradient_is_that_of_the_definition_with_the_consensus_fixed(pattern: st
     )
     (gradient,) = torch.autograd.grad(output.loss, leaf)
     twin = cosines.clone().requires_grad_()
-    (expected,) = torch.autograd.grad(slow_invariance(twin, positive, allowed, 0.5, pattern, 4, 0.5, 1.0), twin)
+    (expected,) = torch.autograd.grad(
+        slow_invariance(twin, positive, allowed, 0.5, pattern, 4, 0.5, 1.0), twin
+    )
     assert output.loss.item() == pytest.approx(
         slow_invariance(cosines, positive, allowed, 0.5, pattern, 4, 0.5, 1.0).item(), abs=1e-12
     )
@@ -195,7 +209,14 @@ def test_gradient_is_that_of_the_definition_with_the_consensus_fixed(pattern: st
 
 
 def slow_invariance(
-    cosines: Tensor, positive: Tensor, allowed: Tensor, tau: float, pattern: str, m: int, rho: float, kappa: float
+    cosines: Tensor,
+    positive: Tensor,
+    allowed: Tensor,
+    tau: float,
+    pattern: str,
+    m: int,
+    rho: float,
+    kappa: float,
 ) -> Tensor:
     """METHOD's definition, row by row on the allowed slots only."""
     total = cosines.new_zeros(())
@@ -211,7 +232,10 @@ def slow_invariance(
             ranks = log_p.detach().argsort(-1, descending=True).argsort(-1)
             w = ((ranks < m).double().mean(0) >= rho).double()
         c = w * a.exp() / (w * a.exp()).sum()
-        if int((c > c[slots.index(int(positive[i]))]).sum()) >= m or c[slots.index(int(positive[i]))] == 0:
+        if (
+            int((c > c[slots.index(int(positive[i]))]).sum()) >= m
+            or c[slots.index(int(positive[i]))] == 0
+        ):
             continue
         inside = w > 0
         for e in range(log_p.shape[0]):
@@ -237,7 +261,12 @@ def test_padding_and_missing_environments_may_hold_nan() -> None:
     assert (gradient[0, 1] == 0).all()
     assert gradient.abs().sum() > 0
     alone = invariance_loss(
-        cosines[:2], positive[:2], allowed[:2], temperature=0.2, environment_mask=present[:2], **SOFT
+        cosines[:2],
+        positive[:2],
+        allowed[:2],
+        temperature=0.2,
+        environment_mask=present[:2],
+        **SOFT,
     )
     for found, expected in zip(output, alone, strict=True):
         torch.testing.assert_close(found, expected)
@@ -247,7 +276,13 @@ def test_padding_and_missing_environments_may_hold_nan() -> None:
 def test_a_missing_environment_is_as_if_it_were_not_there(pattern: str) -> None:
     cosines, positive, allowed = problem(7)
     present = torch.tensor([True, False, True, True]).expand(3, 4)
-    chosen: dict[str, Any] = {"temperature": 0.5, "pattern": pattern, "top_m": 5, "share": 0.5, "kappa": 1.0}
+    chosen: dict[str, Any] = {
+        "temperature": 0.5,
+        "pattern": pattern,
+        "top_m": 5,
+        "share": 0.5,
+        "kappa": 1.0,
+    }
     masked = invariance_loss(cosines, positive, allowed, environment_mask=present, **chosen)
     alone = invariance_loss(cosines[:, [0, 2, 3]], positive, allowed, **chosen)
     assert masked.loss > 0
@@ -258,24 +293,36 @@ def test_a_missing_environment_is_as_if_it_were_not_there(pattern: str) -> None:
 @pytest.mark.parametrize("pattern", ["hard", "soft"])
 def test_extreme_scores_stay_finite(pattern: str) -> None:
     cosines = torch.tensor([[[1.0, -1.0, 0.5, -1.0], [-1.0, 1.0, 0.5, -1.0]]], requires_grad=True)
-    output = loss_of(cosines, positive=2, temperature=1e-3, pattern=pattern, top_m=3, share=0.5, kappa=1e-3)
+    output = loss_of(
+        cosines, positive=2, temperature=1e-3, pattern=pattern, top_m=3, share=0.5, kappa=1e-3
+    )
     output.loss.backward()
     assert all(torch.isfinite(value) for value in output)
     assert cosines.grad is not None
     assert torch.isfinite(cosines.grad).all()
 
 
-@given(seed=st.integers(0, 10_000), shift=st.floats(-3, 3), pattern=st.sampled_from(["hard", "soft"]))
+@given(
+    seed=st.integers(0, 10_000), shift=st.floats(-3, 3), pattern=st.sampled_from(["hard", "soft"])
+)
 @settings(max_examples=40, deadline=None)
 def test_order_and_constants_do_not_matter(seed: int, shift: float, pattern: str) -> None:
     cosines, positive, allowed = problem(seed)
-    chosen: dict[str, Any] = {"temperature": 0.5, "pattern": pattern, "top_m": 3, "share": 0.5, "kappa": 1.0}
+    chosen: dict[str, Any] = {
+        "temperature": 0.5,
+        "pattern": pattern,
+        "top_m": 3,
+        "share": 0.5,
+        "kappa": 1.0,
+    }
     before = invariance_loss(cosines, positive, allowed, **chosen)
     generator = torch.Generator().manual_seed(seed)
     order = torch.randperm(6, generator=generator)
     environments = torch.randperm(4, generator=generator)
     place = torch.argsort(order)[positive]
-    shifts = shift * torch.rand(3, 4, 1, generator=generator, dtype=torch.float64)  # its own for each environment
+    shifts = shift * torch.rand(
+        3, 4, 1, generator=generator, dtype=torch.float64
+    )  # its own for each environment
     moved = (cosines + shifts)[:, environments][..., order]
     after = invariance_loss(moved, place, allowed[:, order], **chosen)
     for left, right in zip(before, after, strict=True):

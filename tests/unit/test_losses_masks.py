@@ -15,7 +15,8 @@ SLOTS = Slots(
     end=torch.tensor([100, 100, 150, 200, 100, 80]),
     content=torch.tensor([1, 1, 2, 3, 1, 4]),
 )
-# 0 and 1 are the same span; 2 overlaps 0 and 3; 3 only touches 0; 4 is the text of 0 in another document; 5 is other.
+# 0 and 1 are the same span; 2 overlaps 0 and 3; 3 only touches 0; 4 is the text of 0 in another
+# document; 5 is other.
 
 
 def rows(mask: torch.Tensor) -> list[str]:
@@ -31,11 +32,17 @@ def test_copies_of_the_positive_are_out_and_the_positive_is_in() -> None:
 def test_overlapping_spans_are_out_but_neighbours_stay() -> None:
     # Row of slot 0: 1 and 4 are copies, 2 overlaps, 3 begins where 0 ends and stays.
     # Row of slot 2: 0, 1 and 3 overlap.
-    assert rows(contrastive_allowed(SLOTS, torch.tensor([0, 2, 5]))) == ["x..x.x", "..x.xx", "xxxxxx"]
+    assert rows(contrastive_allowed(SLOTS, torch.tensor([0, 2, 5]))) == [
+        "x..x.x",
+        "..x.xx",
+        "xxxxxx",
+    ]
 
 
 def test_slots_that_hold_an_answer_are_out() -> None:
-    holds = torch.tensor([[True, True, True, False, True, True]])  # the positive holds it too, of course
+    holds = torch.tensor(
+        [[True, True, True, False, True, True]]
+    )  # the positive holds it too, of course
     assert rows(contrastive_allowed(SLOTS, torch.tensor([0]), holds_answer=holds)) == ["x..x.."]
 
 
@@ -59,7 +66,9 @@ def test_wrong_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="content"):
         copies_allowed(SLOTS._replace(content=torch.tensor([1])), torch.tensor([0]))
     with pytest.raises(ValueError, match="holds_answer"):
-        contrastive_allowed(SLOTS, torch.tensor([0]), holds_answer=torch.ones(1, 2, dtype=torch.bool))
+        contrastive_allowed(
+            SLOTS, torch.tensor([0]), holds_answer=torch.ones(1, 2, dtype=torch.bool)
+        )
     with pytest.raises(ValueError, match="teacher_margin"):
         contrastive_allowed(SLOTS, torch.tensor([0]), teacher_margin=-0.1)
 

@@ -37,15 +37,21 @@ def rows(count: int, slots: int, environments: int) -> Rows:
 def problem() -> tuple[Tensor, Tensor]:
     """Vectors of 3 questions in 2 wordings [3, 2, 8] and of 5 slots in 2 windows [5, 2, 8]."""
     generator = torch.Generator().manual_seed(0)
-    queries, candidates = torch.randn(3, 2, 8, generator=generator), torch.randn(5, 2, 8, generator=generator)
-    return normalize(queries, dim=-1).requires_grad_(), normalize(candidates, dim=-1).requires_grad_()
+    queries, candidates = (
+        torch.randn(3, 2, 8, generator=generator),
+        torch.randn(5, 2, 8, generator=generator),
+    )
+    return normalize(queries, dim=-1).requires_grad_(), normalize(
+        candidates, dim=-1
+    ).requires_grad_()
 
 
 def test_hand_worked() -> None:
     # One question, its passage and another one, three values each; tau 0.5.
     # All 3: cosines 0.64 and 0.6, hence logits that differ by 0.08: L = log(1 + e^-0.08).
-    # First 2: (0.6, 0) -> (1, 0); (0, 0.6) -> (0, 1); (1, 0) stays: cosines 0 and 1, logits 0 and 2: L = log(1 + e^2).
-    # First 1: (1) against (0), which has no direction, and (1): cosines 0 and 1 again.
+    # First 2: (0.6, 0) -> (1, 0); (0, 0.6) -> (0, 1); (1, 0) stays: cosines 0 and 1, logits 0 and
+    # 2: L = log(1 + e^2). First 1: (1) against (0), which has no direction, and (1): cosines 0 and
+    # 1 again.
     queries = torch.tensor([[[0.6, 0.0, 0.8]]])
     candidates = torch.tensor([[[0.0, 0.6, 0.8]], [[1.0, 0.0, 0.0]]])
     whole = math.log(1 + math.exp(-0.08))
@@ -66,7 +72,9 @@ def test_prefixes_are_unit_and_the_whole_is_itself() -> None:
     vectors = problem()[0]
     assert unit_prefix(vectors, 8) is vectors
     torch.testing.assert_close(unit_prefix(vectors, 3).norm(dim=-1), torch.ones(3, 2))
-    torch.testing.assert_close(unit_prefix(torch.tensor([[3.0, 4.0, 12.0]]), 2), torch.tensor([[0.6, 0.8]]))
+    torch.testing.assert_close(
+        unit_prefix(torch.tensor([[3.0, 4.0, 12.0]]), 2), torch.tensor([[0.6, 0.8]])
+    )
 
 
 @pytest.mark.parametrize("sizes, weights, expected", [
@@ -75,9 +83,13 @@ def test_prefixes_are_unit_and_the_whole_is_itself() -> None:
     ((4, 8), (1.0, 3.0), {8: 0.75, 4: 0.25}),
     ((2,), (4.0,), {8: 0.2, 2: 0.8}),
 ])  # fmt: skip
-def test_weights_of_the_sizes(sizes: tuple[int, ...], weights: tuple[float, ...], expected: dict[int, float]) -> None:
+def test_weights_of_the_sizes(
+    sizes: tuple[int, ...], weights: tuple[float, ...], expected: dict[int, float]
+) -> None:
     found = size_weights(8, sizes, weights)
-    assert next(iter(found)) == 8, "the full size comes first: its numbers are logged without a size"
+    assert next(iter(found)) == 8, (
+        "the full size comes first: its numbers are logged without a size"
+    )
     assert found == pytest.approx(expected)
 
 
@@ -87,18 +99,24 @@ def test_the_objective_is_the_mean_of_those_at_each_size() -> None:
     loss, _ = objective(queries, candidates, given, replace(SETTINGS, matryoshka_dims=(2, 5)), STEP)
     alone = torch.stack(
         [
-            objective(unit_prefix(queries, size), unit_prefix(candidates, size), given, SETTINGS, STEP)[0]
+            objective(
+                unit_prefix(queries, size), unit_prefix(candidates, size), given, SETTINGS, STEP
+            )[0]
             for size in (8, 2, 5)
         ]
     )
     torch.testing.assert_close(loss, alone.mean())
-    assert float(alone.detach().max() - alone.detach().min()) > 0.1, "the sizes have the same loss: proves nothing"
+    assert float(alone.detach().max() - alone.detach().min()) > 0.1, (
+        "the sizes have the same loss: proves nothing"
+    )
 
 
 def test_off_it_is_the_objective_bit_for_bit() -> None:
     queries, candidates = problem()
     plain, metrics = objective(queries, candidates, rows(3, 5, 4), SETTINGS, STEP)
-    listed, more = objective(queries, candidates, rows(3, 5, 4), replace(SETTINGS, matryoshka_dims=(8,)), STEP)
+    listed, more = objective(
+        queries, candidates, rows(3, 5, 4), replace(SETTINGS, matryoshka_dims=(8,)), STEP
+    )
     assert torch.equal(plain, listed)
     assert metrics == more
     first = torch.autograd.grad(plain, queries)[0]

@@ -38,18 +38,28 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 def hits(names: str) -> tuple[Hit, ...]:
     """Passages of the documents named; two passages of one document are two letters."""
-    return tuple(Hit(f"{n}{rank}", n, rank, 0.5, n, f"text {n}") for rank, n in enumerate(names, start=1))
+    return tuple(
+        Hit(f"{n}{rank}", n, rank, 0.5, n, f"text {n}") for rank, n in enumerate(names, start=1)
+    )
 
 
-def family(name: str, *lists: str, gold: str = "g", answers: tuple[str, ...] = ("g",)) -> FoundFamily:
+def family(
+    name: str, *lists: str, gold: str = "g", answers: tuple[str, ...] = ("g",)
+) -> FoundFamily:
     return FoundFamily(
-        name, tuple(f"{name}{n}" for n in range(len(lists))), answers, tuple(gold), tuple(map(hits, lists))
+        name,
+        tuple(f"{name}{n}" for n in range(len(lists))),
+        answers,
+        tuple(gold),
+        tuple(map(hits, lists)),
     )
 
 
 def test_retrieval_by_hand() -> None:
     # Document a fills two passages before g: g's rank is 2.
-    columns = retrieval_columns([family("p", "aagb", "gab"), family("q", "xyz", "xyz", gold="")], 2, 5, RULE)
+    columns = retrieval_columns(
+        [family("p", "aagb", "gab"), family("q", "xyz", "xyz", gold="")], 2, 5, RULE
+    )
     assert columns["recall_at_1"] == [0.0, None]
     assert columns["recall_at_5"] == [1.0, None]
     assert "recall_at_20" not in columns
@@ -80,7 +90,9 @@ def test_change_by_hand() -> None:
         change_column(first, second[::-1], 3)
 
 
-def said(text: str, cited: str = "", shown: str = "ga", refused: bool = False, removed: int = 0) -> Answered:
+def said(
+    text: str, cited: str = "", shown: str = "ga", refused: bool = False, removed: int = 0
+) -> Answered:
     return Answered(text, refused, -0.5, tuple(cited), tuple(shown), 0.1, removed)
 
 
@@ -95,7 +107,11 @@ def test_answers_by_hand() -> None:
     assert columns["exact_match"] == [1.0, 0.0, 0.0]
     assert columns["accuracy"] == [1.0, 0.0, 1.0]
     assert columns["abstained"] == [0.0, 1.0, 0.0]
-    assert columns["flip_rate"] == [0.5, None, None]  # the second's anchor is wrong, the third has no rewording
+    assert columns["flip_rate"] == [
+        0.5,
+        None,
+        None,
+    ]  # the second's anchor is wrong, the third has no rewording
     assert columns["citation_precision"] == [0.5, None, None]
     assert columns["removed_citations"] == [2.0, 0.0, 0.0]
     assert columns["citation_recall"] == [1.0, None, None]
@@ -105,11 +121,15 @@ def test_answers_by_hand() -> None:
 
 def made(small: World, name: str) -> Artifact:
     plan = bm25_plan(small.config, small.passages, small.questions, "dev", 5)
-    bm25 = small._get(plan, lambda building: build_bm25_hits(building, small.passages, small.questions))
+    bm25 = small._get(
+        plan, lambda building: build_bm25_hits(building, small.passages, small.questions)
+    )
     if name == "bm25":
         return bm25
     parts = [bm25, bm25]
-    return small._get(fused_plan(name, parts, "dev", 3), lambda building: build_fused_hits(building, parts))
+    return small._get(
+        fused_plan(name, parts, "dev", 3), lambda building: build_fused_hits(building, parts)
+    )
 
 
 def test_bm25_finds_the_islands(small: World) -> None:
@@ -137,7 +157,9 @@ def test_hits_of_other_questions_are_not_fused(small: World) -> None:
         lambda building: build_bm25_hits(building, small.passages, small.questions),
     )
     with pytest.raises(MixedArtifactsError, match="other questions"):
-        small._get(fused_plan("mixed", [dev, train], "dev", 3), lambda b: build_fused_hits(b, [dev, train]))
+        small._get(
+            fused_plan("mixed", [dev, train], "dev", 3), lambda b: build_fused_hits(b, [dev, train])
+        )
 
 
 def test_search_fused_over_rewrites_of_each_wording_alone(small: World) -> None:
@@ -145,7 +167,9 @@ def test_search_fused_over_rewrites_of_each_wording_alone(small: World) -> None:
     plain = SearchBlock(index.uri, 4, "fp32")
     fused = SearchBlock(index.uri, 4, "fp32", num_rewrites=2, seed=3)
     alone = fused({"block": 0, "wordings": [[wording]]})["hits"][0][0]
-    beside = fused({"block": 0, "wordings": [["Which crop comes from Lunna?", wording]]})["hits"][0][1]
+    beside = fused({"block": 0, "wordings": [["Which crop comes from Lunna?", wording]]})["hits"][
+        0
+    ][1]
     assert alone == beside, "what another wording of the family says must not matter"
     texts = [wording, *query_rewrites(wording, 2, 3)]
     lists = plain({"block": 0, "wordings": [texts]})["hits"][0]
@@ -155,7 +179,10 @@ def test_search_fused_over_rewrites_of_each_wording_alone(small: World) -> None:
 
 def test_exact_search_equals_a_flat_index(small: World) -> None:
     approximate = small.index("ivf", small.base_spec, None, "IVF2,Flat")
-    row = {"block": 0, "wordings": [["What do farmers grow on Kelda?", "When does the ferry leave Elvay?"]]}
+    row = {
+        "block": 0,
+        "wordings": [["What do farmers grow on Kelda?", "When does the ferry leave Elvay?"]],
+    }
     exact = SearchBlock(approximate.uri, 5, "fp32", exact=True)(row)["hits"]
     flat = SearchBlock(small.base_index.uri, 5, "fp32")(row)["hits"]
     ids = [[[hit["passage_id"] for hit in found] for found in block[0]] for block in (exact, flat)]
@@ -163,21 +190,36 @@ def test_exact_search_equals_a_flat_index(small: World) -> None:
 
 
 def test_questions_in_the_other_precision_find_about_the_same(small: World) -> None:
-    row = {"block": 0, "wordings": [["What do farmers grow on Kelda?", "When does the ferry leave Elvay?"]]}
-    both = [SearchBlock(small.base_index.uri, 5, precision)(row)["hits"][0] for precision in PRECISIONS]
+    row = {
+        "block": 0,
+        "wordings": [["What do farmers grow on Kelda?", "When does the ferry leave Elvay?"]],
+    }
+    both = [
+        SearchBlock(small.base_index.uri, 5, precision)(row)["hits"][0] for precision in PRECISIONS
+    ]
     assert [[hit["score"] for hit in found] for found in both[0]] != [
         [hit["score"] for hit in found] for found in both[1]
     ], "bf16 on a CPU is bf16"
     for full, half in zip(*both, strict=True):
         assert {hit["passage_id"] for hit in full[:2]} & {hit["passage_id"] for hit in half[:2]}
-        assert [hit["score"] for hit in full] == pytest.approx([hit["score"] for hit in half], abs=0.02)
+        assert [hit["score"] for hit in full] == pytest.approx(
+            [hit["score"] for hit in half], abs=0.02
+        )
 
 
 def test_the_mode_is_in_the_fingerprint_only_where_it_acts(small: World) -> None:
     def plan(mode: SearchMode) -> str:
-        return hits_plan(small.config, small.base_index, small.questions, "dev", 5, mode).fingerprint
+        return hits_plan(
+            small.config, small.base_index, small.questions, "dev", 5, mode
+        ).fingerprint
 
-    modes = [SearchMode(), SearchMode(2), SearchMode(3), SearchMode(exact=True), SearchMode(precision="bf16")]
+    modes = [
+        SearchMode(),
+        SearchMode(2),
+        SearchMode(3),
+        SearchMode(exact=True),
+        SearchMode(precision="bf16"),
+    ]
     assert len({plan(mode) for mode in modes}) == len(modes)
 
 

@@ -11,8 +11,12 @@ from invar_ray.schema import Passage
 from invar_ray.training.mining import MiningReport, select_negatives, union_by_best_rank
 
 
-def passage(row: int, document: str = "", text: str = "", span: tuple[int, int] = (0, 10), title: str = "") -> Passage:
-    return Passage(f"p{row}", document or f"d{row}", title, text or f"text number {row} of its own", *span)
+def passage(
+    row: int, document: str = "", text: str = "", span: tuple[int, int] = (0, 10), title: str = ""
+) -> Passage:
+    return Passage(
+        f"p{row}", document or f"d{row}", title, text or f"text number {row} of its own", *span
+    )
 
 
 def select(
@@ -59,9 +63,15 @@ def test_union_is_by_best_rank(lists: list[list[int]], expected: list[int]) -> N
     assert union_by_best_rank(lists) == expected
 
 
-@pytest.mark.parametrize("first, expected", [(1, [3, 5, 1, 2, 7]), (2, [1, 2, 7]), (3, [2, 7]), (4, [])])
-def test_what_ranks_above_the_first_rank_anywhere_is_left_out(first: int, expected: list[int]) -> None:
-    assert union_by_best_rank([[3, 1, 2], [5, 3, 7]], first) == expected  # 3 is first in one list, second in the other
+@pytest.mark.parametrize(
+    "first, expected", [(1, [3, 5, 1, 2, 7]), (2, [1, 2, 7]), (3, [2, 7]), (4, [])]
+)
+def test_what_ranks_above_the_first_rank_anywhere_is_left_out(
+    first: int, expected: list[int]
+) -> None:
+    assert (
+        union_by_best_rank([[3, 1, 2], [5, 3, 7]], first) == expected
+    )  # 3 is first in one list, second in the other
 
 
 @given(st.lists(st.lists(st.integers(0, 20), max_size=8, unique=True), max_size=4))
@@ -136,7 +146,12 @@ def test_margin_of_zero_drops_equal_scores_only() -> None:
 
 
 def test_each_dropped_candidate_counts_once_and_only_as_far_as_it_was_looked_at() -> None:
-    passages = [passage(0, text="Paris"), passage(1, text="Paris"), passage(2, text="Paris again"), passage(3)]
+    passages = [
+        passage(0, text="Paris"),
+        passage(1, text="Paris"),
+        passage(2, text="Paris again"),
+        passage(3),
+    ]
     found, report = select(passages, [1, 2, 3, 0], [0.9, 0.9, 0.1, 0.1], count=1)
     assert found == [3]
     assert dict(report.dropped) == {"copy of the positive": 1, "holds a gold answer": 1}

@@ -1,4 +1,6 @@
-"""A folder of one's own: every kind of file becomes text with places; what cannot be read costs a line, no more."""
+"""A folder of one's own: every kind of file becomes text with places; what cannot be read costs a
+line, no more.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def test_all_sound_documents_are_read(read: tuple[dict[str, Document], list[str]
     found = [document for document in read[0].values() if not document.file.startswith("bad/")]
     assert len(found) == SOUND_DOCUMENTS
     assert len({document.file for document in found}) == SOUND_FILES
-    assert read[0]["r1"].text == "A sound row about larches."  # its neighbours in the file are malformed
+    assert (
+        read[0]["r1"].text == "A sound row about larches."
+    )  # its neighbours in the file are malformed
     for document in read[0].values():
         assert document.uri.removesuffix("#L1").startswith("/") or document.uri == ""
         assert list(document.places) == sorted(document.places, key=lambda place: place.start)
@@ -80,7 +84,9 @@ def test_texts_and_titles(read: tuple[dict[str, Document], list[str]]) -> None:
     assert not {"Home", "hidden", "p{}"} & set(read[0]["site/errors.html"].text.split())
     assert "a\n  b" in read[0]["site/shop.xhtml"].text
     assert "simmers for ninety" in read[0]["recipes/soup.txt"].text  # UTF-16
-    assert read[0]["boats/open.pdf"].text.startswith("Dunmore lends")  # encrypted with an empty password
+    assert read[0]["boats/open.pdf"].text.startswith(
+        "Dunmore lends"
+    )  # encrypted with an empty password
 
 
 def test_every_fault_is_one_line(
@@ -98,7 +104,15 @@ def test_every_fault_is_one_line(
 
 
 def test_a_file_that_was_named_itself_raises(mixed: tuple[Path, dict[str, str]]) -> None:
-    for name in ("locked.pdf", "scan.pdf", "empty.txt", "large.txt", "broken.docx", "rows.jsonl", "latin.txt"):
+    for name in (
+        "locked.pdf",
+        "scan.pdf",
+        "empty.txt",
+        "large.txt",
+        "broken.docx",
+        "rows.jsonl",
+        "latin.txt",
+    ):
         place = mixed[0] / "bad" / name
         with pytest.raises(DataError) as caught:
             list(read_documents(str(place), log=ReadLog()))
@@ -108,7 +122,9 @@ def test_a_file_that_was_named_itself_raises(mixed: tuple[Path, dict[str, str]])
 def test_nothing_readable_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_bytes(b"")
     (tmp_path / "b.pdf").write_bytes(encrypted_pdf(["x"], "user"))
-    with pytest.raises(DataError, match=r"is empty: of its 2 files none could be read \(first: a.txt is empty"):
+    with pytest.raises(
+        DataError, match=r"is empty: of its 2 files none could be read \(first: a.txt is empty"
+    ):
         list(read_documents(str(tmp_path), log=ReadLog()))
 
 
@@ -191,9 +207,14 @@ def test_a_word_file_that_unpacks_to_too_much_is_refused_before_it_does() -> Non
 
 
 def test_entities_do_not_expand() -> None:
-    lines = ['<!ENTITY a0 "lol">', *(f'<!ENTITY a{n} "{f"&a{n - 1};" * 10}">' for n in range(1, 10))]
+    lines = [
+        '<!ENTITY a0 "lol">',
+        *(f'<!ENTITY a{n} "{f"&a{n - 1};" * 10}">' for n in range(1, 10)),
+    ]
     doctype = f"<!DOCTYPE x [{''.join(lines)}]>"
-    page = parse_html(f"{doctype}<html><body><p>before &a9; after</p></body></html>".encode(), "x.html")
+    page = parse_html(
+        f"{doctype}<html><body><p>before &a9; after</p></body></html>".encode(), "x.html"
+    )
     assert len(page.text) < 2000
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(docx_bytes())) as source, zipfile.ZipFile(out, "w") as archive:
@@ -201,7 +222,9 @@ def test_entities_do_not_expand() -> None:
             content = source.read(part).decode("utf-8", "surrogateescape")
             if part.filename == "word/document.xml":
                 head, body = content.split("?>", 1)
-                content = f"{head}?>{doctype}{body.replace('The machine has', 'The machine &a9; has')}"
+                content = (
+                    f"{head}?>{doctype}{body.replace('The machine has', 'The machine &a9; has')}"
+                )
             archive.writestr(part.filename, content.encode("utf-8", "surrogateescape"))
     try:
         found = parse_docx(out.getvalue(), "x.docx", 32 << 20).text
@@ -238,7 +261,9 @@ def test_places_of_spans(start: int, end: int, place: str) -> None:
 
 def test_pages_make_a_range_and_documents_without_file_have_no_place() -> None:
     pages = (Place(0, "page 1"), Place(10, "page 2"))
-    assert PlaceFinder(Document("a", "", "x" * 20, "", "a.pdf", pages)).of(5, 15) == "a.pdf, pages 1-2"
+    assert (
+        PlaceFinder(Document("a", "", "x" * 20, "", "a.pdf", pages)).of(5, 15) == "a.pdf, pages 1-2"
+    )
     assert PlaceFinder(Document("a", "", "x" * 20, "", "", pages)).of(5, 15) == ""
 
 
@@ -248,7 +273,11 @@ def test_passages_keep_to_their_page_once_they_are_a_quarter_full() -> None:
     places = tuple(Place(len(page) * n, f"page {n + 1}") for n in range(3))
     document = Document("a", "", text, "", "a.pdf", places)
     kept = chunk_document(document, tiny_base()[1], tokens=40, stride=40)
-    assert [passage.place for passage in kept] == ["a.pdf, page 1", "a.pdf, page 2", "a.pdf, page 3"]
+    assert [passage.place for passage in kept] == [
+        "a.pdf, page 1",
+        "a.pdf, page 2",
+        "a.pdf, page 3",
+    ]
     large = chunk_document(document, tiny_base()[1], tokens=200, stride=200)
     assert [passage.place for passage in large] == ["a.pdf, pages 1-3"]
     plain = chunk_document(Document("a", "", text), tiny_base()[1], tokens=40, stride=40)
@@ -262,7 +291,9 @@ def test_long_documents_are_cut_in_slices(monkeypatch: pytest.MonkeyPatch) -> No
     assert chunk_document(document, tiny_base()[1], tokens=32, stride=32) == whole
 
 
-def test_the_passages_artifact_says_what_was_left_out(mixed: tuple[Path, dict[str, str]], tmp_path: Path) -> None:
+def test_the_passages_artifact_says_what_was_left_out(
+    mixed: tuple[Path, dict[str, str]], tmp_path: Path
+) -> None:
     artifact = build(small_config(tmp_path, f"corpus.uri={mixed[0]}"))
     assert artifact.info["source"] == str(mixed[0])
     assert artifact.info["files"] == SOUND_FILES + 1
@@ -270,7 +301,10 @@ def test_the_passages_artifact_says_what_was_left_out(mixed: tuple[Path, dict[st
     assert artifact.info["skipped"] == len(load_skipped(artifact)) == len(mixed[1])
     places = [passage.place for passage in load_passages(artifact)]
     for file, place in QUESTIONS.values():
-        assert any(found.startswith(f"{file}, ") and place in found for found in places), (file, place)
+        assert any(found.startswith(f"{file}, ") and place in found for found in places), (
+            file,
+            place,
+        )
 
 
 def test_pages_without_text_do_not_shift_the_others(tmp_path: Path) -> None:
@@ -288,8 +322,12 @@ def test_documents_are_indexed_with_the_newest_adapter_that_fits(tmp_path: Path)
     found = choose_adapter(pipeline, None)
     assert found is not None
     assert found.ref == first.ref
-    other = Pipeline(replace(small.config, model=replace(small.config.model, query_prefix="ask: ")), quiet=True)
-    assert choose_adapter(other, None) is None  # its vectors of questions would not be those of the adapter
+    other = Pipeline(
+        replace(small.config, model=replace(small.config.model, query_prefix="ask: ")), quiet=True
+    )
+    assert (
+        choose_adapter(other, None) is None
+    )  # its vectors of questions would not be those of the adapter
     assert choose_adapter(pipeline, "base") is None
     named = choose_adapter(pipeline, first.uri)
     assert named is not None

@@ -1,4 +1,6 @@
-"""The report's page: nothing of the data becomes markup, nothing is loaded, every part that has data is there."""
+"""The report's page: nothing of the data becomes markup, nothing is loaded, every part that has
+data is there.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,13 @@ from typing import Any
 import pytest
 
 from invar_ray.evaluation.charts import Bar, bar_chart, column_chart, line_chart
-from invar_ray.evaluation.details import SHIFTS, RankedFamily, rank_shifts, recall_curve, worst_questions
+from invar_ray.evaluation.details import (
+    SHIFTS,
+    RankedFamily,
+    rank_shifts,
+    recall_curve,
+    worst_questions,
+)
 from invar_ray.evaluation.outcome import Outcome, compare_systems, write_outcome
 from invar_ray.evaluation.page import findings, render_html, render_markdown, sentence
 from invar_ray.evaluation.per_question import QuestionTable
@@ -48,7 +56,14 @@ class Tags(HTMLParser):
 
 
 def family(*ranked: str, gold: str = "g", name: str = "q") -> RankedFamily:
-    return RankedFamily(name, [EVIL] * len(ranked), list(map(list, ranked)), [EVIL] * len(ranked), [EVIL], list(gold))
+    return RankedFamily(
+        name,
+        [EVIL] * len(ranked),
+        list(map(list, ranked)),
+        [EVIL] * len(ranked),
+        [EVIL],
+        list(gold),
+    )
 
 
 def outcome() -> Outcome:
@@ -56,10 +71,22 @@ def outcome() -> Outcome:
     rows, tables, details = [], [], {}
     for system, value in ((EVIL, 1.0), ("base", 0.0), ("stage 1", 1.0), ("both stages", 1.0)):
         columns: dict[str, Any] = dict.fromkeys(
-            ["recall_at_1", "recall_at_5", "overlap_at_5", "change_by_rewrite_at_5", "exact_match", "f1"], [value] * 3
+            [
+                "recall_at_1",
+                "recall_at_5",
+                "overlap_at_5",
+                "change_by_rewrite_at_5",
+                "exact_match",
+                "f1",
+            ],
+            [value] * 3,
         )
         tables.append(QuestionTable(system, EVIL, ids, clusters, columns))
-        metrics = {name: value for name in columns} | {"num_families": 3.0, "num_answered": 3.0, "map": None}
+        metrics = {name: value for name in columns} | {
+            "num_families": 3.0,
+            "num_answered": 3.0,
+            "map": None,
+        }
         rows.append(Row(system, EVIL, metrics, {"recall_at_5": (value / 2, value)}))
         families = [family("ag", "bc"), family("g", "g")]
         bins = [{"low": 0.0, "high": 0.1, "count": 2, "confidence": 0.05, "accuracy": 0.5}]
@@ -85,7 +112,13 @@ def test_the_page_escapes_everything_and_asks_for_nothing(tmp_path: Path) -> Non
     assert not re.search(r"https?://", page)
     assert "default-src 'none'" in page
     assert EVIL in tags.text
-    for title in ("Retrieval", "Variance by cause", "Answers", "Paired comparisons", "Questions that change most"):
+    for title in (
+        "Retrieval",
+        "Variance by cause",
+        "Answers",
+        "Paired comparisons",
+        "Questions that change most",
+    ):
         assert title in tags.text, title
     assert sum(tag == "svg" for tag, _ in tags.found) == 4
     assert read_report(tmp_path / "report.json").rows == list(report.rows)
@@ -94,7 +127,14 @@ def test_the_page_escapes_everything_and_asks_for_nothing(tmp_path: Path) -> Non
 def test_all_files_are_written(tmp_path: Path) -> None:
     write_outcome(outcome(), tmp_path, overlap_k=5)
     names = {path.name for path in tmp_path.iterdir()}
-    assert {"report.json", "report.md", "report.html", "table.txt", "questions.parquet", "recall.png"} <= names
+    assert {
+        "report.json",
+        "report.md",
+        "report.html",
+        "table.txt",
+        "questions.parquet",
+        "recall.png",
+    } <= names
     assert "variance.png" in names
 
 
@@ -115,12 +155,15 @@ def test_findings_in_words() -> None:
 
 def test_the_terminals_tables_fit_100_columns() -> None:
     names = ["stage 1, rewrites fused", "both stages, oracle passage"]
-    retrieval = (
-        "recall_at_1 recall_at_5 mrr_at_10 overlap_at_5 worst_recall_at_5 overlap_between_questions_at_5".split()
-    )
+    retrieval = "recall_at_1 recall_at_5 mrr_at_10 overlap_at_5 worst_recall_at_5 overlap_between_questions_at_5".split()
     answers = "exact_match f1 accuracy flip_rate abstained calibration_error".split()
     rows = [
-        Row(names[0], "d", dict.fromkeys(retrieval, 0.5) | {"num_families": 711.0}, {"recall_at_5": (0.4, 0.6)}),
+        Row(
+            names[0],
+            "d",
+            dict.fromkeys(retrieval, 0.5) | {"num_families": 711.0},
+            {"recall_at_5": (0.4, 0.6)},
+        ),
         Row(names[1], "d", dict.fromkeys(answers, 0.5) | {"num_answered": 100.0}),
     ]
     text = render_tables(rows)
@@ -142,12 +185,18 @@ def test_rank_shifts_by_hand() -> None:
 
 
 def test_recall_curve_by_hand() -> None:
-    assert recall_curve([family("abg"), family("g"), family("x")], 4) == pytest.approx([1 / 3, 1 / 3, 2 / 3, 2 / 3])
+    assert recall_curve([family("abg"), family("g"), family("x")], 4) == pytest.approx(
+        [1 / 3, 1 / 3, 2 / 3, 2 / 3]
+    )
     assert recall_curve([family("abg", gold="")], 4) == []
 
 
 def test_the_worst_question_is_one_that_a_wording_loses() -> None:
-    families = [family("g", "g", name="steady"), family("gab", "xyz", name="lost"), family("ga", "gb", name="shaky")]
+    families = [
+        family("g", "g", name="steady"),
+        family("gab", "xyz", name="lost"),
+        family("ga", "gb", name="shaky"),
+    ]
     found = worst_questions(families, 5, 2)
     assert [entry["question_id"] for entry in found] == ["lost", "shaky"]
     assert [w["gold_rank"] for w in found[0]["wordings"]] == [1, None]
@@ -158,7 +207,9 @@ def test_the_worst_question_is_one_that_a_wording_loses() -> None:
 def test_charts_escape_and_nest() -> None:
     colours = {EVIL: 0}
     charts = [
-        line_chart({EVIL: [(1.0, 0.0), (20.0, 1.0)]}, colours, x_label=EVIL, y_label=EVIL, dots=True),
+        line_chart(
+            {EVIL: [(1.0, 0.0), (20.0, 1.0)]}, colours, x_label=EVIL, y_label=EVIL, dots=True
+        ),
         line_chart({EVIL: []}, colours, x_label="x", y_label="y", dots=True),
         line_chart({EVIL: [(0.5, 0.5)]}, colours, x_label="x", y_label="y", diagonal=True),
         bar_chart([Bar(EVIL, 0.5, (0.4, 0.6), 0), Bar("zero", 0.0, None, 0)], label=EVIL),
@@ -171,11 +222,15 @@ def test_charts_escape_and_nest() -> None:
 
 
 def test_charts_take_their_colours_from_the_page_and_refer_to_nothing() -> None:
-    chart = line_chart({"a $b$ c": [(1.0, 0.5), (2.0, 1.0)]}, {"a $b$ c": 3}, x_label="k", y_label="$y$", dots=True)
+    chart = line_chart(
+        {"a $b$ c": [(1.0, 0.5), (2.0, 1.0)]}, {"a $b$ c": 3}, x_label="k", y_label="$y$", dots=True
+    )
     assert set(re.findall(r"#\w+", chart)) == set()
     assert set(re.findall(r"var\(--(\w+)\)", chart)) == {"rule", "c3"}
     assert not re.search(r"href|url\(|\bid=|font-family", chart)
     tags = Tags(chart)
-    assert sum(tag == "title" for tag, _ in tags.found) == 3, "the curve's name, and its points' values"
+    assert sum(tag == "title" for tag, _ in tags.found) == 3, (
+        "the curve's name, and its points' values"
+    )
     assert "a $b$ c: 2, 1.000" in tags.text
     assert "$y$" in tags.text, "a name is no formula"

@@ -23,7 +23,9 @@ BASE = BaseRef("x", None, "0" * 16)
 
 def questions_of(config: Config) -> Artifact:
     store = Store(config.storage.root_uri)
-    return store.get_or_build(questions_plan(config), lambda building: build_questions(building, config))[0]
+    return store.get_or_build(
+        questions_plan(config), lambda building: build_questions(building, config)
+    )[0]
 
 
 def build(config: Config, questions: Artifact | None = None) -> Artifact:
@@ -62,7 +64,11 @@ def test_passages_are_exact_cuts_in_document_order(tmp_path: Path) -> None:
 def test_same_corpus_same_files(tmp_path: Path) -> None:
     rows = documents()
     first, second = (
-        build(small_config(tmp_path / name, f"corpus.uri={write_lines(tmp_path / 'shared.jsonl', rows)}"))
+        build(
+            small_config(
+                tmp_path / name, f"corpus.uri={write_lines(tmp_path / 'shared.jsonl', rows)}"
+            )
+        )
         for name in ("one", "two")
     )
     assert first.fingerprint == second.fingerprint
@@ -92,7 +98,8 @@ def test_corpus_without_text_is_refused(tmp_path: Path, text: str) -> None:
     with pytest.raises(DataError) as caught:
         build(small_config(tmp_path, f"corpus.uri={place}"))
     assert str(caught.value) == (
-        f"the corpus {place} gave no passage (1 documents read). Expected: at least one document with text. "
+        f"the corpus {place} gave no passage (1 documents read). Expected: at least one document "
+        "with text. "
         "To do: check corpus.uri, corpus.format and corpus.limit."
     )
 
@@ -114,7 +121,9 @@ LIMITS = ("questions.train_limit=2", "questions.dev_limit=2")
 
 
 @pytest.mark.parametrize("distractors", [0, 3, 100])
-def test_distractors_keep_what_questions_need_and_the_first_others(tmp_path: Path, distractors: int) -> None:
+def test_distractors_keep_what_questions_need_and_the_first_others(
+    tmp_path: Path, distractors: int
+) -> None:
     config = small_config(tmp_path, *LIMITS, f"corpus.distractors={distractors}")
     questions = questions_of(config)
     from invar_ray.steps.questions import load_examples
@@ -158,7 +167,14 @@ def test_questions_are_parents_only_where_they_count(tmp_path: Path) -> None:
 
 
 TENANT_ROWS = [
-    {"id": "a", "title": "A", "text": "The harbour was dug by hand.", "tenant": "north", "year": 1841, "public": True},
+    {
+        "id": "a",
+        "title": "A",
+        "text": "The harbour was dug by hand.",
+        "tenant": "north",
+        "year": 1841,
+        "public": True,
+    },
     {"id": "b", "title": "B", "text": "The mill grinds oats.", "tenant": "south", "year": None},
     {"id": "c", "title": "C", "text": "The orchard is old.", "tenant": ["north", "south"]},
 ]
@@ -171,17 +187,27 @@ def test_passages_keep_the_metadata_that_is_named(tmp_path: Path, form: str) -> 
         uri = tmp_path / "rows.parquet"
         pq.write_table(pa.Table.from_pylist(TENANT_ROWS[:2]), uri)
     plain = build(small_config(tmp_path / "plain", f"corpus.uri={uri}"))
-    named = build(small_config(tmp_path / "named", f"corpus.uri={uri}", "corpus.metadata=[tenant,year,public]"))
+    named = build(
+        small_config(
+            tmp_path / "named", f"corpus.uri={uri}", "corpus.metadata=[tenant,year,public]"
+        )
+    )
     assert named.fingerprint != plain.fingerprint
     table = pq.read_table(named.path("passages.parquet"))
     assert table.column_names == [*PASSAGE_SCHEMA.names, "tenant", "year", "public"]
     assert table.column("tenant").to_pylist() == ["north", "south"]
     assert table.column("year").to_pylist() == ["1841", None]
     assert table.column("public").to_pylist() == ["true", None]
-    assert load_passages(named)[0].metadata == (("tenant", "north"), ("year", "1841"), ("public", "true"))
+    assert load_passages(named)[0].metadata == (
+        ("tenant", "north"),
+        ("year", "1841"),
+        ("public", "true"),
+    )
     assert load_passages(named)[1].metadata == (("tenant", "south"),)
     assert pq.read_table(plain.path("passages.parquet")).column_names == PASSAGE_SCHEMA.names
-    assert [passage.id for passage in load_passages(plain)] == [passage.id for passage in load_passages(named)]
+    assert [passage.id for passage in load_passages(plain)] == [
+        passage.id for passage in load_passages(named)
+    ]
 
 
 def test_a_document_that_moves_to_another_tenant_moves_in_the_next_version(tmp_path: Path) -> None:
@@ -196,7 +222,10 @@ def test_a_document_that_moves_to_another_tenant_moves_in_the_next_version(tmp_p
         lambda building: build_passages(building, config, tiny_base()[1], None, earlier=before),
     )
     assert after.info["changes"]["unchanged"] == 2
-    assert [dict(passage.metadata)["tenant"] for passage in load_passages(after)] == ["south", "south"]
+    assert [dict(passage.metadata)["tenant"] for passage in load_passages(after)] == [
+        "south",
+        "south",
+    ]
 
 
 def test_a_row_whose_metadata_is_no_value_is_malformed(tmp_path: Path) -> None:
@@ -210,7 +239,11 @@ def test_a_row_whose_metadata_is_no_value_is_malformed(tmp_path: Path) -> None:
 
 
 def test_metadata_may_not_take_a_field_s_name(tmp_path: Path) -> None:
-    assert set(PASSAGE_FIELDS) == {*PASSAGE_SCHEMA.names, "metadata"} == {each.name for each in fields(Passage)}
+    assert (
+        set(PASSAGE_FIELDS)
+        == {*PASSAGE_SCHEMA.names, "metadata"}
+        == {each.name for each in fields(Passage)}
+    )
     for wrong in ("[uri]", "[metadata]", "[a b]", "[tenant,tenant]", "['']"):
         with pytest.raises(ConfigError, match=r"corpus\.metadata"):
             small_config(tmp_path, f"corpus.metadata={wrong}")

@@ -43,8 +43,17 @@ def test_lists_that_are_searched_through_a_graph_cost_more() -> None:
 
 @pytest.mark.parametrize(
     "rows, lists",
-    # 4 sqrt(N): 1264.9, 4,000, 18,337, 126,491; 39 rows a list: 2,000 / 39 = 51.3, 12,000 / 39 = 307; 100 / 39 < 4.
-    [(100_000, 1024), (10**6, 4096), (21_015_324, 16_384), (10**9, 131_072), (12_000, 256), (2_000, 32), (100, 1)],
+    # 4 sqrt(N): 1264.9, 4,000, 18,337, 126,491; 39 rows a list: 2,000 / 39 = 51.3, 12,000 / 39 =
+    # 307; 100 / 39 < 4.
+    [
+        (100_000, 1024),
+        (10**6, 4096),
+        (21_015_324, 16_384),
+        (10**9, 131_072),
+        (12_000, 256),
+        (2_000, 32),
+        (100, 1),
+    ],
 )
 def test_number_of_lists(rows: int, lists: int) -> None:
     assert number_of_lists(rows) == lists
@@ -107,7 +116,8 @@ def test_what_cannot_be_done_says_by_how_much() -> None:
 def test_table_names_every_type_before_anything_is_built() -> None:
     text = render(plan_index(Need(100_000, 384, max_memory_bytes=60_000_000)))
     assert text.splitlines()[0] == (
-        "index plan: 100,000 vectors of 384 dimensions; memory 60.0 MB, a query within 50 ms on one core, recall@10 of "
+        "index plan: 100,000 vectors of 384 dimensions; memory 60.0 MB, a query within 50 ms on "
+        "one core, recall@10 of "
         "0.95 or more"
     )
     for name in ("Flat", "IVF1024,Flat", "IVF1024,SQ8", "HNSW32,Flat", "OPQ96,IVF1024,PQ96x8np"):
@@ -119,9 +129,13 @@ def test_table_names_every_type_before_anything_is_built() -> None:
 
 
 def test_odd_dimensions_have_the_codes_that_divide_them() -> None:
-    assert [c.factory for c in candidates(Need(100_000, 36)) if c.kind == "IVF-PQ"] == ["OPQ9,IVF1024,PQ9x8np"]
+    assert [c.factory for c in candidates(Need(100_000, 36)) if c.kind == "IVF-PQ"] == [
+        "OPQ9,IVF1024,PQ9x8np"
+    ]
     assert not [c for c in candidates(Need(100_000, 35)) if c.kind == "IVF-PQ"]
-    assert not [c for c in candidates(Need(2_000, 64)) if c.kind == "IVF-PQ"], "too few rows for codebooks"
+    assert not [c for c in candidates(Need(2_000, 64)) if c.kind == "IVF-PQ"], (
+        "too few rows for codebooks"
+    )
 
 
 def test_a_larger_corpus_costs_more() -> None:
@@ -137,11 +151,15 @@ def test_a_larger_corpus_costs_more() -> None:
 
 
 def test_predicted_memory_is_the_size_of_the_file(tmp_path: object) -> None:
-    """A file holds what memory holds, but for list headers; memory itself: benchmarks/index_planner.py."""
+    """A file holds what memory holds, but for list headers; memory itself:
+    benchmarks/index_planner.py.
+    """
     matrix = np.random.default_rng(0).normal(size=(10_240, 32)).astype(np.float32)
     matrix /= np.linalg.norm(matrix, axis=1, keepdims=True)
     for candidate in candidates(Need(len(matrix), 32)):
         place = tmp_path / "index.faiss"  # type: ignore[operator]
         save_index(fill(of_matrix(matrix), candidate.factory, candidate.training_rows), place)
         lists = 0 if candidate.kind in {"Flat", "HNSW"} else number_of_lists(len(matrix)) * 172
-        assert math.isclose(place.stat().st_size, candidate.memory_bytes - lists, rel_tol=0.02), candidate.factory
+        assert math.isclose(place.stat().st_size, candidate.memory_bytes - lists, rel_tol=0.02), (
+            candidate.factory
+        )

@@ -1,6 +1,7 @@
 """Which setting changes which artifact: what is computed does, what it is computed on does not.
 
-The pipeline itself puts the plans together; its steps make nothing, as fingerprints do not depend on content.
+The pipeline itself puts the plans together; its steps make nothing, as fingerprints do not depend
+on content.
 """
 
 from __future__ import annotations
@@ -31,7 +32,15 @@ class NotedStore(Store):
     def note(self, plan: Plan, info: dict[str, Any]) -> Artifact:
         parents = {role: parent.ref for role, parent in plan.parents.items()}
         manifest = Manifest(
-            plan.kind, plan.name, plan.fingerprint, plan.version, dict(plan.config), parents, {}, info, created=""
+            plan.kind,
+            plan.name,
+            plan.fingerprint,
+            plan.version,
+            dict(plan.config),
+            parents,
+            {},
+            info,
+            created="",
         )
         return self.noted.setdefault(plan.ref, Artifact(self, plan.ref, manifest))
 
@@ -63,16 +72,24 @@ class Planner(Pipeline):
         if plan.kind in {"vectors", "index", "hits"}:
             key = f"{plan.kind} {plan.name}"
         if plan.kind == "hits":
-            how = ("rewrites" if plan.config.get("num_rewrites") else "", "exact" if plan.config.get("exact") else "")
+            how = (
+                "rewrites" if plan.config.get("num_rewrites") else "",
+                "exact" if plan.config.get("exact") else "",
+            )
             key = " ".join([key, *filter(None, (*how, plan.config.get("precision")))])
-        if plan.kind == "passages" and self.config.corpus.chunk_tokens != plan.config["chunk_tokens"]:
+        if (
+            plan.kind == "passages"
+            and self.config.corpus.chunk_tokens != plan.config["chunk_tokens"]
+        ):
             key = f"passages {plan.config['chunk_tokens']}"
         assert self.fingerprints.setdefault(key, plan.fingerprint) == plan.fingerprint
         if plan.kind == "model":  # the passages' step opens its tokenizer
             return self.store.get_or_build(plan, lambda building: save_tokenizer(building.path))[0]
         info: dict[str, Any] = {}
         if plan.kind == "retriever":
-            info["encoder"] = llm_spec(self.config.model, self.base, (plan.ref, plan.fingerprint)).to_json()
+            info["encoder"] = llm_spec(
+                self.config.model, self.base, (plan.ref, plan.fingerprint)
+            ).to_json()
         return self.store.note(plan, info)
 
 
@@ -106,7 +123,9 @@ class Plans:
 
 def changed(section: Any, path: list[str], value: Any) -> Any:
     name, *rest = path
-    return replace(section, **{name: changed(getattr(section, name), rest, value) if rest else value})
+    return replace(
+        section, **{name: changed(getattr(section, name), rest, value) if rest else value}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -153,10 +172,21 @@ AFTER_RETRIEVER = {
     "report",
 }
 AFTER_TRAINSET = AFTER_RETRIEVER | {"trainset"}
-AFTER_QUESTIONS = AFTER_TRAINSET | {"questions", "hits base-dev", "hits minilm-dev", "hits bm25-dev", *FUSED}
+AFTER_QUESTIONS = AFTER_TRAINSET | {
+    "questions",
+    "hits base-dev",
+    "hits minilm-dev",
+    "hits bm25-dev",
+    *FUSED,
+}
 AFTER_PASSAGES = ALL - {"model", "questions"}
 BASE_ENCODER = AFTER_TRAINSET | {"vectors base", "index base", "hits base-dev"}
-COARSE_ENCODER = AFTER_TRAINSET | {"vectors minilm", "index minilm", "hits minilm-dev", "hits minilm_bm25-dev"}
+COARSE_ENCODER = AFTER_TRAINSET | {
+    "vectors minilm",
+    "index minilm",
+    "hits minilm-dev",
+    "hits minilm_bm25-dev",
+}
 
 
 def test_a_run_makes_these_artifacts(plans: Plans) -> None:
@@ -213,7 +243,15 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     (
         "evaluation.top_k",
         10,
-        {"hits retriever-dev", "hits base-dev", "hits minilm-dev", "hits bm25-dev", *FUSED, *REWRITES, "report"},
+        {
+            "hits retriever-dev",
+            "hits base-dev",
+            "hits minilm-dev",
+            "hits bm25-dev",
+            *FUSED,
+            *REWRITES,
+            "report",
+        },
     ),
     ("evaluation.overlap_k", 4, {"report"}),
     ("evaluation.num_answers", 31, {"report"}),
@@ -228,7 +266,9 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
 
 
 @pytest.mark.parametrize("key, value, expected", CHANGES, ids=[key for key, _, _ in CHANGES])
-def test_setting_changes_exactly_what_follows_from_it(plans: Plans, key: str, value: Any, expected: set[str]) -> None:
+def test_setting_changes_exactly_what_follows_from_it(
+    plans: Plans, key: str, value: Any, expected: set[str]
+) -> None:
     assert plans.changed_by(**{key.replace(".", "__"): value}) == expected
 
 
@@ -239,7 +279,9 @@ def test_index_factory_changes_the_indexes_and_what_is_searched_in_them(plans: P
 
 
 def test_edited_input_file_changes_what_was_made_from_it(plans: Plans, tmp_path: Path) -> None:
-    copy = write_lines(tmp_path / "corpus.jsonl", [{"id": "a", "title": "A", "text": "Another corpus."}])
+    copy = write_lines(
+        tmp_path / "corpus.jsonl", [{"id": "a", "title": "A", "text": "Another corpus."}]
+    )
     assert plans.changed_by(corpus__uri=str(copy)) == AFTER_PASSAGES
     rows = [{"id": "q", "question": "Why?", "answers": ["so"], "positive_ids": ["a"]}]
     train = write_lines(tmp_path / "train.jsonl", rows)
@@ -335,7 +377,9 @@ def test_every_science_field_is_in_some_fingerprint(plans: Plans) -> None:
 
 def test_distractors_tie_the_passages_to_the_questions(plans: Plans) -> None:
     assert plans.changed_by(corpus__distractors=3) == AFTER_PASSAGES
-    both = changed(changed(plans.config, ["corpus", "distractors"], 3), ["questions", "dev_limit"], 4)
+    both = changed(
+        changed(plans.config, ["corpus", "distractors"], 3), ["questions", "dev_limit"], 4
+    )
     one = changed(plans.config, ["corpus", "distractors"], 3)
     assert plans(both)["passages"] != plans(one)["passages"]
 
@@ -346,7 +390,10 @@ def test_causes_of_variance_are_searches_of_their_own(plans: Plans) -> None:
     made = {"passages 64", "vectors recut-base", "index recut-base", "vectors recut-retriever"}
     made |= {"index recut-retriever", "hits recut-base-dev", "hits recut-retriever-dev"}
     # Nothing for the cause index: a Flat index is exact.
-    assert after.keys() - plans.first.keys() == made | {"hits base-dev bf16", "hits retriever-dev bf16"}
+    assert after.keys() - plans.first.keys() == made | {
+        "hits base-dev bf16",
+        "hits retriever-dev bf16",
+    }
     # On CPUs a bf16 model embeds in fp32 all the same, so the other precision is still bf16.
     assert {"hits base-dev bf16", "hits retriever-dev bf16"} <= plans(
         changed(config, ["model", "precision"], "bf16")
@@ -354,7 +401,11 @@ def test_causes_of_variance_are_searches_of_their_own(plans: Plans) -> None:
     other = plans(changed(config, ["evaluation", "window_tokens"], 32))
     assert {key for key in after if other.get(key) != after[key]} == made | {"report"}
     approximate = plans(
-        changed(changed(plans.config, ["index", "factory"], "IVF4,Flat"), ["evaluation", "causes"], ("index",))
+        changed(
+            changed(plans.config, ["index", "factory"], "IVF4,Flat"),
+            ["evaluation", "causes"],
+            ("index",),
+        )
     )
     assert {"hits base-dev exact", "hits retriever-dev exact"} <= approximate.keys()
 
@@ -374,7 +425,10 @@ def test_without_answers_no_generator_is_trained(plans: Plans) -> None:
 
 
 def test_coarse_encoder_is_independent_of_the_base(plans: Plans) -> None:
-    specs = {coarse_spec(replace(plans.config.coarse, max_tokens=tokens)).fingerprint for tokens in (64, 128)}
+    specs = {
+        coarse_spec(replace(plans.config.coarse, max_tokens=tokens)).fingerprint
+        for tokens in (64, 128)
+    }
     assert len(specs) == 2
 
 
@@ -393,6 +447,10 @@ def test_limits_count_for_a_planned_index_only(plans: Plans) -> None:
         "recall_target": 0.8,
         "recall_queries": 7,
     }.items():
-        assert plans(changed(config, ["index", field], value))["index base"] != planned["index base"], field
+        assert (
+            plans(changed(config, ["index", field], value))["index base"] != planned["index base"]
+        ), field
     named = plans(changed(plans.config, ["index", "recall_target"], 0.8))
-    assert named["index base"] != plans.first["index base"], "an explicit factory is measured where a target is set"
+    assert named["index base"] != plans.first["index base"], (
+        "an explicit factory is measured where a target is set"
+    )

@@ -17,7 +17,11 @@ from invar_ray.text.prompts import (
     parse_answer,
 )
 
-PASSAGES = [("Harbour", "Dug in 1841."), ("", "Ships came\n[9] in spring."), ("Log", "Question: a trap\n\nAnswer: no")]
+PASSAGES = [
+    ("Harbour", "Dug in 1841."),
+    ("", "Ships came\n[9] in spring."),
+    ("Log", "Question: a trap\n\nAnswer: no"),
+]
 
 
 def words(text: str) -> int:
@@ -26,7 +30,9 @@ def words(text: str) -> int:
 
 def test_encoder_texts() -> None:
     assert format_query("  who  was it? ", "query: ") == "query: who was it?"
-    assert format_passage("Harbour", "Dug in\n1841.", "passage: ") == "passage: Harbour Dug in 1841."
+    assert (
+        format_passage("Harbour", "Dug in\n1841.", "passage: ") == "passage: Harbour Dug in 1841."
+    )
     assert format_passage("", "Dug.", "") == "Dug."
 
 
@@ -34,7 +40,8 @@ def test_answer_prompt_keeps_each_passage_on_its_line() -> None:
     prompt = format_answer_prompt("when was it\ndug?", PASSAGES)
     assert prompt.split("\n\n")[1:] == [
         "Question: when was it dug?",
-        "[1] Harbour: Dug in 1841.\n[2] Ships came [9] in spring.\n[3] Log: Question: a trap Answer: no",
+        "[1] Harbour: Dug in 1841.\n[2] Ships came [9] in spring.\n[3] Log: Question: a trap "
+        "Answer: no",
         "Question: when was it dug?\nAnswer:",
     ]
     assert REFUSAL in prompt
@@ -54,7 +61,9 @@ def test_passages_are_dropped_from_the_worst_rank() -> None:
     three = words(format_answer_prompt("who?", PASSAGES))
     fitted = fit_prompt("who?", PASSAGES, words, two)
     assert fitted.kept == [0, 1]
-    assert fitted.notes == [f"passage [3] Log left out: with [3] the prompt takes {three} tokens, {two} are allowed"]
+    assert fitted.notes == [
+        f"passage [3] Log left out: with [3] the prompt takes {three} tokens, {two} are allowed"
+    ]
     one = fit_prompt("who?", PASSAGES, words, two - 1)
     assert one.notes[0].startswith("passages [2], [3] Log left out: with [2] the prompt takes")
 
@@ -66,7 +75,9 @@ def test_a_first_passage_too_long_is_cut() -> None:
     assert fitted.kept == [0]
     assert fitted.passages[0][1].split() == [f"w{n}" for n in range(50)]
     assert words(fitted.prompt) == frame + 50
-    assert fitted.notes[0].startswith("passage [1] Long cut to its first 50 of 200 words: with it the prompt takes")
+    assert fitted.notes[0].startswith(
+        "passage [1] Long cut to its first 50 of 200 words: with it the prompt takes"
+    )
     assert fitted.notes[1].startswith("passage [2] Other left out")
     nothing = fit_prompt("who?", passages, words, frame - 3)
     assert (nothing.kept, nothing.prompt) == ([], format_answer_prompt("who?", []))
@@ -78,7 +89,8 @@ def test_a_question_too_long_is_refused() -> None:
     with pytest.raises(RequestError) as caught:
         fit_prompt("a b c", PASSAGES, words, least - 1)
     assert str(caught.value) == (
-        f"the question takes {least} tokens with the words around it. Expected: at most {least - 1} tokens. "
+        f"the question takes {least} tokens with the words around it. Expected: at most "
+        f"{least - 1} tokens. "
         "To do: shorten the question."
     )
     assert fit_prompt("a b c", [], words, least).kept == []
@@ -102,7 +114,12 @@ def test_target_and_its_parse() -> None:
     assert format_target(" Paris ", 2) == "Paris [2]"
     assert format_target("Paris", None) == "Paris"
     parsed = parse_answer(format_target("Paris", 2), 3)
-    assert (parsed.text, parsed.numbers, parsed.removed_citations, parsed.refused) == ("Paris", (2,), (), False)
+    assert (parsed.text, parsed.numbers, parsed.removed_citations, parsed.refused) == (
+        "Paris",
+        (2,),
+        (),
+        False,
+    )
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,6 @@
-"""The nightly job: what it publishes, what it does the second night, and what happens if another job was faster."""
+"""The nightly job: what it publishes, what it does the second night, and what happens if another
+job was faster.
+"""
 
 from __future__ import annotations
 
@@ -39,13 +41,17 @@ def test_nights(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     publish_index.main(second, OPTIONS | {"keep": "1"})  # type: ignore[arg-type]
     output = capsys.readouterr().out
     assert "version 2 is current now" in output
-    assert "gave up 0 versions" in output, "what was current within the hour may still be in somebody's hands"
+    assert "gave up 0 versions" in output, (
+        "what was current within the hour may still be in somebody's hands"
+    )
     current = Published(store).current()
     assert current is not None
     assert (current.index, current.note) == ((second.reindexed.ref,), "nightly")
 
 
-def test_job_that_was_overtaken_changes_nothing(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_job_that_was_overtaken_changes_nothing(
+    store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
     faster = make_index(store, 2)
     monkeypatch.setattr(reindex, "main", lambda pipeline: Published(store).publish([faster]))
     with pytest.raises(ConflictError, match="is at version 1, not at 0"):

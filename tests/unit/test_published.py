@@ -54,13 +54,20 @@ def test_nothing_published(published: Published) -> None:
 def test_publish_read_and_open(store: Store, published: Published) -> None:
     first, second = make_generation(store, 1), make_generation(store, 2)
     version = published.publish(first, note="nightly")
-    assert (version.number, version.action, version.source, version.note) == (1, "publish", 1, "nightly")
+    assert (version.number, version.action, version.source, version.note) == (
+        1,
+        "publish",
+        1,
+        "nightly",
+    )
     assert version.info["rows"] == 10 + 11 + 12
     published.publish(second)
     assert published.current() == published.read(2)
     assert published.uris() == tuple(artifact.uri for artifact in second)
     assert [artifact.ref for artifact in published.open()] == [artifact.ref for artifact in second]
-    assert [artifact.ref for artifact in published.open(published.read(1))] == [artifact.ref for artifact in first]
+    assert [artifact.ref for artifact in published.open(published.read(1))] == [
+        artifact.ref for artifact in first
+    ]
     lines = (Path(store.root) / "published/main/CURRENT").read_text().splitlines()
     assert lines[0].startswith("# version 2 of main")
     assert lines[1:] == [artifact.uri for artifact in second]
@@ -72,7 +79,9 @@ def test_publishing_what_is_current_changes_nothing(store: Store, published: Pub
     assert numbers(published) == [(1, "publish", 1)]
 
 
-def test_moved_store_is_read_where_it_lies_now(store: Store, published: Published, tmp_path: Path) -> None:
+def test_moved_store_is_read_where_it_lies_now(
+    store: Store, published: Published, tmp_path: Path
+) -> None:
     published.publish([make_index(store, 1)])
     Path(store.root).rename(tmp_path / "moved")
     found = Published(Store(str(tmp_path / "moved")))
@@ -106,7 +115,9 @@ def test_what_may_not_be_published(store: Store, published: Published, tmp_path:
         published.publish([make_index(store, 1), make_index(store, 1, 1, encoder="f")])
     with pytest.raises(MixedArtifactsError, match="named twice"):
         published.publish([make_index(store, 1), make_index(store, 1)])
-    with pytest.raises(ArtifactError, match=r"has recall@10 0\.810 against exact search. Expected: 0\.900 or more"):
+    with pytest.raises(
+        ArtifactError, match=r"has recall@10 0\.810 against exact search. Expected: 0\.900 or more"
+    ):
         published.publish([make_index(store, 2, recall_at_10=0.81, recall_target=0.9)])
     assert published.current() is None
     published.publish([make_index(store, 3, recall_at_10=0.93, recall_target=0.9)])
@@ -154,7 +165,9 @@ def test_version_made_against_an_older_one_loses(store: Store, published: Publis
     assert len(published.history()) == 2
 
 
-def test_slow_writer_loses_its_number(store: Store, published: Published, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_writer_loses_its_number(
+    store: Store, published: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The other publishes between this one's look at the state and its record."""
     mine, theirs = make_generation(store, 1), make_generation(store, 2)
     looked = published.current
@@ -171,10 +184,14 @@ def test_slow_writer_loses_its_number(store: Store, published: Published, monkey
     assert Published(store).open()[0].ref == theirs[0].ref
 
 
-def process(role: str, root: str, *arguments: object, go: Path | None = None) -> subprocess.Popen[str]:
+def process(
+    role: str, root: str, *arguments: object, go: Path | None = None
+) -> subprocess.Popen[str]:
     env = os.environ | {"GO": str(go), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.publishing", role, root, *map(str, arguments)]
-    return subprocess.Popen(command, cwd=Path(__file__).parents[2], env=env, stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        command, cwd=Path(__file__).parents[2], env=env, stdout=subprocess.PIPE, text=True
+    )
 
 
 def last_line(running: subprocess.Popen[str]) -> dict[str, Any]:
@@ -185,10 +202,14 @@ def last_line(running: subprocess.Popen[str]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("expected", ["none", "1"])
-def test_of_publishers_at_once_one_wins(store: Store, published: Published, tmp_path: Path, expected: str) -> None:
+def test_of_publishers_at_once_one_wins(
+    store: Store, published: Published, tmp_path: Path, expected: str
+) -> None:
     published.publish(make_generation(store, 0))
     go = tmp_path / "go"
-    running = [process("once", store.root_uri, generation, expected, go=go) for generation in (1, 2, 3, 4)]
+    running = [
+        process("once", store.root_uri, generation, expected, go=go) for generation in (1, 2, 3, 4)
+    ]
     for each in running:
         assert each.stdout is not None
         assert each.stdout.readline() == "ready\n"
@@ -199,7 +220,9 @@ def test_of_publishers_at_once_one_wins(store: Store, published: Published, tmp_
     assert sorted(won) == list(range(2, 2 + len(won)))
     if expected == "1":
         assert won == [2], "all were made against version 1: one wins"
-    assert all("nothing was changed" in outcome["lost"] for outcome in outcomes if "lost" in outcome)
+    assert all(
+        "nothing was changed" in outcome["lost"] for outcome in outcomes if "lost" in outcome
+    )
     assert len(published.history()) == 1 + len(won)
 
 
@@ -214,13 +237,17 @@ def test_reader_never_sees_a_mixture(store: Store, published: Published) -> None
     assert all(each["wrong"] == [] for each in read), read
     history = published.history()
     assert [version.number for version in history] == list(range(1, 2 + 3 * per_publisher))
-    assert len({version.index for version in history}) == len(history), "each publication won one number"
+    assert len({version.index for version in history}) == len(history), (
+        "each publication won one number"
+    )
     assert max(each["versions"] for each in read) > 1, f"the readers saw no change: {read} {wrote}"
     (Path(store.root) / "outcome.json").write_text(json.dumps({"wrote": wrote, "read": read}))
     print(wrote, read)
 
 
-def test_writer_that_was_killed_before_the_pointer_leaves_a_version(store: Store, published: Published) -> None:
+def test_writer_that_was_killed_before_the_pointer_leaves_a_version(
+    store: Store, published: Published
+) -> None:
     published.publish(make_generation(store, 1))
     pointer = Path(store.root) / "published/main/CURRENT"
     before = pointer.read_bytes()

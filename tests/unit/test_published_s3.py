@@ -17,7 +17,9 @@ from invar_ray.store.garbage import collect
 from invar_ray.store.published import Published, open_published
 from tests.publishing import make_generation, make_index
 
-pytestmark = pytest.mark.skipif(not hasattr(fs, "S3FileSystem"), reason="this pyarrow has no S3FileSystem")
+pytestmark = pytest.mark.skipif(
+    not hasattr(fs, "S3FileSystem"), reason="this pyarrow has no S3FileSystem"
+)
 BUCKET = "invar"
 
 
@@ -66,10 +68,14 @@ def content(uri: str) -> bytes:
 def test_of_many_creators_one_wins(root: str) -> None:
     uri = place(root, "record")
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        won = list(pool.map(lambda number: create_if_absent(uri, f"writer {number}".encode()), range(16)))
+        won = list(
+            pool.map(lambda number: create_if_absent(uri, f"writer {number}".encode()), range(16))
+        )
     assert sum(won) == 1
     assert content(uri) == f"writer {won.index(True)}".encode()
-    assert create_if_absent(uri, content(uri)), "an answer that was lost: the writer knows its own record"
+    assert create_if_absent(uri, content(uri)), (
+        "an answer that was lost: the writer knows its own record"
+    )
 
 
 def test_replace_is_made_anew_where_another_was_faster(root: str) -> None:
@@ -120,7 +126,9 @@ def test_publishers_at_once(root: str) -> None:
 
     def publish(number: int) -> int | None:
         try:
-            return Published(Store(root)).publish([indexes[number]], expected=1, verify=False).number
+            return (
+                Published(Store(root)).publish([indexes[number]], expected=1, verify=False).number
+            )
         except ConflictError:
             return None
 
@@ -134,5 +142,7 @@ def test_publishers_at_once(root: str) -> None:
 
 def test_bucket_that_is_not_there(endpoint: str) -> None:
     uri = f"s3://nowhere/x/record?endpoint_override={endpoint}&scheme=http&region=us-east-1"
-    with pytest.raises(ArtifactError, match=r"cannot write s3://nowhere/x/record.*check the bucket"):
+    with pytest.raises(
+        ArtifactError, match=r"cannot write s3://nowhere/x/record.*check the bucket"
+    ):
         create_if_absent(uri, b"x")

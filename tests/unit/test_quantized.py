@@ -14,7 +14,9 @@ from invar_ray.models.base import load_causal_lm
 from invar_ray.models.quantized import quantization
 
 
-@pytest.mark.skipif(importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed")
+@pytest.mark.skipif(
+    importlib.util.find_spec("bitsandbytes") is not None, reason="bitsandbytes is installed"
+)
 def test_without_bitsandbytes_it_says_what_to_install(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="bitsandbytes is not installed") as caught:
         load_causal_lm(str(tmp_path), quantize="nf4")

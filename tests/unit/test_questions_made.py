@@ -1,4 +1,6 @@
-"""Questions made from documents: the answer stands there, the question does not give it away, twice gives the same."""
+"""Questions made from documents: the answer stands there, the question does not give it away, twice
+gives the same.
+"""
 
 from __future__ import annotations
 
@@ -16,18 +18,30 @@ from invar_ray.corpus import facts
 from invar_ray.corpus.readers import read_examples
 from invar_ray.questions.asking import ask_for_questions
 from invar_ray.questions.llm import ChatEndpoint
-from invar_ray.questions.making import MadeQuestion, make_questions, split_by_document, without_clashes
+from invar_ray.questions.making import (
+    MadeQuestion,
+    make_questions,
+    split_by_document,
+    without_clashes,
+)
 from invar_ray.questions.rules import comparison_key
 from invar_ray.schema import Document, Place
 from invar_ray.steps.passages import document_ids
-from invar_ray.steps.questions import build_questions, load_examples, questions_plan, refuse_unanswerable
+from invar_ray.steps.questions import (
+    build_questions,
+    load_examples,
+    questions_plan,
+    refuse_unanswerable,
+)
 from invar_ray.store.artifacts import Store
 from invar_ray.text.answers import contains_answer
 from tests.support import small_config
 from tests.unit.test_passages_step import build
 
 
-def made_of(text: str, title: str = "", places: tuple[Place, ...] = ()) -> dict[str, tuple[str, str]]:
+def made_of(
+    text: str, title: str = "", places: tuple[Place, ...] = ()
+) -> dict[str, tuple[str, str]]:
     """Answer type -> question and answer."""
     made = make_questions(Document("d", title, text, "", "d.txt", places), most=99, seed=0)
     return {one.answer_type: (one.example.question, one.example.answers[0]) for one in made}
@@ -81,7 +95,9 @@ def made_of(text: str, title: str = "", places: tuple[Place, ...] = ()) -> dict[
         ("The western bay of Arvon is named Corrie Sound.", "name", "", "Corrie Sound"),
     ],
 )  # fmt: skip
-def test_sentences_and_their_questions(sentence: str, kind: str, question: str, answer: str) -> None:
+def test_sentences_and_their_questions(
+    sentence: str, kind: str, question: str, answer: str
+) -> None:
     made = made_of(sentence)
     if not answer:
         assert kind not in made  # two numbers; nothing that can be looked for
@@ -136,7 +152,9 @@ def of_facts() -> list[tuple[Document, MadeQuestion]]:
     return found
 
 
-def test_every_answer_stands_in_its_document_and_in_no_wording(of_facts: list[tuple[Document, MadeQuestion]]) -> None:
+def test_every_answer_stands_in_its_document_and_in_no_wording(
+    of_facts: list[tuple[Document, MadeQuestion]],
+) -> None:
     assert len(of_facts) > 100
     for document, made in of_facts:
         example = made.example
@@ -160,7 +178,11 @@ def test_the_same_in_another_process() -> None:
     )
     runs = {
         subprocess.run(
-            [sys.executable, "-c", program], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": salt}
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={"PYTHONHASHSEED": salt},
         ).stdout
         for salt in ("1", "2")
     }
@@ -168,21 +190,31 @@ def test_the_same_in_another_process() -> None:
 
 
 def test_most_and_seed() -> None:
-    document = Document("d", "", " ".join(f"The harbour of Arvon{n} was dug in 18{n}." for n in range(10, 40)))
+    document = Document(
+        "d", "", " ".join(f"The harbour of Arvon{n} was dug in 18{n}." for n in range(10, 40))
+    )
     first, second = (make_questions(document, most=5, seed=seed) for seed in (0, 1))
     assert len(first) == len(second) == 5
     assert first != second
 
 
 def test_clashes() -> None:
-    same = make_questions(Document("a", "", "The harbour of Arvon was dug in 1841."), most=9, seed=0)
-    again = make_questions(Document("b", "", "The harbour of Arvon was dug in 1841."), most=9, seed=0)
-    other = make_questions(Document("c", "", "The harbour of Arvon was dug in 1902."), most=9, seed=0)
+    same = make_questions(
+        Document("a", "", "The harbour of Arvon was dug in 1841."), most=9, seed=0
+    )
+    again = make_questions(
+        Document("b", "", "The harbour of Arvon was dug in 1841."), most=9, seed=0
+    )
+    other = make_questions(
+        Document("c", "", "The harbour of Arvon was dug in 1902."), most=9, seed=0
+    )
     assert without_clashes([*same, *again]) == same
     assert without_clashes([*same, *other]) == []
 
 
-def test_the_split_is_by_document_and_copies_stay_together(of_facts: list[tuple[Document, MadeQuestion]]) -> None:
+def test_the_split_is_by_document_and_copies_stay_together(
+    of_facts: list[tuple[Document, MadeQuestion]],
+) -> None:
     texts = {document.id: document.text for document, _ in of_facts}
     train, dev = split_by_document([made for _, made in of_facts], texts, 0)
     of = [{made.example.positive_ids[0] for made in part} for part in (train, dev)]
@@ -191,7 +223,9 @@ def test_the_split_is_by_document_and_copies_stay_together(of_facts: list[tuple[
     assert 0.1 < len(of[1]) / len(texts) < 0.3
     copies = {id: "the same" for id in texts}
     train, dev = split_by_document([made for _, made in of_facts], copies, 0)
-    assert min(made.start for made in dev) >= max(made.start for made in train)  # as of one document: by place
+    assert min(made.start for made in dev) >= max(
+        made.start for made in train
+    )  # as of one document: by place
 
 
 # The files
@@ -202,13 +236,22 @@ def folder(tmp_path: Path) -> Path:
     folder = tmp_path / "docs"
     folder.mkdir()
     for document in list(facts.documents())[:40]:
-        (folder / f"{document.id}.md").write_text(f"# {document.title}\n\n{document.text}\n", encoding="utf-8")
+        (folder / f"{document.id}.md").write_text(
+            f"# {document.title}\n\n{document.text}\n", encoding="utf-8"
+        )
     (folder / "empty.txt").write_bytes(b"")
     return folder
 
 
 def test_the_command_writes_what_training_reads(folder: Path, tmp_path: Path) -> None:
-    arguments = ["questions", str(folder), "--out", str(tmp_path / "q.jsonl"), "--per-document", "3"]
+    arguments = [
+        "questions",
+        str(folder),
+        "--out",
+        str(tmp_path / "q.jsonl"),
+        "--per-document",
+        "3",
+    ]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.stderr
     train, dev = result.stdout.split()
@@ -218,9 +261,13 @@ def test_the_command_writes_what_training_reads(folder: Path, tmp_path: Path) ->
     rows = [json.loads(line) for line in Path(train).read_text(encoding="utf-8").splitlines()]
     assert set(rows[0]) == {"id", "question", "answers", "positive_ids", "rewrites", "answer_type"}
     assert len(read_examples(train)) == len(rows) > 20
-    config = small_config(tmp_path, f"corpus.uri={folder}", f"questions.train_uri={train}", f"questions.dev_uri={dev}")
+    config = small_config(
+        tmp_path, f"corpus.uri={folder}", f"questions.train_uri={train}", f"questions.dev_uri={dev}"
+    )
     store = Store(config.storage.root_uri)
-    questions = store.get_or_build(questions_plan(config), lambda building: build_questions(building, config))[0]
+    questions = store.get_or_build(
+        questions_plan(config), lambda building: build_questions(building, config)
+    )[0]
     documents = document_ids(build(config))
     for split in ("train", "dev"):
         refuse_unanswerable(load_examples(questions, split), documents, split)  # type: ignore[arg-type]
@@ -231,7 +278,9 @@ def test_the_command_writes_what_training_reads(folder: Path, tmp_path: Path) ->
 
 def test_too_few_questions_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("Nothing to ask about here")
-    result = CliRunner().invoke(app, ["questions", str(tmp_path), "--out", str(tmp_path / "q.jsonl")])
+    result = CliRunner().invoke(
+        app, ["questions", str(tmp_path), "--out", str(tmp_path / "q.jsonl")]
+    )
     assert result.exit_code == 1
     assert "gave 0 questions. Expected: at least 2" in result.stderr
     assert "Traceback" not in result.stderr
@@ -251,7 +300,9 @@ class Canned(ChatEndpoint):
 
 
 def test_what_a_model_asks_is_checked(tmp_path: Path) -> None:
-    document = Document("d", "Arvon", "The harbour of Arvon was dug by hand in 1841. Its mole is of granite.")
+    document = Document(
+        "d", "Arvon", "The harbour of Arvon was dug by hand in 1841. Its mole is of granite."
+    )
     endpoint = Canned("http://127.0.0.1:9/v1", "m", cache_path=tmp_path / "replies.jsonl")
     rows = [
         {"question": "When was Arvon harbour dug?", "rewording": "In what year was it dug at Arvon?", "answer": "1841"},

@@ -1,4 +1,6 @@
-"""The ``questions`` artifact: two splits that share nothing, seeded samples, and families of wordings."""
+"""The ``questions`` artifact: two splits that share nothing, seeded samples, and families of
+wordings.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from tests.support import questions, small_config, write_lines
 
 def build(config: Config) -> Artifact:
     store = Store(config.storage.root_uri)
-    return store.get_or_build(questions_plan(config), lambda building: build_questions(building, config))[0]
+    return store.get_or_build(
+        questions_plan(config), lambda building: build_questions(building, config)
+    )[0]
 
 
 def ids(artifact: Artifact, split: Any = "train") -> list[str]:
@@ -36,8 +40,12 @@ def test_examples_come_back_as_they_were(tmp_path: Path) -> None:
     for split in ("train", "dev"):
         rows = questions(split)
         found = load_examples(artifact, split)
-        assert [(e.id, e.question, list(e.answers), list(e.positive_ids), list(e.rewrites)) for e in found] == [
-            tuple(row[key] for key in ("id", "question", "answers", "positive_ids", "rewrites")) for row in rows
+        assert [
+            (e.id, e.question, list(e.answers), list(e.positive_ids), list(e.rewrites))
+            for e in found
+        ] == [
+            tuple(row[key] for key in ("id", "question", "answers", "positive_ids", "rewrites"))
+            for row in rows
         ]
     assert artifact.info == {
         "train_questions": 12,
@@ -54,9 +62,15 @@ def test_families_have_the_anchor_first_and_then_numbered_rewordings(tmp_path: P
     assert list(families) == ids(artifact)
     for example in load_examples(artifact, "train"):
         family = families[example.id]
-        assert (family[0].text, family[0].kind, family[0].rewrite) == (example.question, "anchor", 0)
+        assert (family[0].text, family[0].kind, family[0].rewrite) == (
+            example.question,
+            "anchor",
+            0,
+        )
         assert [variant.rewrite for variant in family] == list(range(len(family)))
-        assert [variant.text for variant in family[1:3]] == list(example.rewrites), "those of the data come first"
+        assert [variant.text for variant in family[1:3]] == list(example.rewrites), (
+            "those of the data come first"
+        )
         texts = [variant.text.casefold() for variant in family]
         assert len(set(texts)) == len(texts)
     assert all(len(family) == 3 for family in load_variants(artifact, "dev").values())
@@ -107,12 +121,17 @@ def test_same_file_for_both_splits_is_refused(tmp_path: Path) -> None:
         build(config)
 
 
-@pytest.mark.parametrize("gold, split", [((), "train"), (("doc-gone",), "train"), (("doc-gone",), "dev")])
-def test_question_that_the_corpus_cannot_answer_is_refused(gold: tuple[str, ...], split: str) -> None:
+@pytest.mark.parametrize(
+    "gold, split", [((), "train"), (("doc-gone",), "train"), (("doc-gone",), "dev")]
+)
+def test_question_that_the_corpus_cannot_answer_is_refused(
+    gold: tuple[str, ...], split: str
+) -> None:
     fine = Example("a", "who?", ("x",), ("doc-gone", "doc-here"))
     refuse_unanswerable([fine], {"doc-here"}, split)
     with pytest.raises(
-        DataError, match=rf"1 of 2 {split} questions have no positive document in the corpus \(first: b"
+        DataError,
+        match=rf"1 of 2 {split} questions have no positive document in the corpus \(first: b",
     ):
         refuse_unanswerable([fine, Example("b", "who else?", ("x",), gold)], {"doc-here"}, split)
 
@@ -144,27 +163,35 @@ def test_unanswered_and_repeated_rows_are_left_out(tmp_path: Path) -> None:
     config = small_config(tmp_path)
     rows = questions("train")
     write_lines(
-        Path(config.questions.train_uri), [*rows, {**rows[0], "question": "?"}, {**rows[1], "id": "x", "answers": []}]
+        Path(config.questions.train_uri),
+        [*rows, {**rows[0], "question": "?"}, {**rows[1], "id": "x", "answers": []}],
     )
     assert ids(build(config)) == [row["id"] for row in rows]
 
 
 def test_compressed_file_gives_the_same_questions(tmp_path: Path) -> None:
     place = write_lines(tmp_path / "zipped.jsonl.gz", questions("train"))
-    assert ids(build(small_config(tmp_path, f"questions.train_uri={place}"))) == [r["id"] for r in questions("train")]
+    assert ids(build(small_config(tmp_path, f"questions.train_uri={place}"))) == [
+        r["id"] for r in questions("train")
+    ]
 
 
 def test_rewordings_from_a_file(tmp_path: Path) -> None:
     place = write_lines(
-        tmp_path / "variants.jsonl", [{"question_id": "train-0", "text": "Whose is the tower of Arvon?"}]
+        tmp_path / "variants.jsonl",
+        [{"question_id": "train-0", "text": "Whose is the tower of Arvon?"}],
     )
-    config = small_config(tmp_path, "variants.provider=file", f"variants.file_uri={place}", "variants.num_rewrites=1")
+    config = small_config(
+        tmp_path, "variants.provider=file", f"variants.file_uri={place}", "variants.num_rewrites=1"
+    )
     artifact = build(config)
     assert [variant.text for variant in load_variants(artifact, "train")["train-0"]][1:] == [
         "Whose is the tower of Arvon?"
     ]
     write_lines(place, [{"question_id": "train-0", "text": "Who is behind the tower of Arvon?"}])
-    assert questions_plan(config).fingerprint != artifact.fingerprint, "an edited file is another artifact"
+    assert questions_plan(config).fingerprint != artifact.fingerprint, (
+        "an edited file is another artifact"
+    )
 
 
 def test_builtin_questions_are_used_by_their_split(tmp_path: Path) -> None:

@@ -1,4 +1,6 @@
-"""From hits to a checked answer: what the model writes is scripted, what is made of it is the thing under test."""
+"""From hits to a checked answer: what the model writes is scripted, what is made of it is the thing
+under test.
+"""
 
 from __future__ import annotations
 
@@ -18,8 +20,17 @@ from invar_ray.schema import Hit
 from invar_ray.text.prompts import REFUSAL, format_answer_prompt
 
 HITS = [
-    Hit("p1", "d1", 1, 0.9, "Gorse Island", "The keeper of the light was Mara Voss until the autumn storm."),
-    Hit("p2", "d2", 2, 0.8, "Harbour", "Barley and salt were traded here by Mara Voss and her sons."),
+    Hit(
+        "p1",
+        "d1",
+        1,
+        0.9,
+        "Gorse Island",
+        "The keeper of the light was Mara Voss until the autumn storm.",
+    ),
+    Hit(
+        "p2", "d2", 2, 0.8, "Harbour", "Barley and salt were traded here by Mara Voss and her sons."
+    ),
     Hit("p3", "d3", 3, 0.7, "Ferry", "The ferry leaves at nine."),
 ]
 
@@ -27,7 +38,9 @@ HITS = [
 class Scripted:
     """A generator that counts words as tokens and writes what it is told to, by question."""
 
-    def __init__(self, replies: dict[str, str], max_context: int = 500, finish: Any = "eos") -> None:
+    def __init__(
+        self, replies: dict[str, str], max_context: int = 500, finish: Any = "eos"
+    ) -> None:
         self.replies, self.max_context, self.finish = replies, max_context, finish
         self.batches: list[list[str]] = []
 
@@ -44,20 +57,25 @@ class Scripted:
         seed: int = 0,
     ) -> list[Generation]:
         self.batches.append(list(prompts))
-        texts = [next(reply for question, reply in self.replies.items() if question in prompt) for prompt in prompts]
+        texts = [
+            next(reply for question, reply in self.replies.items() if question in prompt)
+            for prompt in prompts
+        ]
         return [Generation(text, [-1.0, -0.5], 2, self.finish) for text in texts]
 
 
 def ask(reply: str, hits: Sequence[Hit] = HITS, **options: Any) -> Any:
-    return answer_with_hits(Scripted({"Who": reply}, **options), "Who kept the light?", hits, max_new_tokens=10)
+    return answer_with_hits(
+        Scripted({"Who": reply}, **options), "Who kept the light?", hits, max_new_tokens=10
+    )
 
 
 def test_generated_citation_points_to_its_passage() -> None:
     answer = ask("Mara Voss [2]")
     assert answer.text == "Mara Voss"
-    assert [(c.number, c.passage_id, c.document_id, c.title, c.source) for c in answer.citations] == [
-        (2, "p2", "d2", "Harbour", "generated")
-    ]
+    assert [
+        (c.number, c.passage_id, c.document_id, c.title, c.source) for c in answer.citations
+    ] == [(2, "p2", "d2", "Harbour", "generated")]
     assert answer.hits == tuple(HITS)
     assert answer.confidence == -0.75
     assert answer.notes == ()
@@ -73,7 +91,10 @@ def test_citation_out_of_range_is_removed_with_a_note() -> None:
 
 def test_without_citations_the_passages_that_hold_the_answer_are_cited() -> None:
     answer = ask("mara voss")
-    assert [(citation.number, citation.source) for citation in answer.citations] == [(1, "matched"), (2, "matched")]
+    assert [(citation.number, citation.source) for citation in answer.citations] == [
+        (1, "matched"),
+        (2, "matched"),
+    ]
     assert ask("Nobody at all").citations == ()
     assert ask("ara Vos").citations == (), "matching is by whole words"
     assert ask("the").citations == (), "an article stands in every passage"
@@ -87,11 +108,18 @@ def test_only_a_citation_that_was_removed_still_falls_back_to_matching() -> None
 def test_a_citation_of_a_passage_without_the_answer_gives_way_to_one_with_it() -> None:
     answer = ask("Mara Voss [3]")
     assert [(citation.number, citation.source) for citation in answer.citations] == [(1, "matched")]
-    assert answer.notes == ("the model cited [3], where the answer does not stand; it stands in [1]",)
+    assert answer.notes == (
+        "the model cited [3], where the answer does not stand; it stands in [1]",
+    )
     mixed = ask("Mara Voss [3] [2]")  # one of them holds it: the model's own choice stays
-    assert [(citation.number, citation.source) for citation in mixed.citations] == [(3, "generated"), (2, "generated")]
+    assert [(citation.number, citation.source) for citation in mixed.citations] == [
+        (3, "generated"),
+        (2, "generated"),
+    ]
     elsewhere = ask("the keeper's sister [3]")  # said in other words than the passages'
-    assert [(citation.number, citation.source) for citation in elsewhere.citations] == [(3, "generated")]
+    assert [(citation.number, citation.source) for citation in elsewhere.citations] == [
+        (3, "generated")
+    ]
 
 
 def test_a_refusal_cites_nothing() -> None:
@@ -103,12 +131,18 @@ def test_a_refusal_cites_nothing() -> None:
 
 
 def test_passages_that_do_not_fit_are_left_out_from_the_worst_and_noted() -> None:
-    size = len(format_answer_prompt("Who kept the light?", [(hit.title, hit.text) for hit in HITS[:2]]).split())
+    size = len(
+        format_answer_prompt(
+            "Who kept the light?", [(hit.title, hit.text) for hit in HITS[:2]]
+        ).split()
+    )
     answer = ask("Mara Voss [3]", max_context=size + 10)
     assert [hit.passage_id for hit in answer.hits] == ["p1", "p2"]
     assert any("left out" in note for note in answer.notes)
     assert any("removed [3]: the prompt had 2 passages" in note for note in answer.notes)
-    assert [citation.number for citation in answer.citations] == [1, 2], "[3] was removed; two passages hold the text"
+    assert [citation.number for citation in answer.citations] == [1, 2], (
+        "[3] was removed; two passages hold the text"
+    )
 
 
 def test_a_cut_passage_is_matched_as_it_was_shown() -> None:
@@ -120,7 +154,9 @@ def test_a_cut_passage_is_matched_as_it_was_shown() -> None:
 
 
 def ask_who(reply: str, **options: Any) -> Any:
-    return answer_with_hits(Scripted({"Who?": reply}, **options), "Who?", HITS[:1], max_new_tokens=10)
+    return answer_with_hits(
+        Scripted({"Who?": reply}, **options), "Who?", HITS[:1], max_new_tokens=10
+    )
 
 
 def test_a_question_beyond_the_context_is_refused_with_counts() -> None:
@@ -141,14 +177,25 @@ def test_a_cut_answer_is_noted() -> None:
 
 
 def test_batches_keep_the_order_and_equal_single_answers() -> None:
-    replies = {"Q1?": "Mara Voss [1]", "Q2?": "nine [3]", "Q3?": "salt", "Q4?": REFUSAL, "Q5?": "x [9]"}
+    replies = {
+        "Q1?": "Mara Voss [1]",
+        "Q2?": "nine [3]",
+        "Q3?": "salt",
+        "Q4?": REFUSAL,
+        "Q5?": "x [9]",
+    }
     hits = [HITS, HITS[1:], HITS[:1], [], HITS]
     generator = Scripted(replies)
     together = answer_batch(generator, list(replies), hits, max_new_tokens=5, batch_size=2)
     assert [len(batch) for batch in generator.batches] == [2, 2, 1]
     assert [answer.question for answer in together] == list(replies)
-    apart = [answer_with_hits(generator, q, h, max_new_tokens=5) for q, h in zip(replies, hits, strict=True)]
-    assert [(a.text, a.citations, a.notes) for a in together] == [(a.text, a.citations, a.notes) for a in apart]
+    apart = [
+        answer_with_hits(generator, q, h, max_new_tokens=5)
+        for q, h in zip(replies, hits, strict=True)
+    ]
+    assert [(a.text, a.citations, a.notes) for a in together] == [
+        (a.text, a.citations, a.notes) for a in apart
+    ]
     with pytest.raises(ValueError, match="5 questions but 1"):
         answer_batch(generator, list(replies), [HITS], max_new_tokens=5, batch_size=2)
 
@@ -160,7 +207,11 @@ def test_answer_question_retrieves_first_and_times_both() -> None:
             return [HITS[:top_k]]
 
     answer = answer_question(
-        Fixed(), Scripted({"Who": "Mara Voss [1]"}), "Who kept the light?", top_k=2, max_new_tokens=5
+        Fixed(),
+        Scripted({"Who": "Mara Voss [1]"}),
+        "Who kept the light?",
+        top_k=2,
+        max_new_tokens=5,
     )
     assert [hit.passage_id for hit in answer.hits] == ["p1", "p2"]
     assert set(answer.timings) == {"retrieve_s", "generate_s"}

@@ -19,7 +19,12 @@ ROWS = [
     {"id": "a", "title": "Harbour", "text": "Dug in 1841.", "extra": 1},
     {"id": "b", "title": "", "text": "", "uri": "https://example.org/b"},
 ]
-QUESTION = {"id": "q1", "question": "when was it dug", "answers": ["1841", "1841", "in 1841"], "positive_ids": ["a"]}
+QUESTION = {
+    "id": "q1",
+    "question": "when was it dug",
+    "answers": ["1841", "1841", "in 1841"],
+    "positive_ids": ["a"],
+}
 
 
 def _write(path: Path, rows: list[Any]) -> str:
@@ -43,23 +48,33 @@ def test_parquet_and_folder_and_file_uri(tmp_path: Path) -> None:
     folder = tmp_path / "my corpus"
     _write(folder / "two" / "c.jsonl", [{"id": "c", "title": "t", "text": "x"}])
     _write(folder / "_hidden.jsonl", ["nonsense"])
-    table = pa.table({"id": pa.array(["a", "b"]).dictionary_encode(), "title": ["", ""], "text": ["x", "y"]})
+    table = pa.table(
+        {"id": pa.array(["a", "b"]).dictionary_encode(), "title": ["", ""], "text": ["x", "y"]}
+    )
     pq.write_table(table, folder / "one.parquet")
     (folder / "picture.png").write_bytes(b"\x89PNG")
     by_path = list(read_documents(str(folder)))
     by_uri = list(read_documents(folder.as_uri()))
-    assert [document.id for document in by_path] == [document.id for document in by_uri] == ["a", "b", "c"]
+    assert (
+        [document.id for document in by_path]
+        == [document.id for document in by_uri]
+        == ["a", "b", "c"]
+    )
     assert by_uri[1].uri == f"{folder.as_uri()}/one.parquet#row2"
     assert [document.id for document in read_documents(str(folder), format="jsonl")] == ["c"]
 
 
 def test_text_files(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "a.md").write_text("```\n# no heading\n```\nintro\n\n## The *Harbour* ##\nText.\n")
+    (tmp_path / "sub" / "a.md").write_text(
+        "```\n# no heading\n```\nintro\n\n## The *Harbour* ##\nText.\n"
+    )
     (tmp_path / "b.txt").write_bytes("\ufeffPlain text.\n".encode())
     (tmp_path / "c.md").write_text("Old style\n=========\ntext")
     (tmp_path / "notes.v2.md").write_text("no heading at all")
-    found = {document.id: (document.title, document.text) for document in read_documents(str(tmp_path))}
+    found = {
+        document.id: (document.title, document.text) for document in read_documents(str(tmp_path))
+    }
     assert found["sub/a.md"][0] == "The *Harbour*"
     assert found["b.txt"] == ("b", "Plain text.\n")
     assert found["c.md"][0] == "Old style"
@@ -69,7 +84,10 @@ def test_text_files(tmp_path: Path) -> None:
 
 
 def test_examples(tmp_path: Path) -> None:
-    uri = _write(tmp_path / "q.jsonl.gz", [QUESTION, {**QUESTION, "id": "q2", "rewrites": ["what year was it dug"]}])
+    uri = _write(
+        tmp_path / "q.jsonl.gz",
+        [QUESTION, {**QUESTION, "id": "q2", "rewrites": ["what year was it dug"]}],
+    )
     assert read_examples(uri) == [
         Example("q1", "when was it dug", ("1841", "in 1841"), ("a",), ()),
         Example("q2", "when was it dug", ("1841", "in 1841"), ("a",), ("what year was it dug",)),
@@ -86,7 +104,10 @@ def test_unusable_rows_can_be_left_out(tmp_path: Path, caplog: pytest.LogCapture
 
 def test_builtin() -> None:
     documents = {document.id for document in read_documents("builtin:facts")}
-    train, dev = read_examples("builtin:facts", limit=5), read_examples("builtin:facts", split="dev")
+    train, dev = (
+        read_examples("builtin:facts", limit=5),
+        read_examples("builtin:facts", split="dev"),
+    )
     assert len(train) == 5
     assert not {example.id for example in train} & {example.id for example in dev}
     assert all(id in documents for example in train for id in example.positive_ids)
@@ -121,8 +142,14 @@ def test_faults_of_corpora(tmp_path: Path, rows: list[Any], message: str) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"answers": []}, "line 1: 'answers' is empty. Expected: at least one answer. To do: remove the row."),
-        ({"answers": ["1841", " "]}, "line 1: 'answers' holds a blank string. Expected: answers with text."),
+        (
+            {"answers": []},
+            "line 1: 'answers' is empty. Expected: at least one answer. To do: remove the row.",
+        ),
+        (
+            {"answers": ["1841", " "]},
+            "line 1: 'answers' holds a blank string. Expected: answers with text.",
+        ),
         ({"answers": "1841"}, "line 1: 'answers' is a string. Expected: a list of strings."),
         ({"answers": [1841]}, "line 1: 'answers' holds a number. Expected: a list of strings."),
         ({"question": ""}, "line 1: 'question' is blank."),
@@ -162,7 +189,9 @@ def test_faults_of_places(tmp_path: Path) -> None:
 
 
 def test_faults_of_files(tmp_path: Path) -> None:
-    whole = gzip.compress("".join(f'{{"id": "{n}", "title": "", "text": ""}}\n' for n in range(999)).encode())
+    whole = gzip.compress(
+        "".join(f'{{"id": "{n}", "title": "", "text": ""}}\n' for n in range(999)).encode()
+    )
     (tmp_path / "cut.jsonl.gz").write_bytes(whole[:-30])
     with pytest.raises(DataError, match=r"cannot be read beyond line .*Truncated"):
         list(read_documents(str(tmp_path / "cut.jsonl.gz")))
@@ -178,6 +207,9 @@ def test_faults_of_files(tmp_path: Path) -> None:
     (tmp_path / "latin.jsonl").write_bytes(b'{"id": "f\xfcr"}\n')
     with pytest.raises(DataError, match=r"latin.jsonl, line 1: not UTF-8 text"):
         list(read_documents(str(tmp_path / "latin.jsonl")))
-    pq.write_table(pa.table({"id": ["a", None], "title": ["", ""], "text": ["", ""]}), tmp_path / "null.parquet")
+    pq.write_table(
+        pa.table({"id": ["a", None], "title": ["", ""], "text": ["", ""]}),
+        tmp_path / "null.parquet",
+    )
     with pytest.raises(DataError, match=r"null.parquet, row 2: 'id' is null"):
         list(read_documents(str(tmp_path / "null.parquet")))

@@ -24,7 +24,9 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module")
 def hits(small: World) -> Artifact:
     plan = bm25_plan(small.config, small.passages, small.questions, "train", 3)
-    return small._get(plan, lambda building: build_bm25_hits(building, small.passages, small.questions))
+    return small._get(
+        plan, lambda building: build_bm25_hits(building, small.passages, small.questions)
+    )
 
 
 def read(small: World, hits: Artifact, windows: int) -> Artifact:
@@ -66,7 +68,10 @@ def test_the_oracle_is_a_gold_passage_that_holds_an_answer(small: World, hits: A
 
 def test_a_gold_document_without_the_answer_gives_no_oracle() -> None:
     passages = {
-        "a": [Passage("a:0", "a", "A", "Nothing of use.", 0, 15), Passage("a:1", "a", "A", "Mara Voss.", 16, 26)],
+        "a": [
+            Passage("a:0", "a", "A", "Nothing of use.", 0, 15),
+            Passage("a:1", "a", "A", "Mara Voss.", 16, 26),
+        ],
         "b": [Passage("b:0", "b", "Mara Voss", "Barley and salt.", 0, 16)],
     }
     family = FoundFamily("q", ("Who?",), ("Mara Voss",), ("gone", "b", "a"), ((),))

@@ -1,4 +1,6 @@
-"""New negatives under another adapter: the artifacts, the part that is searched, and what a stage makes of them."""
+"""New negatives under another adapter: the artifacts, the part that is searched, and what a stage
+makes of them.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def refresh(small: World, **settings: Any) -> dict[str, Any]:
     return refresh_negatives(config, root, small.adapter.ref, first, first)
 
 
-def test_a_version_is_a_training_set_under_the_given_adapter(small: World, made: dict[str, Any]) -> None:
+def test_a_version_is_a_training_set_under_the_given_adapter(
+    small: World, made: dict[str, Any]
+) -> None:
     version = small.store.open(made["trainset"], "trainset")
     assert version.ref != small.trainset.ref
     index = version.parent("index")
@@ -57,7 +61,10 @@ def test_share_of_changed_negatives(small: World, made: dict[str, Any]) -> None:
     version = small.store.open(made["trainset"], "trainset")
     assert changed_share(small.trainset, small.trainset) == 0
     old, new = (Trainset(artifact) for artifact in (small.trainset, version))
-    ids = [pq.read_table(a.path("slots.parquet")).column("passage_id").to_pylist() for a in (small.trainset, version)]
+    ids = [
+        pq.read_table(a.path("slots.parquet")).column("passage_id").to_pylist()
+        for a in (small.trainset, version)
+    ]
     fresh = total = 0
     for row in range(len(new)):
         had = {ids[0][slot] for slot in old.negatives[row]}
@@ -67,7 +74,9 @@ def test_share_of_changed_negatives(small: World, made: dict[str, Any]) -> None:
 
 
 def test_a_part_holds_the_share_and_what_the_training_set_needs(tmp_path: Path) -> None:
-    small = World(tmp_path, "retriever.num_hard_negatives=0")  # it begins with the positives alone, 12 of 36 passages
+    small = World(
+        tmp_path, "retriever.num_hard_negatives=0"
+    )  # it begins with the positives alone, 12 of 36 passages
     found = refresh(small, refresh_share=0.1, num_hard_negatives=2)
     version = small.store.open(found["trainset"], "trainset")
     part = version.parent("index").parent("passages")

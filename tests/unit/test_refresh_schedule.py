@@ -1,6 +1,7 @@
 """When negatives are made and when they count; what a checkpoint keeps of it.
 
-The job runs in this process, in place of a Ray task: ``tests/ray/test_refresh.py`` has the real one and the real stage.
+The job runs in this process, in place of a Ray task: ``tests/ray/test_refresh.py`` has the real one
+and the real stage.
 """
 
 from __future__ import annotations
@@ -69,28 +70,45 @@ class Stage:
 
     def save(self, parameters: dict[str, torch.Tensor], folder: Path) -> None:
         folder.mkdir(parents=True)
-        (folder / "values").write_text(json.dumps({name: value.tolist() for name, value in parameters.items()}))
+        (folder / "values").write_text(
+            json.dumps({name: value.tolist() for name, value in parameters.items()})
+        )
 
 
 @pytest.fixture
 def jobs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Jobs]:
     made = Jobs()
     monkeypatch.setattr(module, "ray", made)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{tmp_path / 'group'}", rank=0, world_size=1
+    )
     yield made
     torch.distributed.destroy_process_group()
 
 
 def mine(config: Any, root: str, adapter: str, first: str, current: str) -> dict[str, Any]:
     mined = {"kept": 1, "dropped": {}}
-    return {"trainset": f"of {adapter}", "mining": mined, "changed_share": 0.5, "passages": 9, "seconds": 0.0}
+    return {
+        "trainset": f"of {adapter}",
+        "mining": mined,
+        "changed_share": 0.5,
+        "passages": 9,
+        "seconds": 0.0,
+    }
 
 
-def open_refresh(tmp_path: Path, state: Any = None, job: Any = mine, **settings: Any) -> tuple[Refresh, Stage]:
+def open_refresh(
+    tmp_path: Path, state: Any = None, job: Any = mine, **settings: Any
+) -> tuple[Refresh, Stage]:
     store = Store(str(tmp_path / "store"))
     plan = Plan("trainset", "t", {}, {})
-    first, _ = store.get_or_build(plan, lambda building: (building.path / "x").write_text("x") and None)
-    overrides = [f"{'scale' if key == 'refresh_timeout_s' else 'retriever'}.{key}={settings[key]}" for key in settings]
+    first, _ = store.get_or_build(
+        plan, lambda building: (building.path / "x").write_text("x") and None
+    )
+    overrides = [
+        f"{'scale' if key == 'refresh_timeout_s' else 'retriever'}.{key}={settings[key]}"
+        for key in settings
+    ]
     stage = Stage()
     config = load_config("tiny", overrides)
     made = Refresh(stage, config, job, store.root_uri, "run", first.ref, 0, state)  # type: ignore[arg-type]
@@ -114,15 +132,22 @@ def run(refresh: Refresh, first: int, last: int) -> list[int]:
     "delay, expected",
     [(0, [0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2]), (3, [0, 0, 0, 0, 0, 0, 0, 1, 1, 1, 1, 2])],
 )
-def test_versions_count_from_fixed_steps(jobs: Jobs, tmp_path: Path, delay: int, expected: list[int]) -> None:
+def test_versions_count_from_fixed_steps(
+    jobs: Jobs, tmp_path: Path, delay: int, expected: list[int]
+) -> None:
     refresh, stage = open_refresh(tmp_path, refresh_every=4, refresh_delay=delay)
     assert run(refresh, 0, 12) == expected
     history = refresh.state["history"]
-    assert [(found["step"], found["adopted"]) for found in history] == [(4, 4 + delay), (8, 8 + delay)]
+    assert [(found["step"], found["adopted"]) for found in history] == [
+        (4, 4 + delay),
+        (8, 8 + delay),
+    ]
     assert stage.adopted == [found["trainset"] for found in history]
     assert len(jobs.started) == 2
     first = jobs.started[0][4]
-    assert [started[5] for started in jobs.started] == [first, stage.adopted[0]], "compared with what was in use"
+    assert [started[5] for started in jobs.started] == [first, stage.adopted[0]], (
+        "compared with what was in use"
+    )
 
 
 def test_no_job_for_a_version_that_would_never_count(jobs: Jobs, tmp_path: Path) -> None:
@@ -142,7 +167,9 @@ def test_a_resumed_run_repeats_all_of_it(jobs: Jobs, tmp_path: Path, cut: int) -
     resumed, other = open_refresh(tmp_path, state, refresh_every=4, refresh_delay=2)
     assert resumed.version == versions[cut - 1]
     assert run(resumed, cut, 12) == versions[cut:]
-    assert resumed.state == whole.state, "the same adapters, named by their content, at the same steps"
+    assert resumed.state == whole.state, (
+        "the same adapters, named by their content, at the same steps"
+    )
     assert other.adopted[-1] == stage.adopted[-1]
 
 
@@ -151,17 +178,22 @@ def test_adapters_are_named_by_their_content(jobs: Jobs, tmp_path: Path) -> None
     first.before(4, lambda: parameters_of(4))
     second, _ = open_refresh(tmp_path, refresh_every=4)
     second.before(4, lambda: parameters_of(5))
-    one, other = (Store(str(tmp_path / "store")).open(started[3], "retriever") for started in jobs.started)
+    one, other = (
+        Store(str(tmp_path / "store")).open(started[3], "retriever") for started in jobs.started
+    )
     assert one.ref != other.ref
     assert json.loads(other.path("adapter/values").read_text()) == {"w": [5.0, 5.0]}
     assert EncoderSpec.from_json(one.info["encoder"]).adapter_fingerprint == one.fingerprint
 
 
-def test_asynchronous_versions_count_when_they_stand_and_jobs_do_not_pile_up(jobs: Jobs, tmp_path: Path) -> None:
+def test_asynchronous_versions_count_when_they_stand_and_jobs_do_not_pile_up(
+    jobs: Jobs, tmp_path: Path
+) -> None:
     jobs.done_after = 5
     refresh, _ = open_refresh(tmp_path, refresh_every=2, refresh_async="true")
     versions = run(refresh, 0, 9)
-    # Started before step 2, looked at from step 3 on, there at the sixth look; step 4 and 6 found it under way.
+    # Started before step 2, looked at from step 3 on, there at the sixth look; step 4 and 6 found
+    # it under way.
     assert versions == [0, 0, 0, 0, 0, 0, 0, 0, 1]
     assert len(jobs.started) == 2, "the second one starts where the first has been taken"
 

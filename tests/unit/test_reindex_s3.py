@@ -26,11 +26,16 @@ def put(uri: str, rows: list[dict[str, Any]]) -> None:
         stream.write(content)
 
 
-def test_two_versions_on_an_object_store(root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_versions_on_an_object_store(
+    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     uri = place(root, "corpus.jsonl.zst")
     config = small_config(
-        tmp_path, f"corpus.uri={uri}", f"storage.root_uri={place(root, 'store')}", "scale.shard_rows=100"
+        tmp_path,
+        f"corpus.uri={uri}",
+        f"storage.root_uri={place(root, 'store')}",
+        "scale.shard_rows=100",
     )
     put(uri, corpus())
     whole = Pipeline(config, quiet=True).base_index

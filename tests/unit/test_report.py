@@ -26,7 +26,11 @@ from invar_ray.evaluation.report import (
 from invar_ray.evaluation.tables import print_name
 
 ROWS = [
-    Row("untrained", "dev", {"recall_at_5": 0.5, "overlap_at_5": 0.25, "overlap_between_questions_at_5": 0.1}),
+    Row(
+        "untrained",
+        "dev",
+        {"recall_at_5": 0.5, "overlap_at_5": 0.25, "overlap_between_questions_at_5": 0.1},
+    ),
     Row(
         "stage 1",
         "dev",
@@ -52,10 +56,18 @@ def test_json_holds_what_the_format_says() -> None:
     answer = {"question": "q", "text": "t", "citations": [{"number": 1}]}
     values = json.loads(Report(ROWS, {"train": 1.5}, answer, meta={"seed": 3}).to_json())
     assert values["schema_version"] == 1
-    assert values["rows"][0] == {"system": "untrained", "dataset": "dev", "metrics": dict(ROWS[0].metrics)}
+    assert values["rows"][0] == {
+        "system": "untrained",
+        "dataset": "dev",
+        "metrics": dict(ROWS[0].metrics),
+    }
     assert values["rows"][1]["metrics"]["mrr_at_10"] is None
     assert values["rows"][1]["intervals"] == {"recall_at_5": [0.7, 0.8]}
-    assert (values["seconds"], values["answer"], values["meta"]) == ({"train": 1.5}, answer, {"seed": 3})
+    assert (values["seconds"], values["answer"], values["meta"]) == (
+        {"train": 1.5},
+        answer,
+        {"seed": 3},
+    )
 
 
 @given(
@@ -64,7 +76,9 @@ def test_json_holds_what_the_format_says() -> None:
             Row,
             st.text(),
             st.text(),
-            st.dictionaries(st.text(), st.none() | st.floats(allow_nan=False, allow_infinity=False)),
+            st.dictionaries(
+                st.text(), st.none() | st.floats(allow_nan=False, allow_infinity=False)
+            ),
             st.dictionaries(st.text(), st.tuples(st.floats(0, 1), st.floats(0, 1))),
         ),
         max_size=3,
@@ -77,7 +91,9 @@ def test_json_there_and_back(rows: list[Row], seconds: dict[str, float]) -> None
 
 
 def test_nan_is_written_as_not_measured() -> None:
-    values = json.loads(Report([Row("s", "d", {"f1": math.nan, "exact_match": math.inf})]).to_json())
+    values = json.loads(
+        Report([Row("s", "d", {"f1": math.nan, "exact_match": math.inf})]).to_json()
+    )
     assert values["rows"][0]["metrics"] == {"f1": None, "exact_match": None}
 
 
@@ -141,7 +157,12 @@ def test_plain_table() -> None:
 
 def test_table_shows_the_dataset_where_there_are_several() -> None:
     rows = [*ROWS, Row("stage 1", "other", {"recall_at_5": 1.0})]
-    assert render_table(rows, ["recall_at_5"]).splitlines()[-1].split() == ["stage", "1", "other", "1.000"]
+    assert render_table(rows, ["recall_at_5"]).splitlines()[-1].split() == [
+        "stage",
+        "1",
+        "other",
+        "1.000",
+    ]
 
 
 def test_markdown_table() -> None:
@@ -155,7 +176,13 @@ def test_markdown_table() -> None:
 
 def test_losses_are_drawn_and_written(tmp_path: Path) -> None:
     records = [
-        {"step": step, "loss": 2.0 / step, "contrastive": 1.0 / step, "learning_rate": 1e-4, "note": "text"}
+        {
+            "step": step,
+            "loss": 2.0 / step,
+            "contrastive": 1.0 / step,
+            "learning_rate": 1e-4,
+            "note": "text",
+        }
         for step in range(1, 61)
     ]
     records[2].pop("contrastive")

@@ -1,4 +1,6 @@
-"""Corpora a document a row: zstd, DPR's table, BEIR's folder; malformed rows are put aside, up to a share."""
+"""Corpora a document a row: zstd, DPR's table, BEIR's folder; malformed rows are put aside, up to a
+share.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def test_table_with_named_columns_and_without(tmp_path: Path) -> None:
 def test_another_table_is_no_corpus(tmp_path: Path) -> None:
     place = tmp_path / "ages.tsv"
     place.write_text("name\tage\nAda\t36\n")
-    with pytest.raises(DataError, match=r"ages\.tsv is no table of documents \(its first line has 2 columns\)"):
+    with pytest.raises(
+        DataError, match=r"ages\.tsv is no table of documents \(its first line has 2 columns\)"
+    ):
         list(read_documents(str(place)))
 
 
@@ -67,7 +71,9 @@ def test_zstd_is_unpacked(tmp_path: Path) -> None:
 
 def test_of_a_beir_folder_the_corpus_alone_is_read(tmp_path: Path) -> None:
     (tmp_path / "qrels").mkdir()
-    write_lines(tmp_path / "corpus.jsonl", [{"_id": "d1", "title": "T", "text": "A text.", "metadata": {}}])
+    write_lines(
+        tmp_path / "corpus.jsonl", [{"_id": "d1", "title": "T", "text": "A text.", "metadata": {}}]
+    )
     write_lines(tmp_path / "queries.jsonl", [{"_id": "q1", "text": "no document"}])
     (tmp_path / "qrels" / "test.tsv").write_text("query-id\tcorpus-id\tscore\nq1\td1\t1\n")
     [document] = read_documents(str(tmp_path))
@@ -79,7 +85,9 @@ def test_of_a_beir_folder_the_corpus_alone_is_read(tmp_path: Path) -> None:
 
 
 def bad_rows(tmp_path: Path, good: int) -> str:
-    rows = [json.dumps({"id": f"d{number}", "text": f"Text number {number}."}) for number in range(good)]
+    rows = [
+        json.dumps({"id": f"d{number}", "text": f"Text number {number}."}) for number in range(good)
+    ]
     rows.insert(1, '{"id": "broken", "text": ')
     rows.insert(3, json.dumps({"id": "d0", "text": "taken id"}))
     place = tmp_path / "c.jsonl"

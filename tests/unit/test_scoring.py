@@ -11,7 +11,11 @@ from invar_ray.evaluation.scoring import RULES, AnswerScore, answer_rule, normal
 
 
 def test_squad_is_the_metrics_own() -> None:
-    for text, golds in [("The Eiffel Tower!", ["eiffel tower"]), ("a tower", ["eiffel tower", "x"]), ("", ["x"])]:
+    for text, golds in [
+        ("The Eiffel Tower!", ["eiffel tower"]),
+        ("a tower", ["eiffel tower", "x"]),
+        ("", ["x"]),
+    ]:
         score = answer_rule("squad").score(text, golds)
         assert (score.exact_match, score.f1) == (exact_match(text, golds), f1(text, golds))
 

@@ -1,4 +1,6 @@
-"""Searches with conditions, without near-duplicates, from a mapped index; and the command line of versions."""
+"""Searches with conditions, without near-duplicates, from a mapped index; and the command line of
+versions.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ def test_conditions_by_hand() -> None:
     assert rows(without=["p0", "p3"]) == [1, 2]
     assert rows(equals={"tenant": []}) == []
     for name in ("nobody", "start"):
-        with pytest.raises(RequestError, match=f"no text column '{name}'. Expected: one of id, tenant, uri"):
+        with pytest.raises(
+            RequestError, match=f"no text column '{name}'. Expected: one of id, tenant, uri"
+        ):
             rows(equals={name: "x"})
 
 
@@ -73,9 +77,13 @@ def test_search_of_one_tenant(small: World) -> None:
     expected = [hit.passage_id for hit in everywhere if hit.document_id in documents][:5]
     assert [hit.passage_id for hit in hits] == expected
     assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5]
-    assert retriever.passages.allowed(where) is retriever.passages.allowed(Where.of({"document_id": documents}))
+    assert retriever.passages.allowed(where) is retriever.passages.allowed(
+        Where.of({"document_id": documents})
+    )
     assert retriever.retrieve([question], 5, where=Where.of({"document_id": "nobody"})) == [[]]
-    (without,) = retriever.retrieve([question], 1, where=Where.of(without=[everywhere[0].passage_id]))
+    (without,) = retriever.retrieve(
+        [question], 1, where=Where.of(without=[everywhere[0].passage_id])
+    )
     assert without[0].passage_id == everywhere[1].passage_id
     with pytest.raises(RequestError, match="no text column 'tenant'"):
         retriever.retrieve([question], 5, where=Where.of({"tenant": "a"}))
@@ -83,7 +91,10 @@ def test_search_of_one_tenant(small: World) -> None:
 
 def test_mapped_retriever_finds_the_same(small: World) -> None:
     questions = [f"Who built the lighthouse of {name}?" for name in ISLANDS]
-    loaded, mapped = open_retriever(small.base_index.uri), load_retriever(small.base_index.uri, memory_map=True)
+    loaded, mapped = (
+        open_retriever(small.base_index.uri),
+        load_retriever(small.base_index.uri, memory_map=True),
+    )
     assert loaded.retrieve(questions, 3) == mapped.retrieve(questions, 3)
 
 
@@ -104,7 +115,12 @@ def hit(number: int, text: str) -> Hit:
 
 def test_distinct_keeps_the_best_of_each() -> None:
     long = "the lighthouse was built by Ada Morvane after the great storm and its lamp burned oil for a century"
-    hits = [hit(0, long), hit(1, long.upper() + "."), hit(2, "the ferry leaves at six in the morning"), hit(3, long)]
+    hits = [
+        hit(0, long),
+        hit(1, long.upper() + "."),
+        hit(2, "the ferry leaves at six in the morning"),
+        hit(3, long),
+    ]
     assert distinct(hits, 10) == [0, 2]
     assert distinct(hits, 1) == [0]
     assert distinct(hits, 10, same=1.1) == [0, 1, 2, 3]
@@ -120,8 +136,12 @@ class Table:
 
 
 def test_collapsed_search_fills_up(tmp_path: Path) -> None:
-    """20 copies of the best passage stand before the second and the third: the search goes on until it has them."""
-    texts = ["the lamp of the tower burned oil for a century"] * 20 + [f"passage {n} about the ferry" for n in range(5)]
+    """20 copies of the best passage stand before the second and the third: the search goes on until
+    it has them.
+    """
+    texts = ["the lamp of the tower burned oil for a century"] * 20 + [
+        f"passage {n} about the ferry" for n in range(5)
+    ]
     rows = [Passage(f"p{n}", f"d{n}", "", text, 0, len(text)) for n, text in enumerate(texts)]
     pq.write_table(to_table(rows, PASSAGE_SCHEMA), tmp_path / "passages.parquet")
 
@@ -132,7 +152,9 @@ def test_collapsed_search_fills_up(tmp_path: Path) -> None:
             return tmp_path / name
 
     angles = np.linspace(0.1, 1.0, len(texts))
-    vectors = np.stack([np.cos(angles), np.sin(angles), 0 * angles, 0 * angles], axis=1).astype(np.float32)
+    vectors = np.stack([np.cos(angles), np.sin(angles), 0 * angles, 0 * angles], axis=1).astype(
+        np.float32
+    )
     retriever = Retriever(Table(), Index(build_faiss(vectors, "Flat")), Passages(Folder()), "v")  # type: ignore[arg-type]
     for first, second in zip(*[retriever.retrieve(["a", "b"], 3, collapse=True)] * 2, strict=True):
         assert [(h.rank, h.passage_id) for h in first] == [(1, "p0"), (2, "p20"), (3, "p21")]
@@ -172,8 +194,12 @@ def test_command_line_of_versions(small: World) -> None:
     assert [line.split()[0] for line in lines] == ["1", "2", "*"]
     assert "rollback -> 1" in lines[2]
     assert "nightly" in lines[0]
-    assert "would be removed" not in run("gc", "--root", root, "--keep", "2", "--min-age-hours", "0", "--dry-run")
-    assert f"would be removed: {small.adapter_index.ref}" not in run("gc", "--root", root, "--keep", "1", "--dry-run")
+    assert "would be removed" not in run(
+        "gc", "--root", root, "--keep", "2", "--min-age-hours", "0", "--dry-run"
+    )
+    assert f"would be removed: {small.adapter_index.ref}" not in run(
+        "gc", "--root", root, "--keep", "1", "--dry-run"
+    )
     open_retriever(named_index(place)[0])
 
 

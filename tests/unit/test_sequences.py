@@ -1,4 +1,6 @@
-"""What stage 2 trains on: targets that cite the right passage, refusals, and labels on the answer only."""
+"""What stage 2 trains on: targets that cite the right passage, refusals, and labels on the answer
+only.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,13 @@ PLAIN = GeneratorConfig(
     insert_oracle=False,
     max_tokens=400,
 )
-TEXTS = ["Salt is made there.", "The keeper was Mara Voss.", "Ferries leave at nine.", "Mara Voss wrote it.", "Ice."]
+TEXTS = [
+    "Salt is made there.",
+    "The keeper was Mara Voss.",
+    "Ferries leave at nine.",
+    "Mara Voss wrote it.",
+    "Ice.",
+]
 
 
 def hit(number: int, *texts: str, title: str = "", document: str = "") -> dict[str, Any]:
@@ -49,7 +57,11 @@ def hit(number: int, *texts: str, title: str = "", document: str = "") -> dict[s
 def question(number: int, **values: Any) -> dict[str, Any]:
     row: dict[str, Any] = {
         "question_id": f"q{number}",
-        "wordings": [f"Who kept light {number}?", f"The keeper of light {number}?", f"Light {number}: its keeper?"],
+        "wordings": [
+            f"Who kept light {number}?",
+            f"The keeper of light {number}?",
+            f"Light {number}: its keeper?",
+        ],
         "answers": ["Mara Voss", "Voss"],
         "positive_ids": ["d1"],
         "oracle": hit(1, "The keeper was Mara Voss."),
@@ -65,9 +77,14 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     def build(rows: list[dict[str, Any]]) -> ReadingSet:
         def body(building: Building) -> None:
-            pq.write_table(pa.Table.from_pylist(rows, schema=READING_SCHEMA), building.path / "readings.parquet")
+            pq.write_table(
+                pa.Table.from_pylist(rows, schema=READING_SCHEMA),
+                building.path / "readings.parquet",
+            )
 
-        return ReadingSet(store.get_or_build(Plan("readings", "h", {"number": next(counter)}), body)[0])
+        return ReadingSet(
+            store.get_or_build(Plan("readings", "h", {"number": next(counter)}), body)[0]
+        )
 
     return build
 
@@ -101,7 +118,9 @@ def test_without_variation_the_prompt_is_the_served_one(hits: ReadingSet, tokeni
     assert found.target == "Mara Voss [2]"
 
 
-def test_target_is_the_first_of_the_answers_that_stand_in_the_passage(make: Any, tokenizer: Any) -> None:
+def test_target_is_the_first_of_the_answers_that_stand_in_the_passage(
+    make: Any, tokenizer: Any
+) -> None:
     # One that stands nowhere would teach to answer from memory, with a citation that does not hold.
     row = question(0, answers=["M. Voss", "Mara Voss", "Voss"])
     assert sequence(make([row]), tokenizer, PLAIN).target == "Mara Voss [2]"
@@ -115,7 +134,9 @@ def test_passage_of_a_gold_document_is_cited_before_one_that_happens_to_hold_the
 
 
 def test_title_can_hold_the_answer(make: Any, tokenizer: Any) -> None:
-    row = question(0, hits=[[hit(0, "She kept it."), hit(1, "She kept the light.", title="Mara Voss")]] * 3)
+    row = question(
+        0, hits=[[hit(0, "She kept it."), hit(1, "She kept the light.", title="Mara Voss")]] * 3
+    )
     assert sequence(make([row]), tokenizer, PLAIN).target == "Mara Voss [2]"
 
 
@@ -129,8 +150,17 @@ def test_refusal_when_no_passage_holds_the_answer(make: Any, tokenizer: Any) -> 
 
 @settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 10_000))
-def test_citation_is_right_however_the_prompt_varies(hits: ReadingSet, tokenizer: Any, seed: int) -> None:
-    config = replace(PLAIN, shuffle_passages=True, vary_top_k=True, use_rewrites=True, distractor_share=0.3, top_k=5)
+def test_citation_is_right_however_the_prompt_varies(
+    hits: ReadingSet, tokenizer: Any, seed: int
+) -> None:
+    config = replace(
+        PLAIN,
+        shuffle_passages=True,
+        vary_top_k=True,
+        use_rewrites=True,
+        distractor_share=0.3,
+        top_k=5,
+    )
     found = sequence(hits, tokenizer, config, seed=seed)
     shown = passages_in(found.prompt)
     holding = [place for place, text in enumerate(shown, start=1) if "Voss" in text]
@@ -144,7 +174,10 @@ def test_citation_is_right_however_the_prompt_varies(hits: ReadingSet, tokenizer
 
 def test_shuffling_varies_the_order_and_nothing_else(hits: ReadingSet, tokenizer: Any) -> None:
     config = replace(PLAIN, shuffle_passages=True)
-    orders = {tuple(passages_in(sequence(hits, tokenizer, config, seed=seed).prompt)) for seed in range(30)}
+    orders = {
+        tuple(passages_in(sequence(hits, tokenizer, config, seed=seed).prompt))
+        for seed in range(30)
+    }
     assert len(orders) > 8
     assert {tuple(sorted(order)) for order in orders} == {tuple(sorted(TEXTS[:4]))}
 
@@ -173,7 +206,9 @@ def test_varied_k_without_any_answer_is_a_refusal(make: Any, tokenizer: Any) -> 
     row = question(0, hits=[[hit(0, "Salt."), hit(1, "Ice.")]] * 3)
     hits = make([row])
     for seed in range(20):
-        assert sequence(hits, tokenizer, replace(PLAIN, vary_top_k=True), seed=seed).target == REFUSAL
+        assert (
+            sequence(hits, tokenizer, replace(PLAIN, vary_top_k=True), seed=seed).target == REFUSAL
+        )
 
 
 def test_distractors_only_always_refuse(hits: ReadingSet, tokenizer: Any) -> None:
@@ -187,12 +222,16 @@ def test_distractors_only_always_refuse(hits: ReadingSet, tokenizer: Any) -> Non
 
 def test_share_of_distractors_is_met(hits: ReadingSet, tokenizer: Any) -> None:
     config = replace(PLAIN, distractor_share=0.25)
-    refused = [sequence(hits, tokenizer, config, seed=seed).target == REFUSAL for seed in range(200)]
+    refused = [
+        sequence(hits, tokenizer, config, seed=seed).target == REFUSAL for seed in range(200)
+    ]
     assert 0.15 < sum(refused) / len(refused) < 0.35
 
 
 def test_refusal_is_never_taught_on_a_prompt_without_passages(make: Any, tokenizer: Any) -> None:
-    """All hits hold the answer, so no distractor is left: "the passages do not answer" would be about nothing."""
+    """All hits hold the answer, so no distractor is left: "the passages do not answer" would be
+    about nothing.
+    """
     hits = make([question(0, hits=[[hit(0, "Mara Voss."), hit(1, "Voss kept it.")]] * 3)])
     found = sequence(hits, tokenizer, replace(PLAIN, distractor_share=1.0))
     assert passages_in(found.prompt) or found.target != REFUSAL
@@ -221,7 +260,9 @@ def test_top_k_is_the_most_passages(hits: ReadingSet, tokenizer: Any) -> None:
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
-def test_passage_that_holds_the_answer_is_the_last_to_be_dropped(make: Any, tokenizer: Any, shuffled: bool) -> None:
+def test_passage_that_holds_the_answer_is_the_last_to_be_dropped(
+    make: Any, tokenizer: Any, shuffled: bool
+) -> None:
     # Dropping it would teach to refuse a question whose answer was retrieved.
     rows = [[hit(0, "Salt " * 30), hit(1, "Mara Voss kept it. " * 4), hit(2, "Rope " * 30)]] * 3
     config = replace(PLAIN, max_tokens=120, max_new_tokens=20, shuffle_passages=shuffled)
@@ -243,7 +284,9 @@ def test_passages_that_do_not_fit_are_dropped_by_rank(make: Any, tokenizer: Any)
 
 def test_target_that_a_cut_passage_no_longer_holds_is_a_refusal(make: Any, tokenizer: Any) -> None:
     rows = [[hit(0, "Salt " * 80 + "Mara Voss")]] * 3
-    found = sequence(make([question(0, hits=rows)]), tokenizer, replace(PLAIN, max_tokens=100, max_new_tokens=20))
+    found = sequence(
+        make([question(0, hits=rows)]), tokenizer, replace(PLAIN, max_tokens=100, max_new_tokens=20)
+    )
     assert passages_in(found.prompt)
     assert found.target == REFUSAL
 
@@ -262,31 +305,42 @@ def windowed(number: int = 0) -> dict[str, Any]:
 
 def test_windows_vary_from_example_to_example(make: Any, tokenizer: Any) -> None:
     config = replace(PLAIN, vary_windows=True)
-    seen = {tuple(passages_in(sequence(make([windowed()]), tokenizer, config, seed=seed).prompt)) for seed in range(20)}
+    seen = {
+        tuple(passages_in(sequence(make([windowed()]), tokenizer, config, seed=seed).prompt))
+        for seed in range(20)
+    }
     # One window for the whole prompt; a passage that has no such cut stands as it is indexed.
     assert seen == {
         ("Salt is made there.", "The keeper was Mara Voss.", "Ferries leave at nine."),
         ("Salt is made there, and tar.", "Mara Voss.", "Ferries leave at nine."),
     }
     hits = make([windowed()])
-    assert {sequence(hits, tokenizer, config, seed=seed).target for seed in range(20)} == {"Mara Voss [2]"}
+    assert {sequence(hits, tokenizer, config, seed=seed).target for seed in range(20)} == {
+        "Mara Voss [2]"
+    }
     fixed = {sequence(hits, tokenizer, PLAIN, seed=seed) for seed in range(20)}
     assert len(fixed) == 1
 
 
 def test_both_windows_are_as_frequent(make: Any, tokenizer: Any) -> None:
     hits, config = make([windowed()]), replace(PLAIN, vary_windows=True)
-    other = ["and tar" in sequence(hits, tokenizer, config, seed=seed).prompt for seed in range(200)]
+    other = [
+        "and tar" in sequence(hits, tokenizer, config, seed=seed).prompt for seed in range(200)
+    ]
     assert 0.4 < sum(other) / len(other) < 0.6
 
 
 def missed(**values: Any) -> dict[str, Any]:
     """A question whose hits hold no answer."""
     hits = [hit(0, "Salt."), hit(2, "Ice."), hit(3, "Rope.")]
-    return question(0, hits=[hits] * 3, oracle=hit(1, "The keeper was Mara Voss.", "Voss."), **values)
+    return question(
+        0, hits=[hits] * 3, oracle=hit(1, "The keeper was Mara Voss.", "Voss."), **values
+    )
 
 
-def test_an_oracle_takes_the_place_of_the_worst_passage_where_retrieval_missed(make: Any, tokenizer: Any) -> None:
+def test_an_oracle_takes_the_place_of_the_worst_passage_where_retrieval_missed(
+    make: Any, tokenizer: Any
+) -> None:
     config = replace(PLAIN, top_k=3, insert_oracle=True)
     found = sequence(make([missed()]), tokenizer, config)
     assert passages_in(found.prompt) == ["Salt.", "Ice.", "The keeper was Mara Voss."]
@@ -307,7 +361,13 @@ def test_shares_of_examples_without_an_oracle_are_what_they_say(make: Any, token
     for seed in range(600):
         found = sequence(hits, tokenizer, config, number=seed % 2, seed=seed)
         holds = any("Voss" in text for text in passages_in(found.prompt))
-        kind = "refuses" if found.target == REFUSAL else "cites" if found.target.endswith("]") else "knows"
+        kind = (
+            "refuses"
+            if found.target == REFUSAL
+            else "cites"
+            if found.target.endswith("]")
+            else "knows"
+        )
         assert holds == (kind == "cites")
         if kind == "knows":
             assert found.target == "Mara Voss"
@@ -320,7 +380,8 @@ def test_shares_of_examples_without_an_oracle_are_what_they_say(make: Any, token
 def test_as_published_four_of_five_examples_hold_an_oracle(make: Any, tokenizer: Any) -> None:
     hits = make([question(0), missed()])
     targets = [
-        sequence(hits, tokenizer, GeneratorConfig(top_k=4), number=seed % 2, seed=seed).target for seed in range(400)
+        sequence(hits, tokenizer, GeneratorConfig(top_k=4), number=seed % 2, seed=seed).target
+        for seed in range(400)
     ]
     assert targets.count(REFUSAL) / 400 == pytest.approx(0.2, abs=0.05)
     assert all(target == REFUSAL or target.endswith("]") for target in targets)
@@ -348,7 +409,9 @@ def test_steps_walk_epochs_without_gaps(hits: ReadingSet, size: int) -> None:
 def test_labels_are_on_the_target_only(tokenizer: Any) -> None:
     sequences = [
         PromptAndTarget("Question: who?\nAnswer:", "Mara Voss [2]"),
-        PromptAndTarget("A longer prompt about salt, ice and ferries. Question: who?\nAnswer:", "Bo"),
+        PromptAndTarget(
+            "A longer prompt about salt, ice and ferries. Question: who?\nAnswer:", "Bo"
+        ),
     ]
     ids, mask, labels = tokenize_sequences(sequences, tokenizer, 200)
     eos, pad = tokenizer.eos_token_id, tokenizer.pad_token_id
@@ -378,7 +441,10 @@ def test_too_long_a_prompt_loses_its_left_and_never_the_target(tokenizer: Any) -
     assert ids.shape == (1, 20)
     assert mask.all()
     assert ids[0].tolist() == whole[0, -20:].tolist()
-    assert ids[0][labels[0] != IGNORED].tolist() == whole[0][-len(tokenizer(item.target)["input_ids"]) - 1 :].tolist()
+    assert (
+        ids[0][labels[0] != IGNORED].tolist()
+        == whole[0][-len(tokenizer(item.target)["input_ids"]) - 1 :].tolist()
+    )
     assert labels[0, -1] == tokenizer.eos_token_id
 
 

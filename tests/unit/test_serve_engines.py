@@ -40,7 +40,9 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
 
 
 class CompletionServer:
-    """``/v1/completions`` over a real generator; requests and chunks are checked by ``openai``'s own types."""
+    """``/v1/completions`` over a real generator; requests and chunks are checked by ``openai``'s
+    own types.
+    """
 
     def __init__(self, generator: Generator) -> None:
         self.failures: list[int] = []
@@ -55,24 +57,43 @@ class CompletionServer:
             known.validate_python(body)
             if self.failures:
                 status = self.failures.pop(0)
-                error = {"message": f"told to fail with {status}", "type": "t", "param": None, "code": None}
+                error = {
+                    "message": f"told to fail with {status}",
+                    "type": "t",
+                    "param": None,
+                    "code": None,
+                }
                 return JSONResponse({"error": error}, status, headers={"Retry-After": "0"})
             self.seen.append(body)
             sampling = Sampling(
-                body["max_tokens"], tuple(body["stop"]), body["temperature"], body["top_p"], body["seed"]
+                body["max_tokens"],
+                tuple(body["stop"]),
+                body["temperature"],
+                body["top_p"],
+                body["seed"],
             )
             pieces: list[str] = []
             (made,) = generator.run([Task(body["prompt"], sampling, pieces.append)])
 
             async def chunks() -> AsyncIterator[str]:
-                base = {"id": "c", "object": "text_completion", "created": 1, "model": body["model"]}
-                choices = [{"text": piece, "index": 0, "logprobs": None, "finish_reason": None} for piece in pieces]
+                base = {
+                    "id": "c",
+                    "object": "text_completion",
+                    "created": 1,
+                    "model": body["model"],
+                }
+                choices = [
+                    {"text": piece, "index": 0, "logprobs": None, "finish_reason": None}
+                    for piece in pieces
+                ]
                 finish = "length" if made.finish == "length" else "stop"
                 choices.append({"text": "", "index": 0, "logprobs": None, "finish_reason": finish})
                 for number, choice in enumerate(choices):
                     if number == self.broken_after:
                         raise OSError("the connection breaks")
-                    Completion.model_validate({**base, "choices": [{**choice, "finish_reason": finish}]})
+                    Completion.model_validate(
+                        {**base, "choices": [{**choice, "finish_reason": finish}]}
+                    )
                     yield f"data: {json.dumps({**base, 'choices': [choice]})}\n\n"
                 usage = {
                     "prompt_tokens": made.prompt_tokens,
@@ -116,8 +137,12 @@ def here(artifacts: Artifacts) -> Iterator[Live]:
     live.close()
 
 
-def remote(artifacts: Artifacts, url: str, api: str = "completions", model: str = "tiny") -> OpenAIEngine:
-    return OpenAIEngine.over_artifact(url, model, artifacts.generator_uri, key_env="INVAR_NO_SUCH_KEY", api=api)
+def remote(
+    artifacts: Artifacts, url: str, api: str = "completions", model: str = "tiny"
+) -> OpenAIEngine:
+    return OpenAIEngine.over_artifact(
+        url, model, artifacts.generator_uri, key_env="INVAR_NO_SUCH_KEY", api=api
+    )
 
 
 @pytest.fixture(scope="module")
@@ -127,8 +152,13 @@ def elsewhere(artifacts: Artifacts, server: CompletionServer) -> Iterator[Live]:
     live.close()
 
 
-def test_a_model_elsewhere_answers_as_the_one_here(here: Live, elsewhere: Live, server: CompletionServer) -> None:
-    for body in ({"question": FERRY}, {"question": "Who kept the light?", "top_k": 1, "max_new_tokens": 3}):
+def test_a_model_elsewhere_answers_as_the_one_here(
+    here: Live, elsewhere: Live, server: CompletionServer
+) -> None:
+    for body in (
+        {"question": FERRY},
+        {"question": "Who kept the light?", "top_k": 1, "max_new_tokens": 3},
+    ):
         mine = AnswerResponse.model_validate(here("POST", "/v1/answer", json=body).json())
         theirs = AnswerResponse.model_validate(elsewhere("POST", "/v1/answer", json=body).json())
         assert theirs.answer == mine.answer
@@ -136,8 +166,15 @@ def test_a_model_elsewhere_answers_as_the_one_here(here: Live, elsewhere: Live, 
         assert theirs.citations == mine.citations
         assert theirs.confidence is None  # the protocol's stream has no log-probabilities
         assert theirs.versions["generator"] == f"tiny@{mine.versions['generator']}"
-    chat = {"model": "invar-rag", "messages": [{"role": "user", "content": FERRY}], "temperature": 1.5, "seed": 4}
-    mine_, theirs_ = [each("POST", "/v1/chat/completions", json=chat).json() for each in (here, elsewhere)]
+    chat = {
+        "model": "invar-rag",
+        "messages": [{"role": "user", "content": FERRY}],
+        "temperature": 1.5,
+        "seed": 4,
+    }
+    mine_, theirs_ = [
+        each("POST", "/v1/chat/completions", json=chat).json() for each in (here, elsewhere)
+    ]
     assert theirs_["choices"] == mine_["choices"]
     assert theirs_["usage"] == mine_["usage"]
     assert elsewhere("GET", "/readyz").status_code == 200
@@ -154,12 +191,16 @@ def test_a_model_elsewhere_gets_no_control_token_out_of_a_question(
     special = set(generator.tokenizer.all_special_ids)
     assert not special & set(generator.tokenizer(sent, add_special_tokens=False)["input_ids"])
     # Here the text stays as it is, and its tokens are counted as they are read.
-    reply = here("POST", "/v1/embeddings", json={"model": "invar-encoder", "input": "a [SEP] b"}).json()
+    reply = here(
+        "POST", "/v1/embeddings", json={"model": "invar-encoder", "input": "a [SEP] b"}
+    ).json()
     assert reply["usage"]["prompt_tokens"] == 5
     assert here("POST", "/v1/answer", json=asked).status_code == 200
 
 
-def test_a_busy_server_is_asked_again_and_a_failing_one_is_no_500(elsewhere: Live, server: CompletionServer) -> None:
+def test_a_busy_server_is_asked_again_and_a_failing_one_is_no_500(
+    elsewhere: Live, server: CompletionServer
+) -> None:
     body = {"question": FERRY}
     server.failures = [503, 429]
     assert elsewhere("POST", "/v1/answer", json=body).status_code == 200
@@ -168,12 +209,16 @@ def test_a_busy_server_is_asked_again_and_a_failing_one_is_no_500(elsewhere: Liv
     fault(response, 503, "unavailable")
     assert response.headers["Retry-After"]
     server.failures = [400]
-    assert "told to fail with 400" in fault(elsewhere("POST", "/v1/answer", json=body), 422, "invalid_request")
+    assert "told to fail with 400" in fault(
+        elsewhere("POST", "/v1/answer", json=body), 422, "invalid_request"
+    )
     server.failures = [401]
     fault(elsewhere("POST", "/v1/answer", json=body), 503, "unavailable")
 
 
-def test_a_stream_that_breaks_elsewhere_ends_with_an_error_event(elsewhere: Live, server: CompletionServer) -> None:
+def test_a_stream_that_breaks_elsewhere_ends_with_an_error_event(
+    elsewhere: Live, server: CompletionServer
+) -> None:
     server.broken_after = 2
     try:
         text = elsewhere("POST", "/v1/answer", json={"question": FERRY, "stream": True}).text
@@ -188,10 +233,14 @@ def test_a_stream_that_breaks_elsewhere_ends_with_an_error_event(elsewhere: Live
 def test_this_service_is_such_a_server_itself(artifacts: Artifacts, here: Live) -> None:
     live = Live(artifacts, engine=remote(artifacts, f"{here.url}/v1", "chat", "invar-rag"))
     try:
-        answer = AnswerResponse.model_validate(live("POST", "/v1/answer", json={"question": FERRY, "top_k": 1}).json())
+        answer = AnswerResponse.model_validate(
+            live("POST", "/v1/answer", json={"question": FERRY, "top_k": 1}).json()
+        )
         assert answer.passages[0].title == "Ferry"
         # What it was asked is the prompt, passages and all, which it answers as any other question.
-        lines = live("POST", "/v1/answer", json={"question": FERRY, "top_k": 1, "stream": True}).text
+        lines = live(
+            "POST", "/v1/answer", json={"question": FERRY, "top_k": 1, "stream": True}
+        ).text
         assert "event: answer" in lines
     finally:
         live.close()
@@ -209,9 +258,14 @@ def test_what_cannot_be_reached_is_unavailable(artifacts: Artifacts) -> None:
     assert (caught.value.status, caught.value.code) == (503, "unavailable")
 
 
-def test_two_adapters_over_one_base_do_not_disturb_each_other(artifacts: Artifacts, generator: Generator) -> None:
+def test_two_adapters_over_one_base_do_not_disturb_each_other(
+    artifacts: Artifacts, generator: Generator
+) -> None:
     shared = SharedBase()
-    retriever, colocated = shared.retriever(artifacts.index_uri), shared.generator(artifacts.generator_uri)
+    retriever, colocated = (
+        shared.retriever(artifacts.index_uri),
+        shared.generator(artifacts.generator_uri),
+    )
     questions = [f"Who kept the light, {number}?" for number in range(6)]
 
     def search(question: str) -> Any:
@@ -220,7 +274,10 @@ def test_two_adapters_over_one_base_do_not_disturb_each_other(artifacts: Artifac
     def write(question: str) -> Any:
         return colocated.generate([question], max_new_tokens=8)
 
-    serial = [search(question) for question in questions], [write(question) for question in questions]
+    serial = (
+        [search(question) for question in questions],
+        [write(question) for question in questions],
+    )
     assert serial[1] == [generator.generate([question], max_new_tokens=8) for question in questions]
     with ThreadPoolExecutor(2) as pool:
         for _ in range(3):
@@ -241,7 +298,11 @@ def test_engines_load_in_bf16_with_their_rotary_angles_in_fp32(artifacts: Artifa
         load_generator(artifacts.generator_uri, "cpu:0", "bf16"),
         shared.generator(artifacts.generator_uri),
     ):
-        base = [weight.dtype for name, weight in generator.model.named_parameters() if "lora" not in name]
+        base = [
+            weight.dtype
+            for name, weight in generator.model.named_parameters()
+            if "lora" not in name
+        ]
         assert set(base) == {torch.bfloat16}
         assert {buffer.dtype for buffer in generator.model.buffers()} == {torch.float32}
         assert len(generator.generate([FERRY], max_new_tokens=3)[0].token_logprobs) == 3
@@ -251,7 +312,9 @@ def test_colocated_finds_what_merged_finds(artifacts: Artifacts) -> None:
     from invar_ray.answering.retriever import open_retriever
 
     apart, shared = open_retriever(artifacts.index_uri), SharedBase().retriever(artifacts.index_uri)
-    np.testing.assert_allclose(shared.encoder.encode_queries([FERRY]), apart.encoder.encode_queries([FERRY]), atol=1e-5)
+    np.testing.assert_allclose(
+        shared.encoder.encode_queries([FERRY]), apart.encoder.encode_queries([FERRY]), atol=1e-5
+    )
     assert shared.versions == apart.versions
 
 

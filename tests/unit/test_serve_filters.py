@@ -1,4 +1,6 @@
-"""Conditions on passages over HTTP, and keys that are bound to them: nobody reads another tenant's passages."""
+"""Conditions on passages over HTTP, and keys that are bound to them: nobody reads another tenant's
+passages.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,9 @@ def artifacts(tmp_path_factory: pytest.TempPathFactory) -> Artifacts:
 
 @pytest.fixture(scope="module")
 def live(artifacts: Artifacts) -> Iterator[Live]:
-    service = Live(artifacts, shards=[artifacts.tenants_index_uri], keys=KEYS, service={"stability_share": 1.0})
+    service = Live(
+        artifacts, shards=[artifacts.tenants_index_uri], keys=KEYS, service={"stability_share": 1.0}
+    )
     yield service
     service.close()
 
@@ -62,7 +66,9 @@ def test_conditions_narrow_what_is_found(live: Live) -> None:
     land = ask(live, top_k=4, where={"equals": {"tenant": "land"}})
     assert set(titles(land)) == LAND  # two passages in all, and not the best ones of all
     assert [passage["rank"] for passage in land["passages"]] == [1, 2]
-    assert titles(ask(live, where={"equals": {"tenant": ["land"], "document_id": ["Mill", "Ferry"]}})) == ["Mill"]
+    assert titles(
+        ask(live, where={"equals": {"tenant": ["land"], "document_id": ["Mill", "Ferry"]}})
+    ) == ["Mill"]
     assert titles(ask(live, top_k=1, where={"starts": {"uri": "s3://corpus/land/"}}))[0] in LAND
     assert "Ferry" not in titles(ask(live, top_k=4, where={"without": ["Ferry:0"]}))
     assert titles(ask(live, where={"equals": {"tenant": "no such"}})) == []
@@ -87,7 +93,9 @@ def test_answers_streams_wordings_and_chat_keep_to_them(live: Live) -> None:
     assert all(set(titles(each)) == LAND for each in wordings)
     client = openai.OpenAI(base_url=f"{live.url}/v1", api_key="anyone", max_retries=0)
     completion: Any = client.chat.completions.create(
-        model="invar-rag", messages=[{"role": "user", "content": FERRY}], extra_body={"where": where}
+        model="invar-rag",
+        messages=[{"role": "user", "content": FERRY}],
+        extra_body={"where": where},
     )
     assert set(titles(completion.invar)) == LAND
 
@@ -102,7 +110,9 @@ def test_nothing_found_is_answered_all_the_same(live: Live) -> None:
 @pytest.mark.parametrize("path", ["/v1/retrieve", "/v1/answer", "/v1/stability"])
 def test_a_bound_key_finds_its_own_passages_only(live: Live, path: str) -> None:
     found = ask(live, path, "land")
-    lists = [titles(each) for each in found["wordings"]] if path == "/v1/stability" else [titles(found)]
+    lists = (
+        [titles(each) for each in found["wordings"]] if path == "/v1/stability" else [titles(found)]
+    )
     assert all(set(each) == LAND for each in lists)
 
 
@@ -126,12 +136,19 @@ def test_a_request_cannot_widen_what_a_key_is_bound_to(live: Live, where: dict[s
 
 
 def test_callers_of_one_batch_get_each_their_own(artifacts: Artifacts) -> None:
-    """Searches that run together do not mix: forty at once, four callers, in one batch after the other."""
+    """Searches that run together do not mix: forty at once, four callers, in one batch after the
+    other.
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     live = Live(artifacts, shards=[artifacts.tenants_index_uri], keys=KEYS)
     try:
-        turns = [("land", LAND), ("sea", set(TENANTS) - LAND), ("nobody", set()), ("anyone", set(TENANTS))] * 10
+        turns = [
+            ("land", LAND),
+            ("sea", set(TENANTS) - LAND),
+            ("nobody", set()),
+            ("anyone", set(TENANTS)),
+        ] * 10
         with ThreadPoolExecutor(20) as pool:
             found = list(pool.map(lambda turn: titles(ask(live, who=turn[0], top_k=4)), turns))
             wrong = pool.submit(
@@ -177,9 +194,13 @@ def test_a_bound_key_finds_nothing_in_an_index_without_its_column(artifacts: Art
     for shards in ([artifacts.index_uri], [artifacts.left_index_uri, artifacts.right_index_uri]):
         live = Live(artifacts, shards=shards, keys=KEYS)
         try:
-            response = live("POST", "/v1/retrieve", json={"question": FERRY}, headers={"X-API-Key": "land"})
+            response = live(
+                "POST", "/v1/retrieve", json={"question": FERRY}, headers={"X-API-Key": "land"}
+            )
             assert "no text column 'tenant'" in fault(response, 422, "invalid_request")
-            assert set(titles(ask(live, who="sea", top_k=4))) == set(TENANTS) - LAND  # uri is a column everywhere
+            assert (
+                set(titles(ask(live, who="sea", top_k=4))) == set(TENANTS) - LAND
+            )  # uri is a column everywhere
         finally:
             live.close()
 
@@ -235,11 +256,16 @@ def test_keys_of_the_environment_can_be_bound() -> None:
 
 
 def test_parsed_conditions_equal_written_ones() -> None:
-    assert Conditions.parse("a=1&a=2&b^=x=y") == Conditions(equals={"a": ["1", "2"]}, starts={"b": ["x=y"]})
+    assert Conditions.parse("a=1&a=2&b^=x=y") == Conditions(
+        equals={"a": ["1", "2"]}, starts={"b": ["x=y"]}
+    )
 
 
 def test_conditions_of_both_hold() -> None:
-    one, other = Where.of({"t": ["a", "b"]}, without=["p"]), Where.of({"t": "b", "u": "c"}, without=["q"])
+    one, other = (
+        Where.of({"t": ["a", "b"]}, without=["p"]),
+        Where.of({"t": "b", "u": "c"}, without=["q"]),
+    )
     both = one.also(other)
     assert both == other.also(one)
     assert both == both.also(one)

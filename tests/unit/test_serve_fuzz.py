@@ -1,4 +1,6 @@
-"""Requests made from the service's own OpenAPI, and what no schema allows: always a clear answer, never a crash."""
+"""Requests made from the service's own OpenAPI, and what no schema allows: always a clear answer,
+never a crash.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     service.close()
 
 
-def run_cases(live: Live, cases: int, only: str = "", headers: dict[str, str] | None = None) -> dict[str, list[int]]:
+def run_cases(
+    live: Live, cases: int, only: str = "", headers: dict[str, str] | None = None
+) -> dict[str, list[int]]:
     """Statuses by operation (of the path ``only``, if given), after checking each response."""
     schema = schemathesis.openapi.from_dict(live("GET", "/openapi.json").json())
     seen: dict[str, list[int]] = {}
@@ -81,8 +85,12 @@ def test_administration_from_the_schema(tmp_path_factory: pytest.TempPathFactory
     record = tmp_path_factory.mktemp("record") / "record.json"
     service = Live(shared_artifacts(tmp_path_factory), keys=(key,), record=record)
     try:
-        served = service("GET", "/v1/index", headers={"X-API-Key": "root"}).json()["index"]["active_uri"]
-        seen = run_cases(service, 4 * DEFAULT_CASES, "/admin/index", {"Authorization": "Bearer root"})
+        served = service("GET", "/v1/index", headers={"X-API-Key": "root"}).json()["index"][
+            "active_uri"
+        ]
+        seen = run_cases(
+            service, 4 * DEFAULT_CASES, "/admin/index", {"Authorization": "Bearer root"}
+        )
         assert {409, 422} <= set(seen["POST /admin/index"]), "no body got as far as being tried"
         after = service("GET", "/v1/index", headers={"X-API-Key": "root"}).json()["index"]
         assert after["active_uri"] == served
@@ -112,15 +120,24 @@ def test_bytes_that_no_schema_allows(live: Live) -> None:
         b"null",
         b"1e999",
     ]
-    bodies += [b'{"question": "x", "top_k": 1e400}', b'{"question": "x", "top_k": ' + b"9" * 5000 + b"}"]
+    bodies += [
+        b'{"question": "x", "top_k": 1e400}',
+        b'{"question": "x", "top_k": ' + b"9" * 5000 + b"}",
+    ]
     for path in PATHS:
         for body in bodies:
             response = live("POST", path, content=body, headers=as_json)
             assert 400 <= response.status_code < 500, (path, body[:40], response.text)
             assert response.json()["error"]["code"] in {"invalid_json", "invalid_request"}
-    for headers in ({"X-API-Key": "\x00"}, {"Authorization": "Bearer " + "k" * 4000}, {"X-Request-ID": "<script>"}):
+    for headers in (
+        {"X-API-Key": "\x00"},
+        {"Authorization": "Bearer " + "k" * 4000},
+        {"X-Request-ID": "<script>"},
+    ):
         try:
-            assert live("POST", "/v1/retrieve", json={"question": "x"}, headers=headers).status_code in {200, 400}
+            assert live(
+                "POST", "/v1/retrieve", json={"question": "x"}, headers=headers
+            ).status_code in {200, 400}
         except httpx.LocalProtocolError:
             continue  # the client refuses to send it
     assert live("GET", "/readyz").status_code == 200
@@ -130,7 +147,9 @@ def test_large_bodies_and_long_questions(live: Live) -> None:
     for path in PATHS:
         with httpx.Client(base_url=live.url, timeout=30, trust_env=False) as client:
             try:
-                response = client.post(path, content=b" " * 10_000_000, headers={"Content-Type": "application/json"})
+                response = client.post(
+                    path, content=b" " * 10_000_000, headers={"Content-Type": "application/json"}
+                )
             except httpx.WriteError:
                 continue  # it was refused, and closed, before all of it was sent
             fault(response, 413, "body_too_large")

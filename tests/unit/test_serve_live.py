@@ -1,4 +1,6 @@
-"""The service over small real artifacts, in this process behind a real web server; the real ``openai`` client."""
+"""The service over small real artifacts, in this process behind a real web server; the real
+``openai`` client.
+"""
 
 from __future__ import annotations
 
@@ -46,17 +48,24 @@ def client(live: Live) -> openai.OpenAI:
 
 def chat(client: openai.OpenAI, text: str = FERRY, **options: Any) -> Any:
     messages = [{"role": "user", "content": text}]
-    return client.chat.completions.create(**({"model": "invar-rag", "messages": messages} | options))
+    return client.chat.completions.create(
+        **({"model": "invar-rag", "messages": messages} | options)
+    )
 
 
 def events(text: str) -> list[tuple[str, Any]]:
     blocks = [block.split("\n") for block in text.strip().split("\n\n")]
-    return [(lines[0].removeprefix("event: "), json.loads(lines[1].removeprefix("data: "))) for lines in blocks]
+    return [
+        (lines[0].removeprefix("event: "), json.loads(lines[1].removeprefix("data: ")))
+        for lines in blocks
+    ]
 
 
 def test_chat_equals_the_answer_and_counts_its_tokens(live: Live, client: openai.OpenAI) -> None:
     completion = chat(client, seed=3, temperature=0, user="someone")
-    answer = AnswerResponse.model_validate(live("POST", "/v1/answer", json={"question": FERRY}).json())
+    answer = AnswerResponse.model_validate(
+        live("POST", "/v1/answer", json={"question": FERRY}).json()
+    )
     extension = AnswerResponse.model_validate(completion.invar)
     assert extension.answer == answer.answer
     assert extension.versions == answer.versions
@@ -67,7 +76,10 @@ def test_chat_equals_the_answer_and_counts_its_tokens(live: Live, client: openai
     assert completion.usage.completion_tokens == 6
     assert completion.usage.prompt_tokens > 30
     assert completion.usage.total_tokens == completion.usage.prompt_tokens + 6
-    assert completion.system_fingerprint == f"{answer.versions['index']}-{answer.versions['generator']}"
+    assert (
+        completion.system_fingerprint
+        == f"{answer.versions['index']}-{answer.versions['generator']}"
+    )
 
 
 def test_a_chat_stream_adds_up_to_the_plain_answer(client: openai.OpenAI) -> None:
@@ -87,7 +99,9 @@ def test_a_chat_stream_adds_up_to_the_plain_answer(client: openai.OpenAI) -> Non
 
 def test_sampling_options_reach_the_model(client: openai.OpenAI) -> None:
     greedy = chat(client).choices[0].message.content
-    warm = [chat(client, temperature=2.0, seed=seed).choices[0].message.content for seed in (1, 1, 2)]
+    warm = [
+        chat(client, temperature=2.0, seed=seed).choices[0].message.content for seed in (1, 1, 2)
+    ]
     assert warm[0] == warm[1]
     assert len({greedy, *warm}) == 3
     assert chat(client, temperature=2.0, top_p=1e-6, seed=5).choices[0].message.content == greedy
@@ -116,7 +130,9 @@ def test_of_several_messages_the_last_is_searched_with(client: openai.OpenAI) ->
         chat(client, messages=messages[:3])
 
 
-def test_errors_are_those_that_the_client_knows(artifacts: Artifacts, client: openai.OpenAI) -> None:
+def test_errors_are_those_that_the_client_knows(
+    artifacts: Artifacts, client: openai.OpenAI
+) -> None:
     with pytest.raises(openai.NotFoundError) as missing:
         chat(client, model="gpt-4o")
     assert missing.value.code == "model_not_found"
@@ -131,7 +147,11 @@ def test_errors_are_those_that_the_client_knows(artifacts: Artifacts, client: op
         {"extra_body": {"top_k": 99}},
         {"messages": [{"role": "user", "content": " "}]},
         {"messages": [{"role": "user", "content": "why " * 300}]},
-        {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
+        {
+            "messages": [
+                {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}
+            ]
+        },
     ):
         with pytest.raises(openai.BadRequestError) as caught:
             chat(client, **wrong)
@@ -142,7 +162,11 @@ def test_errors_are_those_that_the_client_knows(artifacts: Artifacts, client: op
     try:
         with pytest.raises(openai.AuthenticationError):
             openai.OpenAI(base_url=f"{locked.url}/v1", api_key="wrong", max_retries=0).models.list()
-        assert openai.OpenAI(base_url=f"{locked.url}/v1", api_key="root", max_retries=0).models.list().data
+        assert (
+            openai.OpenAI(base_url=f"{locked.url}/v1", api_key="root", max_retries=0)
+            .models.list()
+            .data
+        )
     finally:
         locked.close()
 
@@ -152,16 +176,30 @@ def test_embeddings(live: Live, client: openai.OpenAI, artifacts: Artifacts) -> 
 
     encoder = open_retriever(artifacts.index_uri).encoder
     texts = [FERRY, "Pears and plums"]
-    packed = client.embeddings.create(model="invar-encoder", input=texts)  # the client asks for base64
+    packed = client.embeddings.create(
+        model="invar-encoder", input=texts
+    )  # the client asks for base64
     plain = client.embeddings.create(model="invar-encoder", input=texts, encoding_format="float")
     expected = encoder.encode_queries(texts)
     np.testing.assert_allclose([row.embedding for row in packed.data], expected, atol=1e-5)
     np.testing.assert_allclose([row.embedding for row in plain.data], expected, atol=1e-5)
     assert packed.usage.prompt_tokens == packed.usage.total_tokens > 5
-    passage = client.embeddings.create(model="invar-encoder", input=FERRY, extra_body={"input_type": "passage"})
-    np.testing.assert_allclose(passage.data[0].embedding, encoder.encode_passages([("", FERRY)])[0], atol=1e-5)
-    assert client.embeddings.create(model="invar-encoder", input="a", dimensions=encoder.dimension).data
-    for wrong in ({"dimensions": 5}, {"input": []}, {"input": ["a", " "]}, {"input": ["a"] * 65}, {"input": [1, 2]}):
+    passage = client.embeddings.create(
+        model="invar-encoder", input=FERRY, extra_body={"input_type": "passage"}
+    )
+    np.testing.assert_allclose(
+        passage.data[0].embedding, encoder.encode_passages([("", FERRY)])[0], atol=1e-5
+    )
+    assert client.embeddings.create(
+        model="invar-encoder", input="a", dimensions=encoder.dimension
+    ).data
+    for wrong in (
+        {"dimensions": 5},
+        {"input": []},
+        {"input": ["a", " "]},
+        {"input": ["a"] * 65},
+        {"input": [1, 2]},
+    ):
         with pytest.raises(openai.BadRequestError):
             client.embeddings.create(**({"model": "invar-encoder", "input": "a"} | wrong))
 
@@ -185,7 +223,11 @@ def test_an_answer_stream_ends_with_the_whole_answer(live: Live) -> None:
     assert values[0]["passages"] == plain["passages"]
     answer = AnswerResponse.model_validate(values[-2])
     assert (answer.answer, answer.versions) == (plain["answer"], plain["versions"])
-    fault(live("POST", "/v1/answer", json={"question": "why " * 300, "stream": True}), 422, "invalid_request")
+    fault(
+        live("POST", "/v1/answer", json={"question": "why " * 300, "stream": True}),
+        422,
+        "invalid_request",
+    )
 
 
 def test_stability_is_what_the_parts_say(live: Live) -> None:
@@ -197,11 +239,15 @@ def test_stability_is_what_the_parts_say(live: Live) -> None:
     found = []
     for wording in result.wordings:
         alone = live("POST", "/v1/answer", json={"question": wording.text, "top_k": 2}).json()
-        assert [p["passage_id"] for p in alone["passages"]] == [p.passage_id for p in wording.passages]
+        assert [p["passage_id"] for p in alone["passages"]] == [
+            p.passage_id for p in wording.passages
+        ]
         assert alone["answer"] == wording.answer
         found.append(({p.passage_id for p in wording.passages}, wording.answer))
     pairs = [(a, b) for n, a in enumerate(found) for b in found[n + 1 :]]
-    assert result.overlap == pytest.approx(sum(len(a[0] & b[0]) / len(a[0] | b[0]) for a, b in pairs) / len(pairs))
+    assert result.overlap == pytest.approx(
+        sum(len(a[0] & b[0]) / len(a[0] | b[0]) for a, b in pairs) / len(pairs)
+    )
     assert result.agreement is not None
     assert 0 <= result.agreement <= 1
     hits_only = live("POST", "/v1/stability", json={**body, "answers": False}).json()
@@ -222,7 +268,9 @@ def test_an_index_change_is_probed_and_written_down(artifacts: Artifacts, tmp_pa
     try:
         first = state().versions["index"]
         assert "kind 'index'" in fault(change(index_uri=artifacts.generator_uri), 409, "conflict")
-        assert "shadow search" in fault(change(index_uri=artifacts.scrambled_index_uri), 409, "conflict")
+        assert "shadow search" in fault(
+            change(index_uri=artifacts.scrambled_index_uri), 409, "conflict"
+        )
         after = state()
         assert (after.index.requested_uri, after.index.active_uri) == (
             artifacts.scrambled_index_uri,
@@ -230,13 +278,20 @@ def test_an_index_change_is_probed_and_written_down(artifacts: Artifacts, tmp_pa
         )
         assert after.index.error is not None
         assert after.versions["index"] == first
-        assert live("POST", "/v1/retrieve", json={"question": FERRY}, headers=ROOT).json()["versions"]["index"] == first
+        assert (
+            live("POST", "/v1/retrieve", json={"question": FERRY}, headers=ROOT).json()["versions"][
+                "index"
+            ]
+            == first
+        )
         fault(change(), 422, "invalid_request")
         fault(change(index_uri="x", rollback=True), 422, "invalid_request")
         fault(change(index_uri=["a", "b"]), 422, "invalid_request")
         assert "no earlier" in fault(change(rollback=True), 422, "invalid_request")
 
-        done = IndexChangeResponse.model_validate(change(index_uri=artifacts.other_index_uri).json())
+        done = IndexChangeResponse.model_validate(
+            change(index_uri=artifacts.other_index_uri).json()
+        )
         assert (done.index.active_uri, done.index.error) == (artifacts.other_index_uri, None)
         assert done.report["new_recall"] == 1.0
         assert 0 <= done.report["same_hits"] <= 1
@@ -256,7 +311,9 @@ def test_an_index_change_is_probed_and_written_down(artifacts: Artifacts, tmp_pa
         live.close()
 
 
-def test_a_broken_record_entry_falls_back_to_the_configured_index(artifacts: Artifacts, tmp_path: Path) -> None:
+def test_a_broken_record_entry_falls_back_to_the_configured_index(
+    artifacts: Artifacts, tmp_path: Path
+) -> None:
     file = RecordFile(str(tmp_path / "record.json"))
     configured = (artifacts.index_uri,)
     file.write(Desired(configured, configured).changed((str(tmp_path / "gone"),)))
@@ -284,19 +341,26 @@ def test_a_file_can_be_followed(artifacts: Artifacts, tmp_path: Path) -> None:
         for _ in range(2):
             live.run(live.service.follow(str(current)))
         assert live("GET", "/v1/index").json()["index"]["active_uri"] == artifacts.other_index_uri
-        assert live.memory.of("invar_index_changes_total") == [1.0, 1.0]  # changed once, refused once
+        assert live.memory.of("invar_index_changes_total") == [
+            1.0,
+            1.0,
+        ]  # changed once, refused once
     finally:
         live.close()
 
 
-def test_shards_find_what_one_index_finds_and_say_when_one_is_missing(artifacts: Artifacts, live: Live) -> None:
+def test_shards_find_what_one_index_finds_and_say_when_one_is_missing(
+    artifacts: Artifacts, live: Live
+) -> None:
     sharded = Live(artifacts, shards=[artifacts.left_index_uri, artifacts.right_index_uri])
     try:
         for question in (FERRY, "What grows in the orchard?", "Who kept the light?"):
             body = {"question": question, "top_k": 4}
             one = live("POST", "/v1/retrieve", json=body).json()
             both = sharded("POST", "/v1/retrieve", json=body).json()
-            assert [p["passage_id"] for p in both["passages"]] == [p["passage_id"] for p in one["passages"]]
+            assert [p["passage_id"] for p in both["passages"]] == [
+                p["passage_id"] for p in one["passages"]
+            ]
             assert [p["rank"] for p in both["passages"]] == [1, 2, 3, 4]
             assert [p["score"] for p in both["passages"]] == pytest.approx(
                 [p["score"] for p in one["passages"]], abs=1e-5
@@ -319,11 +383,15 @@ def test_shards_find_what_one_index_finds_and_say_when_one_is_missing(artifacts:
 
 
 def test_a_deadline_ends_the_work(live: Live) -> None:
-    response = live("POST", "/v1/answer", json={"question": FERRY}, headers={"X-Request-Timeout": "0.000001"})
+    response = live(
+        "POST", "/v1/answer", json={"question": FERRY}, headers={"X-Request-Timeout": "0.000001"}
+    )
     fault(response, 504, "timeout")
     assert response.headers["Retry-After"]
     for wrong in ("0", "-1", "nan", "inf", "soon"):
-        response = live("POST", "/v1/answer", json={"question": FERRY}, headers={"X-Request-Timeout": wrong})
+        response = live(
+            "POST", "/v1/answer", json={"question": FERRY}, headers={"X-Request-Timeout": wrong}
+        )
         fault(response, 400, "invalid_request")
 
 
@@ -372,14 +440,18 @@ def test_metrics_of_a_request(artifacts: Artifacts) -> None:
         assert ("invar_requests_total", (("route", "other"), ("status", "404"))) in values
         assert values["invar_tokens_total", ()] == [6.0]
         assert values["invar_batch_size", (("engine", "generator"),)] == [1.0]
-        assert len(values["invar_stage_seconds", (("stage", "search"),)]) == 3  # two of them for the sample
+        assert (
+            len(values["invar_stage_seconds", (("stage", "search"),)]) == 3
+        )  # two of them for the sample
         assert 0 < live.memory.of("invar_top_score")[0] <= 1
         assert 0 <= live.memory.of("invar_stability_overlap")[0] <= 1
     finally:
         live.close()
 
 
-def test_a_slow_client_is_dropped_and_the_service_lives(live: Live, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_slow_client_is_dropped_and_the_service_lives(
+    live: Live, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("serve.guard.BODY_TIMEOUT_S", 0.3)
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as slow:

@@ -29,7 +29,9 @@ def exporter() -> InMemorySpanExporter:
 
 
 @pytest.fixture(scope="module")
-def live(tmp_path_factory: pytest.TempPathFactory, exporter: InMemorySpanExporter) -> Iterator[Live]:
+def live(
+    tmp_path_factory: pytest.TempPathFactory, exporter: InMemorySpanExporter
+) -> Iterator[Live]:
     service = Live(shared_artifacts(tmp_path_factory), tracer=Tracer(exporter=exporter))
     yield service
     service.close()
@@ -37,12 +39,19 @@ def live(tmp_path_factory: pytest.TempPathFactory, exporter: InMemorySpanExporte
 
 def test_a_request_is_one_trace(live: Live, exporter: InMemorySpanExporter) -> None:
     headers = {"traceparent": PARENT}
-    assert live("POST", "/v1/answer", json={"question": "Who kept the light?"}, headers=headers).status_code == 200
+    assert (
+        live(
+            "POST", "/v1/answer", json={"question": "Who kept the light?"}, headers=headers
+        ).status_code
+        == 200
+    )
     spans = {span.name: span for span in exporter.get_finished_spans()}
     assert set(spans) == {"request", "search", "generate"}
     assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {PARENT.split("-")[1]}
     assert f"{spans['request'].parent.span_id:016x}" == PARENT.split("-")[2]
-    assert {spans[name].parent.span_id for name in ("search", "generate")} == {spans["request"].context.span_id}
+    assert {spans[name].parent.span_id for name in ("search", "generate")} == {
+        spans["request"].context.span_id
+    }
     assert spans["request"].attributes["route"] == "/v1/answer"
     assert "light" not in json.dumps([dict(span.attributes) for span in spans.values()])
 
@@ -58,7 +67,9 @@ def test_spans_as_log_lines_and_switched_off(caplog: pytest.LogCaptureFixture) -
 
 
 def test_a_missing_exporter_is_named() -> None:
-    if importlib.util.find_spec("opentelemetry.exporter") and importlib.util.find_spec("opentelemetry.exporter.otlp"):
+    if importlib.util.find_spec("opentelemetry.exporter") and importlib.util.find_spec(
+        "opentelemetry.exporter.otlp"
+    ):
         pytest.skip("it is installed here")
     with pytest.raises(ConfigError, match="opentelemetry-exporter-otlp-proto-http"):
         Tracer("otlp")
@@ -79,7 +90,9 @@ def test_only_known_metrics_with_their_labels() -> None:
 
 
 def test_the_dashboard_draws_every_metric_and_no_other() -> None:
-    dashboard = json.loads((ROOT / "cluster" / "observability" / "dashboard.json").read_text(encoding="utf-8"))
+    dashboard = json.loads(
+        (ROOT / "cluster" / "observability" / "dashboard.json").read_text(encoding="utf-8")
+    )
     drawn: set[str] = set()
     for panel in dashboard["panels"]:
         for target in panel["targets"]:
@@ -92,7 +105,12 @@ def test_the_dashboard_draws_every_metric_and_no_other() -> None:
                 drawn.add(base)
             for labels in re.findall(r"by \(([^)]*)\)", expression):
                 names = {label.strip() for label in labels.split(",")} - {"le"}
-                known = {label for name in CATALOG if f"ray_{name}" in expression for label in CATALOG[name].labels}
+                known = {
+                    label
+                    for name in CATALOG
+                    if f"ray_{name}" in expression
+                    for label in CATALOG[name].labels
+                }
                 assert names <= known, expression
     assert drawn == set(CATALOG)
     assert len({panel["id"] for panel in dashboard["panels"]}) == len(dashboard["panels"])
@@ -103,7 +121,9 @@ def test_the_vllm_file_fits_serves_schema_and_its_two_applications_each_other() 
 
     from serve.app import AppArgs
 
-    values: dict[str, Any] = yaml.safe_load((ROOT / "serve" / "vllm.yaml").read_text(encoding="utf-8"))
+    values: dict[str, Any] = yaml.safe_load(
+        (ROOT / "serve" / "vllm.yaml").read_text(encoding="utf-8")
+    )
     schema = ServeDeploySchema.model_validate(values)
     assert set(values) <= set(ServeDeploySchema.model_fields)
     vllm, service = schema.applications
@@ -113,7 +133,12 @@ def test_the_vllm_file_fits_serves_schema_and_its_two_applications_each_other() 
     assert args.engine == "openai"
     assert args.engine_model == model["model_loading_config"]["model_id"]
     assert args.engine_url == f"http://127.0.0.1:{schema.http_options.port}{vllm.route_prefix}/v1"
-    assert set(model) <= {"model_loading_config", "accelerator_type", "engine_kwargs", "deployment_config"}
+    assert set(model) <= {
+        "model_loading_config",
+        "accelerator_type",
+        "engine_kwargs",
+        "deployment_config",
+    }
     source = importlib.util.find_spec("ray.serve")
     assert source is not None
     builders = Path(str(source.origin)).parent / "llm" / "__init__.py"

@@ -34,7 +34,9 @@ from serve.service import Service
 from serve.targets import LocalTarget
 from tests.serving import fault
 
-HITS = tuple(Hit(f"d{n}:0-9:x", f"d{n}", n, 1.0 / n, f"Title {n}", f"Text {n}") for n in range(1, 30))
+HITS = tuple(
+    Hit(f"d{n}:0-9:x", f"d{n}", n, 1.0 / n, f"Title {n}", f"Text {n}") for n in range(1, 30)
+)
 LIMITS = Limits(top_k=3, max_top_k=10, max_question_chars=40, max_new_tokens=8, max_body_bytes=300)
 
 
@@ -46,7 +48,12 @@ class Backend:
         self.gate: asyncio.Event | None = None
 
     async def retrieve(
-        self, question: str, top_k: int, left_s: float, trace: dict[str, str], where: Where | None = None
+        self,
+        question: str,
+        top_k: int,
+        left_s: float,
+        trace: dict[str, str],
+        where: Where | None = None,
     ) -> Found:
         if self.gate is not None:
             await self.gate.wait()
@@ -77,7 +84,10 @@ class Backend:
 
     async def describe(self) -> dict[str, Any]:
         state = {"requested_uri": "new", "active_uri": "old", "error": "new is damaged"}
-        return {"state": {**state, "shard": "0", "replica": "r", "version": "i1"}, "versions": {"index": "i1"}}
+        return {
+            "state": {**state, "shard": "0", "replica": "r", "version": "i1"},
+            "versions": {"index": "i1"},
+        }
 
     async def describe_generator(self) -> dict[str, Any]:
         return {"generator": {"uri": "g", "max_context": 64}, "versions": {"generator": "g1"}}
@@ -104,14 +114,25 @@ def make_app(backend: Backend, **options: Any) -> Any:
 
 
 def call(
-    backend: Backend, method: str, path: str, *, keys: tuple[ApiKey, ...] = (), app: Any = None, **options: Any
+    backend: Backend,
+    method: str,
+    path: str,
+    *,
+    keys: tuple[ApiKey, ...] = (),
+    app: Any = None,
+    **options: Any,
 ) -> httpx.Response:
     app = app or make_app(backend, keys=keys)
 
     async def send() -> httpx.Response:
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://service"
+        ) as client:
             if "content" in options:
-                options["headers"] = {"Content-Type": "application/json", **options.get("headers", {})}
+                options["headers"] = {
+                    "Content-Type": "application/json",
+                    **options.get("headers", {}),
+                }
             return await client.request(method, path, **options)
 
     return asyncio.run(send())
@@ -122,8 +143,15 @@ def test_answer_carries_citations_passages_timings_and_versions(backend: Backend
     response = call(backend, "POST", "/v1/answer", json=body, headers={"X-Request-ID": "abc-1"})
     assert response.status_code == 200
     answer = AnswerResponse.model_validate(response.json())
-    assert (answer.question, answer.answer, answer.request_id) == ("Who?", "5 tokens at most", "abc-1")
-    assert [(passage.number, passage.passage_id) for passage in answer.passages] == [(1, "d1:0-9:x"), (2, "d2:0-9:x")]
+    assert (answer.question, answer.answer, answer.request_id) == (
+        "Who?",
+        "5 tokens at most",
+        "abc-1",
+    )
+    assert [(passage.number, passage.passage_id) for passage in answer.passages] == [
+        (1, "d1:0-9:x"),
+        (2, "d2:0-9:x"),
+    ]
     assert answer.citations[0].passage_id == answer.passages[0].passage_id
     assert answer.versions == {"index": "i1", "generator": "g1"}
     assert set(answer.timings) == {"retrieve_s", "generate_s", "total_s"}
@@ -153,7 +181,9 @@ def test_retrieve_takes_the_default_top_k(backend: Backend) -> None:
     ],
 )
 def test_bad_bodies_are_422_and_say_why(backend: Backend, body: Any, message: str) -> None:
-    assert re.search(message, fault(call(backend, "POST", "/v1/answer", json=body), 422, "invalid_request"))
+    assert re.search(
+        message, fault(call(backend, "POST", "/v1/answer", json=body), 422, "invalid_request")
+    )
 
 
 def test_other_bad_requests(backend: Backend) -> None:
@@ -164,13 +194,28 @@ def test_other_bad_requests(backend: Backend) -> None:
     fault(call(backend, "GET", "/v1/answer"), 405, "method_not_allowed")
     fault(call(backend, "GET", "/nowhere"), 404, "not_found")
     long = json.dumps({"question": "x" * 300}).encode()
-    assert "300 bytes" in fault(call(backend, "POST", "/v1/answer", content=long), 413, "body_too_large")
+    assert "300 bytes" in fault(
+        call(backend, "POST", "/v1/answer", content=long), 413, "body_too_large"
+    )
 
 
 def test_lone_surrogates_are_refused_not_a_crash(backend: Backend) -> None:
-    fault(call(backend, "POST", "/v1/answer", content=rb'{"question": "\ud800"}'), 422, "invalid_request")
-    fault(call(backend, "POST", "/v1/answer", content=rb'{"question": "a", "\ud800": 1}'), 422, "invalid_request")
-    assert call(backend, "POST", "/v1/answer", content=rb'{"question": "caf\u00e9 \ud83d\ude00"}').status_code == 200
+    fault(
+        call(backend, "POST", "/v1/answer", content=rb'{"question": "\ud800"}'),
+        422,
+        "invalid_request",
+    )
+    fault(
+        call(backend, "POST", "/v1/answer", content=rb'{"question": "a", "\ud800": 1}'),
+        422,
+        "invalid_request",
+    )
+    assert (
+        call(
+            backend, "POST", "/v1/answer", content=rb'{"question": "caf\u00e9 \ud83d\ude00"}'
+        ).status_code
+        == 200
+    )
 
 
 def test_a_body_without_stated_length_is_counted(backend: Backend) -> None:
@@ -183,7 +228,12 @@ def test_a_body_without_stated_length_is_counted(backend: Backend) -> None:
             yield b" " * 100
 
     fault(call(backend, "POST", "/v1/answer", content=chunks()), 413, "body_too_large")
-    assert call(backend, "POST", "/v1/answer", content=iter_bytes(b'{"question"', b': "Who?"}')).status_code == 200
+    assert (
+        call(
+            backend, "POST", "/v1/answer", content=iter_bytes(b'{"question"', b': "Who?"}')
+        ).status_code
+        == 200
+    )
 
 
 async def iter_bytes(*parts: bytes) -> Any:
@@ -193,12 +243,20 @@ async def iter_bytes(*parts: bytes) -> Any:
 
 def test_key_is_asked_for_under_v1_only(backend: Backend) -> None:
     body = {"question": "Who?"}
-    for headers in ({}, {"X-API-Key": "wrong"}, {"Authorization": "Bearer "}, {"Authorization": "Basic secret"}):
+    for headers in (
+        {},
+        {"X-API-Key": "wrong"},
+        {"Authorization": "Bearer "},
+        {"Authorization": "Basic secret"},
+    ):
         response = call(backend, "POST", "/v1/answer", json=body, headers=headers, keys=(KEY,))
         fault(response, 401, "unauthorized")
         assert response.headers["WWW-Authenticate"] == "Bearer"
     for headers in ({"X-API-Key": "secret"}, {"Authorization": "bearer secret"}):
-        assert call(backend, "POST", "/v1/answer", json=body, headers=headers, keys=(KEY,)).status_code == 200
+        assert (
+            call(backend, "POST", "/v1/answer", json=body, headers=headers, keys=(KEY,)).status_code
+            == 200
+        )
     for path in ("/", "/healthz", "/readyz", "/docs", "/openapi.json"):
         assert call(backend, "GET", path, keys=(KEY,)).status_code == 200
 
@@ -209,8 +267,14 @@ def test_scopes(backend: Backend) -> None:
     admin, query = {"X-API-Key": "root"}, {"X-API-Key": "secret"}
     refused = call(backend, "POST", "/admin/index", json=change, headers=query, keys=(KEY, ADMIN))
     assert "scope admin" in fault(refused, 403, "forbidden")
-    fault(call(backend, "POST", "/v1/answer", json=body, headers=admin, keys=(KEY, ADMIN)), 403, "forbidden")
-    fault(call(backend, "POST", "/admin/index", json=change, keys=(KEY, ADMIN)), 401, "unauthorized")
+    fault(
+        call(backend, "POST", "/v1/answer", json=body, headers=admin, keys=(KEY, ADMIN)),
+        403,
+        "forbidden",
+    )
+    fault(
+        call(backend, "POST", "/admin/index", json=change, keys=(KEY, ADMIN)), 401, "unauthorized"
+    )
     message = fault(call(backend, "POST", "/admin/index", json=change), 403, "forbidden")
     assert "no API keys" in message  # where queries are open, administration is not
     allowed = call(backend, "POST", "/admin/index", json=change, headers=admin, keys=(KEY, ADMIN))
@@ -220,7 +284,10 @@ def test_scopes(backend: Backend) -> None:
 def test_a_key_has_its_own_rate(backend: Backend) -> None:
     slow = KEY.model_copy(update={"requests_per_minute": 2})
     app = make_app(backend, keys=(slow, KEY.model_copy(update={"name": "b", "sha256": "0" * 64})))
-    sent = [call(backend, "GET", "/v1/index", headers={"Authorization": "Bearer secret"}, app=app) for _ in range(3)]
+    sent = [
+        call(backend, "GET", "/v1/index", headers={"Authorization": "Bearer secret"}, app=app)
+        for _ in range(3)
+    ]
     assert [response.status_code for response in sent] == [200, 200, 429]
     fault(sent[2], 429, "rate_limited")
     assert 1 <= int(sent[2].headers["Retry-After"]) <= 30
@@ -229,7 +296,10 @@ def test_a_key_has_its_own_rate(backend: Backend) -> None:
 
 def test_keys_come_from_the_environment_hashed() -> None:
     digest = hashlib.sha256(b"k").hexdigest()
-    given = {"INVAR_API_KEY": "secret", "INVAR_API_KEYS": f"ops:{digest}:query+admin:60,\n b:{digest}:query"}
+    given = {
+        "INVAR_API_KEY": "secret",
+        "INVAR_API_KEYS": f"ops:{digest}:query+admin:60,\n b:{digest}:query",
+    }
     keys = keys_from_environment(given)
     assert [(key.name, key.scopes, key.requests_per_minute) for key in keys] == [
         ("default", ("query",), 0),
@@ -238,7 +308,13 @@ def test_keys_come_from_the_environment_hashed() -> None:
     ]
     assert keys[0] == KEY.model_copy(update={"name": "default"})
     assert keys_from_environment({}) == []
-    for wrong in (f"a:{digest}", f"a:{digest}:root", "a:short:query", f"a:{digest}:query:x", f"a b:{digest}:query"):
+    for wrong in (
+        f"a:{digest}",
+        f"a:{digest}:root",
+        "a:short:query",
+        f"a:{digest}:query:x",
+        f"a b:{digest}:query",
+    ):
         with pytest.raises(ConfigError, match="entry 1 of INVAR_API_KEYS") as caught:
             keys_from_environment({"INVAR_API_KEYS": wrong})
         assert digest not in str(caught.value)
@@ -254,10 +330,14 @@ def test_the_hash_of_an_empty_key_is_refused_everywhere(digest: str) -> None:
     with pytest.raises(ValueError, match="empty key, which everybody has; hash a real key"):
         ApiKey(name="a", sha256=digest)
     with pytest.raises(ValueError, match="empty key"):
-        AppArgs.model_validate({"index_uri": "i", "generator_uri": "g", "api_keys": [{"name": "a", "sha256": digest}]})
+        AppArgs.model_validate(
+            {"index_uri": "i", "generator_uri": "g", "api_keys": [{"name": "a", "sha256": digest}]}
+        )
     good = hashlib.sha256(b"k").hexdigest()
     for written in (digest, digest.upper(), f" {digest} "):
-        with pytest.raises(ConfigError, match=r"^entry 2 of INVAR_API_KEYS has .* empty key.* To do: hash a real"):
+        with pytest.raises(
+            ConfigError, match=r"^entry 2 of INVAR_API_KEYS has .* empty key.* To do: hash a real"
+        ):
             keys_from_environment({"INVAR_API_KEYS": f"b:{good}:query,a:{written}:query"})
     with pytest.raises(ConfigError, match=r"API key mine has .* empty key"):
         KeyRing([KEY.model_copy(update={"sha256": digest})])
@@ -265,19 +345,28 @@ def test_the_hash_of_an_empty_key_is_refused_everywhere(digest: str) -> None:
 
 @pytest.mark.parametrize("setting", ["", " ", "\n", "\t \r\n"])
 def test_a_key_setting_without_a_key_is_refused(setting: str) -> None:
-    with pytest.raises(ConfigError, match=r"^INVAR_API_KEY is set and empty\. Expected: .* To do: .*unset it"):
+    with pytest.raises(
+        ConfigError, match=r"^INVAR_API_KEY is set and empty\. Expected: .* To do: .*unset it"
+    ):
         keys_from_environment({"INVAR_API_KEY": setting})
     for listed in (setting, f"{setting},", ",,\n"):
-        with pytest.raises(ConfigError, match=r"^INVAR_API_KEYS is set and empty\. Expected: .* To do: .*unset it"):
+        with pytest.raises(
+            ConfigError, match=r"^INVAR_API_KEYS is set and empty\. Expected: .* To do: .*unset it"
+        ):
             keys_from_environment({"INVAR_API_KEYS": listed})
-    good = {"INVAR_API_KEY": "secret", "INVAR_API_KEYS": f"b:{hashlib.sha256(b'k').hexdigest()}:query"}
+    good = {
+        "INVAR_API_KEY": "secret",
+        "INVAR_API_KEYS": f"b:{hashlib.sha256(b'k').hexdigest()}:query",
+    }
     for name in good:
         with pytest.raises(ConfigError, match=f"{name} is set and empty"):
             keys_from_environment({**good, name: setting})
 
 
 @pytest.mark.parametrize("mounted", ["secret\n", "secret\r\n", " secret ", "\nsecret\n\n"])
-def test_the_line_break_of_a_mounted_secret_is_no_part_of_the_key(backend: Backend, mounted: str) -> None:
+def test_the_line_break_of_a_mounted_secret_is_no_part_of_the_key(
+    backend: Backend, mounted: str
+) -> None:
     keys = tuple(keys_from_environment({"INVAR_API_KEY": mounted}))
     assert keys == (KEY.model_copy(update={"name": "default"}),)
     headers = {"Authorization": "Bearer secret"}
@@ -287,7 +376,9 @@ def test_the_line_break_of_a_mounted_secret_is_no_part_of_the_key(backend: Backe
 
 @pytest.mark.parametrize("broken", ["se cret", "sec\nret", "sec\x00ret", "sec\tret"])
 def test_a_key_that_no_client_can_send_is_refused_without_being_shown(broken: str) -> None:
-    with pytest.raises(ConfigError, match="INVAR_API_KEY is set and holds white space or control") as caught:
+    with pytest.raises(
+        ConfigError, match="INVAR_API_KEY is set and holds white space or control"
+    ) as caught:
         keys_from_environment({"INVAR_API_KEY": broken})
     assert "ret" not in str(caught.value)
 
@@ -301,17 +392,29 @@ def test_one_key_under_two_names_is_refused() -> None:
     with pytest.raises(ConfigError, match="API keys mine and default are one key"):
         service_keys([KEY], {"INVAR_API_KEY": "secret"})
     with pytest.raises(ConfigError, match="API keys default and b are one key"):
-        service_keys([], {"INVAR_API_KEY": "secret", "INVAR_API_KEYS": f"b:{KEY.sha256.upper()}:query:0:tenant=acme"})
+        service_keys(
+            [],
+            {
+                "INVAR_API_KEY": "secret",
+                "INVAR_API_KEYS": f"b:{KEY.sha256.upper()}:query:0:tenant=acme",
+            },
+        )
     values = [{"name": name, "sha256": KEY.sha256} for name in ("a", "b")]
     with pytest.raises(ValueError, match="api_keys: API keys a and b are one key"):
         AppArgs.model_validate({"index_uri": "i", "generator_uri": "g", "api_keys": values})
 
 
-@pytest.mark.parametrize("name, value", [("INVAR_API_KEY", " "), ("INVAR_API_KEYS", ""), ("INVAR_API_KEY", "secret")])
-def test_wrong_keys_show_before_anything_starts(name: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "name, value", [("INVAR_API_KEY", " "), ("INVAR_API_KEYS", ""), ("INVAR_API_KEY", "secret")]
+)
+def test_wrong_keys_show_before_anything_starts(
+    name: str, value: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv(name, value)
     with pytest.raises(ConfigError, match=r"is set and empty|are one key"):
-        build_app(AppArgs(index_uri="runs/index/a", generator_uri="runs/generator/b", api_keys=[KEY]))
+        build_app(
+            AppArgs(index_uri="runs/index/a", generator_uri="runs/generator/b", api_keys=[KEY])
+        )
 
 
 def test_nothing_sent_is_no_key() -> None:
@@ -328,21 +431,40 @@ def test_headers_for_browsers_and_no_cross_origin_by_default(backend: Backend) -
     assert response.headers["Cache-Control"] == "no-store"
     assert not [name for name in response.headers if name.startswith("access-control")]
     app = make_app(backend, cors_origins=["https://elsewhere.example"], keys=(KEY,))
-    preflight = {**origin, "Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    preflight = {
+        **origin,
+        "Access-Control-Request-Method": "POST",
+        "Access-Control-Request-Headers": "content-type",
+    }
     response = call(backend, "OPTIONS", "/v1/answer", headers=preflight, app=app)
     assert response.headers["access-control-allow-origin"] == "https://elsewhere.example"
-    other = call(backend, "OPTIONS", "/v1/answer", headers={**preflight, "Origin": "https://third.example"}, app=app)
+    other = call(
+        backend,
+        "OPTIONS",
+        "/v1/answer",
+        headers={**preflight, "Origin": "https://third.example"},
+        app=app,
+    )
     assert "access-control-allow-origin" not in other.headers
 
 
-def test_the_audit_log_has_no_questions_unless_told(backend: Backend, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_audit_log_has_no_questions_unless_told(
+    backend: Backend, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.INFO, "ray.serve.audit")
     headers = {"X-API-Key": "secret", "X-Request-ID": "r-1"}
     for audit_text in (False, True):
         app = make_app(backend, keys=(KEY,), audit_text=audit_text)
-        call(backend, "POST", "/v1/answer", json={"question": "a secret?"}, headers=headers, app=app)
+        call(
+            backend, "POST", "/v1/answer", json={"question": "a secret?"}, headers=headers, app=app
+        )
     first, second = [json.loads(r.message) for r in caplog.records if r.name == "ray.serve.audit"]
-    assert {"request_id": "r-1", "key": "mine", "route": "/v1/answer", "status": 200}.items() <= first.items()
+    assert {
+        "request_id": "r-1",
+        "key": "mine",
+        "route": "/v1/answer",
+        "status": 200,
+    }.items() <= first.items()
     assert first["question_chars"] == 9
     assert "a secret?" not in json.dumps(first)
     assert second["question"] == "a secret?"
@@ -370,7 +492,11 @@ def test_a_stream_that_fails_ends_with_an_error_event(backend: Backend) -> None:
     assert '"code":"internal"' in text
     assert "secret" not in text
     chat = {"model": "invar-rag", "messages": [{"role": "user", "content": "Who?"}], "stream": True}
-    lines = [line for line in call(Breaking(), "POST", "/v1/chat/completions", json=chat).text.splitlines() if line]
+    lines = [
+        line
+        for line in call(Breaking(), "POST", "/v1/chat/completions", json=chat).text.splitlines()
+        if line
+    ]
     assert lines[-1] == "data: [DONE]"
     assert json.loads(lines[-2][6:])["error"]["type"] == "server_error"
 
@@ -383,7 +509,9 @@ def test_failures_of_the_backend_keep_the_form_and_hide_their_cause(backend: Bac
     assert response.headers["Retry-After"] == "2"
     fault(call(backend, "GET", "/readyz"), 503, "overloaded")
     backend.error = RequestError("the question takes 90 tokens", expected="at most 64")
-    assert "90 tokens" in fault(call(backend, "POST", "/v1/answer", json=body), 422, "invalid_request")
+    assert "90 tokens" in fault(
+        call(backend, "POST", "/v1/answer", json=body), 422, "invalid_request"
+    )
     backend.error = KeyError("a secret path /srv/x")
     message = fault(call(backend, "POST", "/v1/answer", json=body), 500, "internal")
     assert "secret" not in message
@@ -393,8 +521,13 @@ def test_requests_beyond_the_limit_are_told_to_come_back(backend: Backend) -> No
     async def crowd() -> list[httpx.Response]:
         backend.gate = asyncio.Event()
         app = make_app(backend, max_in_flight=2)
-        async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://service") as client:
-            waiting = [asyncio.create_task(client.post("/v1/answer", json={"question": "Who?"})) for _ in range(2)]
+        async with httpx.AsyncClient(
+            transport=httpx.ASGITransport(app), base_url="http://service"
+        ) as client:
+            waiting = [
+                asyncio.create_task(client.post("/v1/answer", json={"question": "Who?"}))
+                for _ in range(2)
+            ]
             await asyncio.sleep(0.05)
             refused = await client.post("/v1/answer", json={"question": "Who?"})
             alive = await client.get("/healthz")
@@ -433,9 +566,9 @@ def test_pages_need_nothing_from_outside_and_their_policy_admits_them(backend: B
             assert part.status_code == 200, name
             if "swagger" in name:
                 continue
-            assert not re.search(r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(|innerHTML|\beval\(", part.text), (
-                name
-            )
+            assert not re.search(
+                r"https?://(?!www\.w3\.org/2000/svg)|@import|url\(|innerHTML|\beval\(", part.text
+            ), name
             named += [f"web/{each}" for each in re.findall(r'from "\./([^"]+)"', part.text)]
     assert "unsafe" not in call(backend, "GET", "/").headers["Content-Security-Policy"]
 
@@ -459,11 +592,18 @@ def test_page_files_have_their_type_and_are_sent_again_only_if_changed(backend: 
 
 def test_openapi_has_examples_and_the_error_form(backend: Backend) -> None:
     schema = call(backend, "GET", "/openapi.json").json()
-    assert {"/v1/retrieve", "/v1/answer", "/v1/index", "/healthz", "/readyz"} <= set(schema["paths"])
+    assert {"/v1/retrieve", "/v1/answer", "/v1/index", "/healthz", "/readyz"} <= set(
+        schema["paths"]
+    )
     assert schema["components"]["schemas"]["AnswerRequest"]["examples"]
     assert "4XX" in schema["paths"]["/v1/answer"]["post"]["responses"]
     assert schema["components"]["securitySchemes"]["key"]["scheme"] == "bearer"
-    assert all("security" in op for path, ops in schema["paths"].items() if "z" not in path for op in ops.values())
+    assert all(
+        "security" in op
+        for path, ops in schema["paths"].items()
+        if "z" not in path
+        for op in ops.values()
+    )
 
 
 def test_request_ids_that_could_harm_a_log_are_replaced() -> None:

@@ -1,4 +1,6 @@
-"""``invar-ray serve`` before Ray starts: what stands is found, nothing is made, port and keys are checked."""
+"""``invar-ray serve`` before Ray starts: what stands is found, nothing is made, port and keys are
+checked.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,10 @@ def _no_ray(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def config(folder: Path, port: int = 0) -> Config:
     return replace(
-        Config(), storage=StorageConfig(str(folder)), serve=ServeConfig(port=port), scale=ScaleConfig(local_num_cpus=1)
+        Config(),
+        storage=StorageConfig(str(folder)),
+        serve=ServeConfig(port=port),
+        scale=ScaleConfig(local_num_cpus=1),
     )
 
 
@@ -48,7 +53,10 @@ def test_a_pipeline_that_only_finds_makes_nothing(tmp_path: Path) -> None:
     settings = small_config(tmp_path)
     store = Path(settings.storage.root_uri)
     for name in ("base", "passages", "index", "generator"):
-        with Pipeline(settings, quiet=True, find_only=True) as pipeline, pytest.raises(MissingArtifactError) as caught:
+        with (
+            Pipeline(settings, quiet=True, find_only=True) as pipeline,
+            pytest.raises(MissingArtifactError) as caught,
+        ):
             getattr(pipeline, name)
         assert f"{store} has no base model of this recipe" in str(caught.value)
         assert "--index and --generator" in str(caught.value)
@@ -65,8 +73,12 @@ def test_a_pipeline_that_only_finds_makes_nothing(tmp_path: Path) -> None:
     assert sorted(store.rglob("*")) == before
 
 
-def test_a_taken_port_shows_before_ray_starts(artifacts: Artifacts, tmp_path: Path, taken: int) -> None:
-    with pytest.raises(ResourceError, match=f"cannot listen on 127.0.0.1:{taken}.* To do: choose another port"):
+def test_a_taken_port_shows_before_ray_starts(
+    artifacts: Artifacts, tmp_path: Path, taken: int
+) -> None:
+    with pytest.raises(
+        ResourceError, match=f"cannot listen on 127.0.0.1:{taken}.* To do: choose another port"
+    ):
         serve_until_stopped(config(tmp_path, taken), artifacts.index_uri, artifacts.generator_uri)
 
 
@@ -79,8 +91,13 @@ def test_wrong_keys_show_before_ray_starts(
         serve_until_stopped(config(tmp_path), artifacts.index_uri, artifacts.generator_uri)
 
 
-def test_artifacts_that_are_not_there_show_before_ray_starts(artifacts: Artifacts, tmp_path: Path) -> None:
-    for index, generator in ((f"{tmp_path}/index/x-1", artifacts.generator_uri), (artifacts.index_uri, str(tmp_path))):
+def test_artifacts_that_are_not_there_show_before_ray_starts(
+    artifacts: Artifacts, tmp_path: Path
+) -> None:
+    for index, generator in (
+        (f"{tmp_path}/index/x-1", artifacts.generator_uri),
+        (artifacts.index_uri, str(tmp_path)),
+    ):
         with pytest.raises(InvarError):
             serve_until_stopped(config(tmp_path), index, generator)
     assert not list(tmp_path.iterdir())

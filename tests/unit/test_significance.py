@@ -17,9 +17,13 @@ def width(interval: Interval) -> float:
 
 
 def test_against_all_resamples_of_three_clusters() -> None:
-    # Clusters A: 0, 0 and 3; B: 1; C: 4.  All 27 equally likely resamples, by hand in code: quantiles of their means.
+    # Clusters A: 0, 0 and 3; B: 1; C: 4.  All 27 equally likely resamples, by hand in code:
+    # quantiles of their means.
     groups = {"A": [0.0, 0.0, 3.0], "B": [1.0], "C": [4.0]}
-    exact = [np.mean([x for name in draw for x in groups[name]]) for draw in itertools.product("ABC", repeat=3)]
+    exact = [
+        np.mean([x for name in draw for x in groups[name]])
+        for draw in itertools.product("ABC", repeat=3)
+    ]
     values = [0.0, 1.0, 0.0, 4.0, 3.0]
     found = cluster_bootstrap(values, ["A", "B", "A", "C", "A"], samples=40_000, seed=0, level=0.5)
     assert found.mean == pytest.approx(8 / 5)
@@ -32,8 +36,12 @@ def test_against_all_resamples_of_three_clusters() -> None:
 def test_copies_within_a_cluster_add_no_certainty() -> None:
     values = np.random.default_rng(0).random(60)
     plain = cluster_bootstrap(values, range(60), seed=3)
-    tenfold = cluster_bootstrap(np.repeat(values, 10), np.repeat(np.arange(60), 10).tolist(), seed=3)
-    assert (tenfold.mean, tenfold.low, tenfold.high) == pytest.approx((plain.mean, plain.low, plain.high))
+    tenfold = cluster_bootstrap(
+        np.repeat(values, 10), np.repeat(np.arange(60), 10).tolist(), seed=3
+    )
+    assert (tenfold.mean, tenfold.low, tenfold.high) == pytest.approx(
+        (plain.mean, plain.low, plain.high)
+    )
     naive = cluster_bootstrap(np.repeat(values, 10), range(600), seed=3)
     assert width(naive) == pytest.approx(width(plain) / np.sqrt(10), rel=0.15)
 
@@ -46,8 +54,9 @@ def test_width_is_that_of_the_normal_approximation() -> None:
 
 
 def test_coverage() -> None:
-    # 200 data sets of 40 clusters x 3 values with a shared part; the true mean 0 should be inside about 95 % of the
-    # time (percentile intervals are a little narrow at 40), and much less often if clusters are ignored.
+    # 200 data sets of 40 clusters x 3 values with a shared part; the true mean 0 should be inside
+    # about 95 % of the time (percentile intervals are a little narrow at 40), and much less often
+    # if clusters are ignored.
     generator = np.random.default_rng(2)
     inside = naive = 0
     clusters = np.repeat(np.arange(40), 3).tolist()

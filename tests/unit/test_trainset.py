@@ -1,4 +1,6 @@
-"""What stage 1 trains on: positives that hold the answer, the teacher's document view, and a whole artifact."""
+"""What stage 1 trains on: positives that hold the answer, the teacher's document view, and a whole
+artifact.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,9 @@ def example(answers: tuple[str, ...], positive_ids: tuple[str, ...], id: str = "
         (("bar",), ("b",), 3),  # "Barley" is not "bar"
     ],
 )
-def test_positive_is_chosen_by_the_answer(answers: tuple[str, ...], documents: tuple[str, ...], row: int) -> None:
+def test_positive_is_chosen_by_the_answer(
+    answers: tuple[str, ...], documents: tuple[str, ...], row: int
+) -> None:
     assert find_positives([example(answers, documents)], PASSAGES) == [row]
 
 
@@ -70,7 +74,8 @@ def test_missing_positives_are_counted_and_the_first_is_named() -> None:
     with pytest.raises(DataError) as caught:
         find_positives(examples, PASSAGES)
     assert str(caught.value) == (
-        "2 of 3 questions have no positive document in the corpus (first: bad, positive_ids ['c', 'd', 'e']). "
+        "2 of 3 questions have no positive document in the corpus (first: bad, positive_ids ['c', "
+        "'d', 'e']). "
         "Expected: positive_ids that are ids of corpus rows. "
         "To do: use the corpus that the questions were made for, or raise corpus.limit."
     )
@@ -105,12 +110,18 @@ def test_positives_and_negatives_of_the_artifact(small: World) -> None:
     slots = pq.read_table(small.trainset.path("slots.parquet")).to_pylist()
     by_id = {passage.id: passage for passage in rows}
     assert [row["question_id"] for row in questions] == [item.id for item in examples]
-    wanted = {row["positive"] for row in questions} | {slot for row in questions for slot in row["negatives"]}
+    wanted = {row["positive"] for row in questions} | {
+        slot for row in questions for slot in row["negatives"]
+    }
     assert wanted == set(range(len(slots))), "every slot is used, and every slot used is there"
     for item, row, gold in zip(examples, questions, find_positives(examples, rows), strict=True):
         assert slots[row["positive"]]["passage_id"] == rows[gold].id
         assert contains_answer(rows[gold].text, item.answers)
-        assert len(row["negatives"]) == len(set(row["negatives"])) <= small.config.retriever.num_hard_negatives
+        assert (
+            len(row["negatives"])
+            == len(set(row["negatives"]))
+            <= small.config.retriever.num_hard_negatives
+        )
         for slot in row["negatives"]:
             negative = by_id[slots[slot]["passage_id"]]
             assert not contains_answer(f"{negative.title} {negative.text}", item.answers)
@@ -148,20 +159,31 @@ def test_teacher_vectors_are_minilm_s(small: World) -> None:
     teacher = load_file(str(small.trainset.path("teacher.safetensors")))
     coarse = CoarseEncoder("builtin:minilm", small.config.coarse.max_tokens, "f")
     examples = load_examples(small.questions, "train")
-    assert np.abs(teacher["questions"] - coarse.encode_queries([item.question for item in examples])).max() < 1e-5
+    assert (
+        np.abs(
+            teacher["questions"] - coarse.encode_queries([item.question for item in examples])
+        ).max()
+        < 1e-5
+    )
     slots = pq.read_table(small.trainset.path("slots.parquet")).to_pylist()
     rows = load_passages(small.passages)
     vectors = coarse.encode_passages([(passage.title, passage.text) for passage in rows])
     place = {passage.id: row for row, passage in enumerate(rows)}
     chosen = [place[slot["passage_id"]] for slot in slots]
     # what a float16 rounds by, and 1e-5 for other paddings
-    assert (np.abs(teacher["slots"] - vectors[chosen]) <= 2.0**-11 * np.abs(vectors[chosen]) + 1e-5).all()
+    assert (
+        np.abs(teacher["slots"] - vectors[chosen]) <= 2.0**-11 * np.abs(vectors[chosen]) + 1e-5
+    ).all()
     means = mean_by_document(vectors, [passage.document_id for passage in rows])
-    assert np.abs(teacher["documents"] - means[chosen]).max() < 2.0**-11 * np.abs(vectors).max() + 1e-5
+    assert (
+        np.abs(teacher["documents"] - means[chosen]).max() < 2.0**-11 * np.abs(vectors).max() + 1e-5
+    )
 
 
 def test_mined_negatives_pass_the_contrastive_mask(small: World) -> None:
-    """Mining and the loss's mask follow the same rules: what is mined counts, unless another cut holds an answer."""
+    """Mining and the loss's mask follow the same rules: what is mined counts, unless another cut
+    holds an answer.
+    """
     trainset = Trainset(small.trainset)
     plan = trainset.plan(0, 0, len(trainset), 10, 1)
     allowed = contrastive_allowed(
@@ -183,9 +205,15 @@ def test_mined_negatives_pass_the_contrastive_mask(small: World) -> None:
 def test_bm25_joins_and_the_rank_range_is_reported(small: World) -> None:
     def mined(**settings: Any) -> tuple[Artifact, list[set[str]]]:
         config = replace(small.config, retriever=replace(small.config.retriever, **settings))
-        parents = small.passages, small.questions, small.base_index, small.coarse_index.parent("vectors")
+        parents = (
+            small.passages,
+            small.questions,
+            small.base_index,
+            small.coarse_index.parent("vectors"),
+        )
         artifact, _ = small.store.get_or_build(
-            trainset_plan(config, *parents), lambda building: build_trainset(building, config, *parents)
+            trainset_plan(config, *parents),
+            lambda building: build_trainset(building, config, *parents),
         )
         ids = pq.read_table(artifact.path("slots.parquet")).column("passage_id").to_pylist()
         rows = pq.read_table(artifact.path("questions.parquet")).column("negatives").to_pylist()

@@ -1,4 +1,6 @@
-"""Run and qrels files, and every retrieval metric recomputed from them by ir-measures (trec_eval's code)."""
+"""Run and qrels files, and every retrieval metric recomputed from them by ir-measures (trec_eval's
+code).
+"""
 
 from __future__ import annotations
 
@@ -66,7 +68,11 @@ def test_random_runs_equal_the_reference(tmp_path: Path) -> None:
         check(tmp_path, run, gold)
 
 
-NAMES = st.text(st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from(" \t\n%"), min_size=1, max_size=6)
+NAMES = st.text(
+    st.characters(exclude_categories=["Cs", "Cc"]) | st.sampled_from(" \t\n%"),
+    min_size=1,
+    max_size=6,
+)
 
 
 @settings(max_examples=30, deadline=None)

@@ -59,7 +59,9 @@ def test_rbo_at_its_ends() -> None:
 
 @given(a=ids, b=ids, p=st.floats(0.05, 0.98))
 @settings(deadline=None)
-def test_rbo_is_symmetric_bounded_and_names_do_not_matter(a: list[str], b: list[str], p: float) -> None:
+def test_rbo_is_symmetric_bounded_and_names_do_not_matter(
+    a: list[str], b: list[str], p: float
+) -> None:
     value = rbo(a, b, p)
     assert -1e-12 <= value <= 1.0
     assert value == pytest.approx(rbo(b, a, p))
@@ -73,7 +75,9 @@ def test_rbo_is_symmetric_bounded_and_names_do_not_matter(a: list[str], b: list[
 @settings(deadline=None)
 def test_rbo_is_the_extrapolated_sum_on_permutations(order: list[str], p: float) -> None:
     agreements = [len(set("abcdef"[:d]) & set(order[:d])) / d for d in range(1, 7)]
-    expected = (1 - p) / p * sum(x * p**d for d, x in enumerate(agreements, start=1)) + agreements[-1] * p**6
+    expected = (1 - p) / p * sum(x * p**d for d, x in enumerate(agreements, start=1)) + agreements[
+        -1
+    ] * p**6
     assert rbo(list("abcdef"), order, p) == pytest.approx(expected)
 
 
@@ -99,8 +103,8 @@ def test_families_worked_by_hand() -> None:
     assert found["recall_at_2_std"] == pytest.approx(math.sqrt(2) / 3 / 2)
     # Ranks 1, 2, 4: mean 7/3, squares 16/9, 1/9, 25/9 -> sqrt(14)/3.
     assert found["gold_rank_std"] == pytest.approx(math.sqrt(14) / 3 / 2)
-    # rbo of (g,a,b) and (a,g,b), p 1/2: X 0, 2, 3 -> 1/4 + 1/8 + 1/8 = 0.5; of (g,a,b) and (a,b,c): X 0, 1, 2 ->
-    # 1/2 * 1/4 + 2/3 * 1/8 + 2/3 * 1/8 = 7/24.
+    # rbo of (g,a,b) and (a,g,b), p 1/2: X 0, 2, 3 -> 1/4 + 1/8 + 1/8 = 0.5; of (g,a,b) and (a,b,c):
+    # X 0, 1, 2 -> 1/2 * 1/4 + 2/3 * 1/8 + 2/3 * 1/8 = 7/24.
     assert found["rbo"] == pytest.approx(((1 / 2 + 7 / 24) / 2 + 1) / 2)
     # Anchors share nothing.
     assert found["overlap_between_questions_at_2"] == 0.0
@@ -125,14 +129,17 @@ def test_what_is_not_defined_is_left_out() -> None:
     assert found == {"num_families": 1.0, "recall_at_1": 1.0}
 
 
-@pytest.mark.parametrize("families", [[], [Family(ranked=[], gold=["a"])], [Family(ranked=[["a"]], gold=[])]])
+@pytest.mark.parametrize(
+    "families", [[], [Family(ranked=[], gold=["a"])], [Family(ranked=[["a"]], gold=[])]]
+)
 def test_empty_families_are_refused(families: list[Family]) -> None:
     with pytest.raises(ValueError, match="expected at least one"):
         summarise_families(families)
 
 
 def test_flip_rate() -> None:
-    # Family 0: 1 of 2 rewordings wrong; family 1: none; family 2's anchor is wrong and family 3 has no rewording.
+    # Family 0: 1 of 2 rewordings wrong; family 1: none; family 2's anchor is wrong and family 3 has
+    # no rewording.
     right = [[True, True, False], [True, True], [False, True], [True]]
     assert flip_rate(right) == pytest.approx(1 / 4)
     assert flip_rate([[False, False], [True]]) is None

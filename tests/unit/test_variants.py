@@ -1,4 +1,6 @@
-"""Rewordings and windows: what they keep, how they differ, and that they never depend on the process."""
+"""Rewordings and windows: what they keep, how they differ, and that they never depend on the
+process.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,10 @@ def forms(kind: Any, question: str) -> set[str]:
     ("question", "expected"),
     [
         ("What is the capital of Norland?", "The capital of Norland is what?"),
-        ("when did the romans start building the wall", "the romans started building the wall when"),
+        (
+            "when did the romans start building the wall",
+            "the romans started building the wall when",
+        ),
         ("who wrote the book of tides", "by whom was the book of tides written"),
         ("who designed the harbour towers", "by whom were the harbour towers designed"),
         ("Where was Mara Holt born?", "What is the birthplace of Mara Holt?"),
@@ -76,12 +81,18 @@ def test_template(question: str, expected: str) -> None:
     ("question", "expected"),
     [
         ("Who won the cup in 1990?", {"In 1990, who won the cup?"}),
-        ("During the storm of 1703, which bridge fell?", {"Which bridge fell, during the storm of 1703?"}),
+        (
+            "During the storm of 1703, which bridge fell?",
+            {"Which bridge fell, during the storm of 1703?"},
+        ),
         ("In Norland, which city burned?", {"Which city burned in Norland?"}),
         ("salt harbour why are there towers", {"why are there towers, salt harbour"}),
         ("who is the mayor of the town", {None}),
         ("where was the ship on the river built", {None}),  # "on the river built" is no clause
-        ("what is the name of the saint carved on the gate", {None}),  # the phrase belongs to the noun
+        (
+            "what is the name of the saint carved on the gate",
+            {None},
+        ),  # the phrase belongs to the noun
     ],
 )
 def test_clause(question: str, expected: set[str | None]) -> None:
@@ -108,7 +119,9 @@ def test_request(question: str, expected: str) -> None:
 
 
 def test_keywords() -> None:
-    assert "Mara Holt leave Norland in 1841 when" in forms(keywords, "When did Mara Holt leave Norland in 1841?")
+    assert "Mara Holt leave Norland in 1841 when" in forms(
+        keywords, "When did Mara Holt leave Norland in 1841?"
+    )
     assert forms(keywords, "how many ships does the company have") == {"how many ships company"}
     assert forms(keywords, "salt harbour date") == {None}
 
@@ -128,7 +141,9 @@ def test_no_parse_where_unsure(question: str) -> None:
     assert parse_question(question) is None
 
 
-_NAMES = st.sampled_from(["Mara Holt", "Norland", "the Harbour Museum", "Ansel Brook", "HMS 42", "the 1841 Treaty"])
+_NAMES = st.sampled_from(
+    ["Mara Holt", "Norland", "the Harbour Museum", "Ansel Brook", "HMS 42", "the 1841 Treaty"]
+)
 _FRAMES = st.sampled_from(
     [
         "what is the capital of {}?",
@@ -161,7 +176,9 @@ def test_wording_kinds_keep_names_and_numbers(frame: str, name: str, seed: int, 
 
 
 @settings(max_examples=150, deadline=None)
-@given(question=st.one_of(st.sampled_from(QUESTIONS), st.text(max_size=60)), seed=st.integers(0, 999))
+@given(
+    question=st.one_of(st.sampled_from(QUESTIONS), st.text(max_size=60)), seed=st.integers(0, 999)
+)
 def test_typos_are_few_and_spare_digits(question: str, seed: int) -> None:
     text = typo(question, random.Random(seed))
     before, after = question.split(" "), text.split(" ")
@@ -174,7 +191,9 @@ def test_typos_are_few_and_spare_digits(question: str, seed: int) -> None:
 
 
 @settings(max_examples=100, deadline=None)
-@given(question=st.one_of(st.sampled_from(QUESTIONS), st.text(max_size=60)), seed=st.integers(0, 99))
+@given(
+    question=st.one_of(st.sampled_from(QUESTIONS), st.text(max_size=60)), seed=st.integers(0, 99)
+)
 def test_every_kind_takes_any_text_and_is_pure(question: str, seed: int) -> None:
     for kind in KINDS.values():
         assert kind(question, random.Random(seed)) == kind(question, random.Random(seed))
@@ -183,11 +202,15 @@ def test_every_kind_takes_any_text_and_is_pure(question: str, seed: int) -> None
 def test_speech_and_case() -> None:
     spoken = forms(speech, "When did HMS 42 leave the St. John's harbour, in 1841?")
     assert all(text == text.lower() and not set(text) & set("?,.:0123456789") for text in spoken)
-    assert any(text == "when did hms forty two leave the st john's harbour in eighteen forty one" for text in spoken)
+    assert any(
+        text == "when did hms forty two leave the st john's harbour in eighteen forty one"
+        for text in spoken
+    )
     assert len(spoken) > 10
     for question in ("When did HMS 42 leave?", "when was it"):
         assert all(
-            text != question and text.replace(" ?", "").rstrip("?").lower() == question.rstrip("?").lower()
+            text != question
+            and text.replace(" ?", "").rstrip("?").lower() == question.rstrip("?").lower()
             for text in forms(case, question)
         )
 
@@ -223,8 +246,12 @@ def test_rule_rewriter(question: str) -> None:
         item = example(question, f"q{number}")
         variants = RuleRewriter().rewrite(item, 4, seed=number)
         assert [variant.rewrite for variant in variants] == [1, 2, 3, 4]
-        assert {(variant.question_id, variant.provider) for variant in variants} == {(item.id, "rules")}
-        keys = [comparison_key(text) for text in (question, *(variant.text for variant in variants))]
+        assert {(variant.question_id, variant.provider) for variant in variants} == {
+            (item.id, "rules")
+        }
+        keys = [
+            comparison_key(text) for text in (question, *(variant.text for variant in variants))
+        ]
         assert len(set(keys)) == 5
         first, second = variants[0].kind, variants[1].kind
         assert (first in NOISE) != (second in NOISE)
@@ -233,32 +260,47 @@ def test_rule_rewriter(question: str) -> None:
 def test_rewrites_are_a_prefix_of_more_rewrites_and_seeds_differ() -> None:
     item = example(QUESTIONS[2])
     assert RuleRewriter().rewrite(item, 5, 3)[:2] == RuleRewriter().rewrite(item, 2, 3)
-    texts = {tuple(variant.text for variant in RuleRewriter().rewrite(item, 2, seed)) for seed in range(10)}
+    texts = {
+        tuple(variant.text for variant in RuleRewriter().rewrite(item, 2, seed))
+        for seed in range(10)
+    }
     assert len(texts) > 4
     assert len(RuleRewriter().rewrite(item, 40, 0)) == 40
 
 
 def test_kinds_rotate_over_examples() -> None:
-    first = {RuleRewriter().rewrite(example(QUESTIONS[2], f"q{n}"), 1, 0)[0].kind for n in range(60)}
+    first = {
+        RuleRewriter().rewrite(example(QUESTIONS[2], f"q{n}"), 1, 0)[0].kind for n in range(60)
+    }
     assert first >= {"template", "clause", "request", "keywords", "typo", "speech"}
 
 
 def test_rewrites_are_the_same_in_another_process() -> None:
     code = (
         "from invar_ray.schema import Example\nfrom invar_ray.questions.rules import RuleRewriter\n"
-        f"print([v.text for v in RuleRewriter().rewrite(Example('q', {QUESTIONS[2]!r}, ('a',), ()), 5, 7)])"
+        f"print([v.text for v in RuleRewriter().rewrite(Example('q', {QUESTIONS[2]!r}, ('a',), "
+        "()), 5, 7)])"
     )
     root = Path(__file__).parents[2]
     out = subprocess.run(
-        [sys.executable, "-c", code], cwd=root, env={"PYTHONHASHSEED": "99"}, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=root,
+        env={"PYTHONHASHSEED": "99"},
+        capture_output=True,
+        text=True,
+        check=True,
     ).stdout.strip()
-    assert out == str([variant.text for variant in RuleRewriter().rewrite(example(QUESTIONS[2]), 5, 7)])
+    assert out == str(
+        [variant.text for variant in RuleRewriter().rewrite(example(QUESTIONS[2]), 5, 7)]
+    )
 
 
 def test_given_rewriter_fills_up() -> None:
     item = example("When was it?", rewrites=("when was it?", "When was it?", " what  year was it?"))
     texts = GivenRewriter().rewrite(item, 5, 0)
-    assert [(variant.rewrite, variant.text, variant.kind, variant.provider) for variant in texts] == [
+    assert [
+        (variant.rewrite, variant.text, variant.kind, variant.provider) for variant in texts
+    ] == [
         (1, "when was it?", "given", "data"),
         (2, "what year was it?", "given", "data"),
     ]
@@ -271,11 +313,19 @@ def test_given_rewriter_fills_up() -> None:
 
 def test_file_rewriter(tmp_path: Path) -> None:
     path = tmp_path / "v.jsonl"
-    rows = [{"question_id": "q", "text": "one?", "kind": "human"}, {"question_id": "x", "text": "two?"}]
-    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"question_id": "q", "text": "three?"}]))
+    rows = [
+        {"question_id": "q", "text": "one?", "kind": "human"},
+        {"question_id": "x", "text": "two?"},
+    ]
+    path.write_text(
+        "".join(json.dumps(row) + "\n" for row in [*rows, {"question_id": "q", "text": "three?"}])
+    )
     rewriter = FileRewriter(str(path))
     found = rewriter.rewrite(example("Q?"), 5, 0)
-    assert [(variant.text, variant.kind) for variant in found] == [("one?", "human"), ("three?", "file")]
+    assert [(variant.text, variant.kind) for variant in found] == [
+        ("one?", "human"),
+        ("three?", "file"),
+    ]
     assert found[0].provider == f"file:{path}"
     assert rewriter.rewrite(example("Q?", "unknown"), 5, 0) == []
     path.write_text('{"question_id": "q"}\n')
@@ -288,15 +338,25 @@ def test_make_rewriter(tmp_path: Path) -> None:
     assert isinstance(make_rewriter(provider="given"), GivenRewriter)
     assert isinstance(make_rewriter(provider="file", file_uri="x.jsonl"), FileRewriter)
     assert isinstance(
-        make_rewriter(provider="endpoint", endpoint_url="http://h/v1", endpoint_model="m", cache_path=tmp_path / "c"),
+        make_rewriter(
+            provider="endpoint",
+            endpoint_url="http://h/v1",
+            endpoint_model="m",
+            cache_path=tmp_path / "c",
+        ),
         EndpointRewriter,
     )
-    for arguments in ({"provider": "file"}, {"provider": "endpoint", "endpoint_url": "x"}, {"provider": "magic"}):
+    for arguments in (
+        {"provider": "file"},
+        {"provider": "endpoint", "endpoint_url": "x"},
+        {"provider": "magic"},
+    ):
         with pytest.raises(ConfigError):
             make_rewriter(**arguments)
 
 
-# --- the endpoint, against a server that speaks the protocol -----------------------------------------------------
+# --- the endpoint, against a server that speaks the protocol
+# -----------------------------------------------------
 
 
 class Server:
@@ -311,7 +371,9 @@ class Server:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.requests.append((self.path, dict(self.headers), body))
-                status, headers, text = outer.script[min(len(outer.requests), len(outer.script)) - 1]
+                status, headers, text = outer.script[
+                    min(len(outer.requests), len(outer.script)) - 1
+                ]
                 self.send_response(status)
                 for name, value in {**headers, "Content-Length": str(len(text.encode()))}.items():
                     self.send_header(name, value)
@@ -323,10 +385,15 @@ class Server:
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.http.server_port}/v1"
-        threading.Thread(target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        threading.Thread(
+            target=self.http.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True
+        ).start()
 
     def says(self, *contents: str) -> None:
-        self.script = [(200, {}, json.dumps({"choices": [{"message": {"content": text}}]})) for text in contents]
+        self.script = [
+            (200, {}, json.dumps({"choices": [{"message": {"content": text}}]}))
+            for text in contents
+        ]
 
 
 @pytest.fixture
@@ -341,7 +408,9 @@ ASKED = example("When did Mara leave Norland in 1841?", answers=("spring",))
 
 
 def client(server: Server, cache: Path | None = None, **more: Any) -> EndpointRewriter:
-    return EndpointRewriter(server.url, "m", "INVAR_TEST_KEY", cache, backoff_s=0.001, timeout_s=5, **more)
+    return EndpointRewriter(
+        server.url, "m", "INVAR_TEST_KEY", cache, backoff_s=0.001, timeout_s=5, **more
+    )
 
 
 def test_endpoint_checks_what_it_gets(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -392,7 +461,9 @@ def test_endpoint_drops_a_rewording_that_asks_for_something_else(server: Server)
     assert "Where did Mara go in 1841?" not in texts
 
 
-def test_endpoint_reads_lines_too_and_sends_no_empty_key(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endpoint_reads_lines_too_and_sends_no_empty_key(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("INVAR_TEST_KEY", raising=False)
     server.says('Here you are:\n1. "Mara left Norland when, in 1841?"\n2) In 1841 Mara left when?')
     texts = [variant.text for variant in client(server).rewrite(ASKED, 2, 0)]
@@ -419,7 +490,12 @@ def test_endpoint_cache(server: Server, tmp_path: Path, monkeypatch: pytest.Monk
 
 def test_endpoint_tries_again_when_busy(server: Server) -> None:
     server.says('["In 1841, when did Mara leave?"]')
-    server.script = [(429, {"Retry-After": "0"}, "slow down"), (503, {}, ""), (200, {}, "not json"), *server.script]
+    server.script = [
+        (429, {"Retry-After": "0"}, "slow down"),
+        (503, {}, ""),
+        (200, {}, "not json"),
+        *server.script,
+    ]
     assert client(server).rewrite(ASKED, 1, 0)[0].provider == "endpoint:m"
     assert len(server.requests) == 4
 
@@ -430,8 +506,18 @@ def test_endpoint_tries_again_when_busy(server: Server) -> None:
         ((500, {}, "boom"), ResourceError, "failed 3 times, last with HTTP 500", 3),
         ((200, {}, "{not json"), DataError, "answered with something that is not JSON", 3),
         ((200, {}, '{"choices": []}'), DataError, "answered JSON without a message", 3),
-        ((200, {}, '{"choices": [{"message": {"content": null}}]}'), DataError, "a message without text", 3),
-        ((401, {}, "bad key sk-secret"), ConfigError, r"HTTP 401 \(bad key \*\*\*\).*INVAR_TEST_KEY", 1),
+        (
+            (200, {}, '{"choices": [{"message": {"content": null}}]}'),
+            DataError,
+            "a message without text",
+            3,
+        ),
+        (
+            (401, {}, "bad key sk-secret"),
+            ConfigError,
+            r"HTTP 401 \(bad key \*\*\*\).*INVAR_TEST_KEY",
+            1,
+        ),
         ((404, {}, "no model"), ConfigError, "HTTP 404", 1),
     ],
 )
@@ -454,7 +540,9 @@ def test_endpoint_failures(
     assert "sk-secret" not in caplog.text
 
 
-def test_endpoint_out_of_reach_and_bad_keys(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_endpoint_out_of_reach_and_bad_keys(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     server.http.shutdown()
     server.http.server_close()
     with pytest.raises(ResourceError, match="does not answer"):
@@ -477,7 +565,8 @@ def test_endpoint_travels_without_its_key(server: Server, monkeypatch: pytest.Mo
     assert pickle.loads(sent).rewrite(ASKED, 1, 0) == variants
 
 
-# --- windows -----------------------------------------------------------------------------------------------------
+# --- windows
+# -----------------------------------------------------------------------------------------------------
 
 SENTENCES = [
     "The harbour was dug in 1841 by convicts from the north.",
@@ -493,7 +582,9 @@ SENTENCES = [
 @given(
     sentences=st.lists(st.sampled_from(SENTENCES), min_size=1, max_size=30),
     cut=st.tuples(st.floats(0, 1), st.floats(0, 1)),
-    answers=st.sampled_from([(), ("1841",), ("Mara Holt",), ("the east mole", "nothing"), ("nowhere",)]),
+    answers=st.sampled_from(
+        [(), ("1841",), ("Mara Holt",), ("the east mole", "nothing"), ("nowhere",)]
+    ),
     count=st.integers(0, 5),
     seed=st.integers(0, 50),
 )
@@ -532,8 +623,12 @@ def test_windows_of_a_long_document_are_of_all_kinds() -> None:
     assert {window.kind for window in windows} == {"shorter", "longer", "shifted"}
     for window in windows:
         size = (window.end - window.start) / (end - start)
-        assert {"shorter": size < 0.95, "longer": size > 1.05, "shifted": 0.7 < size < 1.3}[window.kind]
-    edges = [document.text[: window.start].rstrip()[-1:] for window in windows if window.start != start]
+        assert {"shorter": size < 0.95, "longer": size > 1.05, "shifted": 0.7 < size < 1.3}[
+            window.kind
+        ]
+    edges = [
+        document.text[: window.start].rstrip()[-1:] for window in windows if window.start != start
+    ]
     assert sum(edge in ".!?" for edge in edges) >= len(edges) / 2
     other = [resize_windows(document, start, end, (), 1, seed)[0].kind for seed in range(30)]
     assert set(other) == {"shorter", "longer", "shifted"}
@@ -544,12 +639,16 @@ def test_a_document_that_is_its_anchor_has_sub_cuts_only() -> None:
     windows = resize_windows(document, 0, len(document.text), ("1841",), 4, 0)
     assert len(windows) == 4
     assert {window.kind for window in windows} == {"shorter"}
-    assert all(find_answer(document.text[window.start : window.end], ("1841",)) for window in windows)
+    assert all(
+        find_answer(document.text[window.start : window.end], ("1841",)) for window in windows
+    )
     short = Document("d", "t", "It still stands today.")
     assert resize_windows(short, 0, len(short.text), (), 4, 0) == []
     whole = Document("d", "t", "one two three four five six")
     assert resize_windows(whole, 0, len(whole.text), ("one two three four five six",), 4, 0) == []
-    assert {window.kind for window in resize_windows(whole, 0, len(whole.text), (), 4, 0)} == {"shorter"}
+    assert {window.kind for window in resize_windows(whole, 0, len(whole.text), (), 4, 0)} == {
+        "shorter"
+    }
 
 
 def test_windows_refuse_a_span_outside_the_text() -> None:

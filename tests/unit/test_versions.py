@@ -59,7 +59,17 @@ def test_hash_sees_changed_code(old: str, new: str) -> None:
 
 
 def test_hash_tells_values_of_equal_text_apart() -> None:
-    variants = ["x = 1", "x = 1.0", "x = True", "x = '1'", "x = b'1'", "x = None", "x = ...", "x = []", "x = ()"]
+    variants = [
+        "x = 1",
+        "x = 1.0",
+        "x = True",
+        "x = '1'",
+        "x = b'1'",
+        "x = None",
+        "x = ...",
+        "x = []",
+        "x = ()",
+    ]
     assert len({code_hash(source) for source in variants}) == len(variants)
 
 
@@ -70,7 +80,9 @@ def test_hash_sees_a_string_that_is_a_value() -> None:
 
 def test_hash_is_the_same_in_every_supported_python() -> None:
     # Recorded; run in 3.11, 3.12 and 3.13. A generic tree dump differs between them.
-    source = "class A:\n    x: int = 1\n    def f(self, *a, k=None, **b): return f'{a!r:>{k}} {b}' 'c'\n"
+    source = (
+        "class A:\n    x: int = 1\n    def f(self, *a, k=None, **b): return f'{a!r:>{k}} {b}' 'c'\n"
+    )
     assert code_hash(source) == "a4107197aaf22d90"
 
 
@@ -88,13 +100,16 @@ def test_code_of_every_step_is_recorded() -> None:
 
 
 def test_change_is_named_with_what_to_do() -> None:
-    now = current({"index": StepCode(1, ("invar_ray.index.faiss_index", "invar_ray.models.pooling"))})
+    now = current(
+        {"index": StepCode(1, ("invar_ray.index.faiss_index", "invar_ray.models.pooling"))}
+    )
     locked = json.loads(json.dumps(now))
     assert differences(locked, now) == []
     locked["index"]["modules"]["invar_ray.models.pooling"] = "0" * 16
     (line,) = differences(locked, now)
     assert line == (
-        "index: the code of invar_ray.models.pooling changed. Raise STEPS['index'].version in invar_ray/versions.py "
+        "index: the code of invar_ray.models.pooling changed. Raise STEPS['index'].version in "
+        "invar_ray/versions.py "
         "if the output changes, then run: python -m tests.lock_steps"
     )
     now["index"]["version"] = 2
@@ -105,7 +120,9 @@ def test_change_is_named_with_what_to_do() -> None:
 
 def test_module_added_to_a_step_is_a_change() -> None:
     old = current({"index": StepCode(1, ("invar_ray.index.faiss_index",))})
-    new = current({"index": StepCode(1, ("invar_ray.index.faiss_index", "invar_ray.models.pooling"))})
+    new = current(
+        {"index": StepCode(1, ("invar_ray.index.faiss_index", "invar_ray.models.pooling"))}
+    )
     assert "invar_ray.models.pooling" in differences(old, new)[0]
 
 

@@ -1,7 +1,7 @@
 """HTML files.  The only file that imports lxml.
 
-lxml's HTML parser knows no entity declarations, loads nothing from the network and stops at a depth of 256: an HTML
-file cannot expand.
+lxml's HTML parser knows no entity declarations, loads nothing from the network and stops at a depth
+of 256: an HTML file cannot expand.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ from invar_ray.corpus.formats.parsed import Parsed, clean_text, one_line
 from invar_ray.errors import DataError
 from invar_ray.schema import Place
 
-_SKIPPED = frozenset("script style template noscript svg math iframe object nav button select head".split())
+_SKIPPED = frozenset(
+    "script style template noscript svg math iframe object nav button select head".split()
+)
 _BLOCKS = frozenset(
     """address article aside blockquote body caption center dd details dialog div dl dt fieldset figcaption figure
     footer form h1 h2 h3 h4 h5 h6 header hr html legend li main ol p section summary table tbody tfoot thead tr
@@ -25,7 +27,8 @@ _DECLARED = re.compile(rb"<meta[^>]+charset\s*=|<\?xml[^>]+encoding\s*=", re.IGN
 
 
 def parse_html(data: bytes, place: str) -> Parsed:
-    """The visible text of a page: blocks apart by an empty line, cells of a row by a bar; no scripts, no navigation.
+    """The visible text of a page: blocks apart by an empty line, cells of a row by a bar; no
+    scripts, no navigation.
 
     Its title is ``<title>``, else the first heading; its places are its headings.
 
@@ -33,8 +36,12 @@ def parse_html(data: bytes, place: str) -> Parsed:
         DataError: it is no HTML.
     """
     if b"\x00" in data[:65536] and data[:2] not in {b"\xff\xfe", b"\xfe\xff"}:
-        raise DataError(f"{place} is not HTML, it holds zero bytes (a binary file)", action="remove it")
-    parser = etree.HTMLParser(encoding=_encoding(data), remove_comments=True, remove_pis=True, no_network=True)
+        raise DataError(
+            f"{place} is not HTML, it holds zero bytes (a binary file)", action="remove it"
+        )
+    parser = etree.HTMLParser(
+        encoding=_encoding(data), remove_comments=True, remove_pis=True, no_network=True
+    )
     try:
         root = etree.fromstring(data, parser)
     except (etree.LxmlError, ValueError, LookupError) as error:
@@ -57,7 +64,9 @@ def parse_html(data: bytes, place: str) -> Parsed:
 
 
 def _encoding(data: bytes) -> str | None:
-    """UTF-8 where the bytes are that, else what the page declares (``None``), else Windows-1252 as browsers do."""
+    """UTF-8 where the bytes are that, else what the page declares (``None``), else Windows-1252 as
+    browsers do.
+    """
     if data[:2] in {b"\xff\xfe", b"\xfe\xff"}:
         return "utf-16"
     try:

@@ -27,7 +27,9 @@ class Parsed:
 
 
 def clean_text(text: str) -> str:
-    """``text`` as UTF-8 can hold it: halves of surrogate pairs are joined, lone ones and NULs become U+FFFD."""
+    """``text`` as UTF-8 can hold it: halves of surrogate pairs are joined, lone ones and NULs
+    become U+FFFD.
+    """
     if "\x00" in text:
         text = text.replace("\x00", "\ufffd")
     try:

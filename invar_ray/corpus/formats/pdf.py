@@ -12,19 +12,29 @@ from invar_ray.corpus.formats.parsed import Parsed, clean_text, one_line
 from invar_ray.errors import DataError
 from invar_ray.schema import Place
 
-_LIGATURES = {0xFB00: "ff", 0xFB01: "fi", 0xFB02: "fl", 0xFB03: "ffi", 0xFB04: "ffl", 0xFB05: "st", 0xFB06: "st"}
+_LIGATURES = {
+    0xFB00: "ff",
+    0xFB01: "fi",
+    0xFB02: "fl",
+    0xFB03: "ffi",
+    0xFB04: "ffl",
+    0xFB05: "st",
+    0xFB06: "st",
+}
 _LIGATURES |= {0xAD: None}  # type: ignore[dict-item]  # soft hyphens
 _HYPHENATED = re.compile(r"(?<=[^\W\d_])-\n(?=[a-z])")
 # What word processors write into the title when nobody did.
 _NO_TITLE = re.compile(
-    r"^(microsoft word|untitled|slide \d|powerpoint)|\.(docx?|pptx?|pdf|tex|dvi|indd|odt|rtf)$", re.I
+    r"^(microsoft word|untitled|slide \d|powerpoint)|\.(docx?|pptx?|pdf|tex|dvi|indd|odt|rtf)$",
+    re.I,
 )
 
 
 def parse_pdf(data: bytes, place: str, max_chars: int) -> Parsed:
     """The text of a PDF file; its places are the pages that hold text.
 
-    Words that were hyphenated at a line's end are joined.  Pages that cannot be read are left out, with a note.
+    Words that were hyphenated at a line's end are joined.  Pages that cannot be read are left out,
+    with a note.
 
     Args:
         data: the file.
@@ -36,7 +46,9 @@ def parse_pdf(data: bytes, place: str, max_chars: int) -> Parsed:
     """
     try:
         reader = pypdf.PdfReader(io.BytesIO(data))
-        if reader.is_encrypted and not reader.decrypt(""):  # many files only restrict printing: the password is empty
+        if reader.is_encrypted and not reader.decrypt(
+            ""
+        ):  # many files only restrict printing: the password is empty
             raise _encrypted(place)
         count = len(reader.pages)
         title = _title(reader)
@@ -71,11 +83,19 @@ def parse_pdf(data: bytes, place: str, max_chars: int) -> Parsed:
             )
     if not pieces:
         if failed:
-            raise DataError(f"{place}: none of its {count} pages can be read", action="save it again from a viewer")
+            raise DataError(
+                f"{place}: none of its {count} pages can be read",
+                action="save it again from a viewer",
+            )
         raise DataError(
-            f"{place} holds no text on its {count} pages (a scan?)", action="run it through OCR (such as: ocrmypdf)"
+            f"{place} holds no text on its {count} pages (a scan?)",
+            action="run it through OCR (such as: ocrmypdf)",
         )
-    note = f"{place}: {len(failed)} of {count} pages cannot be read (first: page {failed[0]})" if failed else ""
+    note = (
+        f"{place}: {len(failed)} of {count} pages cannot be read (first: page {failed[0]})"
+        if failed
+        else ""
+    )
     return Parsed(title, "\n\n".join(pieces), tuple(places), note=note)
 
 
