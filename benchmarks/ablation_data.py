@@ -13,17 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from invar_ray.answering.retriever import Passages
 from invar_ray.config import Config, load_config
 from invar_ray.corpus.readers import read_documents, read_examples
-from invar_ray.index.probes import write_probes
-from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec, open_encoder
-from invar_ray.models.precision import inference_precision
+from invar_ray.executor import Here
 from invar_ray.pipeline import Pipeline
 from invar_ray.questions.rules import RuleRewriter
 from invar_ray.schema import Document, Example, Variant
-from invar_ray.steps.vectors import EmbedShard, vectors_plan
-from invar_ray.store.artifacts import Artifact, Building
+from invar_ray.store.artifacts import Artifact
 from invar_ray.text.chunking import chunk_document
 
 HELD_OUT = 600
@@ -127,43 +123,8 @@ def ablation_config(data: Path, folder: Path, overrides: Sequence[str]) -> Confi
 
 def prepare(config: Config) -> tuple[Pipeline, Artifact]:
     """The training set, mined with the untrained base: made once, then opened."""
-    pipeline = Pipeline(config)
-    for name, spec in (
-        ("minilm", coarse_spec(config.coarse)),
-        ("base", llm_spec(config.model, pipeline.base)),
-    ):
-        embed_here(pipeline, name, spec)
+    pipeline = Pipeline(config, executor=Here())
     return pipeline, pipeline.trainset
-
-
-def embed_here(pipeline: Pipeline, name: str, spec: EncoderSpec) -> Artifact:
-    """The vectors of all passages, with one embedding actor's code run in this process."""
-    config, passages = pipeline.config, pipeline.passages
-
-    def body(building: Building) -> None:
-        prefix = f"{building.prefix}/shards"
-        building.filesystem.create_dir(prefix, recursive=True)
-        root, rows, step = passages.store.root_uri, len(Passages(passages)), config.scale.shard_rows
-        actor = EmbedShard(
-            root,
-            passages.ref,
-            spec.to_json(),
-            root,
-            prefix,
-            config.scale,
-            inference_precision(config, spec.kind),
-        )
-        starts = list(range(0, rows, step))
-        actor({"start": starts, "stop": [min(start + step, rows) for start in starts]})
-        texts = [
-            (passage.title, passage.text)
-            for passage in Passages(passages).rows(range(config.index.num_probes))
-        ]
-        matrix = open_encoder(spec, passages.store).encode_passages(texts)
-        write_probes(building.path / "probes.parquet", texts, matrix)
-        building.info |= {"encoder": spec.to_json(), "rows": rows}
-
-    return pipeline.store.get_or_build(vectors_plan(config, passages, spec, name, None), body)[0]
 
 
 def eval_set(

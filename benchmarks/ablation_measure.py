@@ -40,7 +40,7 @@ def measure(encoder: Encoder, data: EvalSet, *, fused: bool) -> dict[str, list[l
 
     found = {"": folded(search([text for family in data.families for text in family]))}
     if fused:
-        wordings = [[text, *more] for family, rewrites in zip(data.families, data.rewrites, strict=True)
+        wordings = [[text, *more] for family, rewrites in zip(data.families, data.rewrites, strict=True)  # noqa: E501
                     for text, more in zip(family, rewrites, strict=True)]  # fmt: skip
         lists = iter(search([text for group in wordings for text in group]))
         found[" + RRF"] = folded(

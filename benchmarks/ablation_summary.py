@@ -153,7 +153,7 @@ def _by_kind(folder: Path, labels: list[str], runs: list[Run]) -> list[str]:
     lines.append("|---|" + "---|" * len(kinds))
     for label, of_kind in values.items():
         lines.append(
-            f"| {label} | {' | '.join(f'{fmean(of_kind[kind]):.3f}' if kind in of_kind else '' for kind in kinds)} |"
+            f"| {label} | {' | '.join(f'{fmean(of_kind[kind]):.3f}' if kind in of_kind else '' for kind in kinds)} |"  # noqa: E501
         )
     return [*lines, ""]
 

@@ -94,7 +94,9 @@ def config(old: Mapping[str, Any], new: Mapping[str, Any], reasons: Reasons) -> 
 
 
 def recipes(old: Mapping[str, Any], new: Mapping[str, Any], reasons: Reasons) -> list[str]:
-    """Values of recipes that differ, for settings that exist in both; names are `recipe:old.key`."""
+    """Values of recipes that differ, for settings that exist in both; names are
+    `recipe:old.key`.
+    """
     found = []
     for recipe, values in old["recipes"].items():
         now = new["recipes"].get(recipe)
@@ -142,7 +144,9 @@ def routes(old: Mapping[str, Any], new: Mapping[str, Any], reasons: Reasons) -> 
 
 
 def options(old: Mapping[str, Any], new: Mapping[str, Any], reasons: Reasons) -> list[str]:
-    """Verbs and jobs that are gone, and options that one has lost; texts may differ, see `texts`."""
+    """Verbs and jobs that are gone, and options that one has lost; texts may differ, see
+    `texts`.
+    """
     found = []
     for verb, text in {**old["cli"], **old["jobs"]}.items():
         now = {**new["cli"], **new["jobs"]}.get(verb)
@@ -182,7 +186,9 @@ def tests(old: Mapping[str, Any], new: Mapping[str, Any], reasons: Reasons) -> l
 
 
 def assertions(old: Mapping[str, Any], new: Mapping[str, Any], reasons: Reasons) -> list[str]:
-    """Test functions that check less often than before; those that went altogether are in `tests`."""
+    """Test functions that check less often than before; those that went altogether are in
+    `tests`.
+    """
     before, after = _by_test(old), _by_test(new)
     return [
         f"- `{name}` {count} -> {after[name]}: {why(reasons, 'assertions', name)}"

@@ -366,7 +366,9 @@ def hits(index: str, questions: str) -> dict[str, Any]:
 
 
 def encode(index: str, rows: str) -> dict[str, float]:
-    """Rows a second, by the clock and by CPU time, of the encoder that an index names; one thread."""
+    """Rows a second, by the clock and by CPU time, of the encoder that an index names; one
+    thread.
+    """
     import torch
 
     torch.set_num_threads(1)

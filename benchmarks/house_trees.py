@@ -216,7 +216,9 @@ def collected(tree: Path) -> dict[str, list[str]]:
 
 
 def assertions(tree: Path) -> dict[str, dict[str, int]]:
-    """Checks in each test function, and in other functions of test files (as `helpers`), by file."""
+    """Checks in each test function, and in other functions of test files (as `helpers`), by
+    file.
+    """
     found = {}
     for path in tracked(tree, "tests"):
         counts = dict.fromkeys(["helpers"], 0)

@@ -51,7 +51,10 @@ def main() -> None:
     print(render(plan_index(need)), flush=True)
     own = sampled_trial(blocks, 500)
     outside = Trial(asked, exact_best(asked, blocks.some(), 10), np.full(len(asked), -1))
-    header = "| type | factory | bytes/vector | memory predicted | measured | off | build predicted | measured | "
+    header = (
+        "| type | factory | bytes/vector | memory predicted | measured | off | build predicted | "
+        "measured | "
+    )
     print(
         f"{header}depth | recall@10 | of short queries | ms/query |\n|" + " --- |" * 12, flush=True
     )

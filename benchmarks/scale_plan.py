@@ -18,7 +18,8 @@ GPU_FLOPS = 0.4 * 989e12  # an H100's dense bf16 peak by its maker, at 40 %
 GPU_CAP = 5000.0  # passages a second that one GPU's CPUs can read, tokenise and write
 GPU_DOLLARS, NODE_DOLLARS = 3.0, 4.0  # an hour; a node has 64 virtual cores and 512 GB
 NODE_CORES, NODE_BYTES = 64, 512e9
-USABLE = 0.75  # of a node's memory: passages, page cache and the version that is being loaded take the rest
+# Of a node's memory: passages, page cache and the version that is being loaded take the rest.
+USABLE = 0.75
 STORAGE_DOLLARS = 0.023  # a GB and month
 PASSAGE_BYTES = 400  # of compressed Parquet, text and titles
 READ_PER_CORE = 650.0  # documents read and cut a second; measured, docs/log.md

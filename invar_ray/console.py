@@ -22,7 +22,7 @@ class Progress:
     def __init__(
         self, label: str, total: int, unit: str, *, done: int = 0, every_s: float = 5.0
     ) -> None:
-        self._label, self._total, self._unit, self._every_s = label, total, unit, every_s
+        self.label, self._total, self._unit, self._every_s = label, total, unit, every_s
         self._done = self._start_done = done
         self._start = self._last = time.monotonic()
 
@@ -38,7 +38,7 @@ class Progress:
         elapsed = max(now - self._start, 1e-9)
         rate = (self._done - self._start_done) / elapsed
         of = f"/{self._total:,}" if self._total else ""
-        parts = [f"{self._label}: {self._done:,}{of} {self._unit}", f"{rate:,.1f} {self._unit}/s"]
+        parts = [f"{self.label}: {self._done:,}{of} {self._unit}", f"{rate:,.1f} {self._unit}/s"]
         if self._total and rate > 0:
             left = (self._total - self._done) / rate
             parts.append(f"ETA {left:.0f} s" if left > 0 else f"took {elapsed:.0f} s")

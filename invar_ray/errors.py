@@ -80,7 +80,9 @@ class MixedArtifactsError(ArtifactError):
 
 
 class ConflictError(ArtifactError):
-    """Another writer changed what this one was about to change; nothing of this one's was written."""
+    """Another writer changed what this one was about to change; nothing of this one's was
+    written.
+    """
 
 
 class ModelError(InvarError):

@@ -1,200 +1,216 @@
-"""A Ray to run on: the cluster that is there, or a local one for the length of a run."""
+"""Where work runs: in this process, or on Ray.
+
+One rule decides (:meth:`OnRay.leaves`), one function turns what fails there into one error
+(:func:`one_error`).  This file is the door to Ray Data: rows go in, a pool of actors works on them,
+rows come out.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import re
-import shutil
-import signal
-import tempfile
-import threading
-import warnings
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from types import TracebackType
+from typing import Any, Protocol
 
+import pyarrow as pa
 import ray
 from ray.exceptions import RayError
 
 from invar_ray import errors
 from invar_ray.config import ScaleConfig
 from invar_ray.errors import InvarError, ResourceError
-
-_WORKER_ENV = {
-    "OMP_NUM_THREADS": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-    # Batches of ever other shapes leave glibc's heap full of holes: large blocks go back to the
-    # system when freed.
-    "MALLOC_MMAP_THRESHOLD_": "1048576",
-    "MALLOC_ARENA_MAX": "2",
-    # Libraries' own progress bars and notices would drown a run's.
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
-    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
-}
+from invar_ray.session import RaySession
 
 
-def quieten_worker() -> None:
-    """Runs first in each worker of a local Ray: drops a warning a second that its dashboard, which
-    is off, would prevent, and Ray Train's own line for each report.
+class Worker(Protocol):
+    """Made once for each actor; takes a row and returns one."""
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """What comes of one row."""
+        ...
+
+
+@dataclass(frozen=True)
+class Work:
+    """Rows that equal workers turn into rows.
+
+    Attributes:
+        label: what is done, for messages.
+        worker: made once for each actor, with ``arguments``.
+        arguments: of its constructor; small, they travel.
+        rows: plain values.
+        texts: how many texts the workers' model sees in all.
+        leaves_from: so many texts leave this process; fewer are done before actors have started.
+        schema: of the rows, where Arrow could not guess it (from empty lists).
+        workers: fewest and most actors.
+        num_cpus: of each.
+        num_gpus: of each; work that needs some always leaves, since GPUs are Ray's to give.
+        in_flight: rows that an actor holds: the one in hand, and those that wait at it.
+        prepare: worker, arguments and number of actors that see the rows before, on CPUs.  Only
+            where the work leaves the process: alone, it would not overlap with anything.
     """
-    place = "ray.train.v2._internal.execution"
-    logging.getLogger(f"{place}.controller.placement_group_cleaner").setLevel(logging.ERROR)
-    logging.getLogger(f"{place}.context").setLevel(logging.WARNING)
+
+    label: str
+    worker: Callable[..., Worker]
+    arguments: Mapping[str, Any]
+    rows: Sequence[Mapping[str, Any]]
+    texts: int
+    leaves_from: int
+    schema: pa.Schema | None = None
+    workers: tuple[int, int] = (1, 1)
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    in_flight: int = 2
+    prepare: tuple[Callable[..., Worker], Mapping[str, Any], int] | None = None
 
 
-def quieten_libraries() -> None:
-    """For entry points: no progress bars and deprecation notices of other libraries between a run's
-    own lines.
-    """
-    from transformers.utils import logging as transformers_logging
+class Executor(Protocol):
+    """Where the steps' work runs."""
 
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it speaks of every oddity that it mends
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
+    def leaves(self, work: Work) -> bool:
+        """Whether the work leaves this process."""
+        ...
+
+    def run(self, work: Work) -> Iterator[dict[str, Any]]:
+        """What comes of each row; in no order where several workers run.
+
+        Raises:
+            InvarError: the workers' own.  ResourceError: for anything else that went wrong.
+        """
+        ...
+
+    def in_order(
+        self, function: Callable[[Any], Any], items: Iterable[Any], workers: int
+    ) -> Iterator[Any]:
+        """As ``map(function, items)``, on ``workers`` tasks of Ray; 0 stays in this process."""
+        ...
+
+    def connect(self) -> None:
+        """Start Ray, or join it, for what only runs there, unless that has been done."""
+        ...
+
+    def on_cluster(self, label: str) -> contextlib.AbstractContextManager[None]:
+        """As :meth:`connect`; what fails inside becomes one error."""
+        ...
+
+    def close(self) -> None:
+        """Stop a Ray that was started."""
+        ...
 
 
-@contextlib.contextmanager
-def clear_failures(label: str) -> Iterator[None]:
-    """Turn an exception that Ray wrapped on its way from an actor into one error.
+class Here:
+    """Everything in this process, one row after the other.  It cannot train."""
 
-    Raises:
-        InvarError: the actor's own, where it raised one.  ResourceError: for anything else; it
-            names the last line.
-    """
-    try:
+    def leaves(self, work: Work) -> bool:
+        """Nothing does."""
+        return False
+
+    def run(self, work: Work) -> Iterator[dict[str, Any]]:
+        """See :meth:`Executor.run`; in order."""
+        with one_error(work.label):
+            worker = work.worker(**work.arguments)
+        for row in work.rows:
+            with one_error(work.label):
+                made = worker(dict(row))
+            yield made
+
+    def in_order(
+        self, function: Callable[[Any], Any], items: Iterable[Any], workers: int
+    ) -> Iterator[Any]:
+        """See :meth:`Executor.in_order`; in this process, whatever ``workers`` is."""
+        return map(function, items)
+
+    def connect(self) -> None:
+        """Refused.
+
+        Raises:
+            ResourceError: always.
+        """
+        raise ResourceError(
+            "this work runs on Ray, and the executor was told to do all work in this process",
+            action="use executor.OnRay",
+        )
+
+    @contextlib.contextmanager
+    def on_cluster(self, label: str) -> Iterator[None]:
+        """Refused, as :meth:`connect`."""
+        self.connect()
         yield
-    except RayError as error:
-        raise _unwrapped(error, label) from error
+
+    def close(self) -> None:
+        """Nothing was started."""
 
 
-def _unwrapped(error: RayError, label: str) -> InvarError:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, InvarError) and not isinstance(cause, RayError):
-            return cause
-        cause = getattr(cause, "cause", None) or cause.__cause__
-    # Of what an actor's constructor raised Ray keeps the text alone.
-    named = re.findall(r"^invar_ray\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
-    if named:
-        kind: type[InvarError] = getattr(errors, named[-1][0])
-        return kind(named[-1][1])
-    lines = str(error).strip().splitlines() or [repr(error)]
-    # What was raised first stands first; Ray's own words follow.
-    raised = [
-        line
-        for line in lines
-        if re.match(r"(?!ray\.)[A-Za-z_][\w.]*(Error|Exception|Exit): ", line)
-    ]
-    return ResourceError(
-        f"{label} failed on Ray: {(raised or lines[-1:])[0].strip()}",
-        action="see the workers' log above; a re-run keeps what is finished",
-    )
+class OnRay:
+    """Work leaves this process for Ray where that pays; Ray is started, or joined, only then.
 
+    Args:
+        scale: which Ray, and with how many CPUs.
 
-@contextlib.contextmanager
-def _own_sigterm() -> Iterator[None]:
-    """Keep the entry point's SIGTERM handler: Ray puts its own there, which exits with 15 and says
-    nothing.
-    """
-    handler = signal.getsignal(signal.SIGTERM)
-    mine = callable(handler) and threading.current_thread() is threading.main_thread()
-    try:
-        yield
-    except SystemExit as error:
-        if mine and error.code == signal.SIGTERM:
-            raise KeyboardInterrupt from None
-        raise
-    finally:
-        if mine:
-            signal.signal(signal.SIGTERM, handler)
-
-
-@contextlib.contextmanager
-def _no_token_notice() -> Iterator[None]:
-    """Drop Ray's warning that it asks its clients for a token (it lies in ``~/.ray/auth_token``): a
-    local Ray has none but those of the README, which speaks of it.
-    """
-    logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
-
-
-class RaySession:
-    """Connects to Ray when first needed, and stops what it started.
-
-    With ``scale.ray_address`` or the environment's ``RAY_ADDRESS`` (set inside ``ray job submit``)
-    it joins that cluster and leaves it running; otherwise it starts a local Ray with its own ports
-    and folder, on loopback, and stops it at the end.
+    Use as a context manager, or close it: that stops a Ray which it started.
     """
 
     def __init__(self, scale: ScaleConfig) -> None:
-        self._scale = scale
-        self._started = False
-        self._folder: str | None = None
+        self._session = RaySession(scale)
+
+    def leaves(self, work: Work) -> bool:
+        """The one rule: work leaves where it needs GPUs, where a cluster is joined (a driver holds
+        no model), and where it is ``leaves_from`` texts or more.
+        """
+        if work.texts == 0:
+            return False
+        return work.num_gpus > 0 or self._session.joins or work.texts >= work.leaves_from
+
+    def run(self, work: Work) -> Iterator[dict[str, Any]]:
+        """See :meth:`Executor.run`; a Ray Data dataset of the rows, through a pool of actors."""
+        if not self.leaves(work):
+            yield from Here().run(work)
+            return
+        with self.on_cluster(work.label):
+            yield from _dataset(work).iter_rows()
+
+    def in_order(
+        self, function: Callable[[Any], Any], items: Iterable[Any], workers: int
+    ) -> Iterator[Any]:
+        """See :meth:`Executor.in_order`."""
+        if workers == 0:
+            yield from map(function, items)
+            return
+        with self.on_cluster("a task"):
+            shared = ray.put(function)
+            task = ray.remote(num_cpus=1)(_apply).options(max_retries=3)
+            running: deque[Any] = deque()
+            for item in items:
+                running.append(task.remote(shared, item))
+                while len(running) > 2 * workers:  # one each at work and one waiting
+                    yield ray.get(running.popleft())
+            while running:
+                yield ray.get(running.popleft())
+
+    @contextlib.contextmanager
+    def on_cluster(self, label: str) -> Iterator[None]:
+        """See :meth:`Executor.on_cluster`."""
+        self.connect()
+        with one_error(label):
+            yield
 
     @property
     def joins(self) -> bool:
-        """Whether :meth:`ensure` joins a Ray that runs already."""
-        return ray.is_initialized() or bool(
-            self._scale.ray_address or os.environ.get("RAY_ADDRESS")
-        )
+        """Whether :meth:`connect` finds a Ray that runs already."""
+        return ray.is_initialized() or self._session.joins
 
-    def ensure(self) -> None:
-        """Connect unless connected."""
-        if ray.is_initialized():
-            return
-        # 60 s, Ray's default, is exceeded on loaded machines; the controller reads it from this
-        # environment.
-        os.environ.setdefault(
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(self._scale.worker_timeout_s)
-        )
-        address = self._scale.ray_address or os.environ.get("RAY_ADDRESS")
-        with _own_sigterm(), _no_token_notice():
-            if address:
-                ray.init(address=address, ignore_reinit_error=True, log_to_driver=True)
-            else:
-                self._start_local()
-        ray.data.DataContext.get_current().enable_progress_bars = False
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
-        self._started = True
-
-    def _start_local(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="invar-ray-")
-        ray.init(
-            address="local",  # never one that somebody else left an address of
-            num_cpus=self._scale.local_num_cpus,
-            include_dashboard=False,
-            log_to_driver=True,
-            logging_level="warning",
-            _temp_dir=self._folder,
-            runtime_env={
-                "env_vars": _WORKER_ENV
-                | ({} if self._scale.use_gpu else {"DS_ACCELERATOR": "cpu"}),
-                "worker_process_setup_hook": "invar_ray.executor.quieten_worker",
-            },
-        )
+    def connect(self) -> None:
+        """See :meth:`Executor.connect`."""
+        self._session.ensure()
 
     def close(self) -> None:
-        """Disconnect, and stop a Ray that :meth:`ensure` started."""
-        if (
-            self._started or self._folder is not None
-        ):  # also where ray.init was interrupted half way
-            ray.shutdown()
-            self._started = False
-        if self._folder is not None:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = None
+        """Stop a Ray that was started, leave one that was joined."""
+        self._session.close()
 
-    def __enter__(self) -> RaySession:
+    def __enter__(self) -> OnRay:
         return self
 
     def __exit__(
@@ -204,3 +220,93 @@ class RaySession:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+class _RowByRow:
+    """A worker as an actor of Ray Data: takes a table of one row, returns one."""
+
+    def __init__(self, worker: Callable[..., Worker], arguments: Mapping[str, Any]) -> None:
+        self._work = worker(**arguments)
+
+    def __call__(self, table: pa.Table) -> pa.Table:
+        return pa.Table.from_pylist([self._work(row) for row in table.to_pylist()])
+
+
+def _dataset(work: Work) -> Any:
+    rows = [dict(row) for row in work.rows]
+    table = pa.Table.from_pylist(rows, schema=work.schema)
+    data = ray.data.from_arrow([table.slice(number, 1) for number in range(len(rows))])
+    form = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
+    if work.prepare is not None:
+        worker, arguments, size = work.prepare
+        data = data.map_batches(
+            _RowByRow,
+            fn_constructor_args=(worker, arguments),
+            num_cpus=work.num_cpus,
+            compute=ray.data.ActorPoolStrategy(size=min(size, len(rows))),
+            **form,
+        )
+    fewest, most = (min(number, len(rows)) for number in work.workers)
+    return data.map_batches(
+        _RowByRow,
+        fn_constructor_args=(work.worker, work.arguments),
+        num_cpus=work.num_cpus,
+        num_gpus=work.num_gpus or None,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=work.in_flight
+        ),
+        **form,
+    )
+
+
+def _apply(function: Callable[[Any], Any], item: Any) -> Any:
+    return function(item)
+
+
+@contextlib.contextmanager
+def one_error(label: str) -> Iterator[None]:
+    """Turn what fails on its way through Ray, or for want of memory, into one error.
+
+    Raises:
+        InvarError: the work's own, where it raised one.  ResourceError: for anything else; it
+            names what was raised first.
+    """
+    try:
+        yield
+    except InvarError:
+        raise
+    except (RayError, RuntimeError, MemoryError) as error:
+        raise _one_error(error, label) from error
+
+
+def _one_error(error: BaseException, label: str) -> InvarError:
+    for cause in _causes(error):
+        if isinstance(cause, InvarError) and not isinstance(cause, RayError):
+            return cause
+    # Of what an actor's constructor raised Ray keeps the text alone.
+    named = re.findall(r"^invar_ray\.errors\.(\w+): (.+)$", str(error), re.MULTILINE)
+    if named:
+        kind: type[InvarError] = getattr(errors, named[-1][0])
+        return kind(named[-1][1])
+    lines = str(error).strip().splitlines() or [repr(error)]
+    if not isinstance(error, RayError):
+        lines = [f"{type(error).__name__}: {lines[-1]}"]
+    # What was raised first stands first; Ray's own words follow.
+    raised = [
+        line
+        for line in lines
+        if re.match(r"(?!ray\.)[A-Za-z_][\w.]*(Error|Exception|Exit): ", line)
+    ]
+    return ResourceError(
+        f"{label} failed: {(raised or lines[-1:])[0].strip()}",
+        action="see the workers' log above; a re-run keeps what is finished and goes on from there",
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    """The error, what caused it, and so on; of a training those of its workers too."""
+    while error is not None:
+        yield error
+        for failure in (getattr(error, "worker_failures", None) or {}).values():
+            yield getattr(failure, "cause", failure)
+        error = getattr(error, "cause", None) or error.__cause__

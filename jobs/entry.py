@@ -11,8 +11,8 @@ from types import FrameType
 
 from invar_ray.config import load_config
 from invar_ray.errors import InvarError
-from invar_ray.executor import quieten_libraries
 from invar_ray.pipeline import Pipeline
+from invar_ray.session import quieten_libraries
 
 
 def run_job(doc: str, body: Callable[..., None], options: Mapping[str, str] | None = None) -> None:

@@ -7,7 +7,7 @@ Command::
 
 from __future__ import annotations
 
-from invar_ray.pipeline import Pipeline, keep_numbers
+from invar_ray.pipeline import Pipeline
 from jobs.entry import run_job
 
 
@@ -15,7 +15,7 @@ def main(pipeline: Pipeline) -> None:
     """Print the table and the report's URI."""
     print(pipeline.report.path("table.txt").read_text(encoding="utf-8"))
     print(f"report: {pipeline.report.uri}")
-    keep_numbers(pipeline)
+    pipeline.keep_numbers()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Reindex and make the result current for services that follow it: the nightly job.
+r"""Reindex and make the result current for services that follow it: the nightly job.
 
 What is current is looked at before the work begins.  If another job publishes meanwhile, this one
 changes nothing and exits 1: its result stands as an artifact, and the next night's job finds it.
@@ -6,9 +6,10 @@ changes nothing and exits 1: its result stands as an artifact, and the next nigh
 Command::
 
     python -m jobs.publish_index --config tiny
-    python -m jobs.publish_index --config mine.yaml index.factory=auto published=main keep=5
-    note=nightly ray job submit --working-dir . -- python -m jobs.publish_index --config mine.yaml
-    storage.root_uri=s3://bucket/invar
+    python -m jobs.publish_index --config mine.yaml index.factory=auto published=main keep=5 \
+        note=nightly
+    ray job submit --working-dir . -- python -m jobs.publish_index --config mine.yaml \
+        storage.root_uri=s3://bucket/invar
 """
 
 from __future__ import annotations

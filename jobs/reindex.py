@@ -1,4 +1,4 @@
-"""Bring the index up to the corpus: read, cut, embed what is new or changed, build.  Run it again
+r"""Bring the index up to the corpus: read, cut, embed what is new or changed, build.  Run it again
 after a kill.
 
 ``index.encoder`` says with what: ``retriever`` (the base with the stage-1 adapter of
@@ -9,9 +9,10 @@ embedded (``scale.incremental=false`` embeds all).
 Command::
 
     python -m jobs.reindex --config tiny
-    python -m jobs.reindex --config tiny corpus.uri=corpus.jsonl.gz index.encoder=minilm
-    storage.root_uri=/shared/index ray job submit --working-dir . -- python -m jobs.reindex --config
-    mine.yaml storage.root_uri=s3://bucket/invar
+    python -m jobs.reindex --config tiny corpus.uri=corpus.jsonl.gz index.encoder=minilm \
+        storage.root_uri=/shared/index
+    ray job submit --working-dir . -- python -m jobs.reindex --config mine.yaml \
+        storage.root_uri=s3://bucket/invar
 """
 
 from __future__ import annotations

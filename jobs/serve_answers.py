@@ -7,12 +7,13 @@ Command::
 
 from __future__ import annotations
 
-from invar_ray.pipeline import Pipeline, serve_until_stopped
+from invar_ray.cli.serving import serve_until_stopped
+from invar_ray.pipeline import Pipeline
 from jobs.entry import run_job
 
 
 def main(pipeline: Pipeline) -> None:
-    """Serve what was trained; what is missing is an error."""
+    """Serve what is current; what is missing is an error."""
     serve_until_stopped(pipeline.config)
 
 

@@ -1,4 +1,4 @@
-"""Prove that an index is sound: counts, checksums, unique ids, contents, probes, and vectors
+r"""Prove that an index is sound: counts, checksums, unique ids, contents, probes, and vectors
 encoded again.
 
 Checks the newest index of ``index.encoder`` below ``storage.root_uri`` that this recipe's name has,
@@ -7,8 +7,8 @@ or the one that ``uri=`` names.  Exits 1 if anything is wrong.
 Command::
 
     python -m jobs.verify_index --config tiny
-    python -m jobs.verify_index --config tiny uri=/shared/index/index/minilm-0123456789abcdef
-    samples=512
+    python -m jobs.verify_index --config tiny uri=/shared/index/index/minilm-0123456789abcdef \
+        samples=512
 """
 
 from __future__ import annotations
@@ -55,15 +55,19 @@ def newest(store: Store, config: Config) -> Artifact:
     Raises:
         MissingArtifactError: there is none.
     """
-    for index in reversed(store.list("index")):
+
+    def fits(index: Artifact) -> bool:
         passages = index.manifest.parents.get("passages", "")
-        if index.manifest.name == config.index.encoder and passages.startswith(
-            f"passages/{config.name}-"
-        ):
-            return index
+        of_config = passages.startswith(f"passages/{config.name}-")
+        return of_config and index.manifest.name == config.index.encoder
+
+    found = store.newest("index", fits)
+    if found is not None:
+        return found
     raise MissingArtifactError(
         f"no index {config.index.encoder!r} of {config.name!r} below {store.root_uri}",
-        action="run python -m jobs.reindex first, or name one: uri=<root>/index/<name>-<fingerprint>",
+        action="run python -m jobs.reindex first, or name one: "
+        "uri=<root>/index/<name>-<fingerprint>",
     )
 
 

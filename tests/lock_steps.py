@@ -1,9 +1,10 @@
-"""Records the code of every step, so that a change to it cannot go by unnoticed.
+"""Records the code behind every artifact kind, so that a change to it cannot go by unnoticed.
 
     python -m tests.lock_steps
 
-Run it after a change to a step's modules, once its version in ``invar_ray/versions.py`` is right:
-raised if the output changed, as it was if not.  ``tests/unit/test_versions.py`` compares.
+Run it after a change, once ``VERSION`` in the step's file is right: raised if the output changed,
+as it was if not.  ``tests/unit/test_versions.py`` compares.  What a step's code is, nobody lists:
+it is all that its file imports, directly or not.
 """
 
 from __future__ import annotations
@@ -12,13 +13,32 @@ import ast
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from invar_ray.versions import STEPS, StepCode
+import grimp
 
-LOCK = Path(__file__).parent / "assets" / "step_sources.json"
+LOCK = Path(__file__).parent / "assets" / "step_code.json"
+KINDS = (
+    "base passages questions vectors index trainset retriever hits readings generator report"
+).split()
+NOT_CONTENT = (
+    "invar_ray.config",  # its values are in the fingerprints
+    "invar_ray.console",
+    "invar_ray.errors",
+    "invar_ray.executor",  # where it runs
+    "invar_ray.heap",
+    "invar_ray.session",
+    "invar_ray.evaluation.plots",
+    *(
+        f"invar_ray.store.{name}"  # keeps what steps make, with a schema version of its own
+        for name in "artifacts conditional files garbage manifest publication published".split()
+    ),
+)
+"""Modules that cannot change what an artifact holds."""
 # Added to the syntax tree by Python 3.12, and empty here.
 _IGNORED_FIELDS = {"type_params"}
 
@@ -32,43 +52,46 @@ def code_hash(source: str) -> str:
     return hashlib.sha256(json.dumps(_tree(ast.parse(source))).encode()).hexdigest()[:16]
 
 
-def module_file(module: str) -> Path:
-    """Source file of a module.
-
-    Raises:
-        ModuleNotFoundError: if there is no such module.
+@cache
+def closure(kind: str) -> frozenset[str]:
+    """The modules whose code decides what an artifact of this kind holds: all that its step
+    imports.  Other steps' files are not among them: their artifacts are its parents, and carry
+    versions of their own.
     """
+    graph = grimp.build_graph("invar_ray")
+    step = f"invar_ray.steps.{kind}"
+    for other in (*NOT_CONTENT, *(f"invar_ray.steps.{name}" for name in KINDS if name != kind)):
+        graph.remove_module(other)
+    return frozenset({step, *graph.find_upstream_modules(step)})
+
+
+def current() -> dict[str, dict[str, Any]]:
+    """Version and code of every step as they are now."""
+    return {
+        kind: {
+            "version": import_module(f"invar_ray.steps.{kind}").VERSION,
+            "modules": {module: _hash_of(module) for module in sorted(closure(kind))},
+        }
+        for kind in KINDS
+    }
+
+
+@cache
+def _hash_of(module: str) -> str:
     spec = find_spec(module)
     if spec is None or spec.origin is None:
         raise ModuleNotFoundError(f"no module {module}")
-    return Path(spec.origin)
-
-
-def current(steps: Mapping[str, StepCode]) -> dict[str, dict[str, Any]]:
-    """Version and code of every step as they are now."""
-    hashes = {
-        module: code_hash(module_file(module).read_text(encoding="utf-8"))
-        for module in sorted({module for step in steps.values() for module in step.modules})
-    }
-    return {
-        name: {
-            "version": step.version,
-            "modules": {module: hashes[module] for module in sorted(step.modules)},
-        }
-        for name, step in sorted(steps.items())
-    }
+    return code_hash(Path(spec.origin).read_text(encoding="utf-8"))
 
 
 def differences(locked: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What is to be decided, one line a step; empty if nothing changed."""
     lines = []
-    for name in sorted({*locked, *now}):
-        old, new = locked.get(name), now.get(name)
+    for kind in sorted({*locked, *now}):
+        old, new = locked.get(kind), now.get(kind)
         if old is None or new is None:
-            lines.append(
-                f"{name}: the step is {'new' if old is None else 'gone'}. Run: python -m "
-                "tests.lock_steps"
-            )
+            state = "new" if old is None else "gone"
+            lines.append(f"{kind}: the step is {state}. Run: python -m tests.lock_steps")
             continue
         changed = sorted(
             module
@@ -77,15 +100,14 @@ def differences(locked: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
         )
         if old["version"] != new["version"]:
             lines.append(
-                f"{name}: version {new['version']} is not recorded yet (recorded: "
-                f"{old['version']}). "
-                "Run: python -m tests.lock_steps"
+                f"{kind}: version {new['version']} is not recorded yet (recorded: "
+                f"{old['version']}). Run: python -m tests.lock_steps"
             )
         elif changed:
             lines.append(
-                f"{name}: the code of {', '.join(changed)} changed. Raise STEPS[{name!r}].version "
-                "in "
-                "invar_ray/versions.py if the output changes, then run: python -m tests.lock_steps"
+                f"{kind}: the code of {', '.join(changed)} changed. Raise VERSION in "
+                f"invar_ray/steps/{kind}.py if the output changes, then run: "
+                "python -m tests.lock_steps"
             )
     return lines
 
@@ -113,7 +135,9 @@ def _tree(node: Any) -> Any:
 
 
 def _joined(values: list[ast.expr]) -> list[ast.expr]:
-    """The parts of an f-string without the empty text that some Python versions put between them."""
+    """The parts of an f-string without the empty text that some Python versions put between
+    them.
+    """
     return [
         value for value in values if not (isinstance(value, ast.Constant) and value.value == "")
     ]
@@ -131,9 +155,9 @@ def _is_text(node: Any) -> bool:
 def main() -> None:
     """Record, and say what changed."""
     locked = json.loads(LOCK.read_text(encoding="utf-8")) if LOCK.exists() else {}
-    now = current(STEPS)
+    now = current()
     lines = differences(locked, now)
-    LOCK.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+    LOCK.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8")
     print("\n".join(lines) if lines else "nothing changed", flush=True)
 
 

@@ -137,20 +137,27 @@ def write_sound(folder: Path) -> None:
         "boats/open.pdf": encrypted_pdf(["Dunmore lends rowing boats to guests of the inn."], ""),
         "manual.docx": docx_bytes(),
         "policies/leave.md": b"---\ntitle: Leave rules\n---\n\n# Leave\n\nThirty days a year.\n\n"
-        b"```\n# no heading\n```\n\n## Parental leave\n\nThe parental leave request is due seven weeks before.\n",
-        "policies/travel.md": b"Travel\n======\n\nBook trains first.\n\n## Approval\n\nTravel expenses are approved by "
+        b"```\n# no heading\n```\n\n## Parental leave\n\nThe parental leave request is due seven "
+        b"weeks before.\n",
+        "policies/travel.md": b"Travel\n======\n\nBook trains first.\n\n## Approval\n\nTravel "
+        b"expenses are approved by "
         b"the head of department.\n",
-        "recipes/rye.txt": b"Rye bread\n\nThe rye sourdough needs no yeast at all,\nonly the starter.\n",
+        "recipes/rye.txt": b"Rye bread\n\nThe rye sourdough needs no yeast at all,\nonly the "
+        b"starter.\n",
         "recipes/soup.txt": "Barley soup\n\nThe barley soup simmers for ninety minutes.\n".encode(
             "utf-16"
         ),
         "recipes/tea.markdown": b"# Tea\n\nSteep green tea at seventy degrees.\n",
-        "site/errors.html": b"<html><head><title>Error codes</title><style>p{}</style></head><body><nav>Home</nav>"
-        b"<h1>Errors</h1><h2>E17</h2><p>E17: the door is <b>open</b>.</p><h2>E42</h2><p>Error E42 means that the filter"
+        "site/errors.html": b"<html><head><title>Error "
+        b"codes</title><style>p{}</style></head><body><nav>Home</nav>"
+        b"<h1>Errors</h1><h2>E17</h2><p>E17: the door is <b>open</b>.</p><h2>E42</h2><p>Error E42 "
+        b"means that the filter"
         b" is clogged.</p><script>var hidden = 1;</script></body></html>",
-        "site/visit.htm": "<h1>Visit us</h1><h2>Opening</h2><p>We open at nine.<h2>Parking</h2><p>At the museum you can"
+        "site/visit.htm": "<h1>Visit us</h1><h2>Opening</h2><p>We open at "
+        "nine.<h2>Parking</h2><p>At the museum you can"
         " park behind the caf\u00e9.".encode("cp1252"),
-        "site/shop.xhtml": b"<?xml version='1.0'?><html><body><h1>Shop</h1><pre>a\n  b</pre><table><tr><td>Postcard"
+        "site/shop.xhtml": b"<?xml version='1.0'?><html><body><h1>Shop</h1><pre>a\n  "
+        b"b</pre><table><tr><td>Postcard"
         b"</td><td>2 euros</td></tr></table></body></html>",
         "comets.jsonl": _rows(
             {
@@ -203,7 +210,7 @@ def write_faulty(folder: Path) -> dict[str, str]:
         "bad/old.docx": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1 rest",
         "bad/bomb.docx": docx_bomb(70),
         "bad/latin.txt": "f\u00fcr".encode("latin-1"),
-        "bad/rows.jsonl": b'{"id": "r1", "text": "A sound row about larches."}\n{"id": \n{"id": 7, "text": ""}\n',
+        "bad/rows.jsonl": b'{"id": "r1", "text": "A sound row about larches."}\n{"id": \n{"id": 7, "text": ""}\n',  # noqa: E501
         "bad/cut.jsonl.gz": gzip.compress(os.urandom(4000))[:-100],
         "bad/no.parquet": b"PAR1 no",
     }
@@ -218,11 +225,13 @@ def write_faulty(folder: Path) -> dict[str, str]:
         "bad/cut.pdf": "cannot be read as PDF (",
         "bad/empty.txt": "is empty. To do: remove it.",
         "bad/blank.md": "holds no text. To do: remove it.",
-        "bad/large.txt": "has 50.0 MB or more, above the limit of 32 MB. To do: split it, or raise corpus.max_file_mb.",
+        "bad/large.txt": "has 50.0 MB or more, above the limit of 32 MB. To do: split it, or raise "
+        "corpus.max_file_mb.",
         "bad/binary.txt": "is not text, it holds zero bytes (a binary file). To do: remove it",
         "bad/program.bin": "nothing here reads ending .bin. To do: convert to one of .jsonl,",
         "bad/broken.docx": "cannot be read as Word file (BadZipFile",
-        "bad/old.docx": "is encrypted, or an old .doc file under a new name. To do: save it as .docx",
+        "bad/old.docx": "is encrypted, or an old .doc file under a new name. To do: save it as "
+        ".docx",
         "bad/bomb.docx": "would unpack to 71 MB in",
         "bad/latin.txt": "is not UTF-8 text (byte 0xfc at offset 1). To do: convert it to UTF-8",
         "bad/rows.jsonl": "(first: bad/rows.jsonl, line 2: malformed JSON",

@@ -23,9 +23,11 @@ from invar_ray.config import Config, ModelConfig, TinyConfig
 from invar_ray.index.build import build_index
 from invar_ray.index.probes import write_probes
 from invar_ray.models.adapters import new_adapter, save_adapter
-from invar_ray.models.base import base_plan, build_base, open_base, resolve_base
+from invar_ray.models.base import open_base, resolve_base
 from invar_ray.models.encoder import llm_spec, open_encoder
 from invar_ray.schema import Passage, passage_schema, to_table, vector_schema
+from invar_ray.steps.base import build as build_base
+from invar_ray.steps.base import plan as base_plan
 from invar_ray.store.artifacts import Plan, Store
 from serve.answering import AnswerEngine, GeneratorCore, TransformersEngine, load_generator
 from serve.api import make_api

@@ -9,27 +9,28 @@ from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from invar_ray.answering.retriever import Passages
 from invar_ray.config import Config, LoraConfig, TinyConfig, load_config
-from invar_ray.index.build import build_index
+from invar_ray.executor import Here
 from invar_ray.index.probes import write_probes
+from invar_ray.index.shards import EmbedShard, ShardTask
+from invar_ray.index.vectors import SHARDS
 from invar_ray.models.adapters import new_adapter, save_adapter
 from invar_ray.models.base import (
     BaseRef,
-    base_plan,
-    build_base,
     load_tokenizer,
     open_base,
-    resolve_base,
 )
 from invar_ray.models.encoder import (
     Encoder,
@@ -39,12 +40,9 @@ from invar_ray.models.encoder import (
     llm_spec,
     open_encoder,
 )
-from invar_ray.models.precision import Precision
 from invar_ray.models.tiny import build_tiny
-from invar_ray.steps.passages import build_passages, passages_plan
-from invar_ray.steps.questions import build_questions, questions_plan
-from invar_ray.steps.trainset import build_trainset, trainset_plan
-from invar_ray.steps.vectors import EmbedShard, vectors_plan
+from invar_ray.pipeline import Pipeline
+from invar_ray.steps import index, vectors
 from invar_ray.store.artifacts import Artifact, Building, Plan, Store
 
 TINY = TinyConfig(num_layers=1, intermediate_size=64)
@@ -139,6 +137,7 @@ def small_config(folder: Path, *overrides: str) -> Config:
             f"model.tiny.num_layers={TINY.num_layers}",
             f"model.tiny.intermediate_size={TINY.intermediate_size}",
             "index.num_probes=4",
+            "scale.shard_rows=18",
             "retriever.num_hard_negatives=2",
             "retriever.mining_depth=8",
             *overrides,
@@ -151,38 +150,20 @@ def changed_windows(config: Config, count: int) -> Config:
     return replace(config, variants=replace(config.variants, num_windows=count))
 
 
-class World:
-    """The artifacts of a small run, each built when it is first asked for."""
+class World(Pipeline):
+    """A small run in this process, and two adapters with random weights."""
 
     def __init__(self, folder: Path, *overrides: str) -> None:
+        super().__init__(small_config(folder, *overrides), quiet=True, executor=Here())
         self.folder = folder
-        self.config = small_config(folder, *overrides)
-        self.store = Store(self.config.storage.root_uri)
 
     @cached_property
     def base_artifact(self) -> Artifact:
-        return self._get(base_plan(self.config), lambda building: build_base(building, self.config))
-
-    @cached_property
-    def base(self) -> BaseRef:
-        return resolve_base(self.config.model, self.base_artifact)
+        return self.store.open(self.base.location.removeprefix("artifact:"), "model")
 
     @cached_property
     def tokenizer(self) -> Any:
         return load_tokenizer(self.base.folder_or_name(self.store))
-
-    @cached_property
-    def questions(self) -> Artifact:
-        return self._get(
-            questions_plan(self.config), lambda building: build_questions(building, self.config)
-        )
-
-    @cached_property
-    def passages(self) -> Artifact:
-        return self._get(
-            passages_plan(self.config, self.base, None),
-            lambda building: build_passages(building, self.config, self.tokenizer, None),
-        )
 
     @cached_property
     def base_spec(self) -> EncoderSpec:
@@ -223,82 +204,49 @@ class World:
             spec = llm_spec(self.config.model, self.base, (plan.ref, plan.fingerprint))
             building.info["encoder"] = spec.to_json()
 
-        return self._get(plan, body)
-
-    @cached_property
-    def base_index(self) -> Artifact:
-        return self.index("base", self.base_spec, None)
-
-    @cached_property
-    def coarse_index(self) -> Artifact:
-        return self.index("minilm", self.coarse_spec, None)
+        return self.store.get_or_build(plan, body)[0]
 
     @cached_property
     def adapter_index(self) -> Artifact:
-        return self.index(
-            "retriever", EncoderSpec.from_json(self.adapter.info["encoder"]), self.adapter
-        )
+        return self.index_with(self.adapter)
 
     @cached_property
-    def trainset(self) -> Artifact:
-        parents = (
-            self.passages,
-            self.questions,
-            self.base_index,
-            self.coarse_index.parent("vectors"),
-        )
-        return self._get(
-            trainset_plan(self.config, *parents),
-            lambda building: build_trainset(building, self.config, *parents),
-        )
-
-    def vectors(
-        self, name: str, spec: EncoderSpec, adapter: Artifact | None, precision: Precision = "fp32"
-    ) -> Artifact:
-        """All passages embedded, in this process, by the code that an embedding actor runs."""
+    def half_index(self) -> Artifact:
+        """The base's index, its vectors made in bf16 as on a GPU."""
 
         def body(building: Building) -> None:
-            rows = len(Passages(self.passages))
-            prefix = f"{building.prefix}/shards"
-            Path(prefix).mkdir()
+            (building.path / SHARDS).mkdir()
+            store, spec = self.store, self.base_spec
             actor = EmbedShard(
-                self.store.root_uri,
+                store.root_uri,
                 self.passages.ref,
                 spec.to_json(),
-                self.store.root_uri,
-                prefix,
+                store.root_uri,
+                f"{building.prefix}/{SHARDS}",
                 self.config.scale,
-                precision,
+                "bf16",
             )
-            middle = rows // 2
-            actor({"start": [0, middle], "stop": [middle, rows]})
-            probes = Passages(self.passages).rows([0, rows // 3, rows - 1])
-            texts = [(passage.title, passage.text) for passage in probes]
-            write_probes(
-                building.path / "probes.parquet", texts, actor._encoder.encode_passages(texts)
-            )
-            building.info |= {"encoder": spec.to_json(), "precision": precision, "rows": rows}
+            rows = np.arange(self.passages.info["passages"])
+            actor(ShardTask(0, rows, np.full(len(rows), -1), "").to_row())
+            texts = [(row.title, row.text) for row in Passages(self.passages).rows([0, 5, 9])]
+            encoder = open_encoder(spec, store, precision="bf16")
+            write_probes(building.path / "probes.parquet", texts, encoder.encode_passages(texts))
+            building.info |= {"encoder": spec.to_json(), "precision": "bf16", "rows": len(rows)}
 
-        return self._get(vectors_plan(self.config, self.passages, spec, name, adapter), body)
-
-    def index(
-        self,
-        name: str,
-        spec: EncoderSpec,
-        adapter: Artifact | None,
-        factory: str = "Flat",
-        precision: Precision = "fp32",
-    ) -> Artifact:
-        vectors = self.vectors(name, spec, adapter, precision)
-        plan = Plan(
-            "index", name, {"factory": factory}, {"vectors": vectors, "passages": self.passages}
-        )
-        return self._get(
-            plan, lambda building: build_index(building, vectors, self.passages, factory)
+        plan = vectors.plan(self.config, self.passages, self.base_spec, "base-bf16", None)
+        made = self.get(plan, body)
+        return self.get(
+            index.plan(self.config, made, self.passages, "base-bf16"),
+            lambda building: index.build(building, self.config, made, self.passages),
         )
 
-    def _get(self, plan: Plan, body: Any) -> Artifact:
+    def get(self, plan: Plan, body: Callable[[Building], None]) -> Artifact:
         return self.store.get_or_build(plan, body)[0]
+
+    def with_factory(self, factory: str) -> Pipeline:
+        """The same run, its indexes of another kind."""
+        config = replace(self.config, index=replace(self.config.index, factory=factory))
+        return Pipeline(config, quiet=True, executor=Here())
 
 
 def write_adapter(

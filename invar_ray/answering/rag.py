@@ -45,7 +45,9 @@ class TextGenerator(Protocol):
 
 
 class PassageRetriever(Protocol):
-    """What answering needs of a retriever; :class:`invar_ray.answering.retriever.Retriever` is one."""
+    """What answering needs of a retriever; :class:`invar_ray.answering.retriever.Retriever` is
+    one.
+    """
 
     def retrieve(self, questions: list[str], top_k: int) -> list[list[Hit]]:
         """The best passages per question, best first."""

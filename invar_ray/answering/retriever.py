@@ -259,5 +259,6 @@ def _same_adapter(index: Artifact, spec: EncoderSpec, adapter: Artifact) -> None
         raise MixedArtifactsError(
             f"{index.uri} was made by {made_by}, not by adapter {adapter.fingerprint} "
             f"({adapter.uri})",
-            action="reindex with this adapter (python -m jobs.reindex), or serve the index with its own",
+            action="reindex with this adapter (python -m jobs.reindex), or serve the index with "
+            "its own",
         )

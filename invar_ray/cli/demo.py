@@ -12,18 +12,22 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from invar_ray.answering.current import current_index, newest_generator
 from invar_ray.answering.rag import answer_question
 from invar_ray.answering.retriever import open_retriever
-from invar_ray.cli.documents import describe_index, latest_index, remember_index
+from invar_ray.cli.documents import describe_index
+from invar_ray.cli.serving import start_service, stop_service
 from invar_ray.config import Config
 from invar_ray.corpus.sources import BUILTIN_FACTS
 from invar_ray.evaluation.page import findings
+from invar_ray.evaluation.report import write_report
 from invar_ray.evaluation.tables import render_tables
-from invar_ray.models.base import BaseRef, open_base_generator, open_generator
+from invar_ray.models.base import open_base_generator, open_generator
 from invar_ray.models.encoder import EncoderSpec
-from invar_ray.pipeline import Pipeline, finish_report, start_service, stop_service
+from invar_ray.pipeline import Pipeline
 from invar_ray.steps.questions import load_examples
 from invar_ray.store.artifacts import Artifact, Store, open_artifact
+from invar_ray.store.published import Published
 
 _SHOWN_CHARS = 160
 _ASKED = "Who painted Las Meninas?"
@@ -44,14 +48,14 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
     started = time.monotonic()
     with Pipeline(config) as pipeline:
         report = pipeline.run()
-        remember_index(pipeline.store, pipeline.index)
+        Published(pipeline.store).publish([pipeline.index], verify=False)
         folder = (
             Path(pipeline.store.root) if pipeline.store.is_local else Path("runs") / config.name
         )
         print(f"\n{render_tables(report.rows, config.evaluation.overlap_k)}\n")
         print("".join(f"{text}\n" for text in findings(report, config.evaluation.overlap_k)))
         asked = question or _default_question(pipeline)
-        pipeline.session.ensure()
+        pipeline.executor.connect()
         try:
             served = time.monotonic()
             url = start_service(
@@ -61,7 +65,7 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
             answer = ask_service(url, asked, None, None)
             seconds = {**report.seconds, "serve and answer": round(time.monotonic() - served, 2)}
             print_answer(answer)
-            written = finish_report(
+            written = write_report(
                 replace(report, seconds=seconds, answer=_for_report(asked, answer)), folder
             )
             report_uri = (
@@ -104,7 +108,8 @@ def what_next(config: Config, report_uri: str) -> str:
     lines = {
         "ask it more (page at /, API at /docs)": f"serve{where}",
         "train without the invariance loss": f"demo{where} retriever.invariance_weight=0",
-        "then: may that one be served?": f"gate --baseline {shlex.quote(report_uri)} --candidate {shlex.quote(root)}",
+        "then: may that one be served?": f"gate --baseline {shlex.quote(report_uri)} --candidate "
+        f"{shlex.quote(root)}",
         "index your own documents": f"index ./docs{where}",
     }
     width = max(map(len, lines))
@@ -130,20 +135,18 @@ def ask_here(
 ) -> dict[str, Any]:
     """Answer in this process, without Ray, in the same form as the service.
 
-    Without URIs, from the index that was made or asked for last (of ``corpus``, if given), by the
-    newest generator of the same base, else by the base itself; one line on standard error says
+    Without URIs, from the current index (or the last of ``corpus``, if given), by the newest
+    generator of the same base, else by the base itself; one line on standard error says
     which.
 
     Raises:
         MissingArtifactError: if nothing has been indexed below the recipe's storage root.
     """
     store = Store(config.storage.root_uri)
-    index = open_artifact(index_uri, "index") if index_uri else latest_index(store, corpus)
+    index = open_artifact(index_uri, "index") if index_uri else current_index(store, corpus)
     base = EncoderSpec.from_json(index.info["encoder"]).base
     trained = (
-        open_artifact(generator_uri, "generator")
-        if generator_uri
-        else _newest_generator(store, base)
+        open_artifact(generator_uri, "generator") if generator_uri else newest_generator(index)
     )
     print(
         f"asking {describe_index(index)}; {_describe_generator(trained)}",
@@ -201,15 +204,6 @@ def _where(cited: Mapping[str, Any]) -> str:
 def _beginning(passage: Mapping[str, Any]) -> str:
     text = " ".join(str(passage.get("text", "")).split())
     return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 1].rstrip() + "…"
-
-
-def _newest_generator(store: Store, base: BaseRef) -> Artifact | None:
-    fitting = [
-        artifact
-        for artifact in store.list("generator")
-        if artifact.info.get("base", {}).get("fingerprint") == base.fingerprint
-    ]
-    return fitting[-1] if fitting else None
 
 
 def _describe_generator(generator: Artifact | None) -> str:

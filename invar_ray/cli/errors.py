@@ -33,7 +33,7 @@ def clear_errors(
         try:
             if early is not None:
                 early(*args, **kwargs)
-            from invar_ray.executor import quieten_libraries
+            from invar_ray.session import quieten_libraries
 
             quieten_libraries()
             command(*args, **kwargs)

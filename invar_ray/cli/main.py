@@ -127,8 +127,9 @@ def train(
     overrides: Overrides = None,
     config: Recipe = DEFAULT,
 ) -> None:
-    """Train the adapters and print their URIs."""
+    """Train the adapters and print their URIs; stage 2 makes the index that it read current."""
     from invar_ray.pipeline import Pipeline
+    from invar_ray.store.published import Published
 
     if stage not in {"retriever", "generator", "both"}:
         raise typer.BadParameter(f"{stage!r} is not a stage: retriever, generator or both")
@@ -137,18 +138,21 @@ def train(
             print(pipeline.retriever.uri)
         if stage in {"generator", "both"}:
             print(pipeline.generator.uri)
+            Published(pipeline.store).publish([pipeline.index], verify=False)
 
 
 @app.command()
 @clear_errors
 def evaluate(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
-    """Evaluate the systems that evaluation.systems names; print the tables and where the report is."""
-    from invar_ray.pipeline import Pipeline, keep_numbers
+    """Evaluate the systems that evaluation.systems names; print the tables and where the report
+    is.
+    """
+    from invar_ray.pipeline import Pipeline
 
     with Pipeline(load_config(config, overrides or [])) as pipeline:
         print(pipeline.report.path("table.txt").read_text(encoding="utf-8"))
         print(f"{pipeline.report.uri}\n{pipeline.report.path('report.html')}")
-        if written := keep_numbers(pipeline):
+        if written := pipeline.keep_numbers():
             print(written)
 
 
@@ -324,10 +328,10 @@ def serve(
         str | None, typer.Option("--generator", help="URI of a stage-2 adapter.")
     ] = None,
 ) -> None:
-    """Serve over HTTP until Ctrl-C: the recipe's own artifacts, or those given; nothing is trained
-    for it.
+    """Serve over HTTP until Ctrl-C: what is current in the store, or what is given; nothing is
+    trained for it.
     """
-    from invar_ray.pipeline import serve_until_stopped
+    from invar_ray.cli.serving import serve_until_stopped
 
     serve_until_stopped(load_config(config, overrides or []), index_uri, generator_uri)
 

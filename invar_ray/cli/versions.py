@@ -21,7 +21,8 @@ Name = Annotated[str, typer.Option("--name", help="Which index, where a store se
 Expected = Annotated[
     int | None,
     typer.Option(
-        help="Refuse unless this is the current version (0: none yet): what a job saw when it began."
+        help="Refuse unless this is the current version (0: none yet): what a job saw when it "
+        "began."
     ),
 ]
 Note = Annotated[str, typer.Option(help="For people.")]
@@ -40,7 +41,9 @@ def publish(
         int | None, typer.Option(min=1, help="Then give up all but so many versions.")
     ] = None,
 ) -> None:
-    """Make an index current, at once for all its shards; of two publishers at once, one is refused."""
+    """Make an index current, at once for all its shards; of two publishers at once, one is
+    refused.
+    """
     from invar_ray.store.artifacts import open_artifact
     from invar_ray.store.garbage import collect
     from invar_ray.store.published import Published

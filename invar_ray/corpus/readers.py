@@ -1,13 +1,13 @@
 """Corpora and question files into records; every fault of the input names its file and line.
 
-=========
-=========================================================================================================== documents  ``.jsonl(.gz|.zst)`` and ``.parquet``, a document a row with ``text`` and perhaps ``id`` (or ``_id``),
-           ``title, uri``; ``.tsv(.gz|.zst)`` as DPR's ``psgs_w100``; ``.txt``, ``.md``, ``.html``,
-           ``.pdf`` and ``.docx`` files, one document each; folders of all these, BEIR's too;
-           ``builtin:facts``
+=========  =========================================================================================
+documents  ``.jsonl(.gz|.zst)`` and ``.parquet``, a document a row with ``text`` and perhaps ``id``
+           (or ``_id``), ``title, uri``; ``.tsv(.gz|.zst)`` as DPR's ``psgs_w100``; ``.txt``,
+           ``.md``, ``.html``, ``.pdf`` and ``.docx`` files, one document each; folders of all
+           these, BEIR's too; ``builtin:facts``
 questions  ``.jsonl(.gz)`` with ``id, question, answers[], positive_ids[]`` and maybe
-``rewrites[]``; ``builtin:facts`` =========
-===========================================================================================================
+           ``rewrites[]``; ``builtin:facts``
+=========  =========================================================================================
 
 Other fields are ignored, but for those that ``metadata`` names.
 """

@@ -102,7 +102,8 @@ def _tsv(file: InputFile, max_bytes: int, kept: Sequence[str]) -> Iterator[Row]:
         return
     raise DataError(
         f"{file.uri} is no table of documents (its first line has {len(cells)} columns)",
-        expected="id, text and title parted by tabs, or a first line that names the columns, one of them text",
+        expected="id, text and title parted by tabs, or a first line that names the columns, one "
+        "of them text",
     )
 
 

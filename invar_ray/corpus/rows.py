@@ -33,7 +33,9 @@ def json_row(line: bytes, place: str) -> dict[str, Any]:
 
 
 def string(row: dict[str, Any], name: str, place: str, *, filled: bool = False) -> str:
-    """The field ``name`` of a row, a string (with text, if ``filled``); raises :class:`DataError`."""
+    """The field ``name`` of a row, a string (with text, if ``filled``); raises
+    :class:`DataError`.
+    """
     if name not in row:
         raise DataError(
             f"{place}: the field {name!r} is missing",

@@ -193,7 +193,10 @@ def _table(rows: Sequence[Row], columns: Sequence[str]) -> str:
 
 def _count(rows: Sequence[Row], name: str) -> str:
     counts = sorted({int(row.metrics[name] or 0) for row in rows})
-    return f"{' to '.join(f'{count:,}' for count in dict.fromkeys((counts[0], counts[-1])))} questions."
+    return (
+        f"{' to '.join(f'{count:,}' for count in dict.fromkeys((counts[0], counts[-1])))} "
+        "questions."
+    )
 
 
 def _datasets(rows: Sequence[Row]) -> str:
@@ -370,7 +373,10 @@ def _worst(worst: Mapping[str, Sequence[Mapping[str, Any]]], k: int) -> list[str
                 f"<tr><td class=text>{escape(wording['text'])}</td><td>{rank}</td><td>{overlap}</td>"
                 f"<td class=text>{escape(wording['top'])}</td></tr>"
             )
-        head = f"<th class=text>wording</th><th>rank of gold</th><th>overlap@{k}</th><th class=text>found first</th>"
+        head = (
+            f"<th class=text>wording</th><th>rank of gold</th><th>overlap@{k}</th><th "
+            "class=text>found first</th>"
+        )
         answers = escape(" / ".join(entry["answers"]))
         parts.append(
             f"<div class=wide><table class=worst><caption>{escape(entry['question_id'])} · answer: "

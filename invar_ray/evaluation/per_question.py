@@ -138,7 +138,8 @@ def compare_reports(
         raise DataError(
             "the two reports share no system with a question and a metric in common",
             expected="two reports on the same dev questions",
-            action="evaluate both with the same questions.dev_uri, dev_limit and seed, or name a row with --system",
+            action="evaluate both with the same questions.dev_uri, dev_limit and seed, or name a "
+            "row with --system",
         )
     return found
 

@@ -1,4 +1,6 @@
-"""The pictures beside a report and a training: PNG files, each with its numbers as CSV beside it."""
+"""The pictures beside a report and a training: PNG files, each with its numbers as CSV beside
+it.
+"""
 
 from __future__ import annotations
 

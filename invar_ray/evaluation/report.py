@@ -7,8 +7,9 @@ as pictures.
      "rows": [{"system": "untrained", "dataset": "dev", "metrics": {"recall_at_5": 0.64}}],
      "seconds": {"train_retriever": 41.2},
      "answer": {"question": "..", "text": "..", "citations": [..]} | null,
-     "comparisons": [{"first": "base", "second": "stage 1", "metric": "recall_at_5", "difference":
-     0.2, ..}], "details": {..},
+     "comparisons": [{"first": "base", "second": "stage 1", "metric": "recall_at_5",
+                      "difference": 0.2, ..}],
+     "details": {..},
      "meta": {..}}
 
 Metric names are written ``recall_at_5`` in code and JSON, ``recall@5`` in print.  Rows and tables

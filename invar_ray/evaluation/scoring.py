@@ -1,12 +1,12 @@
 """How an answer is held against the gold ones, as each benchmark's own script does it.
 
-==========
-======================================================================================================== ``squad``    lower case, no punctuation, no articles (SQuAD; DPR uses it for NQ and WebQuestions too)
+===========  =======================================================================================
+``squad``    lower case, no punctuation, no articles (SQuAD; DPR uses it for NQ and WebQuestions
+             too)
 ``triviaqa`` the same, but punctuation becomes a space, as do underscores and typographic quotes
 ``hotpotqa`` SQuAD's, and "yes" / "no" must match whole: they earn no partial F1
 ``regex``    gold answers are regular expressions (CuratedTREC); there is no F1
-==========
-========================================================================================================
+===========  =======================================================================================
 """
 
 from __future__ import annotations
@@ -74,7 +74,9 @@ def answer_rule(name: str) -> AnswerRule:
 
 
 def normalise_trivia(text: str) -> str:
-    """TriviaQA's normalisation.  Source: Joshi et al., arXiv 1705.03551, ``utils/evaluation.py``."""
+    """TriviaQA's normalisation.  Source: Joshi et al., arXiv 1705.03551,
+    ``utils/evaluation.py``.
+    """
     spaced = "".join(
         " " if character in _TRIVIA_SPACES else character for character in text.lower()
     )

@@ -120,13 +120,12 @@ def summarise_families(
 
     Returns:
         Always: ``num_families``, ``recall_at_<k>`` (of the anchors), and, with 2 families or more
-            that share no gold
-        id, ``overlap_between_questions_at_<overlap_k>``.  Only if a family has 2 environments or
-        more, as means over such families: ``overlap_at_<overlap_k>`` and ``rbo`` (mean over the
-        other environments of the agreement with the anchor's list), ``reworded_recall_at_<k>``
-        (mean over the other environments), ``worst_recall_at_<k>`` (1 only if *every* environment
-        has it), ``recall_at_<k>_std`` and ``gold_rank_std`` (population standard deviations within
-        the family; ranks as above).
+        that share no gold id, ``overlap_between_questions_at_<overlap_k>``.  Only if a family has 2
+        environments or more, as means over such families: ``overlap_at_<overlap_k>`` and ``rbo``
+        (mean over the other environments of the agreement with the anchor's list),
+        ``reworded_recall_at_<k>`` (mean over the other environments), ``worst_recall_at_<k>`` (1
+        only if *every* environment has it), ``recall_at_<k>_std`` and ``gold_rank_std`` (population
+        standard deviations within the family; ranks as above).
 
     Raises:
         ValueError: there are no families, or one has no list or no gold id.

@@ -233,7 +233,9 @@ class Trial:
 
 
 def sampled_trial(blocks: VectorBlocks, num_queries: int) -> Trial:
-    """Vectors of the index as queries, and the 10 nearest others of each by a pass over all blocks."""
+    """Vectors of the index as queries, and the 10 nearest others of each by a pass over all
+    blocks.
+    """
     queries, own = blocks.sample(num_queries, _SEED + 1)
     return Trial(queries, _without(exact_best(queries, blocks.some(), TOP_K + 1), own), own)
 

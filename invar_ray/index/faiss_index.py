@@ -379,6 +379,7 @@ def _clear(factory: str, over: str) -> Iterator[None]:
     except RuntimeError as error:
         raise ArtifactError(
             f"FAISS cannot build {factory!r} over {over} ({str(error).splitlines()[0]})",
-            action="set index.factory to Flat, to auto, or to one that fits the corpus (IVF needs some 39 vectors per "
+            action="set index.factory to Flat, to auto, or to one that fits the corpus (IVF needs "
+            "some 39 vectors per "
             "list)",
         ) from error

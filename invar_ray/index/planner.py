@@ -148,7 +148,8 @@ def plan_index(need: Need) -> Choice:
     if not tries:
         raise ResourceError(
             f"no index type fits:\n{render(choice)}\n",
-            action="raise index.max_memory_mb or index.max_latency_ms, lower index.recall_target, or cut the corpus "
+            action="raise index.max_memory_mb or index.max_latency_ms, lower index.recall_target, "
+            "or cut the corpus "
             "into shards",
         )
     return choice
@@ -171,7 +172,9 @@ def candidates(need: Need) -> list[Candidate]:
 
 
 def number_of_lists(rows: int) -> int:
-    """The power of 2 nearest to 4 sqrt(N) that leaves 39 rows a list; 1 where IVF makes no sense."""
+    """The power of 2 nearest to 4 sqrt(N) that leaves 39 rows a list; 1 where IVF makes no
+    sense.
+    """
     most = rows // 39
     return (
         min(1 << round(math.log2(4.0 * math.sqrt(rows))), 1 << most.bit_length() - 1)
@@ -192,16 +195,15 @@ def memory_of(
 ) -> tuple[float, int]:
     """Bytes per vector, and fixed bytes, of a loaded index.
 
-    =========  =======================
-    ==================================================================== type       per vector
-    fixed =========  =======================
-    ==================================================================== Flat       4 D
+    =========  =======================  ==========================================================
+    type       per vector               fixed
+    =========  =======================  ==========================================================
+    Flat       4 D
     IVF-Flat   4 D + 8                  L (4 D + 180)
     IVF-SQ8    D + 8                    L (4 D + 180) + 8 D
     IVF-PQ     M + 8                    L (4 D + 180) + 4 * 256 D (codebooks) + 4 D^2 (rotation)
     HNSW       4 D + 8 G + 4 G / (G-1)  (with 8 + 4 bytes a vector for offset and level)
-    =========  =======================
-    ====================================================================
+    =========  =======================  ==========================================================
 
     A quantizer that is a graph (more than 65,536 lists) adds 8 G + 12 bytes a list.
     """

@@ -56,6 +56,7 @@ def check_probes(artifact: Artifact, encoder: TextEncoder) -> float:
             f"{artifact.uri}, which encoder "
             f"{made_by} made (lowest cosine {lowest:.4f})",
             expected=f"cosines of at least {1.0 - PROBE_TOLERANCE}",
-            action="serve the index with its own encoder, or reindex with this one (python -m jobs.reindex)",
+            action="serve the index with its own encoder, or reindex with this one (python -m "
+            "jobs.reindex)",
         )
     return lowest

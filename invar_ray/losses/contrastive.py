@@ -1,4 +1,6 @@
-"""The contrastive loss over environments.  Shape legend: B rows, E environments, C candidate slots."""
+"""The contrastive loss over environments.  Shape legend: B rows, E environments, C candidate
+slots.
+"""
 
 from __future__ import annotations
 

@@ -22,14 +22,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from invar_ray.config import Config, ModelConfig, to_dict
+from invar_ray.config import ModelConfig
 from invar_ray.errors import ModelError
 from invar_ray.models.precision import torch_dtype
 from invar_ray.models.quantized import Quantize, check_quantize, quantization
-from invar_ray.models.smollm2 import PACKAGE, SHA256, load_smollm2
-from invar_ray.models.tiny import build_tiny
-from invar_ray.store.artifacts import Artifact, Building, Plan, Store, digest, open_artifact
-from invar_ray.versions import STEPS
+from invar_ray.store.artifacts import Artifact, Store, digest, open_artifact
 
 SMOLLM2, TINY = "builtin:smollm2", "builtin:tiny"
 BUILTIN = (SMOLLM2, TINY)
@@ -68,33 +65,6 @@ class BaseRef:
                 action="put the old weights back, or train and index again with the new ones",
             )
         return self.location
-
-
-def base_plan(config: Config) -> Plan:
-    """The artifact of a built-in base (``config.model.base`` is one of :data:`BUILTIN`)."""
-    seeded: dict[str, Any] = {"tiny": to_dict(config.model.tiny), "seed": config.seed}
-    smollm2 = config.model.base == SMOLLM2
-    return Plan(
-        kind="model",
-        name=config.model.base.removeprefix("builtin:"),
-        config={"package": PACKAGE, "sha256": SHA256} if smollm2 else seeded,
-        version=STEPS["model"].version,
-    )
-
-
-def build_base(building: Building, config: Config) -> None:
-    """Write a built-in base into an artifact under construction.
-
-    Raises:
-        ModelError: if the package that carries its weights is not installed.
-    """
-    if config.model.base == SMOLLM2:
-        model, tokenizer = load_smollm2()
-    else:
-        model, tokenizer = build_tiny(config.model.tiny, config.seed)
-    model.save_pretrained(building.path)
-    tokenizer.save_pretrained(building.path)
-    building.info["parameters"] = sum(parameter.numel() for parameter in model.parameters())
 
 
 def resolve_base(config: ModelConfig, built: Artifact | None) -> BaseRef:
@@ -315,8 +285,10 @@ def folder_fingerprint(folder: Path) -> str:
 def _unresolved(source: str, error: Exception) -> ModelError:
     return ModelError(
         f"cannot load {source!r} ({str(error).splitlines()[0]})",
-        expected="a folder with config.json, tokenizer files and safetensors weights, or a hub name that is cached or "
+        expected="a folder with config.json, tokenizer files and safetensors weights, or a hub "
+        "name that is cached or "
         "reachable",
-        action="download it on a machine with network (hf download NAME --local-dir DIR) and set model.base=DIR, "
+        action="download it on a machine with network (hf download NAME --local-dir DIR) and set "
+        "model.base=DIR, "
         "or use model.base=builtin:smollm2; invar-ray doctor checks this",
     )

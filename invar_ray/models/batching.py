@@ -111,7 +111,8 @@ def encode_in_batches(
             if len(batch) == 1:
                 raise ResourceError(
                     f"a text of {widest} tokens does not fit into memory",
-                    action="set model.passage_max_tokens lower, give the actor more of a GPU, or use fewer actors",
+                    action="set model.passage_max_tokens lower, give the actor more of a GPU, or "
+                    "use fewer actors",
                 ) from error
             found = None  # leave the handler first: the traceback holds on to the tensors
         if found is None:

@@ -1,4 +1,6 @@
-"""The coarse encoder: MiniLM, the frozen teacher of the alignment loss and a baseline of its own."""
+"""The coarse encoder: MiniLM, the frozen teacher of the alignment loss and a baseline of its
+own.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,8 @@ def check_quantize() -> None:
         raise ResourceError(
             "model.quantize asks for weights in 4 bits, but the package bitsandbytes is not "
             "installed",
-            action="pip install bitsandbytes on every node with a training worker, or set model.quantize to null",
+            action="pip install bitsandbytes on every node with a training worker, or set "
+            "model.quantize to null",
         )
     if not torch.cuda.is_available():
         raise ResourceError(

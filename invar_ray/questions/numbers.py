@@ -1,4 +1,6 @@
-"""Numbers as they are said: ``1973`` -> ``nineteen seventy three``, ``21st`` -> ``twenty first``."""
+"""Numbers as they are said: ``1973`` -> ``nineteen seventy three``, ``21st`` -> ``twenty
+first``.
+"""
 
 from __future__ import annotations
 

@@ -85,7 +85,8 @@ _OPENINGS: tuple[tuple[str, tuple[str, ...]], ...] = (
     (r"what year (?=\w)", ("in which year ", "in what year ")),
     (r"in what year ", ("in which year ", "during what year ")),
     (
-        r"what (?=[a-z]+ )(?!(?:is|are|was|were|do|does|did|has|have|had|can|could|will|would|should)\b)"
+        r"what (?=[a-z]+ "
+        r")(?!(?:is|are|was|were|do|does|did|has|have|had|can|could|will|would|should)\b)"
         r"(?!\w+(?:ed|s) (?:to|in|on|the|a|an|by|when|if|for)\b)",
         ("which ",),
     ),

@@ -1,14 +1,13 @@
 """Environments: rewordings of a question (rewrites) and other cuts of a document (windows).
 
-================
-====================================================================================================
+================  ==================================================================================
 RuleRewriter      templates, clause order, requests, search-engine style, typos, speech, case
-(text/rules.py) GivenRewriter     the wordings that came with the data, filled up from another
-rewriter FileRewriter      the wordings of a file, nothing else EndpointRewriter  asks an
-OpenAI-compatible server, fills up from the rules                     (text/endpoint.py)
-resize_windows    shorter, longer and shifted cuts
-(text/windows.py) ================
-====================================================================================================
+                  (questions/rules.py)
+GivenRewriter     the wordings that came with the data, filled up from another rewriter
+FileRewriter      the wordings of a file, nothing else
+EndpointRewriter  asks an OpenAI-compatible server, fills up from the rules (questions/endpoint.py)
+resize_windows    shorter, longer and shifted cuts (text/windows.py)
+================  ==================================================================================
 """
 
 from __future__ import annotations

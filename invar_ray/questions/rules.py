@@ -103,7 +103,9 @@ def _new_wording(
 
 
 def _groups(seed: int, example_id: str) -> tuple[list[str], list[str]]:
-    """Wording and noise kinds, each group shuffled, and which group is first: all by a stable hash."""
+    """Wording and noise kinds, each group shuffled, and which group is first: all by a stable
+    hash.
+    """
     # Shuffled, not rotated: else the kind behind one that often passes would get most of the turns.
     generator = stable_random("order", seed, example_id)
     wording = generator.sample(list(WORDING), len(WORDING))

@@ -1,5 +1,6 @@
-"""Questions to hits on Ray Data: the ``hits`` artifact, materialised once for stage 2 and for every
-table.
+"""Questions to hits: the ``hits`` artifact, materialised once for stage 2 and for every table.
+
+Three ways to make one: a search in an index, BM25, and the fusion of two other systems' lists.
 
 ``hits.parquet``: a row per question with its wordings, answers and gold documents, and for each
 wording the passages found.
@@ -14,17 +15,19 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from invar_ray.answering.fusion import fuse_hits, query_rewrites
-from invar_ray.answering.retriever import open_exact_retriever, open_retriever
+from invar_ray.answering.bm25 import Bm25Retriever
+from invar_ray.answering.fusion import RANK_CONSTANT, fuse_hits, query_rewrites
+from invar_ray.answering.retriever import Passages, open_exact_retriever, open_retriever
 from invar_ray.config import Config
 from invar_ray.console import Progress
+from invar_ray.errors import MixedArtifactsError
 from invar_ray.evaluation.measure import FoundFamily
+from invar_ray.executor import Executor, Work
 from invar_ray.models.precision import Precision, inference_device
 from invar_ray.schema import Example, Hit, Variant, from_table
-from invar_ray.steps.blocks import map_blocks
 from invar_ray.store.artifacts import Artifact, Building, Plan
-from invar_ray.versions import STEPS
 
+VERSION = 4
 _QUESTIONS_PER_BATCH = 64
 HIT_TYPE = pa.struct(
     [
@@ -66,6 +69,18 @@ class SearchMode:
     exact: bool = False
     precision: Precision | None = None
 
+    @property
+    def label(self) -> str:
+        """For people: what is not as usual, each after a comma."""
+        parts = []
+        if self.num_rewrites:
+            parts.append("rewrites fused")
+        if self.exact:
+            parts.append("exact")
+        if self.precision:
+            parts.append(self.precision)
+        return "".join(f", {part}" for part in parts)
+
     def settings(self, seed: int) -> dict[str, Any]:
         """What of it enters the fingerprint; the seed decides rewordings only."""
         return asdict(self) | {"seed": seed if self.num_rewrites else None}
@@ -74,7 +89,7 @@ class SearchMode:
 PLAIN = SearchMode()
 
 
-def hits_plan(
+def plan(
     config: Config,
     index: Artifact,
     questions: Artifact,
@@ -88,19 +103,21 @@ def hits_plan(
         name=f"{index.manifest.name}-{split}",
         config={"split": split, "top_k": top_k} | mode.settings(config.seed),
         parents={"index": index, "questions": questions},
-        version=STEPS["hits"].version,
+        version=VERSION,
     )
 
 
-def build_hits(
+def build(
     building: Building,
     config: Config,
     index: Artifact,
     questions: Artifact,
     mode: SearchMode = PLAIN,
+    *,
+    executor: Executor,
 ) -> None:
-    """Search every wording of every question, on ``scale.embed_workers`` actors of the running Ray
-    (a few questions: in this process).
+    """Search every wording of every question, on ``scale.embed_workers`` actors where the executor
+    has them.
     """
     split, top_k = building.plan.config["split"], building.plan.config["top_k"]
     examples, families = load_wordings(questions, split)
@@ -115,17 +132,29 @@ def build_hits(
         for number, start in enumerate(starts)
     ]
     progress = Progress(f"search {split}", len(examples), "questions")
-    arguments = {
-        "index_uri": index.uri,
-        "top_k": top_k,
-        "precision": mode.precision,
-        "device": inference_device(config.scale),
-        "num_rewrites": mode.num_rewrites,
-        "seed": config.seed,
-        "exact": mode.exact,
-    }
+    scale = config.scale
+    work = Work(
+        label=progress.label,
+        worker=SearchBlock,
+        arguments={
+            "index_uri": index.uri,
+            "top_k": top_k,
+            "precision": mode.precision,
+            "device": inference_device(scale),
+            "num_rewrites": mode.num_rewrites,
+            "seed": config.seed,
+            "exact": mode.exact,
+        },
+        rows=blocks,
+        texts=len(examples),
+        leaves_from=scale.in_process_below,
+        schema=_BLOCK,
+        workers=(scale.embed_workers, scale.embed_workers),
+        num_cpus=scale.cpus_per_worker,
+        num_gpus=scale.embed_gpus_per_worker,
+    )
     found: dict[int, list[list[list[dict[str, Any]]]]] = {}
-    for row in map_blocks(SearchBlock, arguments, blocks, _BLOCK, len(examples), config.scale):
+    for row in executor.run(work):
         found[int(row["block"])] = row["hits"]
         progress.advance(len(row["hits"]))
     write_hits(
@@ -183,7 +212,7 @@ def load_hits(artifact: Artifact) -> list[FoundFamily]:
 
 
 class SearchBlock:
-    """Ray Data actor: opens an index version once, then searches blocks of question families."""
+    """Opens an index version once, then searches blocks of question families."""
 
     def __init__(
         self,
@@ -225,3 +254,66 @@ class SearchBlock:
 def plain_hit(hit: Hit) -> dict[str, Any]:
     """A hit as a row of ``hits.parquet``."""
     return {entry.name: getattr(hit, entry.name) for entry in HIT_TYPE}
+
+
+def bm25_plan(
+    config: Config, passages: Artifact, questions: Artifact, split: str, top_k: int
+) -> Plan:
+    """What BM25 finds for a split's questions."""
+    settings = {
+        "split": split,
+        "top_k": top_k,
+        "k1": config.evaluation.bm25_k1,
+        "b": config.evaluation.bm25_b,
+    }
+    parents = {"passages": passages, "questions": questions}
+    return Plan("hits", f"bm25-{split}", settings, parents, VERSION)
+
+
+def build_bm25(building: Building, passages: Artifact, questions: Artifact) -> None:
+    """Search every wording of every question with BM25."""
+    settings = building.plan.config
+    examples, families = load_wordings(questions, settings["split"])
+    retriever = Bm25Retriever(Passages(passages), k1=settings["k1"], b=settings["b"])
+    hits = [retriever.retrieve(families[example.id], settings["top_k"]) for example in examples]
+    write_hits(
+        building,
+        examples,
+        families,
+        [[[plain_hit(h) for h in found] for found in family] for family in hits],
+    )
+
+
+def fused_plan(name: str, parts: Sequence[Artifact], split: str, top_k: int) -> Plan:
+    """The reciprocal rank fusion of several systems' hits for the same questions."""
+    settings = {"split": split, "top_k": top_k, "rank_constant": RANK_CONSTANT}
+    parents = {f"hits/{number}": part for number, part in enumerate(parts)}
+    return Plan("hits", f"{name}-{split}", settings, parents, VERSION)
+
+
+def build_fused(building: Building, parts: Sequence[Artifact]) -> None:
+    """Fuse, wording by wording.
+
+    Raises:
+        MixedArtifactsError: the parts are hits of different questions.
+    """
+    loaded = [load_hits(part) for part in parts]
+    first = loaded[0]
+    for part, families in zip(parts, loaded, strict=True):
+        if [(f.question_id, f.wordings) for f in families] != [
+            (f.question_id, f.wordings) for f in first
+        ]:
+            raise MixedArtifactsError(
+                f"{part.uri} holds hits of other questions than {parts[0].uri}",
+                action="search the same questions in both indexes",
+            )
+    top_k = building.plan.config["top_k"]
+    fused = [
+        [
+            [plain_hit(hit) for hit in fuse_hits(lists, top_k)]
+            for lists in zip(*(families.hits for families in same), strict=True)
+        ]
+        for same in zip(*loaded, strict=True)
+    ]
+    examples = [Example(f.question_id, f.wordings[0], f.answers, f.positive_ids) for f in first]
+    write_hits(building, examples, {f.question_id: f.wordings for f in first}, fused)

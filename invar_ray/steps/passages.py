@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
@@ -21,6 +22,7 @@ from invar_ray.corpus.readers import read_documents
 from invar_ray.corpus.readlog import Quarantine, ReadLog
 from invar_ray.corpus.sources import source_digest
 from invar_ray.errors import DataError
+from invar_ray.executor import Executor
 from invar_ray.models.base import BaseRef
 from invar_ray.schema import (
     DIGEST_SCHEMA,
@@ -30,18 +32,22 @@ from invar_ray.schema import (
     from_table,
     passage_schema,
 )
-from invar_ray.steps.cutting import Cutter, GroupWriter, cut_on_ray
-from invar_ray.steps.previous import DIGESTS, EarlierCut, batched, content_digest, id_digest
 from invar_ray.steps.questions import load_examples
 from invar_ray.store.artifacts import Artifact, Building, Plan, Store
-from invar_ray.versions import STEPS
+from invar_ray.store.earlier import DIGESTS, EarlierCut, batched, content_digest, id_digest
+from invar_ray.store.rowgroups import GroupWriter
+from invar_ray.text.chunking import chunk_document, passages_at
 
+VERSION = 4
 SKIPPED = "skipped.txt"
 QUARANTINE = "quarantine.jsonl"
 _BATCH = 256
 
+_Spans = Sequence[list[tuple[int, int]] | None]
+_Pair = tuple[list[Document], _Spans]
 
-def passages_plan(config: Config, base: BaseRef, questions: Artifact | None) -> Plan:
+
+def plan(config: Config, base: BaseRef, questions: Artifact | None) -> Plan:
     """The artifact of a run's passages; with ``corpus.distractors`` set it depends on the questions
     kept.
     """
@@ -68,18 +74,18 @@ def passages_plan(config: Config, base: BaseRef, questions: Artifact | None) -> 
         parents={"questions": questions}
         if questions is not None and corpus.distractors is not None
         else {},
-        version=STEPS["passages"].version,
+        version=VERSION,
     )
 
 
-def build_passages(
+def build(
     building: Building,
     config: Config,
     tokenizer: PreTrainedTokenizerBase,
     questions: Artifact | None,
     *,
+    executor: Executor,
     earlier: Artifact | None = None,
-    on_ray: bool = False,
 ) -> None:
     """Read and cut the corpus, in the memory of some row groups.
 
@@ -91,9 +97,10 @@ def build_passages(
         config: the run.
         tokenizer: of the base.
         questions: the run's, where ``corpus.distractors`` is set.
+        executor: cuts, on ``scale.cut_workers`` tasks of Ray where there are any; the passages are
+            the same.
         earlier: passages of a version before, cut by the same settings: its documents that are the
             same now are cut where they were, without a tokenizer.
-        on_ray: cut on ``scale.cut_workers`` tasks of the running Ray; the passages are the same.
 
     Raises:
         DataError: the corpus is malformed (beyond ``corpus.max_malformed_share``) or empty.
@@ -102,14 +109,12 @@ def build_passages(
     quarantine = Quarantine(building.path / QUARANTINE, corpus.max_malformed_share)
     log = ReadLog(echo=True, quarantine=quarantine)
     before = EarlierCut(earlier) if earlier is not None else None
-    cut = Cutter(tokenizer, corpus.chunk_tokens, corpus.chunk_stride)
+    cut = _Cutter(tokenizer, corpus.chunk_tokens, corpus.chunk_stride)
     batches = (
         (batch, before.spans(batch) if before else [None] * len(batch))
         for batch in batched(_kept(config, questions, log), _BATCH)
     )
-    cut_batches = (
-        cut_on_ray(batches, cut, config.scale.cut_workers) if on_ray else map(cut.pair, batches)
-    )
+    cut_batches = executor.in_order(cut.pair, batches, config.scale.cut_workers)
     progress = Progress("read and cut", 0, "passages")
     files: set[str] = set()
     with (
@@ -164,6 +169,23 @@ def build_passages(
         building.info["changes"] = {"since": before.ref, **changes}
         listed = ", ".join(f"{count:,} {name}" for name, count in changes.items())
         print(f"  documents since {before.ref}: {listed}", file=sys.stderr, flush=True)
+
+
+class _Cutter:
+    """Cuts documents, those with known spans there and the others with the tokenizer."""
+
+    def __init__(self, tokenizer: Any, tokens: int, stride: int) -> None:
+        self._tokenizer, self._tokens, self._stride = tokenizer, tokens, stride
+
+    def pair(self, batch: _Pair) -> tuple[list[Document], list[list[Passage]]]:
+        """The documents of a batch with their passages."""
+        documents, spans = batch
+        return documents, [
+            chunk_document(document, self._tokenizer, tokens=self._tokens, stride=self._stride)
+            if known is None
+            else passages_at(document, known)
+            for document, known in zip(documents, spans, strict=True)
+        ]
 
 
 @dataclass(frozen=True, slots=True)

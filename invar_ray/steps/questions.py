@@ -26,15 +26,15 @@ from invar_ray.questions.contamination import near_duplicates
 from invar_ray.questions.rewrites import Rewriter, comparison_key, make_rewriter
 from invar_ray.schema import EXAMPLE_SCHEMA, VARIANT_SCHEMA, Example, Variant, from_table, to_table
 from invar_ray.store.artifacts import Artifact, Building, Plan
-from invar_ray.versions import STEPS
 
+VERSION = 2
 CONTAMINATION = "contamination.json"
 Split = Literal["train", "dev"]
 _DEV_SEED_OFFSET = 1_000_003
 _NOT_OURS = {"endpoint_key_env", "num_windows"}  # a secret's name; a setting of the training set
 
 
-def questions_plan(config: Config) -> Plan:
+def plan(config: Config) -> Plan:
     """The artifact of a run's questions."""
     sources = {
         "train": source_digest(config.questions.train_uri),
@@ -64,11 +64,11 @@ def questions_plan(config: Config) -> Plan:
             "seed": config.seed,
             "near_duplicates": config.questions.near_duplicates,
         },
-        version=STEPS["questions"].version,
+        version=VERSION,
     )
 
 
-def build_questions(building: Building, config: Config) -> None:
+def build(building: Building, config: Config) -> None:
     """Read, sample and reword the questions of both splits.
 
     Raises:

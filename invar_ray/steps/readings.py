@@ -22,8 +22,8 @@ from invar_ray.steps.hits import load_hits
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.text.answers import contains_answer
 from invar_ray.text.windows import resize_windows
-from invar_ray.versions import STEPS
 
+VERSION = 1
 READINGS = "readings.parquet"
 READING_TYPE = pa.struct(
     [
@@ -48,18 +48,18 @@ READING_SCHEMA = pa.schema(
 )
 
 
-def readings_plan(config: Config, hits: Artifact, passages: Artifact) -> Plan:
+def plan(config: Config, hits: Artifact, passages: Artifact) -> Plan:
     """What is read of these hits."""
     return Plan(
         kind="readings",
         name=hits.manifest.name,
         config={"num_windows": config.variants.num_windows, "seed": config.seed},
         parents={"hits": hits, "passages": passages},
-        version=STEPS["readings"].version,
+        version=VERSION,
     )
 
 
-def build_readings(building: Building, hits: Artifact, passages: Artifact) -> None:
+def build(building: Building, hits: Artifact, passages: Artifact) -> None:
     """Cut the windows of every passage found, and look up the oracles."""
     settings = building.plan.config
     families = load_hits(hits)

@@ -8,7 +8,6 @@ first one, with its own report.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import random
 import time
@@ -18,15 +17,15 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from invar_ray.config import Config
-from invar_ray.index.build import Limits, build_index, index_settings
+from invar_ray.executor import OnRay
 from invar_ray.models.encoder import EncoderSpec
 from invar_ray.schema import PASSAGE_SCHEMA
-from invar_ray.steps.cutting import GroupWriter
-from invar_ray.steps.passages import load_passages
-from invar_ray.steps.trainset import build_trainset, trainset_plan
-from invar_ray.steps.vectors import build_vectors, vectors_plan
+from invar_ray.steps import index as index_step
+from invar_ray.steps import trainset as trainset_step
+from invar_ray.steps import vectors as vectors_step
+from invar_ray.steps.passages import VERSION, load_passages
 from invar_ray.store.artifacts import Artifact, Building, Plan, Store
-from invar_ray.versions import STEPS
+from invar_ray.store.rowgroups import GroupWriter
 
 NAME = "refresh"
 
@@ -61,21 +60,20 @@ def refresh_negatives(
     spec = EncoderSpec.from_json(adapter.info["encoder"])
     # There is no version before: every refresh has an encoder of its own.
     anew = replace(config, scale=replace(config.scale, incremental=False))
+    executor = OnRay(config.scale)  # it runs in a task of the Ray that trains
     vectors, _ = store.get_or_build(
-        vectors_plan(config, part, spec, NAME, adapter),
-        lambda building: build_vectors(
-            building, anew, part, spec, start_ray=contextlib.nullcontext
-        ),
+        vectors_step.plan(config, part, spec, NAME, adapter),
+        lambda building: vectors_step.build(building, anew, part, spec, executor=executor),
         resumable=True,
     )
     index, _ = store.get_or_build(
-        _index_plan(config, vectors, part),
-        lambda building: _index(building, config, vectors, part),
+        index_step.plan(config, vectors, part, NAME),
+        lambda building: index_step.build(building, config, vectors, part),
         alone=True,
     )
     trainset, _ = store.get_or_build(
-        trainset_plan(config, passages, questions, index, teacher),
-        lambda building: build_trainset(building, config, passages, questions, index, teacher),
+        trainset_step.plan(config, passages, questions, index, teacher),
+        lambda building: trainset_step.build(building, config, passages, questions, index, teacher),
         alone=True,
     )
     return {
@@ -121,7 +119,7 @@ def _part(config: Config, passages: Artifact, trainset: Artifact) -> Artifact:
         name=f"{config.name}-part",
         config={**passages.manifest.config, "share": share, "part_seed": config.seed},
         parents={"passages": passages, "trainset": trainset},
-        version=STEPS["passages"].version,
+        version=VERSION,
     )
 
     def body(building: Building) -> None:
@@ -141,25 +139,3 @@ def _part(config: Config, passages: Artifact, trainset: Artifact) -> Artifact:
         building.info |= {"passages": len(kept), "of": len(rows)}
 
     return passages.store.get_or_build(plan, body, alone=True)[0]
-
-
-def _index_plan(config: Config, vectors: Artifact, passages: Artifact) -> Plan:
-    return Plan(
-        kind="index",
-        name=NAME,
-        config=index_settings(config.index),
-        parents={"vectors": vectors, "passages": passages},
-        version=STEPS["index"].version,
-    )
-
-
-def _index(building: Building, config: Config, vectors: Artifact, passages: Artifact) -> None:
-    build_index(
-        building,
-        vectors,
-        passages,
-        config.index.factory,
-        config.index.num_lists_searched,
-        limits=Limits.of(config.index),
-        workers=config.scale.index_workers,
-    )

@@ -38,14 +38,13 @@ from invar_ray.evaluation.scoring import AnswerRule, answer_rule
 from invar_ray.evaluation.significance import bootstrap_columns, question_clusters
 from invar_ray.evaluation.trec import file_name, write_qrels, write_run
 from invar_ray.evaluation.variance import known
+from invar_ray.executor import Executor
 from invar_ray.models.base import BaseRef
-from invar_ray.steps.answering import AnswerTask, System, answer_all, answer_tasks, load_gold
+from invar_ray.steps.answers import AnswerTask, System, answer_all, answer_tasks, load_gold
 from invar_ray.steps.hits import load_hits
 from invar_ray.store.artifacts import Artifact, Building, Plan
-from invar_ray.versions import STEPS
 
-__all__ = ["SYSTEM_NAMES", "Change", "System", "build_report", "report_plan"]
-
+VERSION = 6
 _NOT_IN_PLAN = {
     *("file_uri", "provider", "num_rewrites"),  # they are in the questions
     *(
@@ -89,7 +88,7 @@ class Change:
     hits: Artifact
 
 
-def report_plan(config: Config, systems: Sequence[System], changes: Sequence[Change] = ()) -> Plan:
+def plan(config: Config, systems: Sequence[System], changes: Sequence[Change] = ()) -> Plan:
     """The report over these systems."""
     parents: dict[str, Artifact] = {}
     for system in systems:
@@ -114,11 +113,11 @@ def report_plan(config: Config, systems: Sequence[System], changes: Sequence[Cha
             "max_tokens": config.generator.max_tokens,
         },
         parents=parents,
-        version=STEPS["report"].version,
+        version=VERSION,
     )
 
 
-def build_report(
+def build(
     building: Building,
     config: Config,
     base: BaseRef,
@@ -126,6 +125,8 @@ def build_report(
     dataset: str,
     passages: Artifact,
     changes: Sequence[Change] = (),
+    *,
+    executor: Executor,
 ) -> None:
     """Measure every system and write the report's files: see
     :func:`invar_ray.evaluation.outcome.write_outcome`, ``answers.jsonl`` and the TREC files below
@@ -139,6 +140,7 @@ def build_report(
         dataset: the name of the dev questions.
         passages: the corpus, for the gold documents of oracle rows.
         changes: further causes of variance.
+        executor: where the generators answer.
 
     Raises:
         DataError: a question that is to be answered has no gold answer.
@@ -162,7 +164,7 @@ def build_report(
     tasks = [
         task for s in systems for task in answer_tasks(s, hits[s.name][:count], documents, config)
     ]
-    answers = answer_all(config, base, passages.store, tasks)
+    answers = answer_all(config, base, passages.store, tasks, executor)
     for task in tasks:
         made.add_answers(task, hits[task.system][:count], answers[task.label])
     _write_answers(

@@ -33,13 +33,13 @@ from invar_ray.steps.questions import load_examples, load_variants
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.text.answers import contains_answer
 from invar_ray.training.mining import MiningReport, select_negatives, union_by_best_rank
-from invar_ray.versions import STEPS
 
+VERSION = 2
 Floats = npt.NDArray[np.float32]
 _QUERIES_PER_BATCH = 512
 
 
-def trainset_plan(
+def plan(
     config: Config, passages: Artifact, questions: Artifact, index: Artifact, teacher: Artifact
 ) -> Plan:
     """The artifact; ``index`` is what negatives are mined from, ``teacher`` MiniLM's passage
@@ -60,11 +60,11 @@ def trainset_plan(
             "bm25": bm25 if config.retriever.mining_bm25 else None,
         },
         parents={"passages": passages, "questions": questions, "index": index, "teacher": teacher},
-        version=STEPS["trainset"].version,
+        version=VERSION,
     )
 
 
-def build_trainset(
+def build(
     building: Building,
     config: Config,
     passages: Artifact,

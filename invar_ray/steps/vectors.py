@@ -1,7 +1,7 @@
-"""Passages to vectors on Ray Data: the ``vectors`` artifact.
+"""Passages to vectors: the ``vectors`` artifact.
 
 The unit is a *shard*, some hundreds of passages.  An actor encodes a shard and writes it with its
-entry last (:mod:`invar_ray.steps.shards`).  A killed run keeps the finished shards; the next one
+entry last (:mod:`invar_ray.index.shards`).  A killed run keeps the finished shards; the next one
 embeds the others only. Batches are formed inside a shard, so a shard's vectors do not depend on
 which actor made it or when.
 
@@ -17,19 +17,28 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import ray
 from pyarrow import fs
 
 from invar_ray.config import Config
 from invar_ray.console import Progress
 from invar_ray.errors import ResourceError
+from invar_ray.executor import Executor, Work
+from invar_ray.index.layout import Layout, make_layout, passage_ids
 from invar_ray.index.probes import write_probes
+from invar_ray.index.shards import (
+    EmbedShard,
+    PassageRows,
+    ShardTask,
+    TokenizeShard,
+    read_entry,
+    shard_is_whole,
+)
+from invar_ray.index.usage import Usage
 from invar_ray.index.vectors import (
     ROWS_FILE,
     ROWS_SCHEMA,
@@ -40,23 +49,14 @@ from invar_ray.index.vectors import (
 )
 from invar_ray.models.encoder import EncoderSpec
 from invar_ray.models.precision import inference_precision
-from invar_ray.steps.layout import Layout, make_layout, passage_ids
-from invar_ray.steps.shards import (
-    EmbedShard,
-    PassageRows,
-    ShardTask,
-    TokenizeShard,
-    read_entry,
-    shard_is_whole,
-)
-from invar_ray.steps.usage import Usage
 from invar_ray.store.artifacts import Artifact, Building, Plan
-from invar_ray.versions import STEPS
 
+VERSION = 3
 _SHARDS_AT_HOME = 2
+"""So many are made before the actors of a cluster have started."""
 
 
-def vectors_plan(
+def plan(
     config: Config, passages: Artifact, spec: EncoderSpec, name: str, adapter: Artifact | None
 ) -> Plan:
     """The artifact of all passages' vectors under one encoder."""
@@ -66,17 +66,17 @@ def vectors_plan(
         name=name,
         config={"encoder": spec.fingerprint, "num_probes": config.index.num_probes},
         parents=parents,
-        version=STEPS["vectors"].version,
+        version=VERSION,
     )
 
 
-def build_vectors(
+def build(
     building: Building,
     config: Config,
     passages: Artifact,
     spec: EncoderSpec,
     *,
-    start_ray: Callable[[], contextlib.AbstractContextManager[None]] | None = None,
+    executor: Executor,
 ) -> None:
     """Embed every passage that no earlier version has embedded, shard by shard.
 
@@ -85,11 +85,10 @@ def build_vectors(
         config: the run.
         passages: what is embedded.
         spec: the encoder.
-        start_ray: connects to Ray, where there is enough to do for actors; the work is done within.
-            ``None`` does all of it in this process.  The vectors are the same.
+        executor: where the shards are made; the vectors are the same.
     """
     started, cpu = time.monotonic(), time.process_time()
-    scale, precision = config.scale, inference_precision(config, spec.kind)
+    precision = inference_precision(config, spec.kind)
     if spec.kind == "llm" and precision != config.model.precision:
         print(
             f"  embedding on CPUs, so in {precision} (model.precision is {config.model.precision})",
@@ -108,31 +107,17 @@ def build_vectors(
     standing = sum(len(task.rows) for task in layout.tasks) - sum(len(task.rows) for task in todo)
     progress = Progress("embed", layout.rows_to_write, "passages", done=standing)
     usage = Usage()
-    arguments: dict[str, Any] = {
-        "root_uri": passages.store.root_uri,
-        "passages_ref": passages.ref,
-        "spec": spec.to_json(),
-        "target_uri": passages.store.root_uri,
-        "prefix": prefix,
-        "scale": scale,
-        "precision": precision,
-        "earlier_ref": layout.earlier.ref if layout.earlier is not None else None,
-    }
-    if todo and (start_ray is None or not _needs_cluster(config, todo)):
+    if todo:
+        work = _work(todo, config, passages, spec, layout, prefix, f"embed {building.plan.name}")
+        here = not executor.leaves(work)
+        work = replace(work, arguments={**work.arguments, "own_process": not here})
         before = time.process_time()
-        actor = EmbedShard(**arguments, copies_only=layout.embedded == 0)
-        usage.load_cpu_s = time.process_time() - before
-        for task in todo:
-            found = actor({name: [value] for name, value in task.to_row().items()})
-            progress.advance(
-                usage.add({name: column[0] for name, column in found.items()}, here=True)
-            )
-    elif todo and start_ray is not None:
-        before = time.process_time()
-        with start_ray():
+        with contextlib.nullcontext() if here else executor.on_cluster(work.label):
             usage.load_cpu_s = time.process_time() - before
-            for row in _stream(todo, arguments, config).iter_rows():
-                progress.advance(usage.add(row))
+            for row in executor.run(work):
+                progress.advance(usage.add(row, here=here))
+                if here:
+                    usage.load_cpu_s = float(row["start_cpu_s"]) - before
     _refuse_gaps(filesystem, prefix, layout)
     if layout.linked:
         table = pa.table([passage_ids(passages), pa.array(layout.rows)], schema=ROWS_SCHEMA)
@@ -156,49 +141,50 @@ def build_vectors(
         print(f"  {line}", file=sys.stderr, flush=True)
 
 
-def _stream(todo: list[ShardTask], arguments: dict[str, Any], config: Config) -> Any:
-    """The Ray Data job: shards in, a row of what it took for each out."""
+def _work(
+    todo: list[ShardTask],
+    config: Config,
+    passages: Artifact,
+    spec: EncoderSpec,
+    layout: Layout,
+    prefix: str,
+    label: str,
+) -> Work:
+    """Shards to make: a row each."""
     scale = config.scale
-    stream = ray.data.from_items([task.to_row() for task in todo], override_num_blocks=len(todo))
     on_gpu = scale.embed_gpus_per_worker > 0
+    opened = {
+        "root_uri": passages.store.root_uri,
+        "passages_ref": passages.ref,
+        "spec": spec.to_json(),
+    }
     tokenizers = (
         scale.tokenize_workers
         if scale.tokenize_workers is not None
         else scale.embed_workers * on_gpu
     )
-    if tokenizers:
-        stream = stream.map_batches(
-            TokenizeShard,
-            fn_constructor_kwargs={
-                name: arguments[name] for name in ("root_uri", "passages_ref", "spec")
-            },
-            batch_size=1,
-            num_cpus=1 if on_gpu else scale.cpus_per_worker,
-            compute=ray.data.ActorPoolStrategy(size=min(tokenizers, len(todo))),
-        )
-    fewest = min(scale.embed_workers, len(todo))
-    most = min(scale.embed_workers_max or scale.embed_workers, len(todo))
-    return stream.map_batches(
-        EmbedShard,
-        fn_constructor_kwargs={**arguments, "own_process": True},
-        batch_size=1,
+    return Work(
+        label=label,
+        worker=EmbedShard,
+        arguments={
+            **opened,
+            "target_uri": passages.store.root_uri,
+            "prefix": prefix,
+            "scale": scale,
+            "precision": inference_precision(config, spec.kind),
+            "earlier_ref": layout.earlier.ref if layout.earlier is not None else None,
+            "copies_only": layout.embedded == 0,
+        },
+        rows=[task.to_row() for task in todo],
+        texts=sum(int((task.reuse < 0).sum()) for task in todo),
+        leaves_from=_SHARDS_AT_HOME * scale.shard_rows + 1,
+        workers=(scale.embed_workers, scale.embed_workers_max or scale.embed_workers),
         num_cpus=1 if on_gpu else scale.cpus_per_worker,
-        num_gpus=scale.embed_gpus_per_worker or None,
+        num_gpus=scale.embed_gpus_per_worker,
         # One shard in hand and none waiting at each actor: what a kill can undo stays small. A GPU
         # must not wait.
-        compute=ray.data.ActorPoolStrategy(
-            min_size=fewest, max_size=most, max_tasks_in_flight_per_actor=2 if on_gpu else 1
-        ),
-    )
-
-
-def _needs_cluster(config: Config, todo: list[ShardTask]) -> bool:
-    """Whether embedding is worth a cluster: a shard or two are done before its actors have started."""
-    scale = config.scale
-    joins = scale.ray_address is not None or bool(os.environ.get("RAY_ADDRESS"))
-    fresh = sum(int((task.reuse < 0).sum()) for task in todo)
-    return fresh > 0 and (
-        joins or scale.embed_gpus_per_worker > 0 or fresh > _SHARDS_AT_HOME * scale.shard_rows
+        in_flight=2 if on_gpu else 1,
+        prepare=(TokenizeShard, opened, tokenizers) if tokenizers else None,
     )
 
 
@@ -211,7 +197,9 @@ def _remove_map(building: Building) -> None:
 
 
 def _link_shards(layout: Layout, filesystem: fs.FileSystem, prefix: str) -> None:
-    """Take over the shards of the earlier version: they never change, so a local store links them."""
+    """Take over the shards of the earlier version: they never change, so a local store links
+    them.
+    """
     if layout.earlier is None:
         return
     source = layout.earlier.store.location(layout.earlier.ref)
@@ -264,7 +252,8 @@ def _refuse_gaps(filesystem: fs.FileSystem, prefix: str, layout: Layout) -> None
         raise ResourceError(
             f"{len(lacking)} of {len(layout.tasks)} shards are missing below {prefix} (first: row "
             f"{lacking[0]})",
-            action="run the step again; make sure that only one run at a time embeds into this store",
+            action="run the step again; make sure that only one run at a time embeds into this "
+            "store",
         )
 
 

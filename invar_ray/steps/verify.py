@@ -14,12 +14,12 @@ import pyarrow as pa
 from invar_ray.errors import InvarError
 from invar_ray.index.faiss_index import load_index
 from invar_ray.index.probes import PROBE_TOLERANCE, check_probes
+from invar_ray.index.shards import PassageRows, shard_is_whole
 from invar_ray.index.vectors import SHARDS, unit_rows, vector_store
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder
 from invar_ray.models.precision import made_in
-from invar_ray.steps.previous import passage_digest
-from invar_ray.steps.shards import PassageRows, shard_is_whole
 from invar_ray.store.artifacts import Artifact
+from invar_ray.store.earlier import passage_digest
 
 SAMPLE_TOLERANCE = PROBE_TOLERANCE
 """A sampled vector's cosine with the one encoded again must be at least 1 minus this."""

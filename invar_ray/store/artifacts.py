@@ -193,6 +193,12 @@ class Store:
                 found.append(self.open(f"{kind}/{entry.base_name}"))
         return sorted(found, key=lambda artifact: artifact.manifest.created)
 
+    def newest(
+        self, kind: str, where: Callable[[Artifact], bool] = lambda artifact: True
+    ) -> Artifact | None:
+        """The artifact of a kind that was made last, of those for which ``where`` holds."""
+        return next(filter(where, reversed(self.list(kind))), None)
+
     @contextlib.contextmanager
     def build(self, plan: Plan, *, resumable: bool = False) -> Iterator[Building]:
         """Make an artifact: the body writes its files, leaving the block publishes them all at

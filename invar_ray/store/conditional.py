@@ -139,7 +139,9 @@ def _is_object_store(uri: str) -> bool:
 
 
 def _object_store(uri: str) -> tuple[Any, str]:
-    """Obstore's store of a URI's bucket, and the key in it; pyarrow's query options are understood."""
+    """Obstore's store of a URI's bucket, and the key in it; pyarrow's query options are
+    understood.
+    """
     from obstore.store import GCSStore, S3Store
 
     parts = urlsplit(uri)
@@ -171,6 +173,7 @@ def _clear(uri: str) -> Iterator[None]:
     except (obstore.exceptions.BaseError, OSError) as error:
         raise ArtifactError(
             f"cannot write {uri} ({str(error).splitlines()[0][:300]})",
-            expected="a store with conditional put (If-None-Match): S3, GCS, MinIO, or a local or shared folder",
+            expected="a store with conditional put (If-None-Match): S3, GCS, MinIO, or a local or "
+            "shared folder",
             action="check the bucket, the credentials and the network",
         ) from error

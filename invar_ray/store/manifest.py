@@ -54,7 +54,7 @@ class Plan:
         name: for people; not part of the fingerprint.
         config: the science settings of this step, JSON-able.
         parents: the artifacts it is made from, by role.
-        version: the step's code version (``invar_ray/versions.py``).
+        version: the step's ``VERSION``.
     """
 
     kind: str
@@ -152,5 +152,6 @@ def check_files(
         raise CorruptArtifactError(
             f"{shown} is damaged: {'; '.join(faults[:5])}"
             + (f"; and {len(faults) - 5} more" if faults[5:] else ""),
-            action=f"delete that folder and run the step that makes it (kind {manifest.kind!r}) again",
+            action=f"delete that folder and run the step that makes it (kind {manifest.kind!r}) "
+            "again",
         )

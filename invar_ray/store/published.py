@@ -2,9 +2,8 @@
 
 ::
 
-    <root>/published/<name>/versions/00000001.json ..   one record a version, never changed, never
-    deleted <root>/published/<name>/CURRENT                     the index URIs of the newest record,
-    a line each
+    <root>/published/<name>/versions/00000001.json ..   one record a version, never changed
+    <root>/published/<name>/CURRENT                     index URIs of the newest one, a line each
 
 The highest record is what counts.  A record is created only if its number is free
 (:mod:`invar_ray.store.conditional`), so that of two writers who start from one state exactly one
@@ -13,8 +12,7 @@ record names all shards of an index: a reader of it cannot see a mixture.  ``CUR
 who can read a file but not a log; it is written right after the record and repaired by the next
 writer.
 
-A record is a :class:`~invar_ray.store.publication.Version`.  Not to be confused with
-:mod:`invar_ray.versions`, of the code.
+A record is a :class:`~invar_ray.store.publication.Version`.
 """
 
 from __future__ import annotations
@@ -269,7 +267,10 @@ class Published:
 
     def _pointer(self) -> bytes:
         version = self.need()
-        head = f"# version {version.number} of {self.name}; written by invar_ray, changed by publishing only\n"
+        head = (
+            f"# version {version.number} of {self.name}; written by invar_ray, changed by "
+            "publishing only\n"
+        )
         return (head + "".join(f"{uri}\n" for uri in self.uris(version))).encode()
 
     def _check(self, indexes: Sequence[Artifact], verify: bool) -> dict[str, Any]:
@@ -375,5 +376,6 @@ def _conflict(uri: str, what: str, newest: Version | None) -> ConflictError:
     return ConflictError(
         f"{uri} {what}{who}; nothing was changed",
         expected="that nobody publishes between this writer's start and its end",
-        action="look at invar-ray index-versions list; if this index should still be current, publish it again",
+        action="look at invar-ray index-versions list; if this index should still be current, "
+        "publish it again",
     )

@@ -69,7 +69,9 @@ def chunk_document(
     for span in spans:
         start, end = _trimmed(text, *span)
         if start == end or (kept and end <= kept[-1][1]):
-            continue  # white space alone, or inside its neighbour once trimmed (tokens of white space in an overlap)
+            # White space alone, or inside its neighbour once trimmed (tokens of white space in an
+            # overlap).
+            continue
         if kept and start == kept[-1][0]:
             kept.pop()
         kept.append((start, end))

@@ -198,7 +198,10 @@ def _dropped_note(given: list[tuple[str, str]], count: int, size: int, budget: i
         f"[{number}] {given[number - 1][0]}".strip() for number in range(count + 1, len(given) + 1)
     )
     plural = "s" if len(given) - count > 1 else ""
-    return f"passage{plural} {names} left out: with [{count + 1}] the prompt takes {size} tokens, {budget} are allowed"
+    return (
+        f"passage{plural} {names} left out: with [{count + 1}] the prompt takes {size} tokens, "
+        f"{budget} are allowed"
+    )
 
 
 def _cut_first(

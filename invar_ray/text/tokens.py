@@ -137,7 +137,9 @@ def _encodings(
 
 
 def _own_controls(tokenizer: Any, text: str, encoding: Any) -> list[int]:
-    """Places of control tokens that the text brought along; those of the frame are marked as such."""
+    """Places of control tokens that the text brought along; those of the frame are marked as
+    such.
+    """
     controls = control_ids(tokenizer)
     places = [place for place, token in enumerate(encoding.ids) if token in controls]
     if not places:

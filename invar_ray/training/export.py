@@ -150,7 +150,8 @@ def push_folder(
         lines = [line for line in str(error).splitlines() if line.strip()]
         raise ResourceError(
             f"{api.endpoint} did not take {repo} ({lines[0] if lines else error!r})",
-            action="check the network and the token (HF_TOKEN, or hf auth login); the folder stands as it is",
+            action="check the network and the token (HF_TOKEN, or hf auth login); the folder "
+            "stands as it is",
         ) from error
     return str(commit.commit_url)
 

@@ -133,7 +133,9 @@ class RetrieverStage:
         return total, metrics
 
     def accumulate(self, forward: Forward, step: int, chunking: Chunking) -> Metrics:
-        """See :class:`Stage`: GradCache over wordings and over passages, which all wordings share."""
+        """See :class:`Stage`: GradCache over wordings and over passages, which all wordings
+        share.
+        """
         cache = RepresentationCache(forward, chunking.tokens, agree=chunking.agree)
         loss, metrics = self.loss(cache, step)
         cache.backward(loss, chunking.backward)

@@ -10,7 +10,9 @@ from invar_ray.training.stage import HELDOUT
 
 
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
-    """Linear warm-up over ``warmup_steps``, then linear decay that reaches 0 after the last step."""
+    """Linear warm-up over ``warmup_steps``, then linear decay that reaches 0 after the last
+    step.
+    """
     warmup = min(optimizer.warmup_steps, steps)
     if step < warmup:
         return optimizer.learning_rate * (step + 1) / warmup

@@ -48,7 +48,8 @@ def check_trackers(names: Sequence[str]) -> None:
             raise ResourceError(
                 f"scale.trackers asks for {name!r}, but the package {_PACKAGES[name]} is not "
                 "installed",
-                action=f"pip install {_PACKAGES[name]} on every node, or take {name!r} out of scale.trackers",
+                action=f"pip install {_PACKAGES[name]} on every node, or take {name!r} out of "
+                "scale.trackers",
             )
 
 
@@ -154,7 +155,9 @@ class _Mlflow:
 
 
 class _Wandb:
-    """A run in the project that ``WANDB_PROJECT`` names; ``WANDB_MODE=offline`` keeps it on disk."""
+    """A run in the project that ``WANDB_PROJECT`` names; ``WANDB_MODE=offline`` keeps it on
+    disk.
+    """
 
     def __init__(self, run: str, settings: Mapping[str, Any]) -> None:
         wandb = importlib.import_module("wandb")

@@ -177,7 +177,9 @@ def step_gradients(
 
 
 def _resume(run: str, unrecorded: Sequence[str]) -> Checkpoint | None:
-    """The checkpoint to go on from: Ray's; without one the first of ``unrecorded`` that is whole."""
+    """The checkpoint to go on from: Ray's; without one the first of ``unrecorded`` that is
+    whole.
+    """
     recorded = ray.train.get_checkpoint()
     if recorded is not None:
         with recorded.as_directory() as folder:

@@ -99,7 +99,9 @@ def make_engine(stage: Any, zero_stage: int, max_grad_norm: float) -> Any:
 
 
 def disturb(module: torch.nn.Module) -> None:
-    """A fresh adapter's B matrices are 0, and with them A's gradients: start from something else."""
+    """A fresh adapter's B matrices are 0, and with them A's gradients: start from something
+    else.
+    """
     generator = torch.Generator().manual_seed(5)
     for _, parameter in sorted(module.named_parameters()):
         if parameter.requires_grad:

@@ -12,21 +12,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from invar_ray.answering.retriever import Passages
 from invar_ray.config import Config, load_config
-from invar_ray.index.probes import write_probes
-from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec, open_encoder
-from invar_ray.models.precision import inference_precision
+from invar_ray.executor import Here
+from invar_ray.models.encoder import llm_spec
 from invar_ray.pipeline import Pipeline
-from invar_ray.steps import hits as hits_module
-from invar_ray.steps.hits import SearchBlock, hits_plan
-from invar_ray.steps.questions import load_examples, load_variants
-from invar_ray.steps.readings import build_readings, readings_plan
-from invar_ray.steps.vectors import EmbedShard, vectors_plan
-from invar_ray.store.artifacts import Artifact, Building
+from invar_ray.steps import readings
+from invar_ray.store.artifacts import Artifact
 
 OVERRIDES = (
     "model.tiny.num_layers=1",
@@ -63,90 +54,23 @@ def small_config(root: Path | str, overrides: Sequence[str] = ()) -> Config:
 def small_store(root: Path | str, overrides: Sequence[str] = ()) -> SmallStore:
     """Make it, or open it if it stands."""
     config = small_config(root, overrides)
-    pipeline = Pipeline(config, quiet=True)
-    embed_here(pipeline, "minilm", coarse_spec(config.coarse))
-    embed_here(pipeline, "base", llm_spec(config.model, pipeline.base))
-    hits, passages = search_here(pipeline, pipeline.base_index, "train"), pipeline.passages
-    readings, _ = pipeline.store.get_or_build(
-        readings_plan(config, hits, passages),
-        lambda building: build_readings(building, hits, passages),
+    pipeline = Pipeline(config, quiet=True, executor=Here())
+    hits, passages = pipeline.hits(pipeline.base_index, "train"), pipeline.passages
+    read, _ = pipeline.store.get_or_build(
+        readings.plan(config, hits, passages),
+        lambda building: readings.build(building, hits, passages),
     )
     base = pipeline.base
     return SmallStore(
         config,
         pipeline.trainset,
-        readings,
+        read,
         {
             "trainset": pipeline.trainset.ref,
             "encoder": llm_spec(config.model, base, ("retriever/x", "x")).to_json(),
         },
         {
-            "readings": readings.ref,
+            "readings": read.ref,
             "base": {entry.name: getattr(base, entry.name) for entry in fields(base)},
         },
     )
-
-
-def embed_here(
-    pipeline: Pipeline, name: str, spec: EncoderSpec, adapter: Artifact | None = None
-) -> Artifact:
-    """The vectors of all passages, as ``build_vectors`` makes them, with one actor's code run in
-    this process.
-    """
-    config, passages = pipeline.config, pipeline.passages
-
-    def body(building: Building) -> None:
-        prefix = f"{building.prefix}/shards"
-        building.filesystem.create_dir(prefix, recursive=True)
-        root, rows, step = passages.store.root_uri, len(Passages(passages)), config.scale.shard_rows
-        actor = EmbedShard(
-            root,
-            passages.ref,
-            spec.to_json(),
-            root,
-            prefix,
-            config.scale,
-            inference_precision(config, spec.kind),
-        )
-        starts = list(range(0, rows, step))
-        actor({"start": starts, "stop": [min(start + step, rows) for start in starts]})
-        texts = [
-            (passage.title, passage.text)
-            for passage in Passages(passages).rows(range(config.index.num_probes))
-        ]
-        matrix = open_encoder(spec, passages.store).encode_passages(texts)
-        write_probes(building.path / "probes.parquet", texts, matrix)
-        building.info |= {"encoder": spec.to_json(), "rows": rows}
-
-    plan = vectors_plan(config, passages, spec, name, adapter)
-    return pipeline.store.get_or_build(plan, body)[0]
-
-
-def search_here(pipeline: Pipeline, index: Artifact, split: str) -> Artifact:
-    """The hits of a split, as ``build_hits`` makes them, in this process."""
-    top_k = pipeline.config.evaluation.top_k if split == "dev" else pipeline.config.generator.top_k
-
-    def body(building: Building) -> None:
-        examples, variants = (
-            load_examples(pipeline.questions, split),
-            load_variants(pipeline.questions, split),
-        )
-        families = [[variant.text for variant in variants[example.id]] for example in examples]
-        found = SearchBlock(index.uri, top_k, "fp32")({"block": 0, "wordings": families})["hits"]
-        rows = [
-            {
-                "question_id": example.id,
-                "wordings": family,
-                "answers": list(example.answers),
-                "positive_ids": list(example.positive_ids),
-                "hits": hits,
-            }
-            for example, family, hits in zip(examples, families, found, strict=True)
-        ]
-        pq.write_table(
-            pa.Table.from_pylist(rows, schema=hits_module._ROW), building.path / "hits.parquet"
-        )
-        building.info |= {"questions": len(rows), "split": split, "top_k": top_k}
-
-    plan = hits_plan(pipeline.config, index, pipeline.questions, split, top_k)
-    return pipeline.store.get_or_build(plan, body)[0]

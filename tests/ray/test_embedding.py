@@ -16,11 +16,11 @@ import pyarrow.parquet as pq
 import pytest
 
 from invar_ray.errors import ModelError, ResourceError
+from invar_ray.index.shards import ShardTask
 from invar_ray.models.encoder import open_encoder
 from invar_ray.pipeline import Pipeline
 from invar_ray.steps import vectors as embed
 from invar_ray.steps.passages import load_passages
-from invar_ray.steps.shards import ShardTask
 from invar_ray.steps.vectors import EmbedShard
 from invar_ray.store.artifacts import Artifact
 from tests.distributed.small_store import small_config
@@ -91,10 +91,10 @@ def test_a_run_that_failed_goes_on_where_it_was(
     whole: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     class FailsAtThirdShard(EmbedShard):
-        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-            if int(batch["start"][0]) >= 2 * SHARD_ROWS:
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            if row["start"] >= 2 * SHARD_ROWS:
                 raise RuntimeError("the test ends this run here")
-            return super().__call__(batch)
+            return super().__call__(row)
 
     root = tmp_path / "s"
     with monkeypatch.context() as patch:
@@ -117,10 +117,10 @@ def test_a_run_that_failed_goes_on_where_it_was(
     embedded = tmp_path / "embedded"
 
     class Noting(EmbedShard):
-        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
             with open(embedded, "a") as stream:
-                stream.write(f"{int(batch['start'][0])} ")
-            return super().__call__(batch)
+                stream.write(f"{row['start']} ")
+            return super().__call__(row)
 
     with monkeypatch.context() as patch:
         patch.setattr(embed, "EmbedShard", Noting)
@@ -145,11 +145,11 @@ def test_a_killed_actor_is_replaced_and_changes_nothing(
     mark = tmp_path / "killed"
 
     class KilledOnce(EmbedShard):
-        def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-            if int(batch["start"][0]) == SHARD_ROWS and not mark.exists():
+        def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+            if row["start"] == SHARD_ROWS and not mark.exists():
                 mark.touch()
                 os.kill(os.getpid(), signal.SIGKILL)
-            return super().__call__(batch)
+            return super().__call__(row)
 
     monkeypatch.setattr(embed, "EmbedShard", KilledOnce)
     vectors = vectors_of(pipeline_in(tmp_path / "s").base_index)
@@ -187,7 +187,9 @@ def test_a_users_mistake_on_an_actor_comes_out_as_such(
 def test_how_the_work_is_spread_changes_nothing(
     whole: Pipeline, tmp_path: Path, overrides: list[str]
 ) -> None:
-    """Tokenised by actors of their own, a pool that grows, documents cut by tasks: the same files."""
+    """Tokenised by actors of their own, a pool that grows, documents cut by tasks: the same
+    files.
+    """
     spread = pipeline_in(tmp_path / "s", *overrides)
     assert spread.passages.manifest.files == whole.passages.manifest.files
     vectors, expected = vectors_of(spread.base_index), vectors_of(whole.base_index)
@@ -211,13 +213,13 @@ def test_a_shard_that_stands_is_not_made_again(whole: Pipeline, tmp_path: Path) 
         whole.config.scale,
         "fp32",
     )
-    row = {name: [value] for name, value in task.to_row().items()}
-    assert actor(row)["made"].tolist() == [True]
+    row = task.to_row()
+    assert actor(row)["made"] is True
     before = shards(place)[0].stat().st_mtime_ns
-    assert actor(row)["made"].tolist() == [False]
+    assert actor(row)["made"] is False
     assert shards(place)[0].stat().st_mtime_ns == before
-    other = {**row, "input": ["of other passages"]}
-    assert actor(other)["made"].tolist() == [True]
+    other = {**row, "input": "of other passages"}
+    assert actor(other)["made"] is True
 
 
 def shard_tasks(vectors: Artifact) -> list[ShardTask]:

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from invar_ray.answering.current import current_index
 from invar_ray.answering.retriever import open_retriever
-from invar_ray.cli.documents import latest_index
 from invar_ray.cli.main import app
 from invar_ray.store.artifacts import Store
 from tests.own_documents import QUESTIONS, SOUND_DOCUMENTS, SOUND_FILES, write_faulty, write_sound
@@ -61,11 +61,11 @@ def test_indexed_asked_cited(local_ray: Any, tmp_path: Path) -> None:
     (other / "one.txt").write_text("Dunmore is an island of otters.\n")
     assert CliRunner().invoke(app, ["index", str(other), *options]).exit_code == 0
     store = Store(str(root))
-    assert latest_index(store).parent("passages").info["source"] == str(other)
-    assert latest_index(store, str(folder)).uri == first.stdout.strip().splitlines()[-1]
+    assert current_index(store).parent("passages").info["source"] == str(other)
+    assert current_index(store, str(folder)).uri == first.stdout.strip().splitlines()[-1]
     again = CliRunner().invoke(app, ["index", str(folder), *options])
     assert again.stderr.count("left out: ") == len(faults)
-    assert latest_index(store).parent("passages").info["source"] == str(folder)
+    assert current_index(store).parent("passages").info["source"] == str(folder)
 
     asked = CliRunner().invoke(
         app, ["ask", "Who built the lighthouse of Arvon?", "--root", str(root)]

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
+from invar_ray.answering.current import current_index, newest_generator
 from invar_ray.config import load_config
-from invar_ray.errors import ConfigError, DataError, MissingArtifactError
+from invar_ray.errors import ConfigError, DataError
 from invar_ray.evaluation.per_question import open_report
-from invar_ray.evaluation.report import Report
-from invar_ray.executor import RaySession
-from invar_ray.pipeline import Pipeline, finish_report, keep_numbers
+from invar_ray.evaluation.report import Report, write_report
+from invar_ray.pipeline import Pipeline
+from invar_ray.session import RaySession
 from invar_ray.store.artifacts import Artifact
+from invar_ray.store.published import Published
 from tests.distributed.small_store import small_config
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -113,7 +115,10 @@ def test_the_report_has_every_row_and_metrics_in_range(
             assert value >= 0.0, (row.system, name)
             assert value <= 1.0 or name in UNBOUNDED, (row.system, name, value)
     by_name = {row.system: row.metrics for row in report.rows}
-    wanted = "recall_at_1 recall_at_5 mrr_at_10 ndcg_at_10 answer_recall_at_5 overlap_at_5 worst_recall_at_5"
+    wanted = (
+        "recall_at_1 recall_at_5 mrr_at_10 ndcg_at_10 answer_recall_at_5 overlap_at_5 "
+        "worst_recall_at_5"
+    )
     for system in (*RETRIEVING, "both stages"):
         assert set(wanted.split()) <= by_name[system].keys(), system
         assert by_name[system]["num_families"] == 6
@@ -190,12 +195,12 @@ def test_a_report_s_numbers_lie_at_the_top_and_a_run_s_own_stay(
     pipeline, report, _ = first
     top = Path(pipeline.store.root) / "report.json"
     top.unlink(missing_ok=True)
-    assert keep_numbers(pipeline) == top
+    assert pipeline.keep_numbers() == top
     found, tables = open_report(top)  # where compare and gate look
     assert found.rows == report.rows
     assert tables
-    finish_report(replace(report, seconds={"serve and answer": 1.0}), top.parent)
-    keep_numbers(pipeline)
+    write_report(replace(report, seconds={"serve and answer": 1.0}), top)
+    pipeline.keep_numbers()
     assert open_report(top)[0].seconds == {"serve and answer": 1.0}
 
 
@@ -370,16 +375,12 @@ def test_a_limit_holds_for_the_built_in_corpus_too(tmp_path: Path, limit: int) -
     assert made.info["documents"] == limit
 
 
-def test_serving_finds_what_a_run_made_and_makes_nothing_else(
+def test_what_a_run_made_is_what_is_served(
     first: tuple[Pipeline, Report, dict[str, str]],
 ) -> None:
     made = first[0]
-    with Pipeline(made.config, quiet=True, find_only=True) as finding:
-        assert (finding.index.uri, finding.generator.uri) == (made.index.uri, made.generator.uri)
-        assert not finding.seconds
-    other = replace(made.config, seed=made.config.seed + 1)
-    with (
-        Pipeline(other, quiet=True, find_only=True) as finding,
-        pytest.raises(MissingArtifactError, match="has no "),
-    ):
-        finding.index  # noqa: B018
+    Published(made.store).publish([made.index])
+    index = current_index(made.store)
+    generator = newest_generator(index)
+    assert generator is not None
+    assert (index.uri, generator.uri) == (made.index.uri, made.generator.uri)

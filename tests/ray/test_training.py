@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from invar_ray.errors import DataError, ResourceError
 from invar_ray.pipeline import Pipeline
+from invar_ray.steps import generator
 from invar_ray.store.artifacts import Artifact
 from invar_ray.training import trainer
 from tests.distributed.small_store import small_config, small_store
@@ -111,9 +112,10 @@ def train(root: Path, stage: str, *overrides: str) -> Artifact:
         if stage == "retriever":
             return pipeline.retriever
         readings, base = small_store(root, OVERRIDES).readings, pipeline.base
-        plan = trainer.generator_plan(config, base, readings)
+        inputs = config, base, readings
         return pipeline.store.get_or_build(
-            plan, lambda building: trainer.train_generator(building, config, base, readings)
+            generator.plan(*inputs),
+            lambda building: generator.build(building, *inputs, executor=pipeline.executor),
         )[0]
 
 
@@ -253,7 +255,9 @@ def test_a_loss_that_is_not_a_number_stops_the_run_with_its_batch(
 def test_the_best_heldout_step_is_kept_and_patience_ends_the_run(
     local_ray: Any, prepared: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The measurements are given, so that the second step is the best one; everything else is real."""
+    """The measurements are given, so that the second step is the best one; everything else is
+    real.
+    """
 
     def work(payload: dict[str, Any]) -> Any:
         from invar_ray.training.stages import STAGES

@@ -1,4 +1,6 @@
-"""The batches of stage 1: functions of (seed, step), the same on every rank, without hidden copies."""
+"""The batches of stage 1: functions of (seed, step), the same on every rank, without hidden
+copies.
+"""
 
 from __future__ import annotations
 
@@ -90,7 +92,9 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
 
 
 def paragraphs(data: Data, count: int, per_paragraph: int) -> Trainset:
-    """As in reading data sets: several questions share a paragraph, negatives are paragraphs too."""
+    """As in reading data sets: several questions share a paragraph, negatives are paragraphs
+    too.
+    """
     slots = [{"texts": [f"paragraph {number}", f"cut {number}"]} for number in range(count)]
     questions = [
         {

@@ -88,7 +88,7 @@ WEB = [
     {
         "url": "http://x",
         "utterance": "who leads?",
-        "targetValue": '(list (description "Jo \\"J\\" May") (description Ann) (description "Jo \\"J\\" May"))',
+        "targetValue": '(list (description "Jo \\"J\\" May") (description Ann) (description "Jo \\"J\\" May"))',  # noqa: E501
     }
 ]
 KILT = [

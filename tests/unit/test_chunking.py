@@ -1,4 +1,6 @@
-"""Passages: exact offsets, nothing lost, at most so many tokens, sentence ends where there are any."""
+"""Passages: exact offsets, nothing lost, at most so many tokens, sentence ends where there are
+any.
+"""
 
 from __future__ import annotations
 

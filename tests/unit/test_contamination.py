@@ -14,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from invar_ray.questions.contamination import near_duplicates
-from invar_ray.steps.questions import CONTAMINATION, build_questions, load_examples, questions_plan
+from invar_ray.steps.questions import CONTAMINATION, load_examples
+from invar_ray.steps.questions import build as build_questions
+from invar_ray.steps.questions import plan as questions_plan
 from invar_ray.store.artifacts import Store
 from tests.support import questions, small_config, write_lines
 

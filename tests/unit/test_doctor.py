@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 from packaging.requirements import Requirement
 
+from invar_ray.cli import doctor
 from invar_ray.cli.doctor import Check
-from invar_ray.cli.main import doctor
 
 
 @pytest.fixture

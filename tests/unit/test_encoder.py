@@ -399,7 +399,9 @@ def test_bare_base_has_no_projection() -> None:
 
 
 def projected(small: World) -> tuple[Artifact, EncoderSpec, torch.Tensor]:
-    """A ``retriever`` artifact with a projection, its encoder's spec, and the projection [16, 384]."""
+    """A ``retriever`` artifact with a projection, its encoder's spec, and the projection [16,
+    384].
+    """
     config = replace(small.config.model, projection_dim=16)
     plan = Plan("retriever", "projected", {"projection_dim": 16}, {"base": small.base_artifact})
     weight = torch.randn(16, 384, generator=torch.Generator().manual_seed(0))

@@ -22,7 +22,7 @@ DATA = files("invar_ray.corpus") / "data"
 
 # One line of Python for a fresh process: a digest of everything that the module makes.
 DIGEST = (
-    "import hashlib; from invar_ray.text import facts; "
+    "import hashlib; from invar_ray.corpus import facts; "
     "print(hashlib.sha256(repr((facts.documents(), facts.questions('train'), "
     "facts.questions('dev'))).encode())"
     ".hexdigest())"

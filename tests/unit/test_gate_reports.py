@@ -15,14 +15,16 @@ from typer.testing import CliRunner
 from invar_ray.cli.main import app
 from invar_ray.config import Config, load_config
 from invar_ray.evaluation.per_question import compare_reports, open_report
-from invar_ray.models.encoder import coarse_spec, llm_spec
+from invar_ray.executor import Here
+from invar_ray.models.encoder import llm_spec
 from invar_ray.pipeline import Pipeline
-from invar_ray.steps.report import System, build_report, report_plan
+from invar_ray.steps.answers import System
+from invar_ray.steps.report import build as build_report
+from invar_ray.steps.report import plan as report_plan
+from invar_ray.steps.retriever import plan as retriever_plan
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.training.retriever_stage import RetrieverStage
 from invar_ray.training.schedule import learning_rate
-from invar_ray.training.trainer import encoder_of, retriever_plan
-from tests.distributed.small_store import embed_here, search_here
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROW = "stage 1"
@@ -46,12 +48,9 @@ class Bench:
 
     def __init__(self, root: Path) -> None:
         self.config = load_config("tiny", [f"storage.root_uri={root}", *OVERRIDES])
-        pipeline = self.pipeline(self.config)
-        embed_here(pipeline, "minilm", coarse_spec(self.config.coarse))
-        embed_here(pipeline, "base", llm_spec(self.config.model, pipeline.base))
 
     def pipeline(self, config: Config) -> Pipeline:
-        return Pipeline(config, quiet=True)
+        return Pipeline(config, quiet=True, executor=Here())
 
     def train(self, **settings: float) -> Artifact:
         """An adapter, trained by plain torch."""
@@ -103,13 +102,17 @@ class Bench:
     def report(self, adapter: Artifact) -> Path:
         """The report of an adapter on the dev questions."""
         pipeline = self.pipeline(self.config)
-        pipeline.__dict__["retriever"] = adapter
-        embed_here(pipeline, "retriever", encoder_of(adapter), adapter)
-        systems = [System(ROW, search_here(pipeline, pipeline.index, "dev"), None)]
+        systems = [System(ROW, pipeline.hits(pipeline.index_with(adapter), "dev"), None)]
         made, _ = pipeline.store.get_or_build(
             report_plan(self.config, systems),
             lambda building: build_report(
-                building, self.config, pipeline.base, systems, "facts", pipeline.passages
+                building,
+                self.config,
+                pipeline.base,
+                systems,
+                "facts",
+                pipeline.passages,
+                executor=pipeline.executor,
             ),
         )
         return made.path("report.json")

@@ -11,7 +11,7 @@ import sys
 
 import pytest
 
-from invar_ray.executor import _WORKER_ENV
+from invar_ray.session import _WORKER_ENV
 
 SCRIPT = """
 import resource, torch

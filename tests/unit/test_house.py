@@ -1,4 +1,6 @@
-"""The comparison of two checkouts: what it must not miss, on dumps made by hand and on small files."""
+"""The comparison of two checkouts: what it must not miss, on dumps made by hand and on small
+files.
+"""
 
 from __future__ import annotations
 
@@ -171,7 +173,9 @@ def test_what_may_change_without_a_reason(compared: Any) -> None:
 
 
 def store(folder: Path, fingerprint: str, **changes: Any) -> Path:
-    """A store with one artifact: a table, a description that names the artifact, weights, a report."""
+    """A store with one artifact: a table, a description that names the artifact, weights, a
+    report.
+    """
     made = folder / "report" / f"demo-{fingerprint}"
     made.mkdir(parents=True)
     (made / "manifest.json").write_text(json.dumps({"created": fingerprint}))

@@ -15,14 +15,14 @@ import pytest
 
 from invar_ray.answering.retriever import open_retriever
 from invar_ray.errors import CorruptArtifactError
+from invar_ray.index import shards
 from invar_ray.index.blocks import read_vectors
 from invar_ray.index.vectors import ROWS_FILE, vector_store
 from invar_ray.pipeline import Pipeline
 from invar_ray.schema import DOCUMENT_SCHEMA
-from invar_ray.steps import shards
-from invar_ray.steps.previous import HashTable, hashes_of
 from invar_ray.steps.verify import verify_index
 from invar_ray.store.artifacts import Artifact, Store
+from invar_ray.store.earlier import HashTable, hashes_of
 from invar_ray.store.files import inventory
 from invar_ray.store.manifest import MANIFEST
 from tests.support import documents, questions, small_config, write_lines
@@ -74,7 +74,7 @@ def pipeline(root: Path, rows: list[dict[str, str]], *overrides: str) -> Pipelin
 def index_of(root: Path, rows: list[dict[str, str]], *overrides: str) -> Artifact:
     root.mkdir(exist_ok=True)
     found = pipeline(root, rows, "scale.embed_workers=1", *overrides)
-    found.session.ensure = _in_this_process  # type: ignore[method-assign]
+    found.executor.connect = _in_this_process  # type: ignore[method-assign]
     return found.base_index
 
 
@@ -282,7 +282,9 @@ def test_incremental_can_be_switched_off(first: Path, tmp_path: Path) -> None:
 
 
 def test_a_row_s_number_is_no_content(first: Path, tmp_path: Path) -> None:
-    """When a row goes, those after it move: their citations must say so, and nothing is embedded."""
+    """When a row goes, those after it move: their citations must say so, and nothing is
+    embedded.
+    """
     root = copy_of(first, tmp_path)
     passages = pipeline(root, corpus()[1:]).passages
     assert passages.info["changes"]["unchanged"] == COUNT - 1

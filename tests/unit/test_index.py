@@ -345,7 +345,7 @@ def dtype_of(retriever: Retriever) -> torch.dtype:
 
 
 def test_an_index_is_read_in_the_precision_that_it_was_made_in(small: World) -> None:
-    index = small.index("base-bf16", small.base_spec, None, precision="bf16")
+    index = small.half_index
     assert (made_in(index), made_in(small.base_index)) == ("bf16", "fp32")
     stored, full = (read_vectors(each.parent("vectors"))[1] for each in (index, small.base_index))
     assert np.abs(stored - full).max() > 1e-3, "float16 storage alone differs by less"

@@ -21,9 +21,18 @@ from invar_ray.evaluation.measure import (
 from invar_ray.evaluation.scoring import answer_rule
 from invar_ray.models.precision import Precision
 from invar_ray.schema import Hit
-from invar_ray.steps.answering import System, answer_tasks, load_gold
-from invar_ray.steps.baselines import bm25_plan, build_bm25_hits, build_fused_hits, fused_plan
-from invar_ray.steps.hits import SearchBlock, SearchMode, hits_plan, load_hits, load_wordings
+from invar_ray.steps.answers import System, answer_tasks, load_gold
+from invar_ray.steps.hits import (
+    SearchBlock,
+    SearchMode,
+    bm25_plan,
+    fused_plan,
+    load_hits,
+    load_wordings,
+)
+from invar_ray.steps.hits import build_bm25 as build_bm25_hits
+from invar_ray.steps.hits import build_fused as build_fused_hits
+from invar_ray.steps.hits import plan as hits_plan
 from invar_ray.store.artifacts import Artifact
 from tests.support import World, world
 
@@ -121,13 +130,13 @@ def test_answers_by_hand() -> None:
 
 def made(small: World, name: str) -> Artifact:
     plan = bm25_plan(small.config, small.passages, small.questions, "dev", 5)
-    bm25 = small._get(
+    bm25 = small.get(
         plan, lambda building: build_bm25_hits(building, small.passages, small.questions)
     )
     if name == "bm25":
         return bm25
     parts = [bm25, bm25]
-    return small._get(
+    return small.get(
         fused_plan(name, parts, "dev", 3), lambda building: build_fused_hits(building, parts)
     )
 
@@ -152,12 +161,12 @@ def test_a_list_fused_with_itself_stays(small: World) -> None:
 
 def test_hits_of_other_questions_are_not_fused(small: World) -> None:
     dev = made(small, "bm25")
-    train = small._get(
+    train = small.get(
         bm25_plan(small.config, small.passages, small.questions, "train", 5),
         lambda building: build_bm25_hits(building, small.passages, small.questions),
     )
     with pytest.raises(MixedArtifactsError, match="other questions"):
-        small._get(
+        small.get(
             fused_plan("mixed", [dev, train], "dev", 3), lambda b: build_fused_hits(b, [dev, train])
         )
 
@@ -178,7 +187,7 @@ def test_search_fused_over_rewrites_of_each_wording_alone(small: World) -> None:
 
 
 def test_exact_search_equals_a_flat_index(small: World) -> None:
-    approximate = small.index("ivf", small.base_spec, None, "IVF2,Flat")
+    approximate = small.with_factory("IVF2,Flat").base_index
     row = {
         "block": 0,
         "wordings": [["What do farmers grow on Kelda?", "When does the ferry leave Elvay?"]],

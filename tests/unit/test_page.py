@@ -145,9 +145,25 @@ def test_an_empty_report_is_a_page_too() -> None:
 
 
 def test_findings_in_words() -> None:
-    report = Report(comparisons=[{"first": "base", "second": "stage 1", "metric": "recall_at_5", "first_mean": 0.46,
-        "second_mean": 0.692, "difference": 0.232, "low": 0.2, "high": 0.26, "questions": 711}])  # fmt: skip
-    text = "stage 1 against base: recall@5 0.692 against 0.460, +0.232 [+0.200, +0.260], higher (711 questions)"
+    report = Report(
+        comparisons=[
+            {
+                "first": "base",
+                "second": "stage 1",
+                "metric": "recall_at_5",
+                "first_mean": 0.46,
+                "second_mean": 0.692,
+                "difference": 0.232,
+                "low": 0.2,
+                "high": 0.26,
+                "questions": 711,
+            }
+        ]
+    )
+    text = (
+        "stage 1 against base: recall@5 0.692 against 0.460, +0.232 [+0.200, +0.260], higher (711 "
+        "questions)"
+    )
     assert findings(report) == [text]
     same = dict(report.comparisons[0]) | {"low": -0.1}
     assert "no difference shown" in sentence(same)
@@ -155,7 +171,7 @@ def test_findings_in_words() -> None:
 
 def test_the_terminals_tables_fit_100_columns() -> None:
     names = ["stage 1, rewrites fused", "both stages, oracle passage"]
-    retrieval = "recall_at_1 recall_at_5 mrr_at_10 overlap_at_5 worst_recall_at_5 overlap_between_questions_at_5".split()
+    retrieval = "recall_at_1 recall_at_5 mrr_at_10 overlap_at_5 worst_recall_at_5 overlap_between_questions_at_5".split()  # noqa: E501
     answers = "exact_match f1 accuracy flip_rate abstained calibration_error".split()
     rows = [
         Row(

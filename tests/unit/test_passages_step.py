@@ -11,10 +11,14 @@ import pytest
 
 from invar_ray.config import PASSAGE_FIELDS, Config
 from invar_ray.errors import ConfigError, DataError
+from invar_ray.executor import Here
 from invar_ray.models.base import BaseRef
 from invar_ray.schema import PASSAGE_SCHEMA, Passage
-from invar_ray.steps.passages import build_passages, load_documents, load_passages, passages_plan
-from invar_ray.steps.questions import build_questions, questions_plan
+from invar_ray.steps.passages import build as build_passages
+from invar_ray.steps.passages import load_documents, load_passages
+from invar_ray.steps.passages import plan as passages_plan
+from invar_ray.steps.questions import build as build_questions
+from invar_ray.steps.questions import plan as questions_plan
 from invar_ray.store.artifacts import Artifact, Store
 from tests.support import documents, small_config, tiny_base, write_lines
 
@@ -32,7 +36,9 @@ def build(config: Config, questions: Artifact | None = None) -> Artifact:
     store = Store(config.storage.root_uri)
     return store.get_or_build(
         passages_plan(config, BASE, questions),
-        lambda building: build_passages(building, config, tiny_base()[1], questions),
+        lambda building: build_passages(
+            building, config, tiny_base()[1], questions, executor=Here()
+        ),
     )[0]
 
 
@@ -219,7 +225,9 @@ def test_a_document_that_moves_to_another_tenant_moves_in_the_next_version(tmp_p
     write_lines(tmp_path / "rows.jsonl", [{**TENANT_ROWS[0], "tenant": "south"}, TENANT_ROWS[1]])
     after, _ = Store(config.storage.root_uri).get_or_build(
         passages_plan(config, BASE, None),
-        lambda building: build_passages(building, config, tiny_base()[1], None, earlier=before),
+        lambda building: build_passages(
+            building, config, tiny_base()[1], None, executor=Here(), earlier=before
+        ),
     )
     assert after.info["changes"]["unchanged"] == 2
     assert [dict(passage.metadata)["tenant"] for passage in load_passages(after)] == [

@@ -1,4 +1,6 @@
-"""The planner's arithmetic by hand, its choices, and its predicted memory against what FAISS takes."""
+"""The planner's arithmetic by hand, its choices, and its predicted memory against what FAISS
+takes.
+"""
 
 from __future__ import annotations
 

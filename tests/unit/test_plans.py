@@ -65,7 +65,6 @@ class Planner(Pipeline):
         plan: Plan,
         body: Callable[[Building], None],
         *,
-        on_ray: bool = False,
         resumable: bool = False,
     ) -> Artifact:
         key = plan.kind

@@ -27,12 +27,9 @@ from invar_ray.questions.making import (
 from invar_ray.questions.rules import comparison_key
 from invar_ray.schema import Document, Place
 from invar_ray.steps.passages import document_ids
-from invar_ray.steps.questions import (
-    build_questions,
-    load_examples,
-    questions_plan,
-    refuse_unanswerable,
-)
+from invar_ray.steps.questions import build as build_questions
+from invar_ray.steps.questions import load_examples, refuse_unanswerable
+from invar_ray.steps.questions import plan as questions_plan
 from invar_ray.store.artifacts import Store
 from invar_ray.text.answers import contains_answer
 from tests.support import small_config
@@ -56,7 +53,7 @@ def made_of(
             "In which year was the harbour of Arvon dug?",
             "1841",
         ),
-        ("In 1841 Ada Morvane built the mill.", "year", "In which year did Ada Morvane build the mill?", "1841"),
+        ("In 1841 Ada Morvane built the mill.", "year", "In which year did Ada Morvane build the mill?", "1841"),  # noqa: E501
         (
             "The lighthouse of Arvon was built by Ada Morvane after the storm.",
             "agent",
@@ -69,7 +66,7 @@ def made_of(
             "",
             "",
         ),
-        ("The castle of Belisk has 52 rooms.", "number", "The castle of Belisk has how many rooms?", "52"),
+        ("The castle of Belisk has 52 rooms.", "number", "The castle of Belisk has how many rooms?", "52"),  # noqa: E501
         (
             "Bram Tolliver opened the school on 3 May 1902.",
             "date",
@@ -88,7 +85,7 @@ def made_of(
             "Who or what painted the ceiling of Garsa Hall?",
             "Cora Fisk",
         ),
-        ("Arvon is a small island that nobody owns.", "definition", "What kind of thing is Arvon?", "a small island"),
+        ("Arvon is a small island that nobody owns.", "definition", "What kind of thing is Arvon?", "a small island"),  # noqa: E501
         ("The tax of Corrie fell to 12 percent later.", "percentage", "", "12 percent"),
         ("The oldest boat of Elvay lies in Fenholm.", "place", "", "Fenholm"),
         ("The prize of Elvay was worth $5,000 then.", "money", "", "$5,000"),
@@ -290,7 +287,9 @@ def test_too_few_questions_is_one_error(tmp_path: Path) -> None:
 
 
 class Canned(ChatEndpoint):
-    """The transport is tested with the rewriter's (test_variants.py); here a reply is what counts."""
+    """The transport is tested with the rewriter's (test_variants.py); here a reply is what
+    counts.
+    """
 
     said = ""
 
@@ -305,9 +304,9 @@ def test_what_a_model_asks_is_checked(tmp_path: Path) -> None:
     )
     endpoint = Canned("http://127.0.0.1:9/v1", "m", cache_path=tmp_path / "replies.jsonl")
     rows = [
-        {"question": "When was Arvon harbour dug?", "rewording": "In what year was it dug at Arvon?", "answer": "1841"},
+        {"question": "When was Arvon harbour dug?", "rewording": "In what year was it dug at Arvon?", "answer": "1841"},  # noqa: E501
         {"question": "when was arvon harbour dug", "answer": "in 1841"},
-        {"question": "What is the mole of Arvon made of?", "rewording": "Is the mole granite?", "answer": "Granite"},
+        {"question": "What is the mole of Arvon made of?", "rewording": "Is the mole granite?", "answer": "Granite"},  # noqa: E501
         {"question": "Who dug the harbour of Arvon?", "rewording": "", "answer": "Ada Morvane"},
         {"question": "Was the harbour of Arvon dug in 1841?", "rewording": "", "answer": "1841"},
         {"question": 7, "answer": "x"},

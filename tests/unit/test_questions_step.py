@@ -13,13 +13,9 @@ from invar_ray.config import Config
 from invar_ray.corpus.sources import source_digest
 from invar_ray.errors import DataError
 from invar_ray.schema import Example
-from invar_ray.steps.questions import (
-    build_questions,
-    load_examples,
-    load_variants,
-    questions_plan,
-    refuse_unanswerable,
-)
+from invar_ray.steps.questions import build as build_questions
+from invar_ray.steps.questions import load_examples, load_variants, refuse_unanswerable
+from invar_ray.steps.questions import plan as questions_plan
 from invar_ray.store.artifacts import Artifact, Store
 from tests.support import questions, small_config, write_lines
 

@@ -121,13 +121,13 @@ DOCUMENT = ROWS[0]
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([DOCUMENT, '{"id": "b", '], "line 2: malformed JSON (Expecting property name enclosed in double quotes at"),
+        ([DOCUMENT, '{"id": "b", '], "line 2: malformed JSON (Expecting property name enclosed in double quotes at"),  # noqa: E501
         ([[1]], "line 1: holds a list. Expected: one JSON object a line."),
-        ([{"id": "a", "title": "t"}], "line 1: the field 'text' is missing. Expected: a row with 'text', got ['id'"),
+        ([{"id": "a", "title": "t"}], "line 1: the field 'text' is missing. Expected: a row with 'text', got ['id'"),  # noqa: E501
         ([{**DOCUMENT, "id": 7}], "line 1: 'id' is a number. Expected: a string."),
         ([{**DOCUMENT, "id": " "}], "line 1: 'id' is blank. Expected: a string with text."),
         ([{**DOCUMENT, "title": None}], "line 1: 'title' is null. Expected: a string."),
-        ([DOCUMENT, "", DOCUMENT], "line 3: the id 'a' is taken by {uri}, line 1. Expected: every id once."),
+        ([DOCUMENT, "", DOCUMENT], "line 3: the id 'a' is taken by {uri}, line 1. Expected: every id once."),  # noqa: E501
         ([], "the corpus {uri} is empty. Expected: at least one document."),
     ],
 )  # fmt: skip

@@ -7,10 +7,12 @@ import pytest
 
 from invar_ray.evaluation.measure import FoundFamily
 from invar_ray.schema import Passage
-from invar_ray.steps.baselines import bm25_plan, build_bm25_hits
-from invar_ray.steps.hits import load_hits
+from invar_ray.steps.hits import bm25_plan, load_hits
+from invar_ray.steps.hits import build_bm25 as build_bm25_hits
 from invar_ray.steps.passages import load_documents, load_passages
-from invar_ray.steps.readings import READINGS, build_readings, oracle_of, readings_plan
+from invar_ray.steps.readings import READINGS, oracle_of
+from invar_ray.steps.readings import build as build_readings
+from invar_ray.steps.readings import plan as readings_plan
 from invar_ray.store.artifacts import Artifact, Plan
 from invar_ray.text.answers import contains_answer
 from tests.support import World, changed_windows, world
@@ -24,14 +26,14 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module")
 def hits(small: World) -> Artifact:
     plan = bm25_plan(small.config, small.passages, small.questions, "train", 3)
-    return small._get(
+    return small.get(
         plan, lambda building: build_bm25_hits(building, small.passages, small.questions)
     )
 
 
 def read(small: World, hits: Artifact, windows: int) -> Artifact:
     plan = readings_plan(changed_windows(small.config, windows), hits, small.passages)
-    return small._get(plan, lambda building: build_readings(building, hits, small.passages))
+    return small.get(plan, lambda building: build_readings(building, hits, small.passages))
 
 
 def test_every_hit_comes_in_its_windows(small: World, hits: Artifact) -> None:

@@ -110,7 +110,7 @@ def test_unknown_versions_are_refused(version: object) -> None:
         "[]",
         '{"schema_version": 1}',
         '{"schema_version": 1, "rows": [{"system": "s"}]}',
-        '{"schema_version": 1, "rows": [{"system": "s", "dataset": "d", "metrics": {"f1": "high"}}]}',
+        '{"schema_version": 1, "rows": [{"system": "s", "dataset": "d", "metrics": {"f1": "high"}}]}',  # noqa: E501
         '{"schema_version": 1, "rows": [], "seconds": [1]}',
     ],
 )

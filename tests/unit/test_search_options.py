@@ -114,7 +114,10 @@ def hit(number: int, text: str) -> Hit:
 
 
 def test_distinct_keeps_the_best_of_each() -> None:
-    long = "the lighthouse was built by Ada Morvane after the great storm and its lamp burned oil for a century"
+    long = (
+        "the lighthouse was built by Ada Morvane after the great storm and its lamp burned oil for "
+        "a century"
+    )
     hits = [
         hit(0, long),
         hit(1, long.upper() + "."),

@@ -456,7 +456,8 @@ def test_a_slow_client_is_dropped_and_the_service_lives(
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as slow:
         slow.sendall(
-            b"POST /v1/answer HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: 90\r\n\r\n{"
+            b"POST /v1/answer HTTP/1.1\r\nHost: x\r\nContent-Type: "
+            b"application/json\r\nContent-Length: 90\r\n\r\n{"
         )
         assert slow.recv(4096).startswith(b"HTTP/1.1 408 ")
     assert live("POST", "/v1/retrieve", json={"question": FERRY}).status_code == 200

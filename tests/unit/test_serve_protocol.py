@@ -385,7 +385,10 @@ def test_a_key_that_no_client_can_send_is_refused_without_being_shown(broken: st
 
 def test_one_key_under_two_names_is_refused() -> None:
     bound = KEY.model_copy(update={"name": "acme", "where": Conditions.parse("tenant=acme")})
-    expected = r"^API keys acme and mine are one key.* Expected: a key for each name.* To do: make another key"
+    expected = (
+        r"^API keys acme and mine are one key.* Expected: a key for each name.* To do: make "
+        r"another key"
+    )
     with pytest.raises(ConfigError, match=expected) as caught:
         KeyRing([bound, KEY])
     assert KEY.sha256 not in str(caught.value)

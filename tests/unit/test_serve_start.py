@@ -12,9 +12,11 @@ from pathlib import Path
 import pytest
 import ray
 
+from invar_ray.cli.serving import serve_until_stopped
 from invar_ray.config import Config, ScaleConfig, ServeConfig, StorageConfig
 from invar_ray.errors import ConfigError, InvarError, MissingArtifactError, ResourceError
-from invar_ray.pipeline import Pipeline, serve_until_stopped
+from invar_ray.executor import Here
+from invar_ray.pipeline import Pipeline
 from tests.serving import Artifacts, shared_artifacts
 from tests.support import small_config
 
@@ -49,27 +51,17 @@ def config(folder: Path, port: int = 0) -> Config:
     )
 
 
-def test_a_pipeline_that_only_finds_makes_nothing(tmp_path: Path) -> None:
+def test_serving_makes_nothing(tmp_path: Path) -> None:
     settings = small_config(tmp_path)
     store = Path(settings.storage.root_uri)
-    for name in ("base", "passages", "index", "generator"):
-        with (
-            Pipeline(settings, quiet=True, find_only=True) as pipeline,
-            pytest.raises(MissingArtifactError) as caught,
-        ):
-            getattr(pipeline, name)
-        assert f"{store} has no base model of this recipe" in str(caught.value)
-        assert "--index and --generator" in str(caught.value)
-        assert not store.exists()
-    with Pipeline(settings, quiet=True) as making:
-        made = making.base, making.passages.uri
+    with pytest.raises(MissingArtifactError, match=f"no index below {store}"):
+        serve_until_stopped(settings)
+    assert not store.exists()
+    with Pipeline(settings, quiet=True, executor=Here()) as making:
+        index = making.base_index
     before = sorted(store.rglob("*"))
-    with Pipeline(settings, quiet=True, find_only=True) as pipeline:
-        assert (pipeline.base, pipeline.passages.uri) == made
-        with pytest.raises(MissingArtifactError, match="has no "):
-            pipeline.index  # noqa: B018
-        with pytest.raises(MissingArtifactError, match="has no "):
-            serve_until_stopped(settings)
+    with pytest.raises(MissingArtifactError, match=f"no generator of the base of {index.ref}"):
+        serve_until_stopped(settings)
     assert sorted(store.rglob("*")) == before
 
 

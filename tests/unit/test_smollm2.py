@@ -15,9 +15,11 @@ import torch
 from invar_ray.config import Config, ModelConfig
 from invar_ray.errors import ModelError
 from invar_ray.models import smollm2
-from invar_ray.models.base import BaseRef, base_plan, build_base, open_base, resolve_base
+from invar_ray.models.base import BaseRef, open_base, resolve_base
 from invar_ray.models.encoder import llm_spec, open_encoder
 from invar_ray.models.generator import Generator
+from invar_ray.steps.base import build as build_base
+from invar_ray.steps.base import plan as base_plan
 from invar_ray.store.artifacts import Store
 
 installed = pytest.mark.skipif(

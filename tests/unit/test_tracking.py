@@ -1,4 +1,6 @@
-"""Trackers: what TensorBoard will read, what a restart replaces, and what a missing package says."""
+"""Trackers: what TensorBoard will read, what a restart replaces, and what a missing package
+says.
+"""
 
 from __future__ import annotations
 

@@ -21,7 +21,9 @@ from invar_ray.models.minilm import CoarseEncoder
 from invar_ray.schema import Example, Passage
 from invar_ray.steps.passages import load_documents, load_passages
 from invar_ray.steps.questions import load_examples, load_variants
-from invar_ray.steps.trainset import build_trainset, find_positives, mean_by_document, trainset_plan
+from invar_ray.steps.trainset import build as build_trainset
+from invar_ray.steps.trainset import find_positives, mean_by_document
+from invar_ray.steps.trainset import plan as trainset_plan
 from invar_ray.store.artifacts import Artifact
 from invar_ray.text.answers import contains_answer
 from invar_ray.training.batches import Trainset

@@ -416,8 +416,8 @@ def client(server: Server, cache: Path | None = None, **more: Any) -> EndpointRe
 def test_endpoint_checks_what_it_gets(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("INVAR_TEST_KEY", "sk-secret")
     server.says(
-        '```json\n["when did mara leave norland in 1841", "In 1841, when did Mara leave?", "When did Mara leave?",'
-        ' "Did Mara leave in spring 1841?", "in 1841 when did mara leave", 7, "Mara left Norland when in 1841?"]\n```'
+        '```json\n["when did mara leave norland in 1841", "In 1841, when did Mara leave?", "When did Mara leave?",'  # noqa: E501
+        ' "Did Mara leave in spring 1841?", "in 1841 when did mara leave", 7, "Mara left Norland when in 1841?"]\n```'  # noqa: E501
     )
     rewriter = client(server)
     variants = rewriter.rewrite(ASKED, 3, 0)
@@ -566,7 +566,7 @@ def test_endpoint_travels_without_its_key(server: Server, monkeypatch: pytest.Mo
 
 
 # --- windows
-# -----------------------------------------------------------------------------------------------------
+# -----------------------------------------------------------------------------------------------------  # noqa: E501
 
 SENTENCES = [
     "The harbour was dug in 1841 by convicts from the north.",

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import pkgutil
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-import invar_ray
-from invar_ray.versions import STEPS, StepCode
-from tests.lock_steps import LOCK, code_hash, current, differences, module_file
+from invar_ray import steps
+from tests.lock_steps import KINDS, LOCK, closure, code_hash, current, differences
 
 PLAIN = """
 import math
@@ -86,31 +86,20 @@ def test_hash_is_the_same_in_every_supported_python() -> None:
     assert code_hash(source) == "a4107197aaf22d90"
 
 
-def test_every_module_exists() -> None:
-    for name, step in STEPS.items():
-        assert step.version >= 1
-        assert len(set(step.modules)) == len(step.modules), f"{name} lists a module twice"
-        for module in step.modules:
-            assert module_file(module).is_file()
-
-
 def test_code_of_every_step_is_recorded() -> None:
-    lines = differences(json.loads(LOCK.read_text(encoding="utf-8")), current(STEPS))
+    lines = differences(json.loads(LOCK.read_text(encoding="utf-8")), current())
     assert not lines, "\n" + "\n".join(lines)
 
 
 def test_change_is_named_with_what_to_do() -> None:
-    now = current(
-        {"index": StepCode(1, ("invar_ray.index.faiss_index", "invar_ray.models.pooling"))}
-    )
+    now: dict[str, Any] = {"index": {"version": 1, "modules": {"a.b": "0" * 16, "a.c": "1" * 16}}}
     locked = json.loads(json.dumps(now))
     assert differences(locked, now) == []
-    locked["index"]["modules"]["invar_ray.models.pooling"] = "0" * 16
+    locked["index"]["modules"]["a.c"] = "2" * 16
     (line,) = differences(locked, now)
     assert line == (
-        "index: the code of invar_ray.models.pooling changed. Raise STEPS['index'].version in "
-        "invar_ray/versions.py "
-        "if the output changes, then run: python -m tests.lock_steps"
+        "index: the code of a.c changed. Raise VERSION in invar_ray/steps/index.py if the output "
+        "changes, then run: python -m tests.lock_steps"
     )
     now["index"]["version"] = 2
     assert "version 2 is not recorded yet (recorded: 1)" in differences(locked, now)[0]
@@ -118,67 +107,37 @@ def test_change_is_named_with_what_to_do() -> None:
     assert "the step is gone" in differences(locked, {})[0]
 
 
-def test_module_added_to_a_step_is_a_change() -> None:
-    old = current({"index": StepCode(1, ("invar_ray.index.faiss_index",))})
-    new = current(
-        {"index": StepCode(1, ("invar_ray.index.faiss_index", "invar_ray.models.pooling"))}
-    )
-    assert "invar_ray.models.pooling" in differences(old, new)[0]
+def test_module_that_a_step_newly_imports_is_a_change() -> None:
+    old = {"index": {"version": 1, "modules": {"a.b": "0"}}}
+    new = {"index": {"version": 1, "modules": {"a.b": "0", "a.c": "1"}}}
+    assert "the code of a.c changed" in differences(old, new)[0]
 
 
-# Modules that need no version, and why. Everything else must stand in a step.
-EXEMPT = {
-    "invar_ray.store.artifacts": "stores what steps make",
-    "invar_ray.cli.main": "a shell",
-    "invar_ray.cli.errors": "a shell",
-    "invar_ray.cli.versions": "a shell",
-    "invar_ray.store.conditional": "stores what steps make",
-    "invar_ray.config": "its values are in the fingerprints",
-    "invar_ray.cli.demo": "a shell",
-    "invar_ray.cli.doctor": "a shell",
-    "invar_ray.errors": "messages",
-    "invar_ray.steps.blocks": "where blocks run",
-    "invar_ray.store.files": "stores what steps make",
-    "invar_ray.heap": "where memory lies, not what is in it",
-    "invar_ray.store.garbage": "removes artifacts",
-    "invar_ray.store.manifest": "stores what steps make, with a schema version of its own",
-    "invar_ray.cli.documents": "a shell",
-    "invar_ray.pipeline": "order of the steps",
-    "invar_ray.console": "messages",
-    "invar_ray.store.publication": "as published, with a schema version of its own",
-    "invar_ray.store.published": "names what steps made",
-    "invar_ray.schema": "records and their layout; readers would fail on another one",
-    "invar_ray.executor": "where it runs",
-    "invar_ray.versions": "this mechanism",
-    "invar_ray.evaluation.plots": "pictures",
-    "invar_ray.evaluation.report": "layout, with a schema version of its own",
-    "invar_ray.evaluation.gate": "reads finished reports",
-    "invar_ray.evaluation.tables": "print",
-    "invar_ray.corpus.sources": "part of fingerprints itself",
-    "invar_ray.steps.usage": "messages",
-    "invar_ray.steps.verify": "checks what is made",
-    "invar_ray.questions.asking": "makes files of questions, whose content is in the plans",
-    "invar_ray.questions.cloze": "as asked",
-    "invar_ray.corpus.facts": "the digest of the built-in corpus is in the plans",
-    "invar_ray.questions.making": "as asked",
-    "invar_ray.corpus.readlog": "messages",
-    "invar_ray.training.checkpoint": "bit for bit, with a schema version of its own",
-    "invar_ray.training.export": "copies, for others",
-    "invar_ray.training.stages": "a registry",
-    "invar_ray.training.tracking": "curves",
-    "invar_ray.training.trainer": "starts workers",
-}
+@pytest.mark.parametrize(
+    ("kind", "far"),
+    [
+        ("passages", "invar_ray.corpus.formats.pdf"),
+        ("passages", "invar_ray.text.chunking"),
+        ("questions", "invar_ray.questions.lexicon"),
+        ("vectors", "invar_ray.models.encoder"),
+        ("index", "invar_ray.index.planner"),
+        ("trainset", "invar_ray.training.mining"),
+        ("retriever", "invar_ray.losses.invariance"),
+        ("generator", "invar_ray.losses.answer"),
+        ("hits", "invar_ray.answering.bm25"),
+        ("report", "invar_ray.evaluation.variance"),
+    ],
+)
+def test_what_a_step_imports_by_way_of_others_counts(kind: str, far: str) -> None:
+    assert far in closure(kind)
 
 
-def test_every_module_that_computes_is_in_a_step() -> None:
-    root = Path(invar_ray.__file__).parent
-    modules = {
-        info.name
-        for info in pkgutil.walk_packages([str(root)], "invar_ray.")
-        if not info.ispkg and not info.name.startswith("invar_ray.text.data")
+def test_every_step_with_a_version_is_looked_after() -> None:
+    folder = Path(steps.__file__).parent
+    with_version = {
+        file.stem
+        for file in folder.glob("*.py")
+        if hasattr(import_module(f"invar_ray.steps.{file.stem}"), "VERSION")
+        and "def plan(" in file.read_text(encoding="utf-8")
     }
-    listed = {module for step in STEPS.values() for module in step.modules}
-    assert not listed & EXEMPT.keys()
-    assert not EXEMPT.keys() - modules, "exempt, but gone"
-    forgotten = sorted(modules - listed - EXEMPT.keys())
-    assert not forgotten, f"in no step of invar_ray/versions.py: {', '.join(forgotten)}"
+    assert with_version == set(KINDS)

@@ -1,4 +1,6 @@
-"""Text and Markdown: the text is the file's, so that lines are places; Markdown's headings are too."""
+"""Text and Markdown: the text is the file's, so that lines are places; Markdown's headings are
+too.
+"""
 
 from __future__ import annotations
 

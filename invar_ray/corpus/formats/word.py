@@ -85,7 +85,8 @@ def _check_size(data: bytes, place: str, max_bytes: int) -> None:
     ):
         raise DataError(
             f"{place} would unpack to {everything / 2**20:,.0f} MB in {len(parts):,} parts",
-            expected=f"at most {_XML_TIMES} times corpus.max_file_mb of XML and {_ALL_TIMES} times in all",
+            expected=f"at most {_XML_TIMES} times corpus.max_file_mb of XML and {_ALL_TIMES} times "
+            "in all",
             action="split it, or raise corpus.max_file_mb if you trust it",
         )
 

@@ -1,4 +1,4 @@
-"""Generators answer the dev questions on Ray Data: from what each system found, from nothing, from
+"""Generators answer the dev questions: from what each system found, from nothing, from
 gold passages.
 """
 
@@ -15,10 +15,10 @@ from invar_ray.answering.rag import answer_batch
 from invar_ray.config import Config
 from invar_ray.console import Progress
 from invar_ray.evaluation.measure import Answered, FoundFamily
+from invar_ray.executor import Executor, Work
 from invar_ray.models.base import BaseRef, open_base_generator, open_generator
 from invar_ray.models.precision import inference_device, inference_precision
 from invar_ray.schema import Document, Hit, from_table
-from invar_ray.steps.blocks import map_blocks
 from invar_ray.steps.hits import HIT_TYPE
 from invar_ray.store.artifacts import Artifact, Store
 
@@ -95,21 +95,24 @@ def load_gold(passages: Artifact, families: Sequence[FoundFamily]) -> dict[str, 
 
 
 def answer_all(
-    config: Config, base: BaseRef, store: Store, tasks: Sequence[AnswerTask]
+    config: Config,
+    base: BaseRef,
+    store: Store,
+    tasks: Sequence[AnswerTask],
+    executor: Executor,
 ) -> dict[str, list[list[Answered]]]:
     """Every task's answers: label -> question -> wording; one job for each generator (few
     questions: in this process).
     """
     answers: dict[str, list[list[Answered]]] = {}
     for uri in dict.fromkeys(task.generator_uri for task in tasks):
-        answers |= _answer_with(
-            config, base, store, uri, [task for task in tasks if task.generator_uri == uri]
-        )
+        of_generator = [task for task in tasks if task.generator_uri == uri]
+        answers |= _answer_with(config, base, store, uri, of_generator, executor)
     return answers
 
 
 class AnswerBlock:
-    """Ray Data actor: loads a generator once, then answers blocks of (question, hits)."""
+    """Loads a generator once, then answers blocks of (question, hits)."""
 
     def __init__(
         self, root_uri: str, base: Mapping[str, Any], generator_uri: str, config: Config
@@ -183,7 +186,12 @@ def _gold(family: FoundFamily, documents: Mapping[str, Document], top_k: int) ->
 
 
 def _answer_with(
-    config: Config, base: BaseRef, store: Store, generator_uri: str, tasks: Sequence[AnswerTask]
+    config: Config,
+    base: BaseRef,
+    store: Store,
+    generator_uri: str,
+    tasks: Sequence[AnswerTask],
+    executor: Executor,
 ) -> dict[str, list[list[Answered]]]:
     flat = [prompt for task in tasks for question in task.prompts for prompt in question]
     size = config.evaluation.answer_batch_size
@@ -205,7 +213,20 @@ def _answer_with(
         "config": config,
     }
     found: dict[int, list[Answered]] = {}
-    for row in map_blocks(AnswerBlock, arguments, blocks, _BLOCK, len(flat), config.scale):
+    scale = config.scale
+    work = Work(
+        label=progress.label,
+        worker=AnswerBlock,
+        arguments=arguments,
+        rows=blocks,
+        texts=len(flat),
+        leaves_from=scale.in_process_below,
+        schema=_BLOCK,
+        workers=(scale.embed_workers, scale.embed_workers),
+        num_cpus=scale.cpus_per_worker,
+        num_gpus=scale.embed_gpus_per_worker,
+    )
+    for row in executor.run(work):
         found[int(row["block"])] = [
             Answered(
                 answer["text"],

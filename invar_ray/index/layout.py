@@ -13,18 +13,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from invar_ray.config import Config
+from invar_ray.errors import ArtifactError
+from invar_ray.index.shards import Rows, ShardTask, input_hash
 from invar_ray.index.vectors import SHARDS, vector_store
 from invar_ray.models.encoder import EncoderSpec
-from invar_ray.models.precision import inference_precision
-from invar_ray.steps.previous import (
+from invar_ray.models.precision import Precision, inference_precision, made_in
+from invar_ray.store.artifacts import Artifact, Building, Plan, Store
+from invar_ray.store.earlier import (
     HashTable,
     column_hashes,
-    earlier_vectors,
+    cutting_differs,
     hashes_of,
     passage_digest,
 )
-from invar_ray.steps.shards import Rows, ShardTask, input_hash
-from invar_ray.store.artifacts import Artifact, Building
 
 _READ_ROWS = 8192
 
@@ -65,7 +66,7 @@ def make_layout(
     count, step = len(contents), config.scale.shard_rows
     earlier, reason = None, ""
     if config.scale.incremental:
-        earlier, reason = earlier_vectors(
+        earlier, reason = _earlier_vectors(
             passages.store,
             building.plan,
             spec.fingerprint,
@@ -150,3 +151,53 @@ def _batches(passages: Artifact, columns: list[str]) -> Iterator[pa.RecordBatch]
         store.location(f"{passages.ref}/passages.parquet")
     ) as stream:
         yield from pq.ParquetFile(stream).iter_batches(_READ_ROWS, columns=columns)
+
+
+def _earlier_vectors(
+    store: Store, plan: Plan, encoder: str, precision: Precision, passages: Artifact
+) -> tuple[Artifact | None, str]:
+    """The newest ``vectors`` that rows can be taken from, and why the newest of this name cannot
+    (empty if it can).
+
+    Args:
+        store: where to look.
+        plan: of the vectors to be made.
+        encoder: fingerprint of the encoder.
+        precision: that it runs in: one version's vectors are all of one.
+        passages: what is embedded.
+    """
+    reason = ""
+    for artifact in reversed(store.list("vectors")):
+        if artifact.ref == plan.ref:
+            continue
+        why = _vectors_differ(artifact, plan, encoder, precision, passages)
+        if not why:
+            return artifact, ""
+        if not reason and artifact.manifest.name == plan.name and _same_corpus(artifact, passages):
+            reason = f"{artifact.ref} cannot be used: {why}"
+    return None, reason
+
+
+def _vectors_differ(
+    artifact: Artifact, plan: Plan, encoder: str, precision: Precision, passages: Artifact
+) -> str:
+    was = artifact.manifest.config.get("encoder")
+    if was != encoder:
+        return f"it was made by encoder {was}, this run's is {encoder}"
+    if made_in(artifact) != precision:
+        return f"it was made in {made_in(artifact)}, this run embeds in {precision}"
+    if artifact.manifest.version != plan.version:
+        return (
+            f"this release embeds otherwise (version {artifact.manifest.version} of the step, now "
+            f"{plan.version})"
+        )
+    try:
+        parent = artifact.parent("passages")
+    except ArtifactError as error:
+        return f"its passages cannot be opened ({error})"
+    return cutting_differs(parent, passages.manifest.config, passages.manifest.version)
+
+
+def _same_corpus(artifact: Artifact, passages: Artifact) -> bool:
+    name, _, _ = artifact.manifest.parents.get("passages", "").rpartition("-")
+    return name == f"passages/{passages.manifest.name}"

@@ -17,7 +17,7 @@ class _Process:
 
 @dataclass
 class Usage:
-    """Sums up the rows that :class:`invar_ray.steps.shards.EmbedShard` returns.
+    """Sums up the rows that :class:`invar_ray.index.shards.EmbedShard` returns.
 
     Attributes:
         load_cpu_s: CPU seconds of this process for starting: Ray, or the encoder.
@@ -79,7 +79,7 @@ class Usage:
         for name, process in self.processes.items():
             rate = process.rows / process.cpu_s if process.cpu_s else 0.0
             lines.append(
-                f"{name[-28:]:<28}{process.shards:>8,}{process.rows:>10,}{rate:>11.1f}{process.peak_mb:>10,.0f} MB"
+                f"{name[-28:]:<28}{process.shards:>8,}{process.rows:>10,}{rate:>11.1f}{process.peak_mb:>10,.0f} MB"  # noqa: E501
             )
         lines.append(
             f"{rows:,} passages in {seconds:.1f} s: {rows / seconds:.1f} a second, start-up "

@@ -19,8 +19,6 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from invar_ray.errors import ArtifactError
-from invar_ray.models.precision import Precision, made_in
 from invar_ray.schema import DIGEST_SCHEMA, Document
 from invar_ray.store.artifacts import Artifact, Plan, Store
 
@@ -127,70 +125,27 @@ class EarlierCut:
 
 def earlier_passages(store: Store, plan: Plan) -> tuple[Artifact | None, str]:
     """The newest ``passages`` of the same name, and why it cannot be used (empty if it can)."""
-    for artifact in reversed(store.list("passages")):
-        if artifact.manifest.name != plan.name or artifact.ref == plan.ref:
-            continue
-        return artifact, cutting_differs(artifact, plan.config, plan.version)
-    return None, ""
+    artifact = store.newest(
+        "passages", lambda other: other.manifest.name == plan.name and other.ref != plan.ref
+    )
+    if artifact is None:
+        return None, ""
+    return artifact, cutting_differs(artifact, plan.config, plan.version)
 
 
 def cutting_differs(artifact: Artifact, wanted: Mapping[str, Any], version: int) -> str:
     """What of the settings of ``passages`` differs from those that are wanted; empty if nothing."""
     was = artifact.manifest.config
     if artifact.manifest.version != version or DIGESTS not in artifact.manifest.files:
-        return f"this release cuts otherwise (version {artifact.manifest.version} of the step, now {version})"
+        return (
+            f"this release cuts otherwise (version {artifact.manifest.version} of the step, now "
+            f"{version})"
+        )
     for key in _CUTTING:
         if was.get(key) != wanted[key]:
             what = "the tokenizer of the base" if key == "tokenizer" else f"corpus.{key}"
             return f"{what} was {was.get(key)} and is {wanted[key]} now"
     return ""
-
-
-def earlier_vectors(
-    store: Store, plan: Plan, encoder: str, precision: Precision, passages: Artifact
-) -> tuple[Artifact | None, str]:
-    """The newest ``vectors`` that rows can be taken from, and why the newest of this name cannot
-    (empty if it can).
-
-    Args:
-        store: where to look.
-        plan: of the vectors to be made.
-        encoder: fingerprint of the encoder.
-        precision: that it runs in: one version's vectors are all of one.
-        passages: what is embedded.
-    """
-    reason = ""
-    for artifact in reversed(store.list("vectors")):
-        if artifact.ref == plan.ref:
-            continue
-        why = _vectors_differ(artifact, plan, encoder, precision, passages)
-        if not why:
-            return artifact, ""
-        if not reason and artifact.manifest.name == plan.name and _same_corpus(artifact, passages):
-            reason = f"{artifact.ref} cannot be used: {why}"
-    return None, reason
-
-
-def _vectors_differ(
-    artifact: Artifact, plan: Plan, encoder: str, precision: Precision, passages: Artifact
-) -> str:
-    was = artifact.manifest.config.get("encoder")
-    if was != encoder:
-        return f"it was made by encoder {was}, this run's is {encoder}"
-    if made_in(artifact) != precision:
-        return f"it was made in {made_in(artifact)}, this run embeds in {precision}"
-    if artifact.manifest.version != plan.version:
-        return f"this release embeds otherwise (version {artifact.manifest.version} of the step, now {plan.version})"
-    try:
-        parent = artifact.parent("passages")
-    except ArtifactError as error:
-        return f"its passages cannot be opened ({error})"
-    return cutting_differs(parent, passages.manifest.config, passages.manifest.version)
-
-
-def _same_corpus(artifact: Artifact, passages: Artifact) -> bool:
-    name, _, _ = artifact.manifest.parents.get("passages", "").rpartition("-")
-    return name == f"passages/{passages.manifest.name}"
 
 
 def batched(

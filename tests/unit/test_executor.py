@@ -11,7 +11,7 @@ import ray
 
 from invar_ray.config import ScaleConfig
 from invar_ray.errors import DataError, ResourceError
-from invar_ray.steps.blocks import map_blocks
+from invar_ray.executor import OnRay, Work
 
 
 class Times:
@@ -25,9 +25,8 @@ class Times:
 def test_few_questions_start_no_actor() -> None:
     blocks = [{"block": number, "value": number + 1} for number in range(3)]
     schema = pa.schema([("block", pa.int64()), ("value", pa.int64())])
-    found = list(
-        map_blocks(Times, {"factor": 10}, blocks, schema, 3, ScaleConfig(in_process_below=4))
-    )
+    work = Work("multiply", Times, {"factor": 10}, blocks, texts=3, leaves_from=4, schema=schema)
+    found = list(OnRay(ScaleConfig()).run(work))
     assert [row["product"] for row in found] == [10, 20, 30]
     assert {row["pid"] for row in found} == {os.getpid()}
     assert not ray.is_initialized()
@@ -55,9 +54,6 @@ def test_a_failure_here_is_one_clear_error(
     raised: Exception, expected: tuple[type[Exception], str]
 ) -> None:
     schema = pa.schema([("block", pa.int64())])
+    work = Work("fail", Fails, {"error": raised}, [{"block": 0}], 1, 2, schema=schema)
     with pytest.raises(expected[0], match=expected[1]):
-        list(
-            map_blocks(
-                Fails, {"error": raised}, [{"block": 0}], schema, 1, ScaleConfig(in_process_below=2)
-            )
-        )
+        list(OnRay(ScaleConfig()).run(work))

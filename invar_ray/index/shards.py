@@ -27,8 +27,8 @@ from invar_ray.models.batching import EncodeStats
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder, open_tokenizer
 from invar_ray.models.precision import Precision, inference_device
 from invar_ray.schema import shard_schema
-from invar_ray.steps.previous import passage_digest
 from invar_ray.store.artifacts import Artifact, Store, resolve_uri
+from invar_ray.store.earlier import passage_digest
 
 Rows = npt.NDArray[np.int64]
 
@@ -55,7 +55,7 @@ class ShardTask:
         return self.start + len(self.rows)
 
     def to_row(self) -> dict[str, Any]:
-        """As a row for Ray Data."""
+        """As plain values."""
         return {
             "start": self.start,
             "stop": self.stop,
@@ -65,17 +65,10 @@ class ShardTask:
         }
 
     @staticmethod
-    def of_batch(batch: dict[str, Any], at: int) -> ShardTask:
-        """Row ``at`` of a Ray Data batch; with ``start`` and ``stop`` alone the passages of that
-        range.
-        """
-        start, stop = int(batch["start"][at]), int(batch["stop"][at])
-        if "rows" not in batch:
-            return ShardTask(start, np.arange(start, stop), np.full(stop - start, -1), "")
-        rows, reuse = (
-            np.frombuffer(bytes(batch[name][at]), np.int64) for name in ("rows", "reuse")
-        )
-        return ShardTask(start, rows, reuse, str(batch["input"][at]))
+    def of_row(row: dict[str, Any]) -> ShardTask:
+        """What :meth:`to_row` wrote."""
+        rows, reuse = (np.frombuffer(row[name], np.int64) for name in ("rows", "reuse"))
+        return ShardTask(int(row["start"]), rows, reuse, str(row["input"]))
 
 
 def input_hash(rows: Rows, contents: list[bytes]) -> str:
@@ -118,7 +111,7 @@ class PassageRows:
 
 
 class TokenizeShard:
-    """Ray Data actor on a CPU: adds the token ids of the passages to embed, so that the GPU does
+    """Adds the token ids of the passages to embed, so that the GPU does
     not wait for them.
     """
 
@@ -127,19 +120,17 @@ class TokenizeShard:
         self._passages = PassageRows(store.open(passages_ref, "passages"))
         self._tokenize = open_tokenizer(EncoderSpec.from_json(spec), store)
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Adds the columns ``tokens`` (int32, one after the other) and ``lengths``."""
-        tokens, lengths = [], []
-        for at in range(len(batch["start"])):
-            task = ShardTask.of_batch(batch, at)
-            ids = self._tokenize(_pairs(self._passages.take(task.rows[task.reuse < 0])))
-            tokens.append(np.asarray([token for row in ids for token in row], np.int32).tobytes())
-            lengths.append(np.asarray([len(row) for row in ids], np.int32).tobytes())
-        return {**batch, "tokens": tokens, "lengths": lengths}
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Adds ``tokens`` (int32, one after the other) and ``lengths``."""
+        task = ShardTask.of_row(row)
+        ids = self._tokenize(_pairs(self._passages.take(task.rows[task.reuse < 0])))
+        tokens = np.asarray([token for text in ids for token in text], np.int32)
+        lengths = np.asarray([len(text) for text in ids], np.int32)
+        return {**row, "tokens": tokens.tobytes(), "lengths": lengths.tobytes()}
 
 
 class EmbedShard:
-    """Ray Data actor: loads the encoder once, then turns passages into shard files.
+    """Loads the encoder once, then turns passages into shard files.
 
     A shard that stands is left as it is: Ray may hand a task out twice, e.g. after it lost a node.
     With ``own_process`` nothing else runs in this process, and its heap is set for encoding.
@@ -180,17 +171,13 @@ class EmbedShard:
         self._encoder.tokens_per_batch = scale.embed_tokens_per_batch
         self._started_cpu_s = time.process_time()
 
-    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """Make the shards of a batch; returns what it took, a row a shard."""
-        found = []
-        for at in range(len(batch["start"])):
-            task = ShardTask.of_batch(batch, at)
-            standing = read_entry(self._filesystem, f"{self._prefix}/{shard_name(task.start)}")
-            if standing is not None and task.input and standing["input"] == task.input:
-                found.append(self._report(len(task.rows), made=False))
-            else:
-                found.append(self._make(task, _tokens_of(batch, at)))
-        return {name: np.asarray([row[name] for row in found]) for name in found[0]}
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """Make a shard; returns what it took."""
+        task = ShardTask.of_row(row)
+        standing = read_entry(self._filesystem, f"{self._prefix}/{shard_name(task.start)}")
+        if standing is not None and standing["input"] == task.input:
+            return self._report(len(task.rows), made=False)
+        return self._make(task, _tokens_of(row))
 
     def _make(self, task: ShardTask, ids: list[list[int]] | None) -> dict[str, Any]:
         cpu, stats = (
@@ -318,10 +305,9 @@ def _pairs(table: pa.Table) -> list[tuple[str, str]]:
     )
 
 
-def _tokens_of(batch: dict[str, Any], at: int) -> list[list[int]] | None:
-    if "tokens" not in batch:
+def _tokens_of(row: dict[str, Any]) -> list[list[int]] | None:
+    if "tokens" not in row:
         return None
-    tokens = np.frombuffer(bytes(batch["tokens"][at]), np.int32)
-    lengths = np.frombuffer(bytes(batch["lengths"][at]), np.int32)
+    tokens, lengths = (np.frombuffer(row[name], np.int32) for name in ("tokens", "lengths"))
     ends = np.cumsum(lengths)
     return [tokens[end - length : end].tolist() for end, length in zip(ends, lengths, strict=True)]

@@ -1,0 +1,108 @@
+"""The service, started and stopped from the command line and from jobs."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+from invar_ray.answering.current import current_index, newest_generator
+from invar_ray.config import Config, ServeConfig
+from invar_ray.errors import MissingArtifactError, MixedArtifactsError
+from invar_ray.executor import OnRay
+from invar_ray.models.encoder import EncoderSpec
+from invar_ray.store.artifacts import Artifact, Store, open_artifact
+
+
+def serve_until_stopped(
+    config: Config, index_uri: str | None = None, generator_uri: str | None = None
+) -> None:
+    """Serve over HTTP until Ctrl-C; nothing is trained or embedded, and what can fail does so
+    before Ray starts.
+
+    Args:
+        config: where the store is, and how to serve.
+        index_uri: the index; ``None`` takes the current one of the store.
+        generator_uri: the generator; ``None`` takes the newest of the index's base.
+
+    Raises:
+        MissingArtifactError: the store lacks one of them.  MixedArtifactsError: if they have
+            different bases.
+        ConfigError: a key of the service is wrong.  ResourceError: the port is taken, or it does
+            not start.
+    """
+    index = (
+        open_artifact(index_uri, "index")
+        if index_uri
+        else current_index(Store(config.storage.root_uri))
+    )
+    generator = (
+        open_artifact(generator_uri, "generator") if generator_uri else newest_generator(index)
+    )
+    if generator is None:
+        raise MissingArtifactError(
+            f"{index.store.root_uri} has no generator of the base of {index.ref}",
+            action="train it (invar-ray train), or name one with --generator",
+        )
+    with OnRay(config.scale) as executor:
+        args = _service_args(index, generator, config.serve)
+        _service().check_start(args, config.serve.host, config.serve.port, joins=executor.joins)
+        executor.connect()
+        start_service(index, generator, config.serve, blocking=True)
+
+
+def start_service(
+    index: Artifact,
+    generator: Artifact,
+    serve: ServeConfig,
+    *,
+    blocking: bool = False,
+    log_level: str = "INFO",
+) -> str:
+    """Serve an index and a generator on the connected Ray; returns the address (after Ctrl-C, if
+    ``blocking``).
+
+    Raises:
+        MixedArtifactsError: if they have different bases.  ResourceError: if it does not start.
+    """
+    address: str = _service().start(
+        _service_args(index, generator, serve),
+        host=serve.host,
+        port=serve.port,
+        blocking=blocking,
+        log_level=log_level,
+    )
+    return address
+
+
+def _service_args(index: Artifact, generator: Artifact, serve: ServeConfig) -> Any:
+    encoder = EncoderSpec.from_json(index.info["encoder"])
+    if encoder.kind != "llm" or encoder.base.fingerprint != generator.info["base"]["fingerprint"]:
+        raise MixedArtifactsError(
+            f"{index.uri} was made with base {encoder.base.fingerprint}, {generator.uri} with base "
+            f"{generator.info['base']['fingerprint']}",
+            expected="an index and a generator of one base",
+            action="reindex with the generator's base, or train a generator on the index's",
+        )
+    # An adapter that was not trained here says nothing of an answer's length: the service's default
+    # holds.
+    length = {name: generator.info[name] for name in ("max_new_tokens",) if name in generator.info}
+    return _service().AppArgs(
+        index_uri=index.uri,
+        generator_uri=generator.uri,
+        retriever_replicas=serve.retriever_replicas,
+        generator_replicas=serve.generator_replicas,
+        num_gpus_per_replica=serve.num_gpus_per_replica,
+        num_cpus_per_replica=serve.num_cpus_per_replica,
+        top_k=serve.top_k,
+        **length,
+    )
+
+
+def stop_service() -> None:
+    """Stop what :func:`start_service` started."""
+    _service().stop()
+
+
+def _service() -> Any:
+    # serve/ is a top level package of its own, above this one: it is started by name.
+    return importlib.import_module("serve.app")

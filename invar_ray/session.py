@@ -1,0 +1,150 @@
+"""Ray for the length of a run: the cluster that is there, or a local one."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import tempfile
+import threading
+import warnings
+from collections.abc import Iterator
+
+import ray
+
+from invar_ray.config import ScaleConfig
+
+_WORKER_ENV = {
+    "OMP_NUM_THREADS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Batches of ever other shapes leave glibc's heap full of holes: large blocks go back to the
+    # system when freed.
+    "MALLOC_MMAP_THRESHOLD_": "1048576",
+    "MALLOC_ARENA_MAX": "2",
+    # Libraries' own progress bars and notices would drown a run's.
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
+}
+
+
+def quieten_worker() -> None:
+    """Runs first in each worker of a local Ray: drops a warning a second that its dashboard, which
+    is off, would prevent, and Ray Train's own line for each report.
+    """
+    place = "ray.train.v2._internal.execution"
+    logging.getLogger(f"{place}.controller.placement_group_cleaner").setLevel(logging.ERROR)
+    logging.getLogger(f"{place}.context").setLevel(logging.WARNING)
+
+
+def quieten_libraries() -> None:
+    """For entry points: no progress bars and deprecation notices of other libraries between a run's
+    own lines.
+    """
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it speaks of every oddity that it mends
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
+
+
+@contextlib.contextmanager
+def _own_sigterm() -> Iterator[None]:
+    """Keep the entry point's SIGTERM handler: Ray puts its own there, which exits with 15 and says
+    nothing.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    mine = callable(handler) and threading.current_thread() is threading.main_thread()
+    try:
+        yield
+    except SystemExit as error:
+        if mine and error.code == signal.SIGTERM:
+            raise KeyboardInterrupt from None
+        raise
+    finally:
+        if mine:
+            signal.signal(signal.SIGTERM, handler)
+
+
+@contextlib.contextmanager
+def _no_token_notice() -> Iterator[None]:
+    """Drop Ray's warning that it asks its clients for a token (it lies in ``~/.ray/auth_token``): a
+    local Ray has none but those of the README, which speaks of it.
+    """
+    logger = logging.getLogger("ray._private.authentication.authentication_token_setup")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+class RaySession:
+    """Connects to Ray when first needed, and stops what it started.
+
+    With ``scale.ray_address`` or the environment's ``RAY_ADDRESS`` (set inside ``ray job submit``)
+    it joins that cluster and leaves it running; otherwise it starts a local Ray with its own ports
+    and folder, on loopback, and stops it at the end.
+    """
+
+    def __init__(self, scale: ScaleConfig) -> None:
+        self._scale = scale
+        self._started = False
+        self._folder: str | None = None
+
+    @property
+    def joins(self) -> bool:
+        """Whether it joins a cluster instead of starting a Ray of its own."""
+        return self._scale.ray_address is not None or bool(os.environ.get("RAY_ADDRESS"))
+
+    def ensure(self) -> None:
+        """Connect unless connected."""
+        if ray.is_initialized():
+            return
+        # 60 s, Ray's default, is exceeded on loaded machines; the controller reads it from this
+        # environment.
+        os.environ.setdefault(
+            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(self._scale.worker_timeout_s)
+        )
+        address = self._scale.ray_address or os.environ.get("RAY_ADDRESS")
+        with _own_sigterm(), _no_token_notice():
+            if address:
+                ray.init(address=address, ignore_reinit_error=True, log_to_driver=True)
+            else:
+                self._start_local()
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        self._started = True
+
+    def _start_local(self) -> None:
+        self._folder = tempfile.mkdtemp(prefix="invar-ray-")
+        ray.init(
+            address="local",  # never one that somebody else left an address of
+            num_cpus=self._scale.local_num_cpus,
+            include_dashboard=False,
+            log_to_driver=True,
+            logging_level="warning",
+            _temp_dir=self._folder,
+            runtime_env={
+                "env_vars": _WORKER_ENV
+                | ({} if self._scale.use_gpu else {"DS_ACCELERATOR": "cpu"}),
+                "worker_process_setup_hook": "invar_ray.session.quieten_worker",
+            },
+        )
+
+    def close(self) -> None:
+        """Disconnect, and stop a Ray that :meth:`ensure` started."""
+        if (
+            self._started or self._folder is not None
+        ):  # also where ray.init was interrupted half way
+            ray.shutdown()
+            self._started = False
+        if self._folder is not None:
+            shutil.rmtree(self._folder, ignore_errors=True)
+            self._folder = None
