@@ -30,7 +30,7 @@ from ablation_data import SPLITS, EvalSet, ablation_config, eval_set, prepare
 from ablation_measure import DEPTH, OVERLAP_K, QUESTION_FIELDS, measure, question_values
 from ablation_train import SYSTEMS, train, used_settings
 
-from invar_ray.config import Config, RetrieverConfig, to_dict
+from invar_ray.config import Config, ExperimentalRetriever, RetrieverConfig, to_dict
 from invar_ray.evaluation.metrics import recall_at_k
 from invar_ray.evaluation.variance import Family, overlap_at_k, summarise_families
 from invar_ray.models.encoder import Encoder
@@ -147,8 +147,8 @@ def _key(arguments: argparse.Namespace, config: Config, name: str) -> str:
     again.
     """
     system = SYSTEMS[name]
-    settings = to_dict(used_settings(system, config))
-    plain = to_dict(RetrieverConfig())
+    settings = to_dict(used_settings(system, config)) | to_dict(config.experimental.retriever)
+    plain = to_dict(RetrieverConfig()) | to_dict(ExperimentalRetriever())
     unused = (
         []
         if system.invariance

@@ -27,7 +27,7 @@ NUM_REWORDINGS = 2
 SPLITS = ("heldout", "nq", "squad", "squad_rules")
 # What one CPU core trains in some ten minutes a run.
 OVERRIDES = (
-    "model.tiny.num_layers=2",
+    "experimental.model.tiny.num_layers=2",
     "model.query_max_tokens=32",
     "model.passage_max_tokens=64",
     "corpus.chunk_tokens=52",
@@ -36,7 +36,6 @@ OVERRIDES = (
     "variants.provider=rules",
     "variants.num_rewrites=2",
     "variants.num_windows=1",
-    "evaluation.provider=rules",
     "retriever.global_batch_size=32",
     "retriever.num_hard_negatives=1",
     "retriever.steps=150",

@@ -20,7 +20,7 @@ from invar_ray.pipeline import Pipeline
 from invar_ray.store.artifacts import Artifact
 from invar_ray.training.objective import invariance_weight
 from invar_ray.training.retriever_stage import RetrieverStage
-from invar_ray.training.schedule import learning_rate
+from invar_ray.training.schedule import MAX_GRAD_NORM, WEIGHT_DECAY, learning_rate
 from invar_ray.training.stage import Forward
 
 GROUP_TOKENS = 1536
@@ -87,9 +87,7 @@ def train(
         _keep_anchors(stage)
     parameters = [parameter for parameter in stage.module.parameters() if parameter.requires_grad]
     forward = _by_length(stage.module)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=settings.optimizer.weight_decay
-    )
+    optimizer = torch.optim.AdamW(parameters, lr=0.0, betas=(0.9, 0.999), weight_decay=WEIGHT_DECAY)
     stage.module.train()
     log.parent.mkdir(parents=True, exist_ok=True)
     started = time.monotonic()
@@ -105,9 +103,7 @@ def train(
                     stage, settings.invariance_temperature, once.again, step
                 )
             loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(
-                parameters, settings.optimizer.max_grad_norm or float("inf")
-            )
+            norm = torch.nn.utils.clip_grad_norm_(parameters, MAX_GRAD_NORM)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(settings.optimizer, step, stage.steps)
             optimizer.step()
@@ -163,9 +159,8 @@ def _at_temperature(
 ) -> Tensor:
     """The stage's loss, contrastive alone here, of the same batch at another temperature."""
     own = stage.config
-    stage.config = replace(
-        own, retriever=replace(own.retriever, contrastive_temperature=temperature)
-    )
+    extra = replace(own.experimental.retriever, contrastive_temperature=temperature)
+    stage.config = replace(own, experimental=replace(own.experimental, retriever=extra))
     loss, _ = stage.loss(forward, step)
     stage.config = own
     return loss

@@ -34,7 +34,7 @@ import torch
 from invar_ray.config import load_config
 from invar_ray.corpus import facts
 from invar_ray.index.blocks import read_vectors
-from invar_ray.models.encoder import coarse_spec
+from invar_ray.models.encoder import COARSE_MAX_TOKENS, coarse_spec
 from invar_ray.models.minilm import CoarseEncoder
 from invar_ray.models.tiny import minilm_folder
 from invar_ray.pipeline import Pipeline
@@ -142,7 +142,6 @@ def against_loop(texts: list[str], workers: int) -> dict[str, Any]:
                 f"scale.shard_rows={SHARD_ROWS}",
                 f"scale.embed_workers={workers}",
                 "scale.cpus_per_worker=1",
-                f"scale.local_num_cpus={workers + 2}",
             ],
         )
         with Pipeline(config) as pipeline:
@@ -154,7 +153,7 @@ def against_loop(texts: list[str], workers: int) -> dict[str, Any]:
         )
         cpu = vectors.info["usage"]["cpu_s"]
         encoder = CoarseEncoder(
-            "builtin:minilm", config.coarse.max_tokens, coarse_spec(config.coarse).fingerprint
+            "builtin:minilm", COARSE_MAX_TOKENS, coarse_spec(config.coarse).fingerprint
         )
         encoder.tokens_per_batch = config.scale.embed_tokens_per_batch
         pairs = [("", text) for text in texts]

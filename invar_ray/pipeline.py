@@ -16,6 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
+from invar_ray.answering.fusion import QUERY_REWRITES
 from invar_ray.config import Config
 from invar_ray.errors import ArtifactError
 from invar_ray.evaluation.report import Report, read_report, write_report
@@ -41,6 +42,9 @@ from invar_ray.steps.hits import PLAIN, SearchMode
 from invar_ray.steps.report import SYSTEM_NAMES, Change
 from invar_ray.store.artifacts import Artifact, Building, Plan, Store, open_artifact
 from invar_ray.store.earlier import earlier_passages
+
+WINDOW_TOKENS = 64
+"""For the cause of variance `window`: passage length of the other cut."""
 
 
 class Pipeline:
@@ -118,7 +122,7 @@ class Pipeline:
     @cached_property
     def _recut(self) -> Artifact:
         """The corpus in other windows: passages of another length."""
-        length = self.config.evaluation.window_tokens
+        length = WINDOW_TOKENS
         corpus = replace(self.config.corpus, chunk_tokens=length, chunk_stride=length)
         return self._cut(
             f"passages, windows of {length} tokens", replace(self.config, corpus=corpus)
@@ -218,7 +222,7 @@ class Pipeline:
         changes = [
             Change(SYSTEM_NAMES[name], cause, changed)
             for name in evaluation.systems
-            for cause in evaluation.causes
+            for cause in self.config.experimental.evaluation.causes
             if name in {"base", "stage1"}
             and (changed := self._changed_hits(name, cause)) is not None
         ]
@@ -260,7 +264,7 @@ class Pipeline:
         encoder, _, fused = system.partition("_")
         if encoder == "bm25":
             plan = hits.bm25_plan(
-                self.config, self.passages, self.questions, "dev", self.config.evaluation.top_k
+                self.passages, self.questions, "dev", self.config.evaluation.top_k
             )
             return self._step(
                 "hits of dev questions by BM25",
@@ -274,11 +278,7 @@ class Pipeline:
                 hits.fused_plan(system, parts, "dev", self.config.evaluation.top_k),
                 lambda building: hits.build_fused(building, parts),
             )
-        mode = (
-            SearchMode(num_rewrites=self.config.evaluation.query_rewrites)
-            if fused == "rewrites"
-            else PLAIN
-        )
+        mode = SearchMode(num_rewrites=QUERY_REWRITES) if fused == "rewrites" else PLAIN
         return self.hits(self._index_named(encoder), "dev", mode)
 
     def _changed_hits(self, system: str, cause: str) -> Artifact | None:
@@ -324,9 +324,9 @@ class Pipeline:
             return self.coarse_index
         if wanted.encoder == "base":
             return self.base_index
-        if wanted.adapter_uri is not None:
-            return self.index_with(open_artifact(wanted.adapter_uri, "retriever"))
-        return self.index
+        if wanted.encoder == "retriever":
+            return self.index
+        return self.index_with(open_artifact(wanted.encoder, "retriever"))
 
     def index_with(self, adapter: Artifact) -> Artifact:
         """An index of this run's passages under a given stage-1 adapter."""
@@ -334,7 +334,7 @@ class Pipeline:
 
     def _spec_of(self, adapter: Artifact) -> EncoderSpec:
         """The encoder of a stage-1 adapter, its vectors cut where the config says so."""
-        size = self.config.index.dimensions
+        size = self.config.experimental.index.dimensions
         trained = adapter.manifest.config.get("retriever", {}).get("matryoshka_dims", ())
         if size is not None and size not in trained:
             self._say(

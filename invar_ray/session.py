@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import shutil
 import signal
@@ -16,6 +17,12 @@ import ray
 
 from invar_ray.config import ScaleConfig
 
+_WORKERS_START_S = "300"
+"""How long to wait for training workers to start, in seconds; 60, Ray's default, is exceeded on
+loaded machines."""
+_LOCAL_CPUS = 4
+"""Fewest logical CPUs of a local Ray (Ray schedules by these numbers; they may exceed the machine's
+cores)."""
 _WORKER_ENV = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -107,11 +114,8 @@ class RaySession:
         """Connect unless connected."""
         if ray.is_initialized():
             return
-        # 60 s, Ray's default, is exceeded on loaded machines; the controller reads it from this
-        # environment.
-        os.environ.setdefault(
-            "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(self._scale.worker_timeout_s)
-        )
+        # Ray Train's controller reads it from this environment.
+        os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", _WORKERS_START_S)
         address = self._scale.ray_address or os.environ.get("RAY_ADDRESS")
         with _own_sigterm(), _no_token_notice():
             if address:
@@ -126,7 +130,7 @@ class RaySession:
         self._folder = tempfile.mkdtemp(prefix="invar-ray-")
         ray.init(
             address="local",  # never one that somebody else left an address of
-            num_cpus=self._scale.local_num_cpus,
+            num_cpus=_local_cpus(self._scale),
             include_dashboard=False,
             log_to_driver=True,
             logging_level="warning",
@@ -148,3 +152,10 @@ class RaySession:
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+
+def _local_cpus(scale: ScaleConfig) -> int:
+    """Logical CPUs of a local Ray: what the workers ask for, and two for what feeds them."""
+    training = scale.num_workers if isinstance(scale.num_workers, int) else scale.num_workers[1]
+    workers = max(training, scale.most_embed_workers)
+    return max(_LOCAL_CPUS, math.ceil(workers * scale.cpus_per_worker) + 2)

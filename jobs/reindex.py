@@ -1,8 +1,8 @@
 r"""Bring the index up to the corpus: read, cut, embed what is new or changed, build.  Run it again
 after a kill.
 
-``index.encoder`` says with what: ``retriever`` (the base with the stage-1 adapter of
-``index.adapter_uri``, or this run's own, trained first if it is missing), ``base`` or ``minilm``.
+``index.encoder`` says with what: ``retriever`` (the base with this run's stage-1 adapter, trained
+first if it is missing), ``base``, ``minilm``, or the URI of a stage-1 adapter that stands already.
 Where an earlier version stands that the same encoder made, only new and changed passages are
 embedded (``scale.incremental=false`` embeds all).
 

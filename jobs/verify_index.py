@@ -55,11 +55,12 @@ def newest(store: Store, config: Config) -> Artifact:
     Raises:
         MissingArtifactError: there is none.
     """
+    # The index of an adapter that a URI names is called as that of the run's own.
+    name = "retriever" if "/" in config.index.encoder else config.index.encoder
 
     def fits(index: Artifact) -> bool:
         passages = index.manifest.parents.get("passages", "")
-        of_config = passages.startswith(f"passages/{config.name}-")
-        return of_config and index.manifest.name == config.index.encoder
+        return index.manifest.name == name and passages.startswith(f"passages/{config.name}-")
 
     found = store.newest("index", fits)
     if found is not None:

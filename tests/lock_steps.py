@@ -26,13 +26,18 @@ KINDS = (
     "base passages questions vectors index trainset retriever hits readings generator report"
 ).split()
 NOT_CONTENT = (
-    "invar_ray.config",  # its values are in the fingerprints
     "invar_ray.console",
     "invar_ray.errors",
     "invar_ray.executor",  # where it runs
     "invar_ray.heap",
     "invar_ray.session",
     "invar_ray.evaluation.plots",
+    *(
+        f"invar_ray.config.{name}"  # its values are in the fingerprints
+        for name in (
+            "corpus experimental faults fields load measuring models run scale training".split()
+        )
+    ),
     *(
         f"invar_ray.store.{name}"  # keeps what steps make, with a schema version of its own
         for name in "artifacts conditional files garbage manifest publication published".split()

@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import uvicorn
 
-from invar_ray.config import Config, ModelConfig, TinyConfig
+from invar_ray.config import Config, ExperimentalConfig, ExperimentalModel, ModelConfig, TinyConfig
 from invar_ray.index.build import build_index
 from invar_ray.index.probes import write_probes
 from invar_ray.models.adapters import new_adapter, save_adapter
@@ -71,10 +71,12 @@ class Artifacts:
 def make_artifacts(folder: Path) -> Artifacts:
     """A one-layer base, Flat indexes over its vectors, and an untrained generator adapter."""
     store = Store(str(folder))
-    model_config = ModelConfig(
-        tiny=TinyConfig(num_layers=1, num_heads=6, intermediate_size=32), pooling="mean"
+    tiny_config = TinyConfig(num_layers=1, num_heads=6, intermediate_size=32)
+    config = dataclasses.replace(
+        Config(),
+        model=ModelConfig(pooling="mean"),
+        experimental=ExperimentalConfig(model=ExperimentalModel(tiny=tiny_config)),
     )
-    config = dataclasses.replace(Config(), model=model_config)
     tiny, _ = store.get_or_build(base_plan(config), lambda building: build_base(building, config))
     base = resolve_base(config.model, tiny)
     spec = llm_spec(config.model, base)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from invar_ray.answering.retriever import Passages
-from invar_ray.config import Config, LoraConfig, TinyConfig, load_config
+from invar_ray.config import Config, ExperimentalRetriever, LoraConfig, TinyConfig, load_config
 from invar_ray.executor import Here
 from invar_ray.index.probes import write_probes
 from invar_ray.index.shards import EmbedShard, ShardTask
@@ -134,14 +134,26 @@ def small_config(folder: Path, *overrides: str) -> Config:
             f"storage.root_uri={folder / 'runs'}",
             "corpus.chunk_tokens=48",
             "corpus.chunk_stride=48",
-            f"model.tiny.num_layers={TINY.num_layers}",
-            f"model.tiny.intermediate_size={TINY.intermediate_size}",
-            "index.num_probes=4",
+            f"experimental.model.tiny.num_layers={TINY.num_layers}",
+            f"experimental.model.tiny.intermediate_size={TINY.intermediate_size}",
             "scale.shard_rows=18",
             "retriever.num_hard_negatives=2",
-            "retriever.mining_depth=8",
+            "experimental.retriever.mining_depth=8",
             *overrides,
         ],
+    )
+
+
+def with_retriever(config: Config, **settings: Any) -> Config:
+    """The config with some of stage 1's settings changed, each in the section that it stands in."""
+    of_extra = {entry.name for entry in fields(ExperimentalRetriever)} & settings.keys()
+    plain = {key: value for key, value in settings.items() if key not in of_extra}
+    extra = {key: settings[key] for key in of_extra}
+    retriever = replace(config.experimental.retriever, **extra)
+    return replace(
+        config,
+        retriever=replace(config.retriever, **plain),
+        experimental=replace(config.experimental, retriever=retriever),
     )
 
 

@@ -12,6 +12,8 @@ from invar_ray.questions.rules import RuleRewriter
 from invar_ray.schema import Example, Hit
 from invar_ray.text.stable import stable_hash
 
+QUERY_REWRITES = 2
+"""Rewordings at query time that a report's rows ``*_rewrites`` fuse."""
 RANK_CONSTANT = 60
 """k of reciprocal rank fusion (published: 60)."""
 

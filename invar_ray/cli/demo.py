@@ -19,6 +19,7 @@ from invar_ray.cli.documents import describe_index
 from invar_ray.cli.serving import start_service, stop_service
 from invar_ray.config import Config
 from invar_ray.corpus.sources import BUILTIN_FACTS
+from invar_ray.evaluation.metrics import OVERLAP_K
 from invar_ray.evaluation.page import findings
 from invar_ray.evaluation.report import write_report
 from invar_ray.evaluation.tables import render_tables
@@ -52,8 +53,8 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
         folder = (
             Path(pipeline.store.root) if pipeline.store.is_local else Path("runs") / config.name
         )
-        print(f"\n{render_tables(report.rows, config.evaluation.overlap_k)}\n")
-        print("".join(f"{text}\n" for text in findings(report, config.evaluation.overlap_k)))
+        print(f"\n{render_tables(report.rows, OVERLAP_K)}\n")
+        print("".join(f"{text}\n" for text in findings(report, OVERLAP_K)))
         asked = question or _default_question(pipeline)
         pipeline.executor.connect()
         try:

@@ -369,13 +369,14 @@ def check_model(base: str) -> list[Check]:
     folder = Path(base).expanduser()
     if folder.is_dir():
         return [_check_folder(folder)]
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", base):
+    name = base.partition("@")[0]  # a commit may stand behind it
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         action = (
             "name builtin:smollm2, an existing folder or a Hugging Face model such as "
             "HuggingFaceTB/SmolLM2-135M"
         )
         return [Check("model", "fail", f"{base}: no folder and no model name", action)]
-    return [_check_hub(base)]
+    return [_check_hub(name)]
 
 
 def check_ray() -> list[Check]:

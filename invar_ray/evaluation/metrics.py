@@ -13,6 +13,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 
 from invar_ray.text.answers import contains_answer, normalise_answer
 
+OVERLAP_K = 5
+"""k of overlap@k in reports."""
+
 
 def first_ranks(ids: Iterable[str]) -> list[str]:
     """``ids`` without repeats, each at its best rank."""

@@ -56,19 +56,15 @@ class Limits:
     def of(settings: IndexConfig) -> Limits:
         """The limits of a config."""
         memory = None if settings.max_memory_mb is None else int(settings.max_memory_mb * 1e6)
-        return Limits(
-            settings.recall_target, memory, settings.max_latency_ms, settings.recall_queries
-        )
+        return Limits(settings.recall_target, memory, settings.max_latency_ms)
 
 
 def index_settings(settings: IndexConfig) -> dict[str, Any]:
     """What of a config decides an index, for its plan."""
-    measured = settings.factory == AUTO or settings.recall_target is not None
     return {
         "factory": settings.factory,
         "num_lists_searched": settings.num_lists_searched if "IVF" in settings.factory else None,
         "recall_target": settings.recall_target,
-        "recall_queries": settings.recall_queries if measured else None,
         "max_memory_mb": settings.max_memory_mb,
         "max_latency_ms": settings.max_latency_ms,
     }

@@ -27,6 +27,10 @@ from invar_ray.store.earlier import (
     passage_digest,
 )
 
+COMPACT_ABOVE = 0.2
+"""Share of vectors of deleted or changed passages (tombstones) above which a new version of the
+vectors is written compact; below, it keeps the files of the version before and adds its own.  Which
+vectors count is the same."""
 _READ_ROWS = 8192
 
 
@@ -91,7 +95,7 @@ def make_layout(
     fresh = np.flatnonzero(found < 0)
     kept = len(fresh) < count
     dead_share = dead / max(1, size + len(fresh))
-    append = earlier is not None and kept and dead_share <= config.scale.compact_above
+    append = earlier is not None and kept and dead_share <= COMPACT_ABOVE
     if earlier is not None:
         how = (
             "appended to its shards"

@@ -16,6 +16,8 @@ from invar_ray.models.encoder import EncoderSpec, TextEncoder
 from invar_ray.schema import vector_schema
 from invar_ray.store.artifacts import Artifact
 
+NUM_PROBES = 64
+"""Texts that are stored with an index, or all where it has fewer."""
 PROBE_TOLERANCE = 1e-3
 """A probe's cosine with its stored vector must be at least 1 minus this, in the precision that the
 index was made in: other batch shapes and devices stay well within, the other precision may not (30

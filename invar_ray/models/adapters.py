@@ -29,16 +29,22 @@ _NAME = "default"
 
 
 def new_adapter(
-    base: PreTrainedModel, config: LoraConfig, seed: int, *, num_layers: int | None = None
+    base: PreTrainedModel,
+    config: LoraConfig,
+    seed: int,
+    *,
+    num_layers: int | None = None,
+    first_layer: int = 0,
 ) -> PeftModel:
     """Put a fresh LoRA adapter on ``base`` (in place) and freeze everything else.
 
     Args:
         base: the model.
-        config: rank, scale, target modules and layers.
+        config: rank, scale and target modules.
         seed: of the weights.
         num_layers: where ``base`` is only the first layers of its model: how many, so that the
             folder fits the whole model, too.
+        first_layer: layers below this one (counted from 0) get none.
 
     Raises:
         ModelError: if the base has none of the target modules, or no layer ``first_layer``.
@@ -49,7 +55,7 @@ def new_adapter(
         lora_dropout=config.dropout,
         target_modules=list(config.target_modules),
         task_type="CAUSAL_LM",
-        layers_to_transform=_layers(base, config.first_layer, num_layers),
+        layers_to_transform=_layers(base, first_layer, num_layers),
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -69,9 +75,9 @@ def _layers(base: PreTrainedModel, first: int, count: int | None) -> list[int] |
     last = int(base.config.num_hidden_layers) if count is None else count
     if not 0 <= first < last:
         raise ModelError(
-            f"lora.first_layer is {first}",
+            f"first_layer is {first}",
             expected=f"0 to {last - 1}: {type(base).__name__} has {last} layers",
-            action="lower retriever.lora.first_layer or generator.lora.first_layer",
+            action="lower generator.first_layer",
         )
     return list(range(first, last))
 

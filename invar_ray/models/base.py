@@ -67,6 +67,14 @@ class BaseRef:
         return self.location
 
 
+def name_and_revision(base: str) -> tuple[str, str | None]:
+    """A base's name and, for a hub name with an ``@``, the commit behind it."""
+    if Path(base).expanduser().is_dir():
+        return base, None
+    name, _, commit = base.partition("@")
+    return name, commit or None
+
+
 def resolve_base(config: ModelConfig, built: Artifact | None) -> BaseRef:
     """Find the base without loading it.
 
@@ -94,9 +102,8 @@ def resolve_base(config: ModelConfig, built: Artifact | None) -> BaseRef:
             f"no folder {config.base!r}",
             expected="a folder with config.json, tokenizer and safetensors",
         )
-    return BaseRef(
-        config.base, config.revision, digest({"name": config.base, "revision": config.revision})
-    )
+    name, revision = name_and_revision(config.base)
+    return BaseRef(name, revision, digest({"name": name, "revision": revision}))
 
 
 def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:

@@ -36,6 +36,8 @@ from invar_ray.text.prompts import format_passage, format_query
 from invar_ray.text.tokens import text_ids
 
 PROJECTION_FILE = "projection.safetensors"
+COARSE_MAX_TOKENS = 256
+"""Longest input of the coarse encoder in tokens: the limit on MiniLM's model card."""
 
 MERGE_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2}
 """Merging an adapter may change a vector's cosine with what the unmerged one gives by this much.
@@ -148,8 +150,8 @@ def coarse_spec(config: CoarseConfig) -> EncoderSpec:
         projection_dim=None,
         query_prefix="",
         passage_prefix="",
-        query_max_tokens=config.max_tokens,
-        passage_max_tokens=config.max_tokens,
+        query_max_tokens=COARSE_MAX_TOKENS,
+        passage_max_tokens=COARSE_MAX_TOKENS,
     )
 
 
@@ -292,7 +294,7 @@ class BiEncoder(nn.Module):
             raise ModelError(
                 f"{dimensions} values of each vector are to be kept, and it has {whole}",
                 expected=f"1 to {whole}",
-                action="set index.dimensions accordingly",
+                action="set experimental.index.dimensions accordingly",
             )
         self.dimension = dimensions or whole
 

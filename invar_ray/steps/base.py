@@ -17,7 +17,7 @@ VERSION = 1
 
 def plan(config: Config) -> Plan:
     """The artifact of a built-in base (``config.model.base`` is one of :data:`BUILTIN`)."""
-    seeded: dict[str, Any] = {"tiny": to_dict(config.model.tiny), "seed": config.seed}
+    seeded: dict[str, Any] = {"tiny": to_dict(config.experimental.model.tiny), "seed": config.seed}
     smollm2 = config.model.base == SMOLLM2
     return Plan(
         kind="model",
@@ -36,7 +36,7 @@ def build(building: Building, config: Config) -> None:
     if config.model.base == SMOLLM2:
         model, tokenizer = load_smollm2()
     else:
-        model, tokenizer = build_tiny(config.model.tiny, config.seed)
+        model, tokenizer = build_tiny(config.experimental.model.tiny, config.seed)
     model.save_pretrained(building.path)
     tokenizer.save_pretrained(building.path)
     building.info["parameters"] = sum(parameter.numel() for parameter in model.parameters())

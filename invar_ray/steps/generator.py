@@ -18,8 +18,8 @@ def plan(config: Config, base: BaseRef, readings: Artifact) -> Plan:
         name=config.name,
         config={
             "base": base.fingerprint,
-            "generator": to_dict(config.generator),
-            "quantize": config.model.quantize,
+            "generator": to_dict(config.generator) | to_dict(config.experimental.generator),
+            "quantize": config.experimental.model.quantize,
             "precision": config.model.precision,
             "seed": config.seed,
         },

@@ -149,7 +149,7 @@ def build(
         texts=len(examples),
         leaves_from=scale.in_process_below,
         schema=_BLOCK,
-        workers=(scale.embed_workers, scale.embed_workers),
+        workers=(scale.fewest_embed_workers, scale.fewest_embed_workers),
         num_cpus=scale.cpus_per_worker,
         num_gpus=scale.embed_gpus_per_worker,
     )
@@ -256,16 +256,9 @@ def plain_hit(hit: Hit) -> dict[str, Any]:
     return {entry.name: getattr(hit, entry.name) for entry in HIT_TYPE}
 
 
-def bm25_plan(
-    config: Config, passages: Artifact, questions: Artifact, split: str, top_k: int
-) -> Plan:
+def bm25_plan(passages: Artifact, questions: Artifact, split: str, top_k: int) -> Plan:
     """What BM25 finds for a split's questions."""
-    settings = {
-        "split": split,
-        "top_k": top_k,
-        "k1": config.evaluation.bm25_k1,
-        "b": config.evaluation.bm25_b,
-    }
+    settings = {"split": split, "top_k": top_k}
     parents = {"passages": passages, "questions": questions}
     return Plan("hits", f"bm25-{split}", settings, parents, VERSION)
 
@@ -274,7 +267,7 @@ def build_bm25(building: Building, passages: Artifact, questions: Artifact) -> N
     """Search every wording of every question with BM25."""
     settings = building.plan.config
     examples, families = load_wordings(questions, settings["split"])
-    retriever = Bm25Retriever(Passages(passages), k1=settings["k1"], b=settings["b"])
+    retriever = Bm25Retriever(Passages(passages))
     hits = [retriever.retrieve(families[example.id], settings["top_k"]) for example in examples]
     write_hits(
         building,

@@ -46,6 +46,6 @@ def build(
         config.index.factory,
         config.index.num_lists_searched,
         limits=Limits.of(config.index),
-        workers=config.scale.index_workers,
+        workers=config.scale.cpu_workers or 1,
         say=say,
     )

@@ -97,7 +97,7 @@ def build(
         config: the run.
         tokenizer: of the base.
         questions: the run's, where ``corpus.distractors`` is set.
-        executor: cuts, on ``scale.cut_workers`` tasks of Ray where there are any; the passages are
+        executor: cuts, on ``scale.cpu_workers`` tasks of Ray where there are any; the passages are
             the same.
         earlier: passages of a version before, cut by the same settings: its documents that are the
             same now are cut where they were, without a tokenizer.
@@ -114,7 +114,7 @@ def build(
         (batch, before.spans(batch) if before else [None] * len(batch))
         for batch in batched(_kept(config, questions, log), _BATCH)
     )
-    cut_batches = executor.in_order(cut.pair, batches, config.scale.cut_workers)
+    cut_batches = executor.in_order(cut.pair, batches, config.scale.cpu_workers or 0)
     progress = Progress("read and cut", 0, "passages")
     files: set[str] = set()
     with (

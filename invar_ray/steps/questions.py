@@ -31,7 +31,7 @@ VERSION = 2
 CONTAMINATION = "contamination.json"
 Split = Literal["train", "dev"]
 _DEV_SEED_OFFSET = 1_000_003
-_NOT_OURS = {"endpoint_key_env", "num_windows"}  # a secret's name; a setting of the training set
+_NOT_OURS = {"num_windows"}  # a setting of the training set
 
 
 def plan(config: Config) -> Plan:
@@ -40,12 +40,8 @@ def plan(config: Config) -> Plan:
         "train": source_digest(config.questions.train_uri),
         "dev": source_digest(config.questions.dev_uri),
     }
-    for key, uri in {
-        "variants": config.variants.file_uri,
-        "evaluation": config.evaluation.file_uri,
-    }.items():
-        if uri is not None:
-            sources[key] = source_digest(uri)
+    if config.variants.provider == "file" and config.variants.uri is not None:
+        sources["variants"] = source_digest(config.variants.uri)
     return Plan(
         kind="questions",
         name=config.name,
@@ -57,10 +53,7 @@ def plan(config: Config) -> Plan:
             "variants": {
                 key: value for key, value in asdict(config.variants).items() if key not in _NOT_OURS
             },
-            "evaluation": {
-                "provider": config.evaluation.provider,
-                "num_rewrites": config.evaluation.num_rewrites,
-            },
+            "evaluation": {"num_rewrites": config.evaluation.num_rewrites},
             "seed": config.seed,
             "near_duplicates": config.questions.near_duplicates,
         },
@@ -85,14 +78,15 @@ def build(building: Building, config: Config) -> None:
     )
     train_rewriter = make_rewriter(
         provider=variants.provider,
-        file_uri=variants.file_uri,
-        endpoint_url=variants.endpoint_url,
+        uri=variants.uri,
         endpoint_model=variants.endpoint_model,
-        endpoint_key_env=variants.endpoint_key_env,
         cache_path=cache,
     )
-    dev_rewriter = make_rewriter(
-        provider=config.evaluation.provider, file_uri=config.evaluation.file_uri
+    # Dev rewordings are the same for everybody who evaluates on these questions: no endpoint.
+    dev_rewriter = (
+        make_rewriter(provider="rules")
+        if variants.provider == "endpoint"
+        else make_rewriter(provider=variants.provider, uri=variants.uri)
     )
     dev_rows = _reword(
         dev, dev_rewriter, config.evaluation.num_rewrites, config.seed + _DEV_SEED_OFFSET

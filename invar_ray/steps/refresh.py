@@ -33,7 +33,7 @@ NAME = "refresh"
 def refresh_negatives(
     config: Config, root_uri: str, adapter_ref: str, trainset_ref: str, current_ref: str
 ) -> dict[str, Any]:
-    """Embed the corpus (or the part that ``retriever.refresh_share`` names) with an adapter and
+    """Embed the corpus (or the part that ``refresh_share`` names) with an adapter and
     mine anew.
 
     What stands already is taken: a job that was cut off goes on.
@@ -111,7 +111,7 @@ def _part(config: Config, passages: Artifact, trainset: Artifact) -> Artifact:
     """The passages that are embedded: all, or an artifact of a sample with all that a training set
     holds.
     """
-    share = config.retriever.refresh_share
+    share = config.experimental.retriever.refresh_share
     if share >= 1.0:
         return passages
     plan = Plan(

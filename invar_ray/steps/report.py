@@ -31,6 +31,7 @@ from invar_ray.evaluation.measure import (
     ranked_documents,
     retrieval_columns,
 )
+from invar_ray.evaluation.metrics import OVERLAP_K
 from invar_ray.evaluation.outcome import Outcome, compare_systems, write_outcome
 from invar_ray.evaluation.per_question import QuestionTable
 from invar_ray.evaluation.report import Row
@@ -46,15 +47,8 @@ from invar_ray.store.artifacts import Artifact, Building, Plan
 
 VERSION = 6
 _NOT_IN_PLAN = {
-    *("file_uri", "provider", "num_rewrites"),  # they are in the questions
-    *(
-        "systems",
-        "causes",
-        "bm25_k1",
-        "bm25_b",
-        "query_rewrites",
-        "window_tokens",
-    ),  # they are in the hits
+    "num_rewrites",  # it is in the questions
+    "systems",  # they are in the hits
     "answer_batch_size",  # scale
 }
 _WORST_QUESTIONS = 8
@@ -171,7 +165,7 @@ def build(
         building.path / "answers.jsonl", tasks, {name: hits[name][:count] for name in hits}, answers
     )
     outcome = made.outcome(systems, tasks)
-    write_outcome(outcome, building.path, overlap_k=config.evaluation.overlap_k)
+    write_outcome(outcome, building.path, overlap_k=OVERLAP_K)
     building.info |= {"rows": [asdict(row) for row in outcome.rows]}
 
 
@@ -190,7 +184,7 @@ class _Rows:
     def add_retrieval(
         self, name: str, families: Sequence[FoundFamily], changes: Sequence[Change]
     ) -> None:
-        k, top_k = self.config.evaluation.overlap_k, self.config.evaluation.top_k
+        k, top_k = OVERLAP_K, self.config.evaluation.top_k
         columns = retrieval_columns(families, k, top_k, self.rule)
         for change in changes:
             columns[f"change_by_{change.cause}_at_{k}"] = change_column(
@@ -263,7 +257,7 @@ class _Rows:
             }
             bounds = {key: (interval.low, interval.high) for key, interval in intervals.items()}
             rows.append(Row(name, self.dataset, metrics | self.extra[name], bounds))
-        comparisons = compare_systems(tables, self.config.evaluation.overlap_k, self.config.seed)
+        comparisons = compare_systems(tables, OVERLAP_K, self.config.seed)
         return Outcome(rows, tables, comparisons, self.details)
 
     def _note(self, kind: str, name: str, value: Any) -> None:

@@ -27,8 +27,8 @@ def plan(config: Config, base: BaseRef, trainset: Artifact) -> Plan:
         config={
             "base": base.fingerprint,
             "model": _model_science(config),
-            "retriever": to_dict(config.retriever),
-            "document_weight": config.coarse.document_weight,
+            "retriever": to_dict(config.retriever) | to_dict(config.experimental.retriever),
+            "document_weight": config.experimental.coarse.document_weight,
             "precision": config.model.precision,
             "seed": config.seed,
         },
@@ -62,7 +62,7 @@ def build(
     # The spec of the adapter to be: its fingerprint is the plan's, known before training.
     spec = llm_spec(config.model, base, (building.plan.ref, building.plan.fingerprint))
     inputs = {"trainset": trainset.ref, "encoder": spec.to_json()}
-    mine = None if config.retriever.refresh_every is None else refresh_negatives
+    mine = None if config.experimental.retriever.refresh_every is None else refresh_negatives
     with executor.on_cluster("training of the retriever"):
         train(building, config, "retriever", inputs, trainset.store.root_uri, mine)
     if mine is not None:
@@ -77,8 +77,8 @@ def encoder_of(adapter: Artifact) -> EncoderSpec:
 
 def _model_science(config: Config) -> dict[str, Any]:
     model = to_dict(config.model)
-    for key in ("base", "revision", "tiny"):  # they are in the base's fingerprint
-        del model[key]
+    del model["base"]  # it is in the base's fingerprint
+    model["quantize"] = config.experimental.model.quantize
     return model
 
 
@@ -94,9 +94,10 @@ def _tidy(building: Building, store: Store) -> None:
 
 
 def _check_sizes(config: Config, base: BaseRef, store: Store) -> None:
-    dims = config.retriever.matryoshka_dims
+    dims = config.experimental.retriever.matryoshka_dims
     if dims and max(dims) > (full := config.model.projection_dim or hidden_size(base, store)):
         raise ConfigError(
-            f"retriever.matryoshka_dims asks for {max(dims)} values, and the vectors have {full}",
+            f"experimental.retriever.matryoshka_dims asks for {max(dims)} values, and the vectors "
+            f"have {full}",
             expected=f"sizes of at most {full}",
         )

@@ -45,19 +45,18 @@ def plan(
     """The artifact; ``index`` is what negatives are mined from, ``teacher`` MiniLM's passage
     vectors.
     """
-    bm25 = [config.evaluation.bm25_k1, config.evaluation.bm25_b]
     return Plan(
         kind="trainset",
         name=config.name,
         config={
             "num_hard_negatives": config.retriever.num_hard_negatives,
-            "mining_depth": config.retriever.mining_depth,
-            "margin": config.retriever.false_negative_margin,
+            "mining_depth": config.experimental.retriever.mining_depth,
+            "margin": config.experimental.retriever.false_negative_margin,
             "num_windows": config.variants.num_windows,
-            "document_weight": config.coarse.document_weight,
+            "document_weight": config.experimental.coarse.document_weight,
             "seed": config.seed,
-            "first_rank": config.retriever.mining_first_rank,
-            "bm25": bm25 if config.retriever.mining_bm25 else None,
+            "first_rank": config.experimental.retriever.mining_first_rank,
+            "bm25": config.experimental.retriever.mining_bm25,
         },
         parents={"passages": passages, "questions": questions, "index": index, "teacher": teacher},
         version=VERSION,
@@ -86,13 +85,13 @@ def build(
     question_vectors = coarse.encode_queries([example.question for example in examples])
 
     retriever = open_retriever(index.uri)
-    bm25 = _bm25(config, rows) if config.retriever.mining_bm25 else None
+    bm25 = _bm25(rows) if config.experimental.retriever.mining_bm25 else None
     report = MiningReport()
     progress = Progress("mine", len(examples), "questions")
     g, depth, first_rank = (
-        config.coarse.document_weight,
-        config.retriever.mining_depth,
-        config.retriever.mining_first_rank,
+        config.experimental.coarse.document_weight,
+        config.experimental.retriever.mining_depth,
+        config.experimental.retriever.mining_first_rank,
     )
     negatives: list[list[int]] = []
     row_of = {passage.id: row for row, passage in enumerate(rows)}
@@ -124,7 +123,7 @@ def build(
                     example.answers,
                     scores,
                     count=config.retriever.num_hard_negatives,
-                    margin=config.retriever.false_negative_margin,
+                    margin=config.experimental.retriever.false_negative_margin,
                     report=report,
                     gold_documents=example.positive_ids,
                 )
@@ -176,9 +175,9 @@ def build(
     building.info |= {"questions": len(examples), "slots": len(slots), "mining": mined}
 
 
-def _bm25(config: Config, rows: Sequence[Passage]) -> Bm25:
+def _bm25(rows: Sequence[Passage]) -> Bm25:
     texts = [f"{passage.title} {passage.text}" for passage in rows]
-    return Bm25(texts, k1=config.evaluation.bm25_k1, b=config.evaluation.bm25_b)
+    return Bm25(texts)
 
 
 def find_positives(examples: Sequence[Example], passages: Sequence[Passage]) -> list[int]:

@@ -8,7 +8,7 @@ which actor made it or when.
 Where an earlier version of the same encoder and cutting stands, passages whose content is the same
 keep their vectors: the new version links the shards of the earlier one, adds shards of its own, and
 says in ``rows.parquet`` which row is whose.  Rows that are nobody's are tombstones; above
-``scale.compact_above`` of them a version is written compact.
+a share ``COMPACT_ABOVE`` of them a version is written compact.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from invar_ray.console import Progress
 from invar_ray.errors import ResourceError
 from invar_ray.executor import Executor, Work
 from invar_ray.index.layout import Layout, make_layout, passage_ids
-from invar_ray.index.probes import write_probes
+from invar_ray.index.probes import NUM_PROBES, write_probes
 from invar_ray.index.shards import (
     EmbedShard,
     PassageRows,
@@ -64,7 +64,7 @@ def plan(
     return Plan(
         kind="vectors",
         name=name,
-        config={"encoder": spec.fingerprint, "num_probes": config.index.num_probes},
+        config={"encoder": spec.fingerprint},
         parents=parents,
         version=VERSION,
     )
@@ -159,9 +159,7 @@ def _work(
         "spec": spec.to_json(),
     }
     tokenizers = (
-        scale.tokenize_workers
-        if scale.tokenize_workers is not None
-        else scale.embed_workers * on_gpu
+        scale.cpu_workers if scale.cpu_workers is not None else scale.fewest_embed_workers * on_gpu
     )
     return Work(
         label=label,
@@ -178,7 +176,7 @@ def _work(
         rows=[task.to_row() for task in todo],
         texts=sum(int((task.reuse < 0).sum()) for task in todo),
         leaves_from=_SHARDS_AT_HOME * scale.shard_rows + 1,
-        workers=(scale.embed_workers, scale.embed_workers_max or scale.embed_workers),
+        workers=(scale.fewest_embed_workers, scale.most_embed_workers),
         num_cpus=1 if on_gpu else scale.cpus_per_worker,
         num_gpus=scale.embed_gpus_per_worker,
         # One shard in hand and none waiting at each actor: what a kill can undo stays small. A GPU
@@ -262,7 +260,7 @@ def _write_probes(building: Building, config: Config, passages: Artifact, layout
     loaded for it.
     """
     table = PassageRows(passages)
-    count = min(config.index.num_probes, len(table))
+    count = min(NUM_PROBES, len(table))
     chosen = np.linspace(0, len(table) - 1, num=count, dtype=np.int64)
     matrix = unit_rows(VectorStore(building.filesystem, building.prefix).take(layout.rows[chosen]))
     taken = table.take(chosen)

@@ -95,8 +95,8 @@ class Trainset:
         self._cache.clear()
         if not 0 < len(self.heldout) < len(self):
             raise DataError(
-                f"retriever.heldout_share {share} sets {len(self.heldout)} of {len(self)} training "
-                "questions aside",
+                f"experimental.retriever.heldout_share {share} sets {len(self.heldout)} of "
+                f"{len(self)} training questions aside",
                 expected="some, and not all",
                 action="change the share, or train on more documents",
             )

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from invar_ray.config import Config
 from invar_ray.losses.answer import IGNORED, AnswerOutput, answer_loss
 from invar_ray.models.adapters import new_adapter
-from invar_ray.models.base import BaseRef, open_base
+from invar_ray.models.base import BaseRef, name_and_revision, open_base
 from invar_ray.models.batching import length_batches
 from invar_ray.store.artifacts import Store
 from invar_ray.training.sequences import (
@@ -82,10 +82,14 @@ class GeneratorStage:
         self.steps = config.generator.steps
         self.measure_every = 0
         reference = BaseRef(**inputs["base"])
-        base, self.tokenizer = open_base(reference, store, dtype_of(config), config.model.quantize)
-        self._base_name = config.model.base
+        base, self.tokenizer = open_base(
+            reference, store, dtype_of(config), config.experimental.model.quantize
+        )
+        self._base_name, _ = name_and_revision(config.model.base)
         recompute(base, config)
-        self._adapted = new_adapter(base, config.generator.lora, config.seed)
+        self._adapted = new_adapter(
+            base, config.generator.lora, config.seed, first_layer=config.generator.first_layer
+        )
         self.module: nn.Module = _CausalLm(self._adapted.get_base_model())
         self.readings = ReadingSet(store.open(inputs["readings"], "readings"))
 
@@ -143,7 +147,11 @@ class GeneratorStage:
         rows = self.readings.step_rows(self.config.seed, step, settings.global_batch_size)
         return [
             self.readings.sequence(
-                row, settings, self.tokenizer, random.Random(f"{self.config.seed}-{step}-{place}")
+                row,
+                settings,
+                self.config.experimental.generator,
+                self.tokenizer,
+                random.Random(f"{self.config.seed}-{step}-{place}"),
             )
             for place, row in enumerate(rows)
         ]

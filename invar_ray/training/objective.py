@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from invar_ray.config import RetrieverConfig
+from invar_ray.config import ExperimentalRetriever, RetrieverConfig
 from invar_ray.losses.alignment import alignment_loss
 from invar_ray.losses.contrastive import contrastive_loss
 from invar_ray.losses.invariance import invariance_loss
@@ -44,7 +44,12 @@ class Rows(NamedTuple):
 
 
 def objective(
-    queries: Tensor, candidates: Tensor, rows: Rows, settings: RetrieverConfig, step: int
+    queries: Tensor,
+    candidates: Tensor,
+    rows: Rows,
+    settings: RetrieverConfig,
+    extra: ExperimentalRetriever,
+    step: int,
 ) -> tuple[Tensor, Metrics]:
     """This rank's share of the global loss of a step, and numbers to log (shares, too).
 
@@ -55,17 +60,16 @@ def objective(
         queries: [b, R, D], unit rows.
         candidates: [C, N, D], unit rows, of all ranks.
         rows: of ``queries``.
-        settings: weights, temperatures, schedules.
+        settings: weights, temperature, schedules.
+        extra: the other temperatures, patterns, V-REx, Matryoshka.
         step: counted from 0.
     """
-    sizes = size_weights(
-        candidates.shape[-1], settings.matryoshka_dims, settings.matryoshka_weights
-    )
+    sizes = size_weights(candidates.shape[-1], extra.matryoshka_dims, extra.matryoshka_weights)
     losses: list[Tensor] = []
     metrics: Metrics = {}
     for number, size in enumerate(sizes):
         loss, found = _at_one_size(
-            unit_prefix(queries, size), unit_prefix(candidates, size), rows, settings, step
+            unit_prefix(queries, size), unit_prefix(candidates, size), rows, settings, extra, step
         )
         losses.append(loss)
         if number == 0:
@@ -77,7 +81,12 @@ def objective(
 
 
 def _at_one_size(
-    queries: Tensor, candidates: Tensor, rows: Rows, settings: RetrieverConfig, step: int
+    queries: Tensor,
+    candidates: Tensor,
+    rows: Rows,
+    settings: RetrieverConfig,
+    extra: ExperimentalRetriever,
+    step: int,
 ) -> tuple[Tensor, Metrics]:
     cosines = torch.einsum("brd,cnd->brnc", queries, candidates).flatten(
         1, 2
@@ -86,7 +95,7 @@ def _at_one_size(
         cosines,
         rows.positive,
         rows.no_answers,
-        temperature=settings.contrastive_temperature,
+        temperature=extra.contrastive_temperature,
         weights=rows.weights,
         normaliser=rows.normaliser,
         environment_mask=rows.environments,
@@ -98,8 +107,8 @@ def _at_one_size(
             cosines[:, 0],
             rows.teacher,
             rows.no_copies,
-            temperature=settings.contrastive_temperature,
-            teacher_temperature=settings.alignment_temperature,
+            temperature=extra.contrastive_temperature,
+            teacher_temperature=extra.alignment_temperature,
             weights=rows.weights,
             normaliser=rows.normaliser,
         )
@@ -114,10 +123,10 @@ def _at_one_size(
             rows.positive,
             rows.no_copies,
             temperature=settings.invariance_temperature,
-            pattern=settings.invariance_pattern,
-            top_m=settings.pattern_top_m,
-            share=settings.pattern_share,
-            kappa=settings.pattern_kappa,
+            pattern=extra.invariance_pattern,
+            top_m=extra.pattern_top_m,
+            share=extra.pattern_share,
+            kappa=extra.pattern_kappa,
             weights=rows.weights,
             normaliser=rows.normaliser,
             environment_mask=rows.environments,
@@ -129,9 +138,9 @@ def _at_one_size(
             "consensus_perplexity": steady.perplexity.item(),
             "wrong_consensus_share": steady.wrong_consensus_share.item(),
         }
-    if settings.risk_variance_weight > 0:
+    if extra.risk_variance_weight > 0:
         variance = risk_variance(*environment_risks(nce))
-        total = total + settings.risk_variance_weight * variance
+        total = total + extra.risk_variance_weight * variance
         metrics["loss_risk_variance"] = variance.item()
     return total, metrics
 

@@ -69,8 +69,8 @@ class Refresh:
     ) -> None:
         self._stage, self._config, self._mine = stage, config, mine
         self._root_uri, self._run, self._first, self._rank = root_uri, run, trainset_ref, rank
-        self._every = config.retriever.refresh_every or 0
-        self._delay = config.retriever.refresh_delay
+        self._every = config.experimental.retriever.refresh_every or 0
+        self._delay = config.experimental.retriever.refresh_delay
         self._history: list[dict[str, Any]] = list(state["history"]) if state else []
         self._pending: dict[str, Any] | None = state["pending"] if state else None
         self._job: Any = None
@@ -99,7 +99,7 @@ class Refresh:
         Returns:
             Why the run cannot go on, the same on every rank; ``None`` if it can.
         """
-        asynchronous = self._config.retriever.refresh_async
+        asynchronous = self._config.experimental.retriever.refresh_async
         if self._pending is not None and asynchronous:
             fault = self._look(step, wait=False)
             if fault is not None:
@@ -169,7 +169,7 @@ class Refresh:
         started = told = time.monotonic()
         while True:
             answer: dict[str, Any] = json.loads(broadcast_text(self._ask(_POLL_S if wait else 0.0)))
-            limit = self._config.scale.refresh_timeout_s
+            limit = self._config.experimental.scale.refresh_timeout_s
             if (
                 answer.get("waiting")
                 and wait
@@ -193,7 +193,10 @@ class Refresh:
                 float(broadcast_text(str(time.monotonic() - started) if self._rank == 0 else ""))
                 > limit
             ):
-                return f"step {step}: no new negatives within {limit:g} s (scale.refresh_timeout_s)"
+                return (
+                    f"step {step}: no new negatives within {limit:g} s "
+                    "(experimental.scale.refresh_timeout_s)"
+                )
         if "fault" in answer:
             return f"step {step}: the job that mines new negatives failed: {answer['fault']}"
         self._adopt(step, answer)

@@ -19,7 +19,7 @@ from invar_ray.losses.gradcache import RepresentationCache
 from invar_ray.losses.masks import contrastive_allowed, copies_allowed
 from invar_ray.losses.matryoshka import size_weights, unit_prefix
 from invar_ray.models.adapters import new_adapter
-from invar_ray.models.base import open_base
+from invar_ray.models.base import name_and_revision, open_base
 from invar_ray.models.batching import pad_right
 from invar_ray.models.encoder import (
     PROJECTION_FILE,
@@ -57,17 +57,16 @@ class RetrieverStage:
         self.config, self.rank, self.world_size = config, rank, world_size
         self.steps = config.retriever.steps
         self.spec = EncoderSpec.from_json(inputs["encoder"])
-        self.measure_every = (
-            config.retriever.heldout_every if config.retriever.heldout_share > 0 else 0
-        )
+        extra = config.experimental.retriever
+        self.measure_every = extra.heldout_every if extra.heldout_share > 0 else 0
         self._store = store
         self.trainset = self._open_trainset(inputs["trainset"])
         self._measured = self.trainset  # measurements stay comparable when negatives are refreshed
         base, self.tokenizer = open_base(
-            self.spec.base, store, dtype_of(config), config.model.quantize
+            self.spec.base, store, dtype_of(config), config.experimental.model.quantize
         )
         keep_first_layers(base, self.spec.num_layers)
-        self._base_name = config.model.base
+        self._base_name, _ = name_and_revision(config.model.base)
         recompute(base, config)
         self._adapted = new_adapter(
             base, config.retriever.lora, config.seed, num_layers=self.spec.num_layers
@@ -83,6 +82,7 @@ class RetrieverStage:
     def loss(self, forward: Forward, step: int) -> tuple[Tensor, Metrics]:
         """See :class:`Stage`; METHOD "Stage 1" names the terms."""
         settings, trainset = self.config.retriever, self.trainset
+        extra = self.config.experimental.retriever
         plan = trainset.plan(
             self.config.seed,
             step,
@@ -100,7 +100,7 @@ class RetrieverStage:
         normaliser = sum(plan.weights) / self.world_size
         slots, teacher = (
             trainset.slot_metadata(plan),
-            trainset.teacher_scores(plan, self.config.coarse.document_weight),
+            trainset.teacher_scores(plan, self.config.experimental.coarse.document_weight),
         )
         positives = torch.tensor(plan.positive)
         no_answers = contrastive_allowed(
@@ -108,7 +108,7 @@ class RetrieverStage:
             positives,
             teacher_scores=teacher,
             holds_answer=trainset.holds_answer(plan),
-            teacher_margin=settings.false_negative_margin,
+            teacher_margin=extra.false_negative_margin,
         )[mine].to(device)
         rows = Rows(
             positive=torch.tensor(plan.positive[mine], device=device),
@@ -119,7 +119,7 @@ class RetrieverStage:
             no_copies=copies_allowed(slots, positives)[mine].to(device),
             no_answers=no_answers,
         )
-        total, metrics = objective(queries, candidates, rows, settings, step)
+        total, metrics = objective(queries, candidates, rows, settings, extra, step)
         metrics |= {
             "candidates": float(sum(plan.present)),
             # Of real rows and slots: padding depends on the number of ranks, what is logged must
@@ -183,15 +183,13 @@ class RetrieverStage:
     def _open_trainset(self, ref: str) -> Trainset:
         trainset = Trainset(self._store.open(ref, "trainset"))
         if self.measure_every:
-            trainset.hold_out(self.config.retriever.heldout_share, self.config.seed)
+            trainset.hold_out(self.config.experimental.retriever.heldout_share, self.config.seed)
         return trainset
 
     def _sizes(self) -> list[int]:
         """The sizes that vectors are trained at, the full one first."""
-        settings = self.config.retriever
-        return list(
-            size_weights(self._dimension, settings.matryoshka_dims, settings.matryoshka_weights)
-        )
+        extra = self.config.experimental.retriever
+        return list(size_weights(self._dimension, extra.matryoshka_dims, extra.matryoshka_weights))
 
     def _gathered(self, forward: Forward, ids: list[list[int]], chunking: Chunking) -> Tensor:
         """Vectors [N, D] of all rows, each rank having encoded its share."""

@@ -8,6 +8,11 @@ from typing import Any
 from invar_ray.config import OptimizerConfig
 from invar_ray.training.stage import HELDOUT
 
+WEIGHT_DECAY = 0.0
+"""AdamW's, decoupled: adapters are small and start at zero."""
+MAX_GRAD_NORM = 1.0
+"""Gradients are scaled down to this global norm."""
+
 
 def learning_rate(optimizer: OptimizerConfig, step: int, steps: int) -> float:
     """Linear warm-up over ``warmup_steps``, then linear decay that reaches 0 after the last

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from invar_ray.config import GeneratorConfig
+from invar_ray.config import ExperimentalGenerator, GeneratorConfig
 from invar_ray.losses.answer import IGNORED
 from invar_ray.models.batching import packs
 from invar_ray.models.generator import encode_prompt
@@ -67,6 +67,7 @@ class ReadingSet:
         self,
         number: int,
         config: GeneratorConfig,
+        extra: ExperimentalGenerator,
         tokenizer: PreTrainedTokenizerBase,
         rng: random.Random,
     ) -> PromptAndTarget:
@@ -78,23 +79,23 @@ class ReadingSet:
         and where no passage fits, it is the first answer, which cites nothing.
         """
         row = self.rows[number]
-        wording = rng.randrange(len(row["wordings"])) if config.use_rewrites else 0
+        wording = rng.randrange(len(row["wordings"])) if extra.use_rewrites else 0
         found = row["hits"][wording][: config.top_k]
         window = (
             rng.randrange(max((len(hit["texts"]) for hit in found), default=1))
-            if config.vary_windows
+            if extra.vary_windows
             else 0
         )
         passages = [_shown(hit, window, row) for hit in found]
         distractors = [passage for passage in passages if not passage.answers]
         draw = rng.random()
-        hides = draw < config.distractor_share + config.oracle_free_share and bool(distractors)
+        hides = draw < config.distractor_share + extra.oracle_free_share and bool(distractors)
         if hides:
             passages = distractors
-        elif config.insert_oracle and row.get("oracle") and len(distractors) == len(passages):
+        elif extra.insert_oracle and row.get("oracle") and len(distractors) == len(passages):
             oracle = _shown(row["oracle"], window, row)
             passages = [*passages[: config.top_k - 1], oracle]
-        if config.vary_top_k and len(passages) > 1:
+        if extra.vary_top_k and len(passages) > 1:
             keep = rng.randint(1, len(passages))
             best = _best(passages)
             passages, left = passages[:keep], passages[keep:]
@@ -104,7 +105,7 @@ class ReadingSet:
         passages = _fitting(
             question, passages, row["answers"], tokenizer, config.max_tokens - config.max_new_tokens
         )
-        if config.shuffle_passages:
+        if extra.shuffle_passages:
             rng.shuffle(passages)
         best = _best(passages)
         if best is not None:

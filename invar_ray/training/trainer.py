@@ -23,6 +23,8 @@ from invar_ray.training.schedule import best_step
 from invar_ray.training.stage import NEGATIVES_FILE, Mine
 from invar_ray.training.tracking import check_trackers
 
+KEEP_CHECKPOINTS = 2
+"""The newest ones; more than one, because the newest may be lost with its node."""
 _RECORD = "checkpoint_manager_snapshot.json"
 """Ray Train's list of a run's checkpoints."""
 
@@ -66,7 +68,7 @@ def train(
         },
         scaling_config=ray.train.ScalingConfig(
             num_workers=scale.num_workers,
-            elastic_resize_monitor_interval_s=scale.resize_every_s,
+            elastic_resize_monitor_interval_s=config.experimental.scale.resize_every_s,
             use_gpu=scale.use_gpu,
             resources_per_worker={"CPU": scale.cpus_per_worker}
             | ({"GPU": 1} if scale.use_gpu else {}),
@@ -74,7 +76,7 @@ def train(
         run_config=RunConfig(
             name=name,
             storage_path=storage,
-            checkpoint_config=CheckpointConfig(num_to_keep=scale.keep_checkpoints),
+            checkpoint_config=CheckpointConfig(num_to_keep=KEEP_CHECKPOINTS),
             failure_config=FailureConfig(max_failures=scale.max_failures),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),

@@ -22,7 +22,13 @@ from invar_ray.store.files import join_uri, resolve_uri
 from invar_ray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from invar_ray.training.engine import Engine, init_distributed, largest_over_ranks
 from invar_ray.training.refresh import Refresh, Refreshed
-from invar_ray.training.schedule import best_step, is_exhausted, learning_rate
+from invar_ray.training.schedule import (
+    MAX_GRAD_NORM,
+    WEIGHT_DECAY,
+    best_step,
+    is_exhausted,
+    learning_rate,
+)
 from invar_ray.training.stage import Chunking, Metrics, Stage
 from invar_ray.training.stages import STAGES
 from invar_ray.training.tracking import Tracker, open_trackers
@@ -78,15 +84,15 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
         stage.module,
         zero_stage=config.scale.zero_stage,
         precision=config.model.precision,
-        weight_decay=optimizer.weight_decay,
-        max_grad_norm=optimizer.max_grad_norm,
+        weight_decay=WEIGHT_DECAY,
+        max_grad_norm=MAX_GRAD_NORM,
     )
     if resumed is not None:
         engine.load_state(resumed.engine)
     first, log = (resumed.step, resumed.log) if resumed is not None else (0, [])
     best = resumed.best if resumed is not None else None
     refresh = _open_refresh(stage, payload, rank, resumed)
-    patience = config.retriever.heldout_patience
+    patience = config.experimental.retriever.heldout_patience
     chunking = Chunking(
         config.scale.train_tokens_per_chunk or _MEASURE_TOKENS, largest_over_ranks, engine.backward
     )

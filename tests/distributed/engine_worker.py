@@ -26,6 +26,7 @@ from invar_ray.training import retriever_stage
 from invar_ray.training.generator_stage import GeneratorStage
 from invar_ray.training.retriever_stage import RetrieverStage
 from tests.distributed.small_store import SmallStore, small_store
+from tests.support import with_retriever
 
 ZERO_STAGES = (0, 1, 2, 3)
 STATE_ZERO_STAGES = (0, 2, 3)
@@ -75,7 +76,7 @@ def with_settings(config: Config, stage: str, settings: dict[str, Any]) -> Confi
     if stage == "generator":
         return replace(config, generator=replace(config.generator, **settings))
     fixed = {"alignment_decay_steps": 1000, "invariance_ramp_steps": 1}
-    return replace(config, retriever=replace(config.retriever, **(fixed | settings)))
+    return with_retriever(config, **(fixed | settings))
 
 
 def make_stage(name: str, small: SmallStore, config: Config, rank: int, world: int) -> Any:

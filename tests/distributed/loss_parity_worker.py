@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from invar_ray.config import RetrieverConfig
+from invar_ray.config import ExperimentalRetriever, RetrieverConfig
 from invar_ray.losses import gather
 from invar_ray.losses.alignment import alignment_loss, blend_teacher_scores
 from invar_ray.losses.answer import answer_loss
@@ -167,11 +167,11 @@ def all_together(batch: Batch, model: Encoder) -> Tensor:
 def matryoshka(batch: Batch, model: Encoder) -> Tensor:
     """The stage's own objective at three sizes, every term on."""
     settings = RetrieverConfig(
-        invariance_ramp_steps=1,
-        invariance_weight=3.0,
+        invariance_ramp_steps=1, invariance_weight=3.0, invariance_temperature=0.3
+    )
+    extra = ExperimentalRetriever(
         risk_variance_weight=0.5,
         contrastive_temperature=0.2,
-        invariance_temperature=0.3,
         matryoshka_dims=(2, 5),
         matryoshka_weights=(2.0, 0.5),
     )
@@ -188,7 +188,7 @@ def matryoshka(batch: Batch, model: Encoder) -> Tensor:
         model(batch.all_queries[batch.mine]),
         gather_rows(model(batch.all_passages[batch.my_slots])),
     )
-    return objective(queries, passages, rows, settings, 3)[0]
+    return objective(queries, passages, rows, settings, extra, 3)[0]
 
 
 def through_older_names(batch: Batch, model: Encoder, name: str | None) -> Tensor:

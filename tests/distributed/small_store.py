@@ -20,18 +20,17 @@ from invar_ray.steps import readings
 from invar_ray.store.artifacts import Artifact
 
 OVERRIDES = (
-    "model.tiny.num_layers=1",
-    "model.tiny.intermediate_size=64",
+    "experimental.model.tiny.num_layers=1",
+    "experimental.model.tiny.intermediate_size=64",
     "questions.train_limit=15",
     "questions.dev_limit=6",
     "corpus.distractors=10",
     "retriever.global_batch_size=6",
     "retriever.num_hard_negatives=2",
-    "retriever.mining_depth=10",
+    "experimental.retriever.mining_depth=10",
     "generator.global_batch_size=4",
     "generator.distractor_share=0.3",
     "generator.max_tokens=160",
-    "index.num_probes=4",
     "scale.shard_rows=8",
 )
 

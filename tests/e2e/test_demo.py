@@ -21,8 +21,8 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(900)]
 
 ROOT = Path(__file__).parents[2]
 TINY = [
-    "model.tiny.num_layers=1",
-    "model.tiny.intermediate_size=64",
+    "experimental.model.tiny.num_layers=1",
+    "experimental.model.tiny.intermediate_size=64",
     "questions.train_limit=15",
     "questions.dev_limit=6",
     "corpus.distractors=10",
@@ -30,7 +30,6 @@ TINY = [
     "generator.steps=2",
     "generator.max_new_tokens=6",
     "evaluation.num_answers=4",
-    "index.num_probes=4",
 ]
 
 

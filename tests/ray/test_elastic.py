@@ -29,7 +29,7 @@ OVERRIDES = (
     "retriever.optimizer.learning_rate=0.003",
     "scale.checkpoint_every=4",
     "scale.cpus_per_worker=1",  # Ray counts whole ones for elastic groups
-    "scale.resize_every_s=5",
+    "experimental.scale.resize_every_s=5",
 )
 _NODE = {"object_store_memory": 128 * 1024**2}
 

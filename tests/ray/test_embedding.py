@@ -179,9 +179,9 @@ def test_a_users_mistake_on_an_actor_comes_out_as_such(
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["scale.tokenize_workers=1"],
-        ["scale.embed_workers=1", "scale.embed_workers_max=3"],
-        ["scale.cut_workers=2", "scale.incremental=false"],
+        ["scale.cpu_workers=1"],
+        ["scale.embed_workers=[1, 3]"],
+        ["scale.cpu_workers=2", "scale.incremental=false"],
     ],
 )
 def test_how_the_work_is_spread_changes_nothing(

@@ -23,12 +23,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parents[2]
 SMALL = [
-    "model.tiny.num_layers=1",
-    "model.tiny.intermediate_size=64",
+    "experimental.model.tiny.num_layers=1",
+    "experimental.model.tiny.intermediate_size=64",
     "questions.train_limit=15",
     "questions.dev_limit=6",
     "corpus.distractors=10",
-    "index.num_probes=4",
     "scale.shard_rows=4",  # one or two shards would be embedded without a Ray
 ]
 

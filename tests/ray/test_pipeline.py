@@ -314,7 +314,6 @@ def run_on(tmp_path: Path, corpus: list[Any], train: list[Any], *overrides: str)
         f"questions.train_uri={write(tmp_path / 'train.jsonl', train)}",
         f"questions.dev_uri={write(tmp_path / 'dev.jsonl', [DEV])}",
         "variants.provider=rules",
-        "evaluation.provider=rules",
     ]
     pipeline_in(tmp_path / "s", *sources, "corpus.distractors=null", *overrides).run()
 

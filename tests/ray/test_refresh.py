@@ -22,7 +22,11 @@ pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS, EVERY, DELAY = 6, 2, 1
 PLAIN = (f"retriever.steps={STEPS}", "retriever.optimizer.learning_rate=0.01")
-REFRESHED = (*PLAIN, f"retriever.refresh_every={EVERY}", f"retriever.refresh_delay={DELAY}")
+REFRESHED = (
+    *PLAIN,
+    f"experimental.retriever.refresh_every={EVERY}",
+    f"experimental.retriever.refresh_delay={DELAY}",
+)
 
 
 @pytest.fixture(scope="module")
@@ -84,9 +88,8 @@ def test_a_run_that_died_twice_equals_an_uninterrupted_one(
     root = copied(prepared, "died-refreshed")
     # Before step 4 the first version is in use, before step 5 the second one has just been taken.
     monkeypatch.setattr(trainer, "_work", work_that_dies(tmp_path, deaths=2, dies_at=(4, 5)))
-    found = train(
-        root, "retriever", *REFRESHED, "scale.checkpoint_every=1", "scale.keep_checkpoints=9"
-    )
+    monkeypatch.setattr(trainer, "KEEP_CHECKPOINTS", 9)
+    found = train(root, "retriever", *REFRESHED, "scale.checkpoint_every=1")
     assert (tmp_path / "died-1").exists(), "nothing died twice: the test proves nothing"
     assert log_of(found) == log_of(refreshed)
     assert adapter_files(found) == adapter_files(refreshed)
@@ -115,9 +118,9 @@ def test_asynchronous_versions_count_when_they_stand(local_ray: Any, prepared: P
         copied(prepared, "asynchronous"),
         "retriever",
         "retriever.steps=400",
-        "retriever.refresh_every=2",
-        "retriever.refresh_async=true",
-        "retriever.refresh_share=0.5",
+        "experimental.retriever.refresh_every=2",
+        "experimental.retriever.refresh_async=true",
+        "experimental.retriever.refresh_share=0.5",
         "scale.checkpoint_every=100",
     )
     versions = [record["negatives_version"] for record in log_of(found)]

@@ -280,9 +280,17 @@ def test_the_best_heldout_step_is_kept_and_patience_ends_the_run(
 
     monkeypatch.setattr(trainer, "_work", work)
     root = copied(prepared, "heldout")
-    overrides = ("retriever.steps=9", "retriever.heldout_share=0.3", "retriever.heldout_every=1")
+    overrides = (
+        "retriever.steps=9",
+        "experimental.retriever.heldout_share=0.3",
+        "experimental.retriever.heldout_every=1",
+    )
     found = train(
-        root, "retriever", *overrides, "retriever.heldout_patience=2", "scale.checkpoint_every=50"
+        root,
+        "retriever",
+        *overrides,
+        "experimental.retriever.heldout_patience=2",
+        "scale.checkpoint_every=50",
     )
     log = log_of(found)
     assert [record["step"] for record in log] == [1, 2, 3, 4], (

@@ -27,7 +27,7 @@ from invar_ray.models.adapters import (
 )
 from invar_ray.models.base import open_base, open_base_generator, open_generator
 from invar_ray.models.tiny import build_tiny
-from invar_ray.steps import answering
+from invar_ray.steps import answers as answering
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from tests.support import TINY, World, world, write_adapter
 
@@ -65,9 +65,11 @@ def random_llama(layers: int = 1, width: int = 32) -> LlamaForCausalLM:
     return LlamaForCausalLM(config).eval()
 
 
-def save_random(model: LlamaForCausalLM, folder: Path, config: LoraConfig) -> PeftModel:
+def save_random(
+    model: LlamaForCausalLM, folder: Path, config: LoraConfig, first_layer: int = 0
+) -> PeftModel:
     """Put a random adapter on ``model``, save it, and return the adapted model."""
-    adapted = new_adapter(model, config, seed=0).eval()
+    adapted = new_adapter(model, config, seed=0, first_layer=first_layer).eval()
     generator = torch.Generator().manual_seed(0)
     state: dict[str, Tensor] = {}
     with torch.no_grad():
@@ -382,15 +384,15 @@ def test_evaluation_answers_on_gpus_in_the_models_precision(
 
 
 def test_layers_below_the_first_get_no_adapter_and_no_gradient(tmp_path: Path) -> None:
-    config = LoraConfig(dropout=0.0, first_layer=1)
-    model = new_adapter(random_llama(layers=3), config, 0)
+    config = LoraConfig(dropout=0.0)
+    model = new_adapter(random_llama(layers=3), config, 0, first_layer=1)
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert {name.split(".layers.")[1][0] for name in trained} == {"1", "2"}
     tops = model(input_ids=IDS % 50, output_hidden_states=True).hidden_states
     assert not tops[1].requires_grad, "something would be back-propagated through layer 0"
     assert tops[2].requires_grad
 
-    saved = save_random(random_llama(layers=3), tmp_path / "adapter", config)
+    saved = save_random(random_llama(layers=3), tmp_path / "adapter", config, first_layer=1)
     loaded = load_adapter(random_llama(layers=3), tmp_path / "adapter", merge=True)
     torch.testing.assert_close(logits(loaded, IDS % 50), logits(saved.eval(), IDS % 50))
 
@@ -398,4 +400,4 @@ def test_layers_below_the_first_get_no_adapter_and_no_gradient(tmp_path: Path) -
 @pytest.mark.parametrize("first", [-1, 3])
 def test_first_layer_must_be_a_layer(first: int) -> None:
     with pytest.raises(ModelError, match="0 to 2"):
-        new_adapter(random_llama(layers=3), LoraConfig(first_layer=first), 0)
+        new_adapter(random_llama(layers=3), LoraConfig(), 0, first_layer=first)

@@ -125,7 +125,7 @@ def test_the_job_runs_a_recipe_with_known_overrides_on_the_gpus_it_asks_for() ->
         gpus += group["replicas"] * int(limits["nvidia.com/gpu"])
         cpus += group["replicas"] * int(limits["cpu"])
     assert config.scale.num_workers == gpus
-    assert config.scale.embed_workers * config.scale.embed_gpus_per_worker == gpus
+    assert config.scale.most_embed_workers * config.scale.embed_gpus_per_worker == gpus
     assert config.scale.num_workers * config.scale.cpus_per_worker < cpus
 
 

@@ -244,7 +244,9 @@ def test_a_push_that_cannot_be_is_one_error(tmp_path: Path, hub: Hub) -> None:
 
 
 def test_a_retriever_of_the_first_layers_is_exported_as_such(tmp_path: Path) -> None:
-    small = support.World(tmp_path / "world", "model.tiny.num_layers=3", "model.retriever_layers=2")
+    small = support.World(
+        tmp_path / "world", "experimental.model.tiny.num_layers=3", "model.retriever_layers=2"
+    )
     made = export_adapter(small.adapter, tmp_path / "out", merged=True)
     base = small.base.folder_or_name(small.store)
     spec = EncoderSpec.from_json(small.adapter.info["encoder"])
@@ -277,7 +279,9 @@ def test_a_retriever_of_the_first_layers_is_exported_as_such(tmp_path: Path) -> 
 
 
 def test_more_layers_than_the_base_has_are_refused(tmp_path: Path) -> None:
-    small = support.World(tmp_path, "model.tiny.num_layers=1", "model.retriever_layers=2")
+    small = support.World(
+        tmp_path, "experimental.model.tiny.num_layers=1", "model.retriever_layers=2"
+    )
     with pytest.raises(
         ModelError, match=r"retriever_layers is 2.*between 1 and the base's 1 layers"
     ):

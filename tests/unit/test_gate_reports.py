@@ -24,13 +24,13 @@ from invar_ray.steps.report import plan as report_plan
 from invar_ray.steps.retriever import plan as retriever_plan
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.training.retriever_stage import RetrieverStage
-from invar_ray.training.schedule import learning_rate
+from invar_ray.training.schedule import MAX_GRAD_NORM, learning_rate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROW = "stage 1"
 OVERRIDES = (
-    "model.tiny.num_layers=1",
-    "model.tiny.intermediate_size=64",
+    "experimental.model.tiny.num_layers=1",
+    "experimental.model.tiny.intermediate_size=64",
     "questions.train_limit=80",
     "questions.dev_limit=80",
     "corpus.distractors=0",
@@ -38,7 +38,6 @@ OVERRIDES = (
     "retriever.steps=30",
     "retriever.invariance_weight=4.0",
     "retriever.invariance_ramp_steps=5",
-    "index.num_probes=4",
     "evaluation.num_answers=0",
 )
 
@@ -71,9 +70,7 @@ class Bench:
                     )
                 optimizer.zero_grad()
                 stage.loss(stage.module, step)[0].backward()
-                torch.nn.utils.clip_grad_norm_(
-                    trained.values(), config.retriever.optimizer.max_grad_norm
-                )
+                torch.nn.utils.clip_grad_norm_(trained.values(), MAX_GRAD_NORM)
                 optimizer.step()
             stage.save({name: p.detach() for name, p in trained.items()}, building.path / "adapter")
             building.info |= {"encoder": spec.to_json()}

@@ -4,7 +4,6 @@ follows from it.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,7 +26,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> support.World:
 
 
 def make_stage(world: support.World, **settings: Any) -> RetrieverStage:
-    config = replace(world.config, retriever=replace(world.config.retriever, **settings))
+    config = support.with_retriever(world.config, **settings)
     spec = llm_spec(config.model, world.base, ("retriever/x", "x"))
     return RetrieverStage(
         config, world.store, {"trainset": world.trainset.ref, "encoder": spec.to_json()}, 0, 1

@@ -15,7 +15,7 @@ import pytest
 
 from invar_ray.answering.retriever import open_retriever
 from invar_ray.errors import CorruptArtifactError
-from invar_ray.index import shards
+from invar_ray.index import layout, shards
 from invar_ray.index.blocks import read_vectors
 from invar_ray.index.vectors import ROWS_FILE, vector_store
 from invar_ray.pipeline import Pipeline
@@ -191,7 +191,9 @@ def test_deleting_alone_needs_no_encoder(
     assert not gone & {"d033", "d034", "d035"}
 
 
-def test_many_tombstones_are_compacted(first: Path, tmp_path: Path) -> None:
+def test_many_tombstones_are_compacted(
+    first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, rows = copy_of(first, tmp_path), corpus()[10:]
     index = index_of(root, rows)
     vectors = index.parent("vectors")
@@ -200,7 +202,8 @@ def test_many_tombstones_are_compacted(first: Path, tmp_path: Path) -> None:
     assert ROWS_FILE not in vectors.manifest.files
     assert vector_store(vectors).size == vectors.info["rows"]
     assert not verify_index(index, samples=50, seed=0).faults
-    kept = index_of(copy_of(first, tmp_path / "x"), rows, "scale.compact_above=0.9")
+    monkeypatch.setattr(layout, "COMPACT_ABOVE", 0.9)
+    kept = index_of(copy_of(first, tmp_path / "x"), rows)
     assert kept.parent("vectors").info["tombstones"] > 0
     left, right = by_id(index), by_id(kept)
     assert list(left) == list(right)

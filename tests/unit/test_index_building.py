@@ -338,7 +338,6 @@ def test_settings_that_do_not_act_are_in_no_plan() -> None:
         "factory": "auto",
         "num_lists_searched": None,
         "recall_target": None,
-        "recall_queries": 200,
         "max_memory_mb": 5.0,
         "max_latency_ms": None,
     }
@@ -349,7 +348,7 @@ def test_faults_of_the_settings() -> None:
         "index.recall_target=1.5",
         "index.max_memory_mb=-1",
         "index.max_latency_ms=3",
-        "scale.index_workers=0",
+        "scale.cpu_workers=-1",
     ]
     with pytest.raises(ConfigError) as caught:
         load_config("tiny", overrides)
@@ -359,7 +358,7 @@ def test_faults_of_the_settings() -> None:
     assert (
         "index.max_latency_ms: only the planner keeps to it; set index.factory to auto" in message
     )
-    assert "scale.index_workers: must be above 0" in message
+    assert "scale.cpu_workers: must be 0 or more (got -1)" in message
 
 
 # Searching

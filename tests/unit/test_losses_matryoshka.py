@@ -10,14 +10,25 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from invar_ray.config import RetrieverConfig
+from invar_ray.config import ExperimentalRetriever, RetrieverConfig
 from invar_ray.losses.gradcache import RepresentationCache
 from invar_ray.losses.matryoshka import matryoshka_loss, size_weights, unit_prefix
 from invar_ray.training.objective import Rows, objective
 
-SETTINGS = RetrieverConfig(invariance_ramp_steps=1, risk_variance_weight=0.3)
-ALONE = RetrieverConfig(alignment_weight=0.0, invariance_weight=0.0, contrastive_temperature=0.5)
+Settings = tuple[RetrieverConfig, ExperimentalRetriever]
+SETTINGS: Settings = (
+    RetrieverConfig(invariance_ramp_steps=1),
+    ExperimentalRetriever(risk_variance_weight=0.3),
+)
+ALONE: Settings = (
+    RetrieverConfig(alignment_weight=0.0, invariance_weight=0.0),
+    ExperimentalRetriever(contrastive_temperature=0.5),
+)
 STEP = 3
+
+
+def at_sizes(settings: Settings, *dims: int, weights: tuple[float, ...] = ()) -> Settings:
+    return settings[0], replace(settings[1], matryoshka_dims=dims, matryoshka_weights=weights)
 
 
 def rows(count: int, slots: int, environments: int) -> Rows:
@@ -56,15 +67,15 @@ def test_hand_worked() -> None:
     candidates = torch.tensor([[[0.0, 0.6, 0.8]], [[1.0, 0.0, 0.0]]])
     whole = math.log(1 + math.exp(-0.08))
     cut = math.log(1 + math.exp(2))
-    with_two = replace(ALONE, matryoshka_dims=(2,))
-    loss, metrics = objective(queries, candidates, rows(1, 2, 1), with_two, STEP)
+    with_two = at_sizes(ALONE, 2)
+    loss, metrics = objective(queries, candidates, rows(1, 2, 1), *with_two, STEP)
     assert float(loss) == pytest.approx((whole + cut) / 2, rel=1e-6)
     assert metrics["loss_contrastive"] == pytest.approx(whole, rel=1e-6)
     assert metrics["loss_contrastive_2"] == pytest.approx(cut, rel=1e-6)
     assert (metrics["accuracy"], metrics["accuracy_2"]) == (1.0, 0.0)
     # Weights 3 for two values and 2 for one; the full size counts 1.
-    weighted = replace(ALONE, matryoshka_dims=(2, 1), matryoshka_weights=(3.0, 2.0))
-    loss, _ = objective(queries, candidates, rows(1, 2, 1), weighted, STEP)
+    weighted = at_sizes(ALONE, 2, 1, weights=(3.0, 2.0))
+    loss, _ = objective(queries, candidates, rows(1, 2, 1), *weighted, STEP)
     assert float(loss) == pytest.approx((whole + 3 * cut + 2 * cut) / 6, rel=1e-6)
 
 
@@ -96,11 +107,11 @@ def test_weights_of_the_sizes(
 def test_the_objective_is_the_mean_of_those_at_each_size() -> None:
     queries, candidates = problem()
     given = rows(3, 5, 4)
-    loss, _ = objective(queries, candidates, given, replace(SETTINGS, matryoshka_dims=(2, 5)), STEP)
+    loss, _ = objective(queries, candidates, given, *at_sizes(SETTINGS, 2, 5), STEP)
     alone = torch.stack(
         [
             objective(
-                unit_prefix(queries, size), unit_prefix(candidates, size), given, SETTINGS, STEP
+                unit_prefix(queries, size), unit_prefix(candidates, size), given, *SETTINGS, STEP
             )[0]
             for size in (8, 2, 5)
         ]
@@ -113,10 +124,8 @@ def test_the_objective_is_the_mean_of_those_at_each_size() -> None:
 
 def test_off_it_is_the_objective_bit_for_bit() -> None:
     queries, candidates = problem()
-    plain, metrics = objective(queries, candidates, rows(3, 5, 4), SETTINGS, STEP)
-    listed, more = objective(
-        queries, candidates, rows(3, 5, 4), replace(SETTINGS, matryoshka_dims=(8,)), STEP
-    )
+    plain, metrics = objective(queries, candidates, rows(3, 5, 4), *SETTINGS, STEP)
+    listed, more = objective(queries, candidates, rows(3, 5, 4), *at_sizes(SETTINGS, 8), STEP)
     assert torch.equal(plain, listed)
     assert metrics == more
     first = torch.autograd.grad(plain, queries)[0]
@@ -125,11 +134,11 @@ def test_off_it_is_the_objective_bit_for_bit() -> None:
 
 def test_the_scale_of_the_values_beyond_a_prefix_has_no_part_in_its_loss() -> None:
     queries, candidates = problem()
-    given, only_two = rows(3, 5, 4), replace(ALONE, matryoshka_dims=(2,))
-    _, metrics = objective(queries, candidates, given, only_two, STEP)
+    given, only_two = rows(3, 5, 4), at_sizes(ALONE, 2)
+    _, metrics = objective(queries, candidates, given, *only_two, STEP)
     stretched = queries.detach().clone()
     stretched[..., 2:] *= 0.25
-    _, other = objective(normalize(stretched, dim=-1), candidates, given, only_two, STEP)
+    _, other = objective(normalize(stretched, dim=-1), candidates, given, *only_two, STEP)
     assert other["loss_contrastive_2"] == pytest.approx(metrics["loss_contrastive_2"], rel=1e-5)
     assert other["loss_contrastive"] != pytest.approx(metrics["loss_contrastive"], rel=1e-3)
 
@@ -139,7 +148,7 @@ def test_gradcache_gives_the_same_gradients() -> None:
     layer = torch.nn.Linear(6, 8)
     ids = torch.randint(0, 9, (3 * 2 + 5 * 2, 6))
     mask = torch.ones_like(ids)
-    settings = replace(SETTINGS, matryoshka_dims=(2, 5), matryoshka_weights=(2.0, 0.5))
+    settings = at_sizes(SETTINGS, 2, 5, weights=(2.0, 0.5))
 
     def encode(tokens: Tensor, _: Tensor) -> Tensor:
         return normalize(layer(tokens.float()), dim=-1)
@@ -147,7 +156,7 @@ def test_gradcache_gives_the_same_gradients() -> None:
     def loss(forward: object) -> Tensor:
         queries = forward(ids[:6], mask[:6]).view(3, 2, 8)  # type: ignore[operator]
         candidates = forward(ids[6:], mask[6:]).view(5, 2, 8)  # type: ignore[operator]
-        return objective(queries, candidates, rows(3, 5, 4), settings, STEP)[0]
+        return objective(queries, candidates, rows(3, 5, 4), *settings, STEP)[0]
 
     loss(encode).backward()
     wanted = layer.weight.grad.clone()  # type: ignore[union-attr]

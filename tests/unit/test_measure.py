@@ -129,7 +129,7 @@ def test_answers_by_hand() -> None:
 
 
 def made(small: World, name: str) -> Artifact:
-    plan = bm25_plan(small.config, small.passages, small.questions, "dev", 5)
+    plan = bm25_plan(small.passages, small.questions, "dev", 5)
     bm25 = small.get(
         plan, lambda building: build_bm25_hits(building, small.passages, small.questions)
     )
@@ -162,7 +162,7 @@ def test_a_list_fused_with_itself_stays(small: World) -> None:
 def test_hits_of_other_questions_are_not_fused(small: World) -> None:
     dev = made(small, "bm25")
     train = small.get(
-        bm25_plan(small.config, small.passages, small.questions, "train", 5),
+        bm25_plan(small.passages, small.questions, "train", 5),
         lambda building: build_bm25_hits(building, small.passages, small.questions),
     )
     with pytest.raises(MixedArtifactsError, match="other questions"):

@@ -21,7 +21,7 @@ def test_without_bitsandbytes_it_says_what_to_install(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="bitsandbytes is not installed") as caught:
         load_causal_lm(str(tmp_path), quantize="nf4")
     assert "pip install bitsandbytes" in str(caught.value)
-    assert "set model.quantize to null" in str(caught.value)
+    assert "set experimental.model.quantize to null" in str(caught.value)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

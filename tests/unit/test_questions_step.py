@@ -78,7 +78,7 @@ def test_no_rewordings_leaves_the_anchors(tmp_path: Path) -> None:
 
 
 def test_same_config_same_content_other_seed_other_rewordings(tmp_path: Path) -> None:
-    rules = ["variants.provider=rules", "evaluation.provider=rules"]
+    rules = ["variants.provider=rules"]
     first = build(small_config(tmp_path / "one", *rules))
     again = build(small_config(tmp_path / "two", *rules))
     other = build(small_config(tmp_path / "three", *rules, "seed=1"))
@@ -178,7 +178,7 @@ def test_rewordings_from_a_file(tmp_path: Path) -> None:
         [{"question_id": "train-0", "text": "Whose is the tower of Arvon?"}],
     )
     config = small_config(
-        tmp_path, "variants.provider=file", f"variants.file_uri={place}", "variants.num_rewrites=1"
+        tmp_path, "variants.provider=file", f"variants.uri={place}", "variants.num_rewrites=1"
     )
     artifact = build(config)
     assert [variant.text for variant in load_variants(artifact, "train")["train-0"]][1:] == [

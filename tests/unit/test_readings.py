@@ -25,7 +25,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture(scope="module")
 def hits(small: World) -> Artifact:
-    plan = bm25_plan(small.config, small.passages, small.questions, "train", 3)
+    plan = bm25_plan(small.passages, small.questions, "train", 3)
     return small.get(
         plan, lambda building: build_bm25_hits(building, small.passages, small.questions)
     )

@@ -5,7 +5,6 @@ makes of them.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from invar_ray.steps.refresh import changed_share, refresh_negatives
 from invar_ray.store.garbage import remove
 from invar_ray.training.batches import Trainset
 from invar_ray.training.retriever_stage import RetrieverStage
-from tests.support import World, world
+from tests.support import World, with_retriever, world
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +31,7 @@ def made(small: World) -> dict[str, Any]:
 
 
 def refresh(small: World, **settings: Any) -> dict[str, Any]:
-    config = replace(small.config, retriever=replace(small.config.retriever, **settings))
+    config = with_retriever(small.config, **settings)
     root, first = small.store.root_uri, small.trainset.ref
     return refresh_negatives(config, root, small.adapter.ref, first, first)
 
@@ -102,8 +101,7 @@ def test_scratch_can_go(small: World) -> None:
 
 
 def test_a_stage_keeps_its_questions_and_measurements(small: World, made: dict[str, Any]) -> None:
-    settings = replace(small.config.retriever, heldout_share=0.3, global_batch_size=3)
-    config = replace(small.config, retriever=settings)
+    config = with_retriever(small.config, heldout_share=0.3, global_batch_size=3)
     spec = llm_spec(config.model, small.base, ("retriever/x", "x"))
     inputs = {"trainset": small.trainset.ref, "encoder": spec.to_json()}
     stage = RetrieverStage(config, small.store, inputs, 0, 1)

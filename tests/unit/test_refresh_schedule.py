@@ -105,9 +105,10 @@ def open_refresh(
     first, _ = store.get_or_build(
         plan, lambda building: (building.path / "x").write_text("x") and None
     )
+    sections = {"refresh_timeout_s": "scale"}
     overrides = [
-        f"{'scale' if key == 'refresh_timeout_s' else 'retriever'}.{key}={settings[key]}"
-        for key in settings
+        f"experimental.{sections.get(key, 'retriever')}.{key}={value}"
+        for key, value in settings.items()
     ]
     stage = Stage()
     config = load_config("tiny", overrides)
@@ -213,6 +214,6 @@ def test_waiting_has_an_end(jobs: Jobs, tmp_path: Path) -> None:
     refresh, _ = open_refresh(tmp_path, refresh_every=4, refresh_timeout_s=0.001)
     fault = refresh.before(4, lambda: parameters_of(4))
     assert fault is not None
-    assert "no new negatives within 0.001 s (scale.refresh_timeout_s)" in fault
+    assert "no new negatives within 0.001 s (experimental.scale.refresh_timeout_s)" in fault
     refresh.close()
     assert jobs.cancelled == [0]

@@ -6,9 +6,9 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -17,7 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from invar_ray.config import GeneratorConfig
+from invar_ray.config import ExperimentalGenerator, GeneratorConfig
 from invar_ray.losses.answer import IGNORED
 from invar_ray.steps.readings import READING_SCHEMA
 from invar_ray.store.artifacts import Building, Plan, Store
@@ -25,7 +25,24 @@ from invar_ray.text.prompts import REFUSAL, format_answer_prompt, parse_answer
 from invar_ray.training.sequences import PromptAndTarget, ReadingSet, tokenize_sequences
 from tests.support import tiny_base
 
-PLAIN = GeneratorConfig(
+
+class Settings(NamedTuple):
+    """Both sections of stage 2."""
+
+    plain: GeneratorConfig
+    extra: ExperimentalGenerator
+
+    def but(self, **changes: Any) -> Settings:
+        """With some fields of either section changed."""
+        of_extra = {field.name for field in fields(ExperimentalGenerator)} & changes.keys()
+        return Settings(
+            replace(self.plain, **{k: v for k, v in changes.items() if k not in of_extra}),
+            replace(self.extra, **{k: v for k, v in changes.items() if k in of_extra}),
+        )
+
+
+AS_DEFAULT = Settings(GeneratorConfig(), ExperimentalGenerator())
+PLAIN = AS_DEFAULT.but(
     top_k=4,
     shuffle_passages=False,
     vary_top_k=False,
@@ -100,9 +117,9 @@ def tokenizer() -> Any:
 
 
 def sequence(
-    hits: ReadingSet, tokenizer: Any, config: GeneratorConfig, number: int = 0, seed: int = 0
+    hits: ReadingSet, tokenizer: Any, config: Settings, number: int = 0, seed: int = 0
 ) -> PromptAndTarget:
-    return hits.sequence(number, config, tokenizer, random.Random(seed))
+    return hits.sequence(number, *config, tokenizer, random.Random(seed))
 
 
 def passages_in(prompt: str) -> list[str]:
@@ -153,8 +170,7 @@ def test_refusal_when_no_passage_holds_the_answer(make: Any, tokenizer: Any) -> 
 def test_citation_is_right_however_the_prompt_varies(
     hits: ReadingSet, tokenizer: Any, seed: int
 ) -> None:
-    config = replace(
-        PLAIN,
+    config = PLAIN.but(
         shuffle_passages=True,
         vary_top_k=True,
         use_rewrites=True,
@@ -173,7 +189,7 @@ def test_citation_is_right_however_the_prompt_varies(
 
 
 def test_shuffling_varies_the_order_and_nothing_else(hits: ReadingSet, tokenizer: Any) -> None:
-    config = replace(PLAIN, shuffle_passages=True)
+    config = PLAIN.but(shuffle_passages=True)
     orders = {
         tuple(passages_in(sequence(hits, tokenizer, config, seed=seed).prompt))
         for seed in range(30)
@@ -183,14 +199,14 @@ def test_shuffling_varies_the_order_and_nothing_else(hits: ReadingSet, tokenizer
 
 
 def test_same_randomness_same_sequence(hits: ReadingSet, tokenizer: Any) -> None:
-    config = GeneratorConfig()
+    config = AS_DEFAULT
     first = [sequence(hits, tokenizer, config, seed=seed) for seed in range(20)]
     assert [sequence(hits, tokenizer, config, seed=seed) for seed in range(20)] == first
     assert len(set(first)) > 10
 
 
 def test_varied_k_keeps_a_passage_with_the_answer(hits: ReadingSet, tokenizer: Any) -> None:
-    config = replace(PLAIN, vary_top_k=True)
+    config = PLAIN.but(vary_top_k=True)
     sizes: Counter[int] = Counter()
     for seed in range(60):
         found = sequence(hits, tokenizer, config, seed=seed)
@@ -206,13 +222,11 @@ def test_varied_k_without_any_answer_is_a_refusal(make: Any, tokenizer: Any) -> 
     row = question(0, hits=[[hit(0, "Salt."), hit(1, "Ice.")]] * 3)
     hits = make([row])
     for seed in range(20):
-        assert (
-            sequence(hits, tokenizer, replace(PLAIN, vary_top_k=True), seed=seed).target == REFUSAL
-        )
+        assert sequence(hits, tokenizer, PLAIN.but(vary_top_k=True), seed=seed).target == REFUSAL
 
 
 def test_distractors_only_always_refuse(hits: ReadingSet, tokenizer: Any) -> None:
-    config = replace(GeneratorConfig(), distractor_share=1.0)
+    config = AS_DEFAULT.but(distractor_share=1.0)
     for seed in range(30):
         found = sequence(hits, tokenizer, config, number=seed % len(hits), seed=seed)
         assert found.target == REFUSAL
@@ -221,7 +235,7 @@ def test_distractors_only_always_refuse(hits: ReadingSet, tokenizer: Any) -> Non
 
 
 def test_share_of_distractors_is_met(hits: ReadingSet, tokenizer: Any) -> None:
-    config = replace(PLAIN, distractor_share=0.25)
+    config = PLAIN.but(distractor_share=0.25)
     refused = [
         sequence(hits, tokenizer, config, seed=seed).target == REFUSAL for seed in range(200)
     ]
@@ -233,14 +247,14 @@ def test_refusal_is_never_taught_on_a_prompt_without_passages(make: Any, tokeniz
     about nothing.
     """
     hits = make([question(0, hits=[[hit(0, "Mara Voss."), hit(1, "Voss kept it.")]] * 3)])
-    found = sequence(hits, tokenizer, replace(PLAIN, distractor_share=1.0))
+    found = sequence(hits, tokenizer, PLAIN.but(distractor_share=1.0))
     assert passages_in(found.prompt) or found.target != REFUSAL
 
 
 def test_rewordings_bring_their_own_hits(make: Any, tokenizer: Any) -> None:
     rows = [[hit(0, f"Mara Voss, found by wording {wording}.")] for wording in range(3)]
     hits = make([question(0, hits=rows)])
-    config = replace(PLAIN, use_rewrites=True)
+    config = PLAIN.but(use_rewrites=True)
     seen = set()
     for seed in range(40):
         found = sequence(hits, tokenizer, config, seed=seed)
@@ -254,9 +268,9 @@ def test_rewordings_bring_their_own_hits(make: Any, tokenizer: Any) -> None:
 
 
 def test_top_k_is_the_most_passages(hits: ReadingSet, tokenizer: Any) -> None:
-    assert len(passages_in(sequence(hits, tokenizer, replace(PLAIN, top_k=1)).prompt)) == 1
-    assert sequence(hits, tokenizer, replace(PLAIN, top_k=1)).target == REFUSAL
-    assert len(passages_in(sequence(hits, tokenizer, replace(PLAIN, top_k=9)).prompt)) == 5
+    assert len(passages_in(sequence(hits, tokenizer, PLAIN.but(top_k=1)).prompt)) == 1
+    assert sequence(hits, tokenizer, PLAIN.but(top_k=1)).target == REFUSAL
+    assert len(passages_in(sequence(hits, tokenizer, PLAIN.but(top_k=9)).prompt)) == 5
 
 
 @pytest.mark.parametrize("shuffled", [False, True])
@@ -265,7 +279,7 @@ def test_passage_that_holds_the_answer_is_the_last_to_be_dropped(
 ) -> None:
     # Dropping it would teach to refuse a question whose answer was retrieved.
     rows = [[hit(0, "Salt " * 30), hit(1, "Mara Voss kept it. " * 4), hit(2, "Rope " * 30)]] * 3
-    config = replace(PLAIN, max_tokens=120, max_new_tokens=20, shuffle_passages=shuffled)
+    config = PLAIN.but(max_tokens=120, max_new_tokens=20, shuffle_passages=shuffled)
     for seed in range(8):
         found = sequence(make([question(0, hits=rows)]), tokenizer, config, seed=seed)
         assert len(tokenizer(found.prompt)["input_ids"]) <= 100
@@ -275,7 +289,7 @@ def test_passage_that_holds_the_answer_is_the_last_to_be_dropped(
 
 def test_passages_that_do_not_fit_are_dropped_by_rank(make: Any, tokenizer: Any) -> None:
     rows = [[hit(0, "Salt " * 20), hit(1, "Rope " * 20), hit(2, "Tar " * 60)]] * 3
-    config = replace(PLAIN, max_tokens=130, max_new_tokens=20)
+    config = PLAIN.but(max_tokens=130, max_new_tokens=20)
     found = sequence(make([question(0, hits=rows)]), tokenizer, config)
     assert "Salt" in found.prompt
     assert "Tar" not in found.prompt
@@ -285,7 +299,7 @@ def test_passages_that_do_not_fit_are_dropped_by_rank(make: Any, tokenizer: Any)
 def test_target_that_a_cut_passage_no_longer_holds_is_a_refusal(make: Any, tokenizer: Any) -> None:
     rows = [[hit(0, "Salt " * 80 + "Mara Voss")]] * 3
     found = sequence(
-        make([question(0, hits=rows)]), tokenizer, replace(PLAIN, max_tokens=100, max_new_tokens=20)
+        make([question(0, hits=rows)]), tokenizer, PLAIN.but(max_tokens=100, max_new_tokens=20)
     )
     assert passages_in(found.prompt)
     assert found.target == REFUSAL
@@ -304,7 +318,7 @@ def windowed(number: int = 0) -> dict[str, Any]:
 
 
 def test_windows_vary_from_example_to_example(make: Any, tokenizer: Any) -> None:
-    config = replace(PLAIN, vary_windows=True)
+    config = PLAIN.but(vary_windows=True)
     seen = {
         tuple(passages_in(sequence(make([windowed()]), tokenizer, config, seed=seed).prompt))
         for seed in range(20)
@@ -323,7 +337,7 @@ def test_windows_vary_from_example_to_example(make: Any, tokenizer: Any) -> None
 
 
 def test_both_windows_are_as_frequent(make: Any, tokenizer: Any) -> None:
-    hits, config = make([windowed()]), replace(PLAIN, vary_windows=True)
+    hits, config = make([windowed()]), PLAIN.but(vary_windows=True)
     other = [
         "and tar" in sequence(hits, tokenizer, config, seed=seed).prompt for seed in range(200)
     ]
@@ -341,11 +355,11 @@ def missed(**values: Any) -> dict[str, Any]:
 def test_an_oracle_takes_the_place_of_the_worst_passage_where_retrieval_missed(
     make: Any, tokenizer: Any
 ) -> None:
-    config = replace(PLAIN, top_k=3, insert_oracle=True)
+    config = PLAIN.but(top_k=3, insert_oracle=True)
     found = sequence(make([missed()]), tokenizer, config)
     assert passages_in(found.prompt) == ["Salt.", "Ice.", "The keeper was Mara Voss."]
     assert found.target == "Mara Voss [3]"
-    roomy = sequence(make([missed()]), tokenizer, replace(config, top_k=5))
+    roomy = sequence(make([missed()]), tokenizer, config.but(top_k=5))
     assert passages_in(roomy.prompt) == ["Salt.", "Ice.", "Rope.", "The keeper was Mara Voss."]
     # Not where retrieval found one, and not where there is none.
     held = make([question(0, oracle=hit(9, "Voss it was."))])
@@ -356,7 +370,7 @@ def test_an_oracle_takes_the_place_of_the_worst_passage_where_retrieval_missed(
 def test_shares_of_examples_without_an_oracle_are_what_they_say(make: Any, tokenizer: Any) -> None:
     """Half of the questions are missed by retrieval, and yet the shares hold."""
     hits = make([question(0), missed()])
-    config = GeneratorConfig(top_k=4, max_tokens=400, distractor_share=0.3, oracle_free_share=0.2)
+    config = AS_DEFAULT.but(top_k=4, max_tokens=400, distractor_share=0.3, oracle_free_share=0.2)
     kinds: Counter[str] = Counter()
     for seed in range(600):
         found = sequence(hits, tokenizer, config, number=seed % 2, seed=seed)
@@ -380,7 +394,7 @@ def test_shares_of_examples_without_an_oracle_are_what_they_say(make: Any, token
 def test_as_published_four_of_five_examples_hold_an_oracle(make: Any, tokenizer: Any) -> None:
     hits = make([question(0), missed()])
     targets = [
-        sequence(hits, tokenizer, GeneratorConfig(top_k=4), number=seed % 2, seed=seed).target
+        sequence(hits, tokenizer, AS_DEFAULT.but(top_k=4), number=seed % 2, seed=seed).target
         for seed in range(400)
     ]
     assert targets.count(REFUSAL) / 400 == pytest.approx(0.2, abs=0.05)

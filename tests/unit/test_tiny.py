@@ -191,12 +191,13 @@ def test_folder_has_a_fingerprint_by_content(small: World, tmp_path: Path) -> No
 
 
 def test_hub_name_has_a_fingerprint_by_name_and_revision(small: World) -> None:
-    def resolve(name: str, revision: str | None = None) -> str:
-        return resolve_base(
-            replace(small.config.model, base=name, revision=revision), None
-        ).fingerprint
+    def resolve(name: str) -> BaseRef:
+        return resolve_base(replace(small.config.model, base=name), None)
 
-    assert len({resolve("a/b"), resolve("a/c"), resolve("a/b", "1"), resolve("a/b", "2")}) == 4
+    names = ("a/b", "a/c", "a/b@1", "a/b@2")
+    assert len({resolve(name).fingerprint for name in names}) == 4
+    assert (resolve("a/b").location, resolve("a/b").revision) == ("a/b", None)
+    assert (resolve("a/b@1").location, resolve("a/b@1").revision) == ("a/b", "1")
 
 
 def test_folder_that_is_none_is_refused(small: World, tmp_path: Path) -> None:

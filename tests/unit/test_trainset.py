@@ -5,7 +5,6 @@ artifact.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from safetensors.numpy import load_file
 from invar_ray.answering.bm25 import Bm25
 from invar_ray.errors import DataError
 from invar_ray.losses.masks import contrastive_allowed
+from invar_ray.models.encoder import COARSE_MAX_TOKENS
 from invar_ray.models.minilm import CoarseEncoder
 from invar_ray.schema import Example, Passage
 from invar_ray.steps.passages import load_documents, load_passages
@@ -27,7 +27,7 @@ from invar_ray.steps.trainset import plan as trainset_plan
 from invar_ray.store.artifacts import Artifact
 from invar_ray.text.answers import contains_answer
 from invar_ray.training.batches import Trainset
-from tests.support import World, world
+from tests.support import World, with_retriever, world
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_wordings_are_the_question_s_variants(small: World) -> None:
 
 def test_teacher_vectors_are_minilm_s(small: World) -> None:
     teacher = load_file(str(small.trainset.path("teacher.safetensors")))
-    coarse = CoarseEncoder("builtin:minilm", small.config.coarse.max_tokens, "f")
+    coarse = CoarseEncoder("builtin:minilm", COARSE_MAX_TOKENS, "f")
     examples = load_examples(small.questions, "train")
     assert (
         np.abs(
@@ -191,9 +191,11 @@ def test_mined_negatives_pass_the_contrastive_mask(small: World) -> None:
     allowed = contrastive_allowed(
         trainset.slot_metadata(plan),
         torch.tensor(plan.positive),
-        teacher_scores=trainset.teacher_scores(plan, small.config.coarse.document_weight),
+        teacher_scores=trainset.teacher_scores(
+            plan, small.config.experimental.coarse.document_weight
+        ),
         holds_answer=trainset.holds_answer(plan),
-        teacher_margin=small.config.retriever.false_negative_margin,
+        teacher_margin=small.config.experimental.retriever.false_negative_margin,
     )
     place = {slot: column for column, slot in enumerate(plan.slots)}
     own = [(i, place[slot]) for i, row in enumerate(plan.rows) for slot in trainset.negatives[row]]
@@ -206,7 +208,7 @@ def test_mined_negatives_pass_the_contrastive_mask(small: World) -> None:
 
 def test_bm25_joins_and_the_rank_range_is_reported(small: World) -> None:
     def mined(**settings: Any) -> tuple[Artifact, list[set[str]]]:
-        config = replace(small.config, retriever=replace(small.config.retriever, **settings))
+        config = with_retriever(small.config, **settings)
         parents = (
             small.passages,
             small.questions,

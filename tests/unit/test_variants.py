@@ -336,11 +336,11 @@ def test_file_rewriter(tmp_path: Path) -> None:
 def test_make_rewriter(tmp_path: Path) -> None:
     assert isinstance(make_rewriter(), RuleRewriter)
     assert isinstance(make_rewriter(provider="given"), GivenRewriter)
-    assert isinstance(make_rewriter(provider="file", file_uri="x.jsonl"), FileRewriter)
+    assert isinstance(make_rewriter(provider="file", uri="x.jsonl"), FileRewriter)
     assert isinstance(
         make_rewriter(
             provider="endpoint",
-            endpoint_url="http://h/v1",
+            uri="http://h/v1",
             endpoint_model="m",
             cache_path=tmp_path / "c",
         ),
@@ -348,7 +348,7 @@ def test_make_rewriter(tmp_path: Path) -> None:
     )
     for arguments in (
         {"provider": "file"},
-        {"provider": "endpoint", "endpoint_url": "x"},
+        {"provider": "endpoint", "uri": "x"},
         {"provider": "magic"},
     ):
         with pytest.raises(ConfigError):

@@ -1,0 +1,217 @@
+"""A run from a YAML recipe and ``key=value`` overrides, with every fault at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, fields, is_dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import yaml
+from pydantic import TypeAdapter, ValidationError
+
+from invar_ray.config.faults import explain_invalid, known_only
+from invar_ray.config.run import Config, cross_checks
+from invar_ray.errors import ConfigError
+
+_ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
+
+
+def recipe_names() -> list[str]:
+    """Names of the recipes that come with the package, sorted."""
+    folder = resources.files("invar_ray") / "recipes"
+    return sorted(
+        entry.name.removesuffix(".yaml")
+        for entry in folder.iterdir()
+        if entry.name.endswith(".yaml")
+    )
+
+
+def load_config(recipe: str = "tiny", overrides: Sequence[str] = ()) -> Config:
+    """Load a recipe and apply overrides.
+
+    Args:
+        recipe: name of a recipe of the package (see :func:`recipe_names`) or path of a YAML file.
+            ``extends:`` in it names another one, which it then changes.
+        overrides: ``dotted.key=value`` strings; values are YAML (``null``, ``true``, ``[a, b]``).
+
+    Raises:
+        ConfigError: with every fault of recipe and overrides at once, each with its dotted key and,
+            for an unknown key, the nearest valid one; or a recipe that is not there, is not YAML or
+            extends itself.
+    """
+    values = _read_recipe(recipe)
+    faults: list[str] = []
+    known = config_keys()
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        if not separator:
+            faults.append(f"override {override!r}: expected key=value")
+            continue
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            faults.append(f"{key}: value {text!r} is not YAML ({str(error).splitlines()[0]})")
+            continue
+        _set_path(values, key.strip(), value, faults)
+    values = known_only(values, known, "", faults)
+    invalid: dict[str, str] = {}
+    try:
+        config = _ADAPTER.validate_python(values)
+    except ValidationError as error:
+        invalid = explain_invalid(error, known)
+        faults += [f"{key}: {said}" for key, said in invalid.items()]
+        # The rest is checked with the defaults of those.
+        config = _ADAPTER.validate_python(_without(values, invalid, ""))
+    faults += [fault for fault in cross_checks(config) if not any(key in fault for key in invalid)]
+    if faults:
+        listing = "\n".join(f"  - {fault}" for fault in faults)
+        raise ConfigError(
+            f"{len(faults)} fault{'s'[: len(faults) > 1]} in recipe {recipe!r} and its "
+            f"overrides:\n{listing}\n",
+            action="correct them all and run again; every field is explained in invar_ray/config/",
+        )
+    return config
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """A (part of a) config as plain JSON-able values, for manifests and fingerprints."""
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in _plain(asdict(config)).items()
+    }
+
+
+def science(section: Any) -> dict[str, Any]:
+    """As :func:`to_dict`, for a fingerprint: without later fields that are switched off."""
+    plain = to_dict(section)
+    nested = {
+        e.name: science(getattr(section, e.name))
+        for e in fields(section)
+        if is_dataclass(getattr(section, e.name))
+    }
+    return {
+        name: nested.get(name, value)
+        for name, value in plain.items()
+        if name not in _switched_off(section)
+    }
+
+
+def _switched_off(section: Any) -> set[str]:
+    return {
+        entry.name
+        for entry in fields(section)
+        if entry.metadata.get("later") and getattr(section, entry.name) == entry.default
+    }
+
+
+def config_keys() -> list[str]:
+    """Every dotted key that a recipe may set, sections included."""
+    return sorted(_keys(Config, ""))
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return value
+
+
+def _keys(section: type[Any], prefix: str) -> Iterable[str]:
+    hints = get_type_hints(section)
+    for entry in fields(section):
+        path = f"{prefix}{entry.name}"
+        yield path
+        if is_dataclass(hints[entry.name]):
+            yield from _keys(hints[entry.name], f"{path}.")
+
+
+def _read_recipe(recipe: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The values of a recipe over those of the recipe that it extends.
+
+    Args:
+        recipe: a name or a path.
+        above: the recipes that extend this one, nearest last.
+    """
+    if recipe in above:
+        raise ConfigError(
+            f"recipe {recipe!r} extends itself: {' -> '.join((*above, recipe))}",
+            action="take one extends: out",
+        )
+    values = _parse(recipe, _text(recipe, above))
+    if "extends" not in values:
+        return values
+    other = values.pop("extends")
+    if not isinstance(other, str):
+        raise ConfigError(
+            f"recipe {recipe!r} extends {other!r}", expected="the name or path of one recipe"
+        )
+    if other not in recipe_names() and recipe not in recipe_names():
+        # A path counts from the recipe that names it.
+        other = str((Path(recipe).parent / Path(other).expanduser()).resolve())
+    return _merged(_read_recipe(other, (*above, recipe)), values)
+
+
+def _text(recipe: str, above: tuple[str, ...]) -> str:
+    if recipe in recipe_names():
+        return (resources.files("invar_ray") / "recipes" / f"{recipe}.yaml").read_text(
+            encoding="utf-8"
+        )
+    path = Path(recipe)
+    if not path.is_file():
+        close = difflib.get_close_matches(path.name, recipe_names(), n=1)
+        hint = f"; did you mean {close[0]!r}" if close else ""
+        asked = f" (which {above[-1]!r} extends)" if above else ""
+        raise ConfigError(
+            f"no recipe {recipe!r}{asked}{hint}",
+            expected=f"one of {', '.join(recipe_names())}, or the path of a YAML file",
+        )
+    return path.read_text(encoding="utf-8")
+
+
+def _parse(recipe: str, text: str) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"recipe {recipe!r} is not YAML: {error}") from error
+    if values is None:
+        return {}
+    if not isinstance(values, dict):
+        raise ConfigError(
+            f"recipe {recipe!r} holds a {type(values).__name__}", expected="a mapping of sections"
+        )
+    return values
+
+
+def _merged(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
+    """``base`` with what ``change`` sets; sections are merged, lists and values replaced."""
+    merged = dict(base)
+    for key, value in change.items():
+        below = merged.get(key)
+        if isinstance(value, dict) and isinstance(below, dict):
+            value = _merged(below, value)
+        merged[key] = value
+    return merged
+
+
+def _without(values: Mapping[str, Any], keys: Collection[str], prefix: str) -> dict[str, Any]:
+    """``values`` without some dotted keys."""
+    return {
+        key: _without(value, keys, f"{prefix}{key}.") if isinstance(value, Mapping) else value
+        for key, value in values.items()
+        if f"{prefix}{key}" not in keys
+    }
+
+
+def _set_path(values: dict[str, Any], key: str, value: Any, faults: list[str]) -> None:
+    *sections, last = key.split(".")
+    for name in sections:
+        inner = values.setdefault(name, {})
+        if not isinstance(inner, dict):
+            faults.append(f"{key}: {name} is not a section")
+            return
+        values = inner
+    values[last] = value

@@ -1,0 +1,93 @@
+"""How vectors are searched, and what is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from invar_ray.config.fields import FORBID, EncoderName, NoneTwice, PositiveShare
+
+
+@dataclass(frozen=True)
+class IndexConfig:
+    """How vectors are searched."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID
+
+    factory: str = "Flat"
+    """FAISS factory string, inner product on unit vectors: ``Flat`` is exact; e.g. ``IVF1024,SQ8``.
+    ``auto`` lets the planner choose from the number of vectors and the three limits below; how deep
+    to search is then measured.
+    """
+    num_lists_searched: PositiveInt = 16
+    """Lists that a search visits, for IVF factories only (FAISS's nprobe)."""
+    encoder: EncoderName = "retriever"
+    """What ``jobs.reindex`` embeds with: the base with this run's stage-1 adapter (``retriever``,
+    trained where it is missing), the bare base (``base``), MiniLM (``minilm``, the coarse encoder),
+    or the base with a stage-1 adapter that stands already: its URI."""
+    recall_target: PositiveShare | None = None
+    """Least recall@10 against exact search, on sampled vectors, in (0, 1]; an index below it is not
+    published. ``null`` is 0.95 for ``auto``, and measures nothing for an explicit factory.
+    Science, as all of this section.
+    """
+    max_memory_mb: PositiveFloat | None = None
+    """For ``auto``: most memory of the loaded index, in MB (10^6 bytes); ``null``: no limit."""
+    max_latency_ms: PositiveFloat | None = None
+    """For ``auto``: longest search of one query on one core, as the planner predicts it; ``null``
+    is 50.
+    """
+
+
+SystemName = Literal[
+    "bm25",
+    "minilm",
+    "minilm_bm25",
+    "minilm_rewrites",
+    "base",
+    "base_rewrites",
+    "stage1",
+    "stage1_bm25",
+    "stage1_rewrites",
+    "both",
+]
+"""Systems that a report can have rows for."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """What is measured."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID
+
+    top_k: Annotated[int, Field(ge=5)] = 20
+    """Depth of the hit lists; overlap@5 needs 5."""
+    num_rewrites: NonNegativeInt = 2
+    """Rewordings per dev question, from ``variants.provider`` (from the rules where that is
+    ``endpoint``), with a seed of their own."""
+    num_answers: NonNegativeInt = 100
+    """Answer this many of the dev questions with the generator; 0 evaluates retrieval only."""
+    answer_wordings: PositiveInt = 1
+    """Answer this many wordings of each of them; above 1 the report has a flip rate."""
+    answer_batch_size: PositiveInt = 16
+    """Prompts generated together."""
+    num_reworded_answers: NonNegativeInt | None = None
+    """Answer the other wordings of at most this many questions; ``null`` of all that are answered.
+    """
+    answer_rule: Literal["squad", "triviaqa", "hotpotqa", "regex"] = "squad"
+    """How answers are compared with the gold ones (``invar_ray/evaluation/scoring.py``)."""
+    systems: Annotated[tuple[SystemName, ...], NoneTwice, Field(min_length=1)] = (
+        "bm25",
+        "minilm",
+        "minilm_bm25",
+        "base",
+        "stage1",
+        "stage1_bm25",
+        "stage1_rewrites",
+        "both",
+    )
+    """Rows of the report, in their order.  ``*_bm25`` fuses with BM25 (reciprocal ranks);
+    ``*_rewrites`` fuses with two rewordings made at query time by rule, the rival that needs no
+    training; ``both`` adds stage 2.
+    """

