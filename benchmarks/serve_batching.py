@@ -27,12 +27,12 @@ import torch
 
 from invar_ray.models.decoding import Sampling
 from invar_ray.models.generator import Generator, Task
-from serve.answering import GeneratorCore, TransformersEngine, load_generator
-from serve.limits import Limits
+from serve.http.limits import Limits
 from serve.records import Context, Question
-from serve.retrieving import RetrieverCore, load_retriever
+from serve.replicas.generator import TransformersEngine, load_generator
+from serve.replicas.retriever import RetrieverReplica, load_retriever
+from serve.replicas.targets import LocalTarget
 from serve.service import Service
-from serve.targets import LocalTarget
 
 QUESTIONS = [f"Which river of number {number} flows past the old mill?" for number in range(64)]
 
@@ -140,13 +140,11 @@ async def end_to_end(options: argparse.Namespace) -> dict[str, float]:
     callers.
     """
     rates = {}
-    core = RetrieverCore(load_retriever, 32, 0.005)
+    core = RetrieverReplica(load_retriever, 32, 0.005)
     await core.configure(options.index)
     engine = TransformersEngine(options.generator, load_generator, 32, 0.005)
     write_on(engine._generator)
-    service = Service(
-        [LocalTarget("retriever", core)], LocalTarget("generator", GeneratorCore(engine))
-    )
+    service = Service([LocalTarget("retriever", core)], LocalTarget("generator", engine))
     limits = Limits(max_new_tokens=options.tokens)
 
     async def ask(question: str) -> None:

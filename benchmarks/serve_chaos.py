@@ -34,7 +34,7 @@ from ray import serve
 
 from invar_ray.store.artifacts import open_artifact
 from serve.app import AppArgs, start, stop
-from serve.keys import ApiKey
+from serve.http.keys import ApiKey
 
 KEY = {"X-API-Key": "chaos"}
 MOST_WAITS = 60

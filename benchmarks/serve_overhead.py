@@ -21,7 +21,7 @@ import httpx
 import ray
 
 from serve.app import AppArgs, start, stop
-from serve.retrieving import load_retriever
+from serve.replicas.retriever import load_retriever
 
 
 def main() -> None:

@@ -22,17 +22,17 @@ from ray.serve.config import AutoscalingConfig, BackpressureConfig, ProxyLocatio
 from ray.serve.schema import LoggingConfig
 
 from invar_ray.errors import ResourceError
-from serve.answering import GeneratorLoader
-from serve.args import AppArgs, EngineOptions, IngressOptions, RetrieverOptions
-from serve.deployments import (
-    ColocatedDeployment,
-    GeneratorDeployment,
-    IngressDeployment,
-    RetrieverDeployment,
-)
-from serve.keys import keys_from_environment, service_keys
-from serve.limits import SERVICE
-from serve.retrieving import load_retriever
+from serve.args import AppArgs
+from serve.http.keys import keys_from_environment, service_keys
+from serve.http.limits import SERVICE
+from serve.ingress import IngressReplica
+from serve.record import RecordFile
+from serve.replicas.colocated import ColocatedReplica
+from serve.replicas.generator import GeneratorLoader, TransformersEngine, load_generator
+from serve.replicas.remote import OpenAIEngine
+from serve.replicas.retriever import RetrieverLoader, RetrieverReplica, load_retriever
+from serve.telemetry.metrics import Meter, RaySink
+from serve.telemetry.tracing import Tracer
 
 logger = logging.getLogger(__name__)
 
@@ -42,84 +42,97 @@ def build_app(args: AppArgs) -> Application:
     return compose(args.resolved())
 
 
-def compose(args: AppArgs, *, generator_loader: GeneratorLoader | None = None) -> Application:
-    """The deployments, bound together; ``generator_loader`` is for embedding another generator."""
-    loader = partial(
-        load_retriever,
-        device=args.device,
-        precision=args.precision,
-        memory_map=args.memory_map,
-        collapse=args.collapse_duplicates,
-    )
+def compose(
+    args: AppArgs,
+    *,
+    retriever_loader: RetrieverLoader | None = None,
+    generator_loader: GeneratorLoader | None = None,
+) -> Application:
+    """The deployments, bound together; the loaders are for other retrievers and generators (of the
+    split topology).
+    """
     # Here as well as in each replica, whose environment may be another: a wrong key shows before
     # anything starts.
     service_keys(args.api_keys, os.environ)
+    meter, tracer = Meter(RaySink()), Tracer(args.tracing)
+    batches: dict[str, Any] = {
+        "max_batch_size": args.max_batch_size,
+        "batch_wait_s": args.batch_wait_s,
+        "meter": meter,
+        "tracer": tracer,
+    }
     record = args.record()
-    engine_actor = {"num_cpus": args.num_cpus_per_replica}
+    retriever: dict[str, Any] = batches | {
+        "configured": args.configured,
+        "record": RecordFile(record) if record else None,
+        "allowed_drop": args.shadow_allowed_drop,
+    }
+    search: dict[str, Any] = {"memory_map": args.memory_map, "collapse": args.collapse_duplicates}
+    models: dict[str, Any] = {"device": args.device, "precision": args.precision}
+    actor = {"num_cpus": args.num_cpus_per_replica}
     if args.num_gpus_per_replica > 0:
-        engine_actor["num_gpus"] = args.num_gpus_per_replica
-
-    def retriever_options(shard: int) -> RetrieverOptions:
-        return RetrieverOptions(
-            args.max_batch_size,
-            args.batch_wait_s,
-            args.configured,
-            shard=shard,
-            record_uri=record,
-            allowed_drop=args.shadow_allowed_drop,
-            tracing=args.tracing,
-        )
-
-    engine = EngineOptions(args, generator_loader)
+        actor["num_gpus"] = args.num_gpus_per_replica
     if args.topology == "colocated":
-        both = ColocatedDeployment.options(
-            **_options(args, args.generator_replicas, engine_actor),
+        both = _deployment(
+            "ColocatedDeployment",
+            ColocatedReplica,
+            **_options(args, args.generator_replicas, actor),
             user_config={"index_uri": args.index_uri},
-        ).bind(retriever_options(0), engine)
+        ).bind(args.generator_uri, **models, **search, **retriever)
         shards, generator = [both], both
     else:
+        loader = retriever_loader or partial(load_retriever, **models, **search)
         shards = [
-            RetrieverDeployment.options(
-                name="RetrieverDeployment" if shard == 0 else f"RetrieverDeployment{shard}",
-                **_options(args, args.retriever_replicas, engine_actor),
+            _deployment(
+                "RetrieverDeployment" if shard == 0 else f"RetrieverDeployment{shard}",
+                RetrieverReplica,
+                **_options(args, args.retriever_replicas, actor),
                 # In user_config, not an init argument: changing it changes the index in place,
                 # without new replicas.
                 user_config={"index_uri": uri},
-            ).bind(retriever_options(shard), loader)
+            ).bind(loader, shard=shard, **retriever)
             for shard, uri in enumerate(args.configured)
         ]
-        generator = GeneratorDeployment.options(
-            **_options(args, args.generator_replicas, engine_actor)
-        ).bind(engine)
+        options = _options(args, args.generator_replicas, actor)
+        if args.engine == "openai":
+            generator = _deployment("GeneratorDeployment", OpenAIEngine, **options).bind(
+                args.engine_url,
+                args.engine_model,
+                args.generator_uri,
+                api=args.engine_api,
+                key_env=args.engine_key_env,
+                timeout_s=args.timeout_s,
+                meter=meter,
+                tracer=tracer,
+            )
+        else:
+            generator = _deployment("GeneratorDeployment", TransformersEngine, **options).bind(
+                args.generator_uri, generator_loader or partial(load_generator, **models), **batches
+            )
     # The ingress refuses by itself, in the service's error form, before Serve would in plain text.
-    in_flight = args.max_ongoing_requests + args.max_queued_requests
     ingress_options = _options(args, args.ingress_replicas, {"num_cpus": args.num_cpus_per_ingress})
-    ingress_options["max_ongoing_requests"] = 4 * in_flight
-    ingress_options["autoscaling_config"].target_ongoing_requests = in_flight / 2
+    ingress_options["max_ongoing_requests"] = 4 * args.max_in_flight
+    ingress_options["autoscaling_config"].target_ongoing_requests = args.max_in_flight / 2
     ingress_options["backpressure_config"] = BackpressureConfig(
         status_code=503, retry_after_s=args.retry_after_s
     )
-    options = IngressOptions(
-        limits=args.limits(),
-        configured=args.configured,
-        max_in_flight=in_flight,
-        retry_after_s=args.retry_after_s,
+    application: Application = _deployment(
+        "IngressDeployment", IngressReplica, **ingress_options
+    ).bind(
+        shards,
+        generator,
+        args,
         # A key in this process's environment is meant to be asked for: replicas that lack it fail
         # rather than open up.
         require_api_key=args.require_api_key or bool(keys_from_environment(os.environ)),
-        keys=tuple(args.api_keys),
-        cors_origins=tuple(args.cors_origins),
-        audit_text=args.audit_text,
-        record_uri=record,
-        follow_uri=args.follow_uri,
-        shard_timeout_s=args.shard_timeout_s,
-        stability_share=args.stability_share,
-        tracing=args.tracing,
-    )
-    application: Application = IngressDeployment.options(**ingress_options).bind(
-        shards, generator, options
+        meter=meter,
+        tracer=tracer,
     )
     return application
+
+
+def _deployment(name: str, replica: type[Any], **options: Any) -> Any:
+    return serve.deployment(name=name, **options)(replica)
 
 
 def _options(args: AppArgs, replicas: tuple[int, int], actor: dict[str, Any]) -> dict[str, Any]:
@@ -210,7 +223,8 @@ def start(
     except RuntimeError as error:
         raise ResourceError(
             f"the service did not start: {str(error).splitlines()[0]}",
-            action="read the replicas' log lines above; check both artifact URIs and the cluster's free CPUs and GPUs",
+            action="read the replicas' log lines above; check both artifact URIs and the cluster's "
+            "free CPUs and GPUs",
         ) from error
     url = _url(host, port)
     _wait_until_ready(url, ready_timeout_s)
@@ -266,7 +280,8 @@ def _wait_until_ready(url: str, timeout_s: float) -> None:
             time.sleep(0.2)
     raise ResourceError(
         f"the service at {url} is not ready after {timeout_s:g} s (last: {last})",
-        action="look at `serve status`; a Serve that was already running keeps its own host and port",
+        action="look at `serve status`; a Serve that was already running keeps its own host and "
+        "port",
     )
 
 

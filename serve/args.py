@@ -1,45 +1,55 @@
-"""The application's arguments, and what each deployment gets of them.
+"""The application's arguments.
 
 No ``from __future__ import annotations`` here: Serve reads ``build_app``'s annotation as an object.
 """
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from invar_ray.errors import ConfigError
-from serve.keys import ApiKey, KeyRing
-from serve.limits import Limits
-from serve.metrics import Meter
-from serve.tracing import Tracer, Tracing
-
-if TYPE_CHECKING:
-    from serve.answering import AnswerEngine, GeneratorLoader
+from serve.http.keys import ApiKey, KeyRing
+from serve.http.limits import Limits
+from serve.telemetry.tracing import Tracing
 
 
-class AppArgs(BaseModel):
-    """What is served, and on how much.  Model and prompts come from the artifacts' manifests."""
+def _fewest_and_most(value: tuple[int, int]) -> tuple[int, int]:
+    fewest, most = value
+    if not 1 <= fewest <= most:
+        raise ValueError(f"[{fewest}, {most}]: expected [fewest, most] with 1 <= fewest <= most")
+    return value
 
-    model_config = ConfigDict(extra="forbid")
+
+Replicas = Annotated[tuple[int, int], AfterValidator(_fewest_and_most)]
+
+
+class AppArgs(Limits):
+    """What is served, and on how much.  Model and prompts come from the artifacts' manifests.
+
+    The one place of the service's settings: what requests may ask for stands in
+    :class:`~serve.http.limits.Limits`, everything else here.
+    """
+
+    model_config = ConfigDict(serialize_by_alias=True)  # what is written can be read again
 
     store_uri: str = Field(
         "",
-        description="Store of a run, e.g. runs/demo: its newest stage-1 index and generator are served where "
-        "the two fields below name none. A relative path is looked for here, then beside the "
-        "package.",
+        description="Store of a run, e.g. runs/demo: its current index and newest generator are "
+        "served where the two fields below name none. A relative path is looked for here, then "
+        "beside the package.",
     )
     index_uri: str = Field("", description="Index artifact.")
     shard_uris: list[str] = Field(
         default_factory=list,
-        description="More index artifacts of the same encoder: each is a shard with a deployment of its own, and every "
-        "search asks all of them.",
+        description="More index artifacts of the same encoder: each is a shard with a deployment "
+        "of its own, and every search asks all of them.",
     )
     generator_uri: str = Field("", description="Generator artifact.")
     topology: Literal["split", "colocated"] = Field(
         "split",
-        description="Retriever and generator scaled apart, or both adapters over one base in each replica.",
+        description="Retriever and generator scaled apart, or both adapters over one base in each "
+        "replica.",
     )
     engine: Literal["transformers", "openai"] = Field(
         "transformers",
@@ -55,11 +65,11 @@ class AppArgs(BaseModel):
     engine_key_env: str = Field(
         "INVAR_ENGINE_KEY", description="For `openai`: environment variable of its key."
     )
-    ingress_replicas: tuple[int, int] = Field((1, 2), description="Fewest and most HTTP replicas.")
-    retriever_replicas: tuple[int, int] = Field(
+    ingress_replicas: Replicas = Field((1, 2), description="Fewest and most HTTP replicas.")
+    retriever_replicas: Replicas = Field(
         (1, 4), description="Fewest and most retriever replicas, per shard."
     )
-    generator_replicas: tuple[int, int] = Field(
+    generator_replicas: Replicas = Field(
         (1, 4), description="Fewest and most generator or colocated replicas."
     )
     num_gpus_per_replica: float = Field(
@@ -72,15 +82,6 @@ class AppArgs(BaseModel):
         "fp32", description="Of both models; bf16 is for GPUs."
     )
     num_cpus_per_ingress: float = Field(0.1, ge=0, description="CPU share of an HTTP replica.")
-    top_k: int = Field(
-        5, ge=1, description="Passages per answer unless the request says otherwise."
-    )
-    max_top_k: int = Field(20, ge=1, description="Most passages that a request may ask for.")
-    max_question_chars: int = Field(2000, ge=1, description="Longest question in characters.")
-    max_new_tokens: int = Field(32, ge=1, description="Longest answer in tokens.")
-    max_body_bytes: int = Field(65536, ge=256, description="Longest request body in bytes.")
-    max_inputs: int = Field(64, ge=1, description="Most texts that one request may have embedded.")
-    max_rewrites: int = Field(5, ge=1, description="Most rewordings of a stability request.")
     max_batch_size: int = Field(8, ge=1, description="Questions that a replica handles together.")
     batch_wait_s: float = Field(
         0.005,
@@ -93,8 +94,11 @@ class AppArgs(BaseModel):
     max_queued_requests: int = Field(
         128, ge=1, description="Requests that wait for a replica, per HTTP replica."
     )
-    request_timeout_s: float = Field(
-        60.0, gt=0, description="Longest that a request may take, in seconds."
+    timeout_s: float = Field(
+        60.0,
+        gt=0,
+        alias="request_timeout_s",
+        description="Longest that a request may take, in seconds.",
     )
     shard_timeout_s: float = Field(
         5.0, gt=0, description="Longest wait for one of several shards, in seconds."
@@ -111,7 +115,8 @@ class AppArgs(BaseModel):
     target_ongoing_requests: float = Field(
         0.0,
         ge=0,
-        description="Load per replica that autoscaling aims at; 0 takes half of max_ongoing_requests.",
+        description="Load per replica that autoscaling aims at; 0 takes half of "
+        "max_ongoing_requests.",
     )
     health_check_period_s: float = Field(
         10.0, gt=0, description="Time between health checks, in seconds."
@@ -124,14 +129,15 @@ class AppArgs(BaseModel):
     )
     record_uri: str | None = Field(
         None,
-        description="JSON file that keeps changes of the index over restarts; null puts it into the index's store, an "
-        "empty string keeps none and refuses changes.",
+        description="JSON file that keeps changes of the index over restarts; null puts it into "
+        "the index's store, an empty string keeps none and refuses changes.",
     )
     shadow_allowed_drop: float = Field(
         0.2,
         ge=0,
         le=1,
-        description="By how much a new index's recall and overlap on probes may be below the old's.",
+        description="By how much a new index's recall and overlap on probes may be below the "
+        "old's.",
     )
     memory_map: bool = Field(
         False, description="Map the index file in place of reading it: replicas share its pages."
@@ -142,8 +148,9 @@ class AppArgs(BaseModel):
     )
     follow_uri: str = Field(
         "",
-        description="Where it stands which index to serve: published versions, <root>/published/<name>, or a file with "
-        "the URI of the index (of each shard) on a line; empty: nowhere.",
+        description="Where it stands which index to serve: published versions, "
+        "<root>/published/<name>, or a file with the URI of the index (of each shard) on a line; "
+        "empty: nowhere.",
     )
     require_api_key: bool = Field(
         False, description="Refuse to start without a key, see docs/design/serving.md."
@@ -161,16 +168,9 @@ class AppArgs(BaseModel):
     )
 
     @model_validator(mode="after")
-    def _ranges(self) -> "AppArgs":
+    def _together(self) -> "AppArgs":
         if not self.store_uri and not (self.index_uri and self.generator_uri):
             raise ValueError("nothing to serve: give index_uri and generator_uri, or store_uri")
-        for name in ("ingress_replicas", "retriever_replicas", "generator_replicas"):
-            fewest, most = getattr(self, name)
-            if not 1 <= fewest <= most:
-                raise ValueError(
-                    f"{name} is [{fewest}, {most}]: expected [fewest, most] with 1 <= fewest <= "
-                    "most"
-                )
         if self.top_k > self.max_top_k:
             raise ValueError(f"top_k ({self.top_k}) is larger than max_top_k ({self.max_top_k})")
         if self.max_batch_size > self.max_ongoing_requests:
@@ -188,32 +188,33 @@ class AppArgs(BaseModel):
         return self
 
     def resolved(self) -> "AppArgs":
-        """With the artifacts of ``store_uri`` where none are named.
+        """With the current index of ``store_uri`` and its base's newest generator, where none are
+        named.
 
         Raises:
             MissingArtifactError: if the store has none.
         """
         if self.index_uri and self.generator_uri:
             return self
+        from invar_ray.answering.current import current_index, newest_generator
         from invar_ray.errors import MissingArtifactError
-        from invar_ray.store.artifacts import Store
+        from invar_ray.store.artifacts import Store, open_artifact
 
         root = self.store_uri
         if "://" not in root and not Path(root).is_dir():
             beside = Path(__file__).parents[1] / root
             root = str(beside if beside.is_dir() else Path(root))
         store = Store(root if "://" in root else str(Path(root).resolve()))
-        found = {}
-        for name, kind in (("index_uri", "index"), ("generator_uri", "generator")):
-            artifacts = [
-                a for a in store.list(kind) if kind != "index" or a.manifest.name == "retriever"
-            ]
-            if not artifacts:
+        index = open_artifact(self.index_uri, "index") if self.index_uri else current_index(store)
+        found = {"index_uri": index.uri, "generator_uri": self.generator_uri}
+        if not self.generator_uri:
+            generator = newest_generator(index)
+            if generator is None:
                 raise MissingArtifactError(
-                    f"no {kind} of a trained run below {store.root_uri}",
+                    f"no generator of the base of {index.ref} below {store.root_uri}",
                     action="run make demo or invar-ray train first, or name both artifacts",
                 )
-            found[name] = getattr(self, name) or artifacts[-1].uri
+            found["generator_uri"] = generator.uri
         return self.model_copy(update=found)
 
     @property
@@ -222,22 +223,18 @@ class AppArgs(BaseModel):
         return (self.index_uri, *self.shard_uris)
 
     @property
+    def max_in_flight(self) -> int:
+        """Requests that an HTTP replica answers at once; it refuses more."""
+        return self.max_ongoing_requests + self.max_queued_requests
+
+    @property
     def device(self) -> str:
         """Where models run."""
         return "cuda" if self.num_gpus_per_replica > 0 else "cpu"
 
     def limits(self) -> Limits:
-        """What requests may ask for."""
-        return Limits(
-            top_k=self.top_k,
-            max_top_k=self.max_top_k,
-            max_question_chars=self.max_question_chars,
-            max_new_tokens=self.max_new_tokens,
-            max_body_bytes=self.max_body_bytes,
-            max_inputs=self.max_inputs,
-            max_rewrites=self.max_rewrites,
-            timeout_s=self.request_timeout_s,
-        )
+        """What requests may ask for, alone: clients are told it."""
+        return Limits.model_validate({name: getattr(self, name) for name in Limits.model_fields})
 
     def record(self) -> str:
         """Where changes of the index are kept: ``<store>/serving/<index folder's name>.json``
@@ -250,92 +247,3 @@ class AppArgs(BaseModel):
         root, _, name = self.index_uri.rstrip("/").rpartition("/")
         store = root.rpartition("/")[0]
         return join_uri(store, f"serving/{name}.json") if store else ""
-
-
-@dataclass(frozen=True)
-class RetrieverOptions:
-    """What a retriever replica gets."""
-
-    max_batch_size: int
-    batch_wait_s: float
-    configured: tuple[str, ...]
-    shard: int = 0
-    record_uri: str = ""
-    allowed_drop: float = 0.2
-    tracing: Tracing = "off"
-
-
-@dataclass(frozen=True)
-class EngineOptions:
-    """What a generator replica gets."""
-
-    args: AppArgs
-    loader: "GeneratorLoader | None" = None
-
-    @property
-    def tracing(self) -> Tracing:
-        """See :class:`AppArgs`."""
-        return self.args.tracing
-
-    @property
-    def device(self) -> str:
-        """See :class:`AppArgs`."""
-        return self.args.device
-
-    @property
-    def precision(self) -> str:
-        """See :class:`AppArgs`."""
-        return self.args.precision
-
-    def make(
-        self, meter: Meter, tracer: Tracer, loader: "GeneratorLoader | None" = None
-    ) -> "AnswerEngine":
-        """The engine; ``loader`` goes before the options' own."""
-        from functools import partial
-
-        from serve.answering import TransformersEngine, load_generator
-
-        args = self.args
-        if args.engine == "openai":
-            from serve.remote import OpenAIEngine
-
-            return OpenAIEngine.over_artifact(
-                args.engine_url,
-                args.engine_model,
-                args.generator_uri,
-                key_env=args.engine_key_env,
-                api=args.engine_api,
-                timeout_s=args.request_timeout_s,
-                meter=meter,
-                tracer=tracer,
-            )
-        chosen: Any = loader or self.loader
-        if chosen is None:
-            chosen = partial(load_generator, device=self.device, precision=self.precision)
-        return TransformersEngine(
-            args.generator_uri,
-            chosen,
-            args.max_batch_size,
-            args.batch_wait_s,
-            meter=meter,
-            tracer=tracer,
-        )
-
-
-@dataclass(frozen=True)
-class IngressOptions:
-    """What an HTTP replica gets."""
-
-    limits: Limits
-    configured: tuple[str, ...]
-    max_in_flight: int
-    retry_after_s: float
-    require_api_key: bool = False
-    keys: tuple[ApiKey, ...] = ()
-    cors_origins: tuple[str, ...] = ()
-    audit_text: bool = False
-    record_uri: str = ""
-    follow_uri: str = ""
-    shard_timeout_s: float = 5.0
-    stability_share: float = 0.0
-    tracing: Tracing = "off"

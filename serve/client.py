@@ -26,7 +26,7 @@ def ask(
         timeout_s: longest wait in seconds.
 
     Returns:
-        The response of ``POST /v1/answer``: see :class:`serve.protocol.AnswerResponse`.
+        The response of ``POST /v1/answer``: see :class:`serve.http.protocol.AnswerResponse`.
 
     Raises:
         RequestError: if the service refuses the request (4xx).

@@ -102,3 +102,52 @@ class Prepared:
     replica: str
     error: str | None
     report: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaStatus:
+    """The index of one retriever replica.  After a failed change the old one stays in service.
+
+    Attributes:
+        shard: number of the shard that it searches.
+        requested_uri: the index that was asked for last.
+        active_uri: the index that is being searched.
+        error: why the requested index is not the active one; ``None`` if it is.
+        versions: fingerprints of index and encoder.
+    """
+
+    shard: str
+    replica: str
+    requested_uri: str
+    active_uri: str
+    error: str | None
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class GeneratorStatus:
+    """What answers: engine, artifact or address, most tokens of prompt and answer together."""
+
+    engine: str
+    uri: str
+    max_context: int
+    versions: dict[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Serving:
+    """What the whole service serves; several shards' URIs are joined by commas.
+
+    Attributes:
+        history: what was served before, oldest first.
+        report: of the shadow search, where this is what came of a change.
+    """
+
+    requested_uri: str
+    active_uri: str
+    error: str | None
+    replicas: tuple[ReplicaStatus, ...]
+    history: tuple[str, ...]
+    generator: GeneratorStatus
+    versions: dict[str, str]
+    report: dict[str, Any] = field(default_factory=dict)

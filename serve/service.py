@@ -1,5 +1,5 @@
 """What the routes call: search over all shards, answers, changes of the index; over any
-:mod:`serve.targets`.
+:mod:`serve.replicas.targets`.
 """
 
 from __future__ import annotations
@@ -9,18 +9,28 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
 from invar_ray.errors import ConfigError, InvarError, RequestError
-from serve.limits import ServiceError
-from serve.metrics import Meter
+from serve.errors import Conflict, ServiceError, Unavailable
 from serve.record import Desired, RecordFile, named_index
-from serve.records import Context, Embedded, Found, Question, Reply
+from serve.records import (
+    Context,
+    Embedded,
+    Found,
+    GeneratorStatus,
+    Prepared,
+    Question,
+    ReplicaStatus,
+    Reply,
+    Serving,
+)
+from serve.replicas.targets import Target
 from serve.stability import pair_overlap, reword
-from serve.targets import Target
-from serve.tracing import Tracer
+from serve.telemetry.metrics import Meter
+from serve.telemetry.tracing import Tracer
 
 logger = logging.getLogger("ray.serve")
 _CHANGE_S = 600.0  # longest that loading and probing an index may take
@@ -100,9 +110,7 @@ class Service:
         ):  # the request's fault, not the shard's: it must not pass for one that is missing
             raise refused[0]
         if not good:
-            raise ServiceError(
-                503, "unavailable", "no shard of the index answered", self._retry_after_s
-            )
+            raise Unavailable("no shard of the index answered", self._retry_after_s)
         return merge(good, top_k, missing, embedded.versions)
 
     async def embed(
@@ -141,34 +149,27 @@ class Service:
 
     # State
 
-    async def describe(self) -> dict[str, Any]:
-        """See :class:`serve.protocol.IndexResponse` (without limits)."""
+    async def describe(self) -> Serving:
+        """What every replica serves."""
         jobs = [shard.broadcast("describe", timeout_s=30) for shard in self._shards]
-        *shards, generator = await asyncio.gather(
+        *shards, answering = await asyncio.gather(
             *jobs, self._generator.call("describe_generator", left_s=30)
         )
-        replicas = [replica for shard in shards for replica in shard]
-        states = [replica["state"] for replica in replicas]
+        generator: GeneratorStatus = answering
+        replicas: list[ReplicaStatus] = [replica for shard in shards for replica in shard]
         record = await asyncio.to_thread(self._read)
-        active = _joined(sorted({(state["shard"], state["active_uri"]) for state in states}))
-        failed = [state for state in states if state["error"]]
-        requested = _joined(
-            sorted({(state["shard"], state["requested_uri"]) for state in failed or states})
+        failed = [each for each in replicas if each.error]
+        return Serving(
+            requested_uri=_joined(
+                {(each.shard, each.requested_uri) for each in failed or replicas}
+            ),
+            active_uri=_joined({(each.shard, each.active_uri) for each in replicas}),
+            error=failed[0].error if failed else None,
+            replicas=tuple(replicas),
+            history=tuple(",".join(entry) for entry in record.history),
+            generator=generator,
+            versions={**_versions([each.versions for each in replicas]), **generator.versions},
         )
-        return {
-            "index": {
-                "requested_uri": requested,
-                "active_uri": active,
-                "error": failed[0]["error"] if failed else None,
-            },
-            "replicas": states,
-            "history": [",".join(entry) for entry in record.history],
-            "generator": generator["generator"],
-            "versions": {
-                **_versions([each["versions"] for each in replicas]),
-                **generator["versions"],
-            },
-        }
 
     async def check(self) -> None:
         """Search every shard and generate a token.  A success counts for a second: anyone may ask,
@@ -189,21 +190,19 @@ class Service:
             raise
         except Exception as error:
             logger.exception("not ready")
-            raise ServiceError(
-                503, "unavailable", "a health check failed", self._retry_after_s
-            ) from error
+            raise Unavailable("a health check failed", self._retry_after_s) from error
         self._ready_at = time.monotonic()
 
     # Changes of the index
 
-    async def change_index(self, uris: Sequence[str] | None) -> dict[str, Any]:
+    async def change_index(self, uris: Sequence[str] | None) -> Serving:
         """Serve other indexes, one per shard; ``None`` goes back to those before.
 
         Every replica loads and probes its new index beside the old one; only once all have it ready
         is the change written down and made.  A failure anywhere leaves everything as it was.
 
         Returns:
-            ``report`` of the shadow search, and what :meth:`describe` gives.
+            What :meth:`describe` gives, with the report of the shadow search.
 
         Raises:
             RequestError: for another number of indexes than of shards, or with nothing to go back
@@ -211,13 +210,9 @@ class Service:
             ServiceError: 409 if a replica cannot serve its index, or another change is under way.
         """
         if self._record is None:
-            raise ServiceError(
-                409, "conflict", "this service keeps no record of its index, so it cannot change it"
-            )
+            raise Conflict("this service keeps no record of its index, so it cannot change it")
         if self._changing.locked():
-            raise ServiceError(
-                409, "conflict", "another change of the index is under way", self._retry_after_s
-            )
+            raise Conflict("another change of the index is under way", self._retry_after_s)
         async with self._changing:
             record = await asyncio.to_thread(self._read)
             if uris is not None and len(uris) != len(self._shards):
@@ -241,10 +236,10 @@ class Service:
                 logger.warning("not every replica could be told of the change: %s", error.message)
             self.meter.record("invar_index_changes_total", outcome="changed")
             logger.info("the index is now %s", ",".join(wanted.index))
-            return {"report": report, **await self.describe()}
+            return replace(await self.describe(), report=report)
 
     async def _prepare(self, uris: Sequence[str]) -> dict[str, Any]:
-        prepared = [
+        prepared: list[Prepared] = [
             each
             for shard in await self._everywhere("prepare", [(uri,) for uri in uris])
             for each in shard
@@ -253,7 +248,7 @@ class Service:
         if errors:
             await self._everywhere("discard", [(uri, errors[0]) for uri in uris])
             self.meter.record("invar_index_changes_total", outcome="refused")
-            raise ServiceError(409, "conflict", f"the index was not changed: {errors[0]}")
+            raise Conflict(f"the index was not changed: {errors[0]}")
         return {
             "replicas": len(prepared),
             **next((each.report for each in prepared if each.report), {}),
@@ -341,5 +336,5 @@ def _versions(given: Sequence[dict[str, str]]) -> dict[str, str]:
     return {name: "+".join(dict.fromkeys(v[name] for v in given if name in v)) for name in names}
 
 
-def _joined(pairs: Sequence[tuple[str, str]]) -> str:
-    return ",".join(uri for _, uri in pairs)
+def _joined(uris_of_shards: Iterable[tuple[str, str]]) -> str:
+    return ",".join(uri for _, uri in sorted(uris_of_shards))

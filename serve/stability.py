@@ -15,7 +15,7 @@ from invar_ray.evaluation.variance import overlap_at_k
 from invar_ray.questions.rules import RuleRewriter
 from invar_ray.schema import Example, Hit, Variant
 from invar_ray.text.answers import normalise_answer
-from serve.limits import ServiceError
+from serve.errors import Unavailable
 from serve.records import Context, Found, Question, Reply
 
 
@@ -42,8 +42,8 @@ class Asked(Protocol):
 
 
 def reword(question: str, count: int, seed: int) -> list[Variant]:
-    """At most ``count`` rewordings by the rules of ``text/variants``; the same seed gives the same
-    ones.
+    """At most ``count`` rewordings by the rules of ``questions/rules``; the same seed gives the
+    same ones.
     """
     return RuleRewriter().rewrite(Example("asked", question, (), ()), count, seed)
 
@@ -118,6 +118,4 @@ async def ask_all(
                 Wording(text, kind, each, reply)
                 for (text, kind), each, reply in zip(texts, found, replies, strict=True)
             ]
-    raise ServiceError(
-        503, "unavailable", "what is served changed between two wordings, three times", 1.0
-    )
+    raise Unavailable("what is served changed between two wordings, three times", 1.0)

@@ -29,15 +29,15 @@ from invar_ray.schema import Passage, passage_schema, to_table, vector_schema
 from invar_ray.steps.base import build as build_base
 from invar_ray.steps.base import plan as base_plan
 from invar_ray.store.artifacts import Plan, Store
-from serve.answering import AnswerEngine, GeneratorCore, TransformersEngine, load_generator
-from serve.api import make_api
-from serve.limits import Limits
-from serve.metrics import Meter, Metric
+from serve.http.api import make_api
+from serve.http.limits import Limits
 from serve.record import RecordFile
-from serve.retrieving import RetrieverCore, load_retriever
+from serve.replicas.generator import AnswerEngine, TransformersEngine, load_generator
+from serve.replicas.retriever import RetrieverReplica, load_retriever
+from serve.replicas.targets import LocalTarget
 from serve.service import Service
-from serve.targets import LocalTarget
-from serve.tracing import Tracer
+from serve.telemetry.metrics import Meter, Metric
+from serve.telemetry.tracing import Tracer
 
 T = TypeVar("T")
 LIMITS = Limits(top_k=3, max_top_k=4, max_question_chars=1500, max_new_tokens=6)
@@ -178,7 +178,7 @@ class Live:
         shards: index URIs; ``None`` is the one of all passages.
         record: file that keeps changes of the index.
         engine: answers instead of the artifact's generator.
-        options: of :func:`serve.api.make_api`; ``service`` has those of
+        options: of :func:`serve.http.api.make_api`; ``service`` has those of
             :class:`serve.service.Service`.
     """
 
@@ -204,7 +204,7 @@ class Live:
 
         async def build() -> None:
             self.retrievers = [
-                RetrieverCore(
+                RetrieverReplica(
                     load_retriever,
                     record=file,
                     shard=number,
@@ -222,7 +222,7 @@ class Live:
             self.targets = [
                 LocalTarget(f"shard {n}", core) for n, core in enumerate(self.retrievers)
             ]
-            generator = LocalTarget("generator", GeneratorCore(self.engine))
+            generator = LocalTarget("generator", self.engine)
             given = {
                 "configured": configured,
                 "record": file,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import asdict
 from typing import Any
 
 from invar_ray.answering.current import current_index, newest_generator
@@ -86,15 +87,10 @@ def _service_args(index: Artifact, generator: Artifact, serve: ServeConfig) -> A
     # An adapter that was not trained here says nothing of an answer's length: the service's default
     # holds.
     length = {name: generator.info[name] for name in ("max_new_tokens",) if name in generator.info}
+    settings = asdict(serve)  # by the names of AppArgs
+    del settings["host"], settings["port"]
     return _service().AppArgs(
-        index_uri=index.uri,
-        generator_uri=generator.uri,
-        retriever_replicas=serve.retriever_replicas,
-        generator_replicas=serve.generator_replicas,
-        num_gpus_per_replica=serve.num_gpus_per_replica,
-        num_cpus_per_replica=serve.num_cpus_per_replica,
-        top_k=serve.top_k,
-        **length,
+        index_uri=index.uri, generator_uri=generator.uri, **settings, **length
     )
 
 

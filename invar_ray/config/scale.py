@@ -7,12 +7,16 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveInt
 
-from invar_ray.config.fields import FORBID, Range, Workers
+from invar_ray.config.fields import FORBID, Workers
 
 
 @dataclass(frozen=True)
 class ServeConfig:
-    """The endpoint.  Scale only: what is served comes from the artifacts' manifests."""
+    """The endpoint.  Scale only: what is served comes from the artifacts' manifests.
+
+    What a recipe may set of the service; beside ``host`` and ``port``, the names are those of
+    ``AppArgs`` in ``serve/args.py``, where all its settings stand (``serve deploy`` takes them).
+    """
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID
 
@@ -20,10 +24,6 @@ class ServeConfig:
     """Address to listen on; loopback unless you say otherwise."""
     port: int = 8000
     """HTTP port; 0 takes a free one."""
-    retriever_replicas: Range = (1, 4)
-    """Fewest and most retriever replicas."""
-    generator_replicas: Range = (1, 4)
-    """Fewest and most generator replicas."""
     num_gpus_per_replica: float = 0.0
     """GPU share of each replica."""
     num_cpus_per_replica: float = 0.5

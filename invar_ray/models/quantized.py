@@ -33,7 +33,7 @@ def check_quantize() -> None:
             "experimental.model.quantize asks for weights in 4 bits, but this process sees no CUDA "
             "device",
             expected="a GPU for each training worker",
-            action="set scale.use_gpu to true on nodes with GPUs, or set experimental.model.quantize "
+            action="set scale.use_gpu to true on nodes with GPUs, or experimental.model.quantize "
             "to null",
         )
 

@@ -8,20 +8,61 @@ import hashlib
 import json
 import os
 import threading
-import time
 from pathlib import Path
-from typing import Any
-
-import httpx
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
 
 from invar_ray.errors import ConfigError, DataError, ResourceError
 
-_RETRY = frozenset({408, 409, 425, 429})
-_LONGEST_WAIT_S = 30.0
+if TYPE_CHECKING:  # half a second: only who asks pays for it
+    import openai
 
 
 class _MalformedReply(Exception):
     pass
+
+
+def check_url(url: str, setting: str) -> str:
+    """The base URL of a server, without a slash at its end.
+
+    Raises:
+        ConfigError: it is not a usable URL.
+    """
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in {"http", "https"} and bool(parts.hostname)
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ConfigError(
+            f"{setting} is {url!r}, not a usable URL", expected="http(s)://host:port/v1"
+        )
+    return url.rstrip("/")
+
+
+def read_key(key_env: str) -> str:
+    """The key in an environment variable; empty where there is none.
+
+    Raises:
+        ConfigError: no header can carry it; the error does not show it.
+    """
+    key = os.environ.get(key_env, "").strip()
+    if not (key.isascii() and key.isprintable()):
+        raise ConfigError(
+            f"the key in {key_env} holds characters that no header can carry",
+            action="set it again",
+        )
+    return key
+
+
+def key_headers(key: str) -> dict[str, Any]:
+    """The headers that send this key with a request of ``openai``'s, or none.
+
+    They are the request's and not the client's, which would otherwise insist on a key.
+    """
+    from openai import Omit
+
+    return {"Authorization": f"Bearer {key}" if key else Omit()}
 
 
 class ChatEndpoint:
@@ -38,8 +79,8 @@ class ChatEndpoint:
             process writes it.
         timeout_s: per request.
         attempts: tries per request; busy (429), failing (5xx) and silent servers and malformed
-            replies are tried again.
-        backoff_s: first wait between tries; doubles.  A ``Retry-After`` of up to 30 s is kept to.
+            replies are tried again.  How long to wait is up to the package ``openai``: half a
+            second, doubling, or what ``Retry-After`` says.
         temperature: of the server's sampling.
     """
 
@@ -52,21 +93,15 @@ class ChatEndpoint:
         *,
         timeout_s: float = 60.0,
         attempts: int = 5,
-        backoff_s: float = 0.5,
         temperature: float = 0.7,
     ) -> None:
         if attempts < 1:
             raise ValueError(f"attempts={attempts}: expected at least 1")
         self.url, self.model, self.key_env = url.rstrip("/"), model, key_env
         self.cache_path = None if cache_path is None else Path(cache_path)
-        self.timeout_s, self.attempts, self.backoff_s, self.temperature = (
-            timeout_s,
-            attempts,
-            backoff_s,
-            temperature,
-        )
+        self.timeout_s, self.attempts, self.temperature = timeout_s, attempts, temperature
         self._cache: dict[str, str] | None = None
-        self._client: httpx.Client | None = None
+        self._client: openai.OpenAI | None = None
         self._lock = threading.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -137,80 +172,68 @@ class ChatEndpoint:
         return cache
 
     def _ask(self, body: dict[str, Any]) -> str:
-        address = f"{self.url}/chat/completions"
-        problem: ResourceError | DataError = ResourceError(f"{address} was not asked")
-        for attempt in range(self.attempts):
-            wait = min(_LONGEST_WAIT_S, self.backoff_s * 2**attempt)
-            try:
-                response = self._open().post(address, json=body, headers=self._headers())
-            except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-                raise ConfigError(
-                    f"{self.url!r} is not a usable URL ({error})", expected="http(s)://host/v1"
-                ) from None
-            except httpx.TransportError as error:
-                problem = ResourceError(
-                    f"{address} does not answer ({type(error).__name__})",
-                    action="start the server or correct the URL",
-                )
-            else:
-                if response.is_success:
-                    try:
-                        return _content(response)
-                    except _MalformedReply as error:
-                        problem = DataError(
-                            f"{address} answered {error}",
-                            expected='{"choices": [{"message": {"content": "..."}}]}',
-                            action="check that the server speaks the OpenAI chat protocol",
-                        )
-                elif response.status_code in _RETRY or response.status_code >= 500:
-                    problem = ResourceError(
-                        f"{address} failed {attempt + 1} times, last with HTTP "
-                        f"{response.status_code}",
-                        action="look at the server's log, or try later",
-                    )
-                    wait = _retry_after(response, wait)
-                else:
-                    raise self._refused(address, response)
-            if attempt + 1 < self.attempts:
-                time.sleep(wait)
-        raise problem
+        import openai
 
-    def _open(self) -> httpx.Client:
+        address = f"{self.url}/chat/completions"
+        headers = key_headers(read_key(self.key_env))
+        client, left = self._open(), self.attempts
+        malformed = ""
+        while left > 0:
+            asking = client.with_options(max_retries=left - 1)
+            try:
+                response = asking.chat.completions.with_raw_response.create(
+                    **body, extra_headers=headers
+                )
+            except openai.APIConnectionError as error:  # a time-out is one as well
+                raise ResourceError(
+                    f"{address} does not answer ({type(error.__cause__ or error).__name__})",
+                    action="start the server or correct the URL",
+                ) from None
+            except openai.APIStatusError as error:
+                raise self._failed(address, error) from None
+            try:
+                return _content(response.http_response.text)
+            except _MalformedReply as error:
+                malformed = str(error)
+                left -= 1 + response.retries_taken
+        raise DataError(
+            f"{address} answered {malformed}",
+            expected='{"choices": [{"message": {"content": "..."}}]}',
+            action="check that the server speaks the OpenAI chat protocol",
+        )
+
+    def _open(self) -> openai.OpenAI:
+        import openai
+
+        url = check_url(self.url, "the endpoint")
         with self._lock:
             if self._client is None:
-                self._client = httpx.Client(timeout=self.timeout_s)
+                # The key goes with each request: the client would want one, and keep it.
+                self._client = openai.OpenAI(base_url=url, api_key="none", timeout=self.timeout_s)
             return self._client
 
-    def _headers(self) -> dict[str, str]:
-        key = os.environ.get(self.key_env, "").strip()
-        if not key:
-            return {}
-        if not (key.isascii() and key.isprintable()):
-            # httpx's own error would print the value
-            raise ConfigError(
-                f"the key in {self.key_env} holds characters that no header can carry",
-                action="set it again",
+    def _failed(self, address: str, error: openai.APIStatusError) -> ConfigError | ResourceError:
+        status = error.status_code
+        if status in {408, 409, 429} or status >= 500:  # what the package tries again
+            return ResourceError(
+                f"{address} failed {self.attempts} times, last with HTTP {status}",
+                action="look at the server's log, or try later",
             )
-        return {"Authorization": f"Bearer {key}"}
-
-    def _refused(self, address: str, response: httpx.Response) -> ConfigError:
-        key = os.environ.get(self.key_env, "").strip()
-        said = " ".join(response.text[:2000].split())
+        key = read_key(self.key_env)
+        said = " ".join(error.response.text[:2000].split())
         if key:
             said = said.replace(key, "***")
         hint = (
             f"put a valid key into {self.key_env}"
-            if response.status_code in {401, 403}
+            if status in {401, 403}
             else "check URL and model"
         )
-        return ConfigError(
-            f"{address} refused with HTTP {response.status_code} ({said[:200]})", action=hint
-        )
+        return ConfigError(f"{address} refused with HTTP {status} ({said[:200]})", action=hint)
 
 
-def _content(response: httpx.Response) -> str:
+def _content(text: str) -> str:
     try:
-        content = response.json()["choices"][0]["message"]["content"]
+        content = json.loads(text)["choices"][0]["message"]["content"]
     except ValueError:
         raise _MalformedReply("with something that is not JSON") from None
     except (KeyError, IndexError, TypeError):
@@ -218,10 +241,3 @@ def _content(response: httpx.Response) -> str:
     if not isinstance(content, str):
         raise _MalformedReply("a message without text")
     return content
-
-
-def _retry_after(response: httpx.Response, default: float) -> float:
-    try:
-        return min(_LONGEST_WAIT_S, max(0.0, float(response.headers["Retry-After"])))
-    except (KeyError, ValueError):  # absent, or a date
-        return default

@@ -21,10 +21,8 @@ from typing import Any
 
 import pytest
 
-from invar_ray.models.base import BaseRef, load_tokenizer
-from invar_ray.store.artifacts import open_artifact
-from serve.keys import ApiKey
-from serve.remote import OpenAIEngine
+from serve.http.keys import ApiKey
+from serve.replicas.remote import OpenAIEngine
 from tests.reader import Reader
 from tests.serving import LIMITS, Live, shared_artifacts
 
@@ -46,15 +44,12 @@ def reader() -> Iterator[Reader]:
 def services(reader: Reader, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Live]]:
     """The same service open, with a key, and with an index in two shards."""
     artifacts = shared_artifacts(tmp_path_factory)
-    artifact = open_artifact(artifacts.generator_uri, "generator")
-    base = BaseRef(**artifact.info["base"])
     engine = OpenAIEngine(
         reader.url,
         "reader",
-        api="completions",
-        tokenizer=load_tokenizer(base.folder_or_name(artifact.store), base.revision),
+        artifacts.generator_uri,
+        key_env="INVAR_NO_SUCH_KEY",
         max_context=165,
-        version=artifact.fingerprint,
     )
     limits = LIMITS.model_copy(update={"max_top_k": 5, "max_new_tokens": 24})
     key = ApiKey(name="mine", sha256=hashlib.sha256(b"sesame").hexdigest())
@@ -333,12 +328,12 @@ def test_a_broken_stream_keeps_what_came(
 def test_a_busy_service_is_asked_again_after_the_time_it_names(
     page: Page, services: dict[str, Live], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from serve.limits import ServiceError
+    from serve.errors import Overloaded
 
     live = services["open"]
 
     async def busy(*args: Any, **kwargs: Any) -> Any:
-        raise ServiceError(503, "overloaded", "9 requests are being answered already", 2.0)
+        raise Overloaded("9 requests are being answered already", 2.0)
 
     page.open(live.url)
     with monkeypatch.context() as patch:

@@ -21,7 +21,8 @@ from pydantic import ValidationError
 from invar_ray.errors import RequestError, ResourceError
 from serve.app import AppArgs, build_app, compose, start, stop
 from serve.client import ask
-from serve.protocol import AnswerResponse, IndexResponse, RetrieveResponse
+from serve.http.index_forms import IndexResponse
+from serve.http.protocol import AnswerResponse, RetrieveResponse
 from tests.serving import TEXTS, Artifacts, fault, shared_artifacts
 
 
@@ -244,6 +245,14 @@ def test_a_slow_generator_times_out_and_a_broken_one_shows_no_trace(
 def test_wrong_arguments_are_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         AppArgs(**({"index_uri": "i", "generator_uri": "g"} | wrong))
+
+
+def test_arguments_can_be_written_and_read_again() -> None:
+    args = AppArgs(index_uri="i", generator_uri="g", request_timeout_s=7.0, top_k=2)
+    written = args.model_dump(mode="json")
+    assert written["request_timeout_s"] == 7.0
+    assert AppArgs.model_validate(written) == args
+    assert args.limits().model_dump()["timeout_s"] == 7.0
 
 
 def test_the_newest_artifacts_of_a_store_are_served(artifacts: Artifacts, tmp_path: Path) -> None:

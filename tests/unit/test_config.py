@@ -12,7 +12,14 @@ import pytest
 
 import invar_ray
 from invar_ray import config as config_module
-from invar_ray.config import Config, config_keys, load_config, recipe_names, to_dict
+from invar_ray.config import (
+    Config,
+    ServeConfig,
+    config_keys,
+    load_config,
+    recipe_names,
+    to_dict,
+)
 from invar_ray.config.faults import WENT
 from invar_ray.errors import ConfigError
 
@@ -293,7 +300,7 @@ def test_what_cannot_be_extended_is_one_clear_error(
             lambda c: c.generator.lora.target_modules,
             None,
         ),
-        ("serve.retriever_replicas=[2, 3]", lambda c: c.serve.retriever_replicas, (2, 3)),
+        ("scale.num_workers=[2, 3]", lambda c: c.scale.num_workers, (2, 3)),
         ("model.query_prefix='ask: '", lambda c: c.model.query_prefix, "ask: "),
         (" model.pooling =last", lambda c: c.model.pooling, "last"),
         (
@@ -579,3 +586,11 @@ def test_to_dict_is_what_json_gives_back() -> None:
         "v_proj",
         "o_proj",
     ]
+
+
+def test_what_a_recipe_sets_of_the_service_is_the_service_s_own_setting() -> None:
+    from serve.args import AppArgs
+
+    for each in fields(ServeConfig):
+        if each.name not in {"host", "port"}:
+            assert AppArgs.model_fields[each.name].default == each.default

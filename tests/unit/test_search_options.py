@@ -21,7 +21,7 @@ from invar_ray.errors import RequestError
 from invar_ray.index.faiss_index import Index, build_faiss
 from invar_ray.schema import PASSAGE_SCHEMA, Hit, Passage, to_table
 from serve.record import named_index
-from serve.retrieving import load_retriever
+from serve.replicas.retriever import load_retriever
 from tests.support import ISLANDS, World, world
 
 Floats = Any

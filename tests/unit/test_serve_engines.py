@@ -23,12 +23,12 @@ from invar_ray.errors import ConfigError, MixedArtifactsError
 from invar_ray.models.decoding import Sampling
 from invar_ray.models.generator import Generator, Task
 from invar_ray.store.artifacts import Plan, Store
-from serve.answering import load_generator
-from serve.colocated import SharedBase
-from serve.limits import ServiceError
-from serve.protocol import AnswerResponse
+from serve.errors import Fault, Unavailable
+from serve.http.protocol import AnswerResponse
 from serve.records import Question
-from serve.remote import OpenAIEngine
+from serve.replicas.colocated import SharedBase
+from serve.replicas.generator import load_generator
+from serve.replicas.remote import OpenAIEngine
 from tests.serving import Artifacts, Live, fault, shared_artifacts
 
 FERRY = "When does the ferry leave?"
@@ -48,6 +48,7 @@ class CompletionServer:
         self.failures: list[int] = []
         self.broken_after: int | None = None
         self.seen: list[dict[str, Any]] = []
+        self.keys: list[str | None] = []
         api = FastAPI()
         known = TypeAdapter(CompletionCreateParamsStreaming)
 
@@ -65,6 +66,7 @@ class CompletionServer:
                 }
                 return JSONResponse({"error": error}, status, headers={"Retry-After": "0"})
             self.seen.append(body)
+            self.keys.append(request.headers.get("authorization"))
             sampling = Sampling(
                 body["max_tokens"],
                 tuple(body["stop"]),
@@ -140,9 +142,7 @@ def here(artifacts: Artifacts) -> Iterator[Live]:
 def remote(
     artifacts: Artifacts, url: str, api: str = "completions", model: str = "tiny"
 ) -> OpenAIEngine:
-    return OpenAIEngine.over_artifact(
-        url, model, artifacts.generator_uri, key_env="INVAR_NO_SUCH_KEY", api=api
-    )
+    return OpenAIEngine(url, model, artifacts.generator_uri, key_env="INVAR_NO_SUCH_KEY", api=api)
 
 
 @pytest.fixture(scope="module")
@@ -246,6 +246,31 @@ def test_this_service_is_such_a_server_itself(artifacts: Artifacts, here: Live) 
         live.close()
 
 
+def test_a_key_is_sent_where_there_is_one_and_logged_nowhere(
+    artifacts: Artifacts,
+    server: CompletionServer,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level("DEBUG")
+    server.keys.clear()
+
+    def ask() -> None:
+        engine = OpenAIEngine(server.url, "tiny", artifacts.generator_uri, key_env="INVAR_TEST_KEY")
+        asyncio.run(engine.check_generator())
+
+    monkeypatch.delenv("INVAR_TEST_KEY", raising=False)
+    ask()
+    monkeypatch.setenv("INVAR_TEST_KEY", "sk-secret")
+    ask()
+    assert server.keys == [None, "Bearer sk-secret"]
+    assert "sk-secret" not in caplog.text
+    monkeypatch.setenv("INVAR_TEST_KEY", "sk-sec\nret")
+    with pytest.raises(ConfigError, match="no header can carry") as caught:
+        ask()
+    assert "sec" not in str(caught.value)
+
+
 def test_what_cannot_be_reached_is_unavailable(artifacts: Artifacts) -> None:
     with pytest.raises(ConfigError, match="engine_url"):
         remote(artifacts, "localhost:8001")
@@ -253,9 +278,10 @@ def test_what_cannot_be_reached_is_unavailable(artifacts: Artifacts) -> None:
     async def ask() -> None:
         await remote(artifacts, "http://127.0.0.1:9/v1").answer(Question(FERRY, (), 2))
 
-    with pytest.raises(ServiceError) as caught:
+    with pytest.raises(Unavailable) as caught:
         asyncio.run(ask())
-    assert (caught.value.status, caught.value.code) == (503, "unavailable")
+    fault_seen = Fault.of(caught.value)
+    assert (fault_seen.status, fault_seen.code) == (503, "unavailable")
 
 
 def test_two_adapters_over_one_base_do_not_disturb_each_other(

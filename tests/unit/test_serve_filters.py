@@ -14,8 +14,8 @@ import pytest
 
 from invar_ray.answering.filters import Where
 from invar_ray.errors import ConfigError
-from serve.conditions import MOST_BEGINNINGS, MOST_VALUES, Conditions
-from serve.keys import ApiKey, keys_from_environment
+from serve.http.conditions import MOST_BEGINNINGS, MOST_VALUES, Conditions
+from serve.http.keys import ApiKey, keys_from_environment
 from tests.serving import TENANTS, Artifacts, Live, fault, shared_artifacts
 
 FERRY = "When does the ferry leave?"

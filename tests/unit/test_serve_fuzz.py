@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis.errors import Unsatisfiable
 from schemathesis.checks import not_a_server_error
 
-from serve.keys import ApiKey
+from serve.http.keys import ApiKey
 from tests.serving import LIMITS, Live, fault, shared_artifacts
 
 DEFAULT_CASES, MANY_CASES = 12, 450  # per operation and kind of data

@@ -19,8 +19,9 @@ import numpy as np
 import openai
 import pytest
 
-from serve.keys import ApiKey
-from serve.protocol import AnswerResponse, IndexChangeResponse, IndexResponse, StabilityResponse
+from serve.http.index_forms import IndexChangeResponse, IndexResponse
+from serve.http.keys import ApiKey
+from serve.http.protocol import AnswerResponse, StabilityResponse
 from serve.record import Desired, RecordFile
 from tests.serving import LIMITS, TEXTS, Artifacts, Live, fault, shared_artifacts
 
@@ -452,7 +453,7 @@ def test_metrics_of_a_request(artifacts: Artifacts) -> None:
 def test_a_slow_client_is_dropped_and_the_service_lives(
     live: Live, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("serve.guard.BODY_TIMEOUT_S", 0.3)
+    monkeypatch.setattr("serve.http.guard.BODY_TIMEOUT_S", 0.3)
     host, port = live.url.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=10) as slow:
         slow.sendall(

@@ -6,6 +6,7 @@ import importlib
 import json
 import logging
 import re
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ import yaml
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from invar_ray.errors import ConfigError
-from serve.metrics import CATALOG, Meter, ray_meter
-from serve.tracing import Tracer
+from serve.telemetry.metrics import CATALOG, Meter, RaySink
+from serve.telemetry.tracing import Tracer
 from tests.serving import Live, Memory, shared_artifacts
 
 ROOT = Path(__file__).parents[2]
@@ -45,6 +46,9 @@ def test_a_request_is_one_trace(live: Live, exporter: InMemorySpanExporter) -> N
         ).status_code
         == 200
     )
+    deadline = time.monotonic() + 10  # the request's span ends after its response has been sent
+    while len(exporter.get_finished_spans()) < 3 and time.monotonic() < deadline:
+        time.sleep(0.01)
     spans = {span.name: span for span in exporter.get_finished_spans()}
     assert set(spans) == {"request", "search", "generate"}
     assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {PARENT.split("-")[1]}
@@ -84,7 +88,7 @@ def test_only_known_metrics_with_their_labels() -> None:
         meter.record("invar_nothing")
     with pytest.raises(ValueError, match="labels"):
         meter.record("invar_queue", 3)
-    through_ray = ray_meter()
+    through_ray = Meter(RaySink())
     for metric in CATALOG.values():  # Ray refuses bad names, buckets and labels when they are made
         through_ray.record(metric.name, 1.0, **{label: "x" for label in metric.labels})
 

@@ -16,22 +16,23 @@ from typing import Any
 import httpx
 import pytest
 
-import serve.pages
+import serve.http.pages
 from invar_ray.answering.filters import Where
 from invar_ray.errors import ConfigError, RequestError
 from invar_ray.schema import Answer, Citation, Hit
-from serve.api import make_api
 from serve.app import build_app
 from serve.args import AppArgs
-from serve.batching import Batcher, Worker
-from serve.conditions import Conditions
-from serve.keys import ApiKey, KeyRing, keys_from_environment, service_keys
-from serve.limits import Limits, ServiceError, request_id
-from serve.pages import PATHS
-from serve.protocol import AnswerResponse
-from serve.records import Found, Question, Reply
+from serve.errors import Overloaded
+from serve.http.api import make_api
+from serve.http.conditions import Conditions
+from serve.http.keys import ApiKey, KeyRing, keys_from_environment, service_keys
+from serve.http.limits import Limits, request_id
+from serve.http.pages import PATHS
+from serve.http.protocol import AnswerResponse
+from serve.records import Found, GeneratorStatus, Question, ReplicaStatus, Reply
+from serve.replicas.batching import Batcher, Worker
+from serve.replicas.targets import LocalTarget
 from serve.service import Service
-from serve.targets import LocalTarget
 from tests.serving import fault
 
 HITS = tuple(
@@ -82,15 +83,11 @@ class Backend:
                 raise self.error
         yield await self.answer(question)
 
-    async def describe(self) -> dict[str, Any]:
-        state = {"requested_uri": "new", "active_uri": "old", "error": "new is damaged"}
-        return {
-            "state": {**state, "shard": "0", "replica": "r", "version": "i1"},
-            "versions": {"index": "i1"},
-        }
+    async def describe(self) -> ReplicaStatus:
+        return ReplicaStatus("0", "r", "new", "old", "new is damaged", {"index": "i1"})
 
-    async def describe_generator(self) -> dict[str, Any]:
-        return {"generator": {"uri": "g", "max_context": 64}, "versions": {"generator": "g1"}}
+    async def describe_generator(self) -> GeneratorStatus:
+        return GeneratorStatus("transformers", "g", 64, {"generator": "g1"})
 
     async def check_health(self) -> None:
         if self.error is not None:
@@ -506,7 +503,7 @@ def test_a_stream_that_fails_ends_with_an_error_event(backend: Backend) -> None:
 
 def test_failures_of_the_backend_keep_the_form_and_hide_their_cause(backend: Backend) -> None:
     body = {"question": "Who?"}
-    backend.error = ServiceError(503, "overloaded", "too many", retry_after_s=1.2)
+    backend.error = Overloaded("too many", retry_after_s=1.2)
     response = call(backend, "POST", "/v1/answer", json=body)
     fault(response, 503, "overloaded")
     assert response.headers["Retry-After"] == "2"
@@ -589,7 +586,7 @@ def test_page_files_have_their_type_and_are_sent_again_only_if_changed(backend: 
         assert call(backend, "HEAD", path).headers["ETag"] == response.headers["ETag"]
     fault(call(backend, "GET", "/web/../api.py"), 404, "not_found")
     fault(call(backend, "GET", "/web/nothing.js", keys=(KEY,)), 401, "unauthorized")
-    folder = Path(serve.pages.__file__).parent / "web"
+    folder = Path(serve.http.pages.__file__).parents[1] / "web"
     assert {f"/web/{each.name}" for each in folder.iterdir() if each.suffix != ".html"} <= PATHS
 
 

@@ -370,7 +370,8 @@ class Server:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                outer.requests.append((self.path, dict(self.headers), body))
+                sent = {name.title(): value for name, value in self.headers.items()}
+                outer.requests.append((self.path, sent, body))
                 status, headers, text = outer.script[
                     min(len(outer.requests), len(outer.script)) - 1
                 ]
@@ -408,9 +409,7 @@ ASKED = example("When did Mara leave Norland in 1841?", answers=("spring",))
 
 
 def client(server: Server, cache: Path | None = None, **more: Any) -> EndpointRewriter:
-    return EndpointRewriter(
-        server.url, "m", "INVAR_TEST_KEY", cache, backoff_s=0.001, timeout_s=5, **more
-    )
+    return EndpointRewriter(server.url, "m", "INVAR_TEST_KEY", cache, timeout_s=5, **more)
 
 
 def test_endpoint_checks_what_it_gets(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:

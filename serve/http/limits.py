@@ -1,12 +1,9 @@
-"""What requests may ask for, and the one form that every error has (OpenAI's, with the request's
-id).
-"""
+"""What requests may ask for."""
 
 from __future__ import annotations
 
 import re
 import uuid
-from dataclasses import dataclass
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -120,69 +117,6 @@ class Limits(BaseModel):
         if not 1 <= given <= most:
             raise RequestError(f"{name} is {given}", expected=f"a number from 1 to {most}")
         return given
-
-
-class ErrorBody(BaseModel):
-    """What went wrong."""
-
-    message: str
-    type: str = Field(
-        description="OpenAI's kind: invalid_request_error, authentication_error, permission_error, not_found_error, "
-        "rate_limit_error or server_error."
-    )
-    param: str | None = Field(None, description="Always null; the message names the field.")
-    code: str = Field(
-        description="One of: invalid_json, invalid_request, unauthorized, forbidden, not_found, model_not_found, "
-        "method_not_allowed, conflict, body_too_large, rate_limited, overloaded, unavailable, "
-        "timeout, internal."
-    )
-    request_id: str
-
-
-_TYPES = {
-    401: "authentication_error",
-    403: "permission_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-}
-
-
-class ErrorResponse(BaseModel):
-    """The one form of every error."""
-
-    error: ErrorBody
-
-    @classmethod
-    def of(cls, status: int, code: str, message: str, request_id: str) -> ErrorResponse:
-        """The error that a response with ``status`` carries."""
-        kind = "server_error" if status >= 500 else _TYPES.get(status, "invalid_request_error")
-        return cls(
-            error=ErrorBody(
-                message=message, type=kind, param=None, code=code, request_id=request_id
-            )
-        )
-
-
-@dataclass
-class ServiceError(Exception):
-    """A failure that has a status of its own.
-
-    Attributes:
-        status: HTTP status.
-        code: the error's code in the response.
-        message: for the client; never a stack trace.
-        retry_after_s: seconds for the ``Retry-After`` header, if trying again makes sense.
-    """
-
-    status: int
-    code: str
-    message: str
-    retry_after_s: float | None = None
-
-    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
-        # An exception is rebuilt from its ``args``, which a dataclass leaves empty; replicas send
-        # these to the ingress.
-        return type(self), (self.status, self.code, self.message, self.retry_after_s)
 
 
 def request_id(given: str | None) -> str:

@@ -16,17 +16,17 @@ from starlette.types import ASGIApp
 
 from invar_ray import __version__
 from invar_ray.errors import RequestError
-from serve.guard import Guard, error_response, internal
-from serve.keys import ApiKey, KeyRing
-from serve.limits import ErrorResponse, Limits, ServiceError
-from serve.pages import page_routes
-from serve.protocol import HealthResponse
-from serve.routes_native import native_routes
-from serve.routes_openai import openai_routes
+from serve.errors import CODES, Fault, ServiceError
+from serve.http.guard import Guard, error_response, fault_response
+from serve.http.keys import ApiKey, KeyRing
+from serve.http.limits import Limits
+from serve.http.openai_routes import openai_routes
+from serve.http.pages import page_routes
+from serve.http.protocol import ErrorResponse, HealthResponse
+from serve.http.routes import native_routes
 from serve.service import Service
 
 logger = logging.getLogger("ray.serve")
-_KINDS = {401: "unauthorized", 404: "not_found", 405: "method_not_allowed", 413: "body_too_large"}
 
 
 def make_api(
@@ -83,7 +83,7 @@ def openapi_app(service: Service, limits: Limits, audit_text: bool = False) -> F
         title="invar-ray",
         version=__version__,
         description="Retrieve passages, and answer questions from them with citations.",
-        docs_url=None,  # its own page would fetch from a CDN; ours is in serve/pages.py
+        docs_url=None,  # its own page would fetch from a CDN; ours is in serve/http/pages.py
         redoc_url=None,
         responses={
             "4XX": {"model": ErrorResponse, "description": "The request cannot be answered."},
@@ -141,22 +141,17 @@ def _add_error_forms(api: FastAPI) -> None:
 
     @api.exception_handler(RequestError)
     async def request_error(request: Request, error: RequestError) -> JSONResponse:
-        return error_response(invalid(request), "invalid_request", str(error), identifier(request))
+        return fault_response(error, identifier(request), invalid(request))
 
     @api.exception_handler(ServiceError)
     async def service_error(request: Request, error: ServiceError) -> JSONResponse:
-        logger.warning("request %s: %s (%s)", identifier(request), error.code, error.message)
-        return error_response(
-            error.status,
-            error.code,
-            error.message,
-            identifier(request),
-            retry_after_s=error.retry_after_s,
-        )
+        fault = Fault.of(error)
+        logger.warning("request %s: %s (%s)", identifier(request), fault.code, fault.message)
+        return fault_response(error, identifier(request))
 
     @api.exception_handler(Exception)  # raised again by the framework, so that the guard logs it
     async def unforeseen_error(request: Request, error: Exception) -> JSONResponse:
-        return internal(identifier(request))
+        return fault_response(error, identifier(request))
 
     @api.exception_handler(RequestValidationError)
     async def validation_error(request: Request, error: RequestValidationError) -> JSONResponse:
@@ -173,7 +168,7 @@ def _add_error_forms(api: FastAPI) -> None:
 
     @api.exception_handler(HTTPException)
     async def http_error(request: Request, error: HTTPException) -> JSONResponse:
-        kind = _KINDS.get(error.status_code, "invalid_request")
+        kind = CODES.get(error.status_code, "invalid_request")
         message = f"{request.method} {request.url.path[:200]}: {error.detail}"
         return error_response(
             error.status_code, kind, message, identifier(request), headers=error.headers

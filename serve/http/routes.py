@@ -8,42 +8,21 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from invar_ray.errors import RequestError
-from serve.limits import Limits
-from serve.protocol import (
+from serve.http.index_forms import IndexChange, IndexChangeResponse, IndexResponse
+from serve.http.limits import Limits
+from serve.http.protocol import (
     AnswerRequest,
     AnswerResponse,
-    IndexChange,
-    IndexChangeResponse,
-    IndexResponse,
     PassageOut,
     RetrieveRequest,
     RetrieveResponse,
     StabilityRequest,
     StabilityResponse,
-    WordingOut,
 )
-from serve.records import Context, Found, Question, Reply
+from serve.http.sse import event, respond
+from serve.records import Question, Reply
 from serve.service import Service
-from serve.sse import event, respond
-from serve.stability import agreement, ask_all, mean_overlap, pair_overlap, share_equal
-
-
-def passages_of(found: Found) -> list[PassageOut]:
-    """Passages with the numbers that answers cite them by."""
-    return [PassageOut.of(number, hit) for number, hit in enumerate(found.hits, start=1)]
-
-
-def answer_of(
-    found: Found, reply: Reply, timings: dict[str, float], context: Context
-) -> AnswerResponse:
-    """The response to a question."""
-    return AnswerResponse.of(
-        reply.answer,
-        missing_shards=found.missing_shards,
-        timings=timings,
-        versions={**found.versions, **reply.versions},
-        request_id=context.request_id,
-    )
+from serve.stability import ask_all
 
 
 def note_for_audit(request: Request, question: str, with_text: bool) -> None:
@@ -67,15 +46,8 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         question, top_k = limits.check_question(body.question), limits.check_top_k(body.top_k)
         note_for_audit(request, question, audit_text)
         found = await service.retrieve(question, top_k, context)
-        return RetrieveResponse(
-            question=question,
-            passages=passages_of(found),
-            partial=bool(found.missing_shards),
-            missing_shards=list(found.missing_shards),
-            timings={"retrieve_s": time.perf_counter() - start},
-            versions=found.versions,
-            request_id=context.request_id,
-        )
+        timings = {"retrieve_s": time.perf_counter() - start}
+        return RetrieveResponse.of(question, found, timings, context.request_id)
 
     @routes.post(
         "/v1/answer",
@@ -102,7 +74,8 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         if not body.stream:
             reply = await service.answer(asked, context)
             timings |= {**reply.answer.timings, "total_s": time.perf_counter() - start}
-            return JSONResponse(answer_of(found, reply, timings, context).model_dump())
+            whole = AnswerResponse.of(found, reply, timings, context.request_id)
+            return JSONResponse(whole.model_dump())
 
         async def events() -> AsyncIterator[str]:
             items = service.stream(asked, context)
@@ -111,7 +84,7 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
                     items
                 )  # a question that cannot be answered is refused, not streamed
                 found_out = {
-                    "passages": [passage.model_dump() for passage in passages_of(found)],
+                    "passages": [passage.model_dump() for passage in PassageOut.all_of(found)],
                     "missing_shards": list(found.missing_shards),
                     "versions": found.versions,
                     "request_id": context.request_id,
@@ -126,7 +99,8 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
                             **item.answer.timings,
                             "total_s": time.perf_counter() - start,
                         }
-                        yield event(answer_of(found, item, times, context).model_dump(), "answer")
+                        whole = AnswerResponse.of(found, item, times, context.request_id)
+                        yield event(whole.model_dump(), "answer")
                     item = await anext(items, None)
             finally:
                 await items.aclose()  # type: ignore[attr-defined]
@@ -152,34 +126,12 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         wordings = await ask_all(
             service, question, rewrites, body.seed, top_k, length if body.answers else None, context
         )
-        anchor = wordings[0]
-        replies = [each.reply for each in wordings if each.reply is not None]
-        return StabilityResponse(
-            question=question,
-            overlap=mean_overlap(wordings, top_k),
-            agreement=share_equal(replies) if replies else None,
-            wordings=[
-                WordingOut(
-                    text=each.text,
-                    kind=each.kind,
-                    passages=passages_of(each.found),
-                    overlap=pair_overlap(anchor.found.hits, each.found.hits, top_k),
-                    answer=each.reply.answer.text if each.reply else None,
-                    refused=each.reply.answer.refused if each.reply else None,
-                    agreement=agreement(anchor.reply, each.reply)
-                    if anchor.reply and each.reply
-                    else None,
-                )
-                for each in wordings
-            ],
-            timings={"total_s": time.perf_counter() - start},
-            versions={**anchor.found.versions, **(anchor.reply.versions if anchor.reply else {})},
-            request_id=context.request_id,
-        )
+        timings = {"total_s": time.perf_counter() - start}
+        return StabilityResponse.of(wordings, top_k, timings, context.request_id)
 
     @routes.get("/v1/index", response_model=IndexResponse, summary="What is being served")
     async def index() -> IndexResponse:
-        return IndexResponse.model_validate({**await service.describe(), "limits": limits})
+        return IndexResponse.of(await service.describe(), limits)
 
     @routes.post(
         "/admin/index",
@@ -195,9 +147,7 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         if uris is not None and not all(uri.strip() for uri in uris):
             raise RequestError("index_uri is empty", expected="the URI of an index artifact")
         request.scope["invar_audit"] = {"index_uri": uris or "rollback"}
-        state = await service.change_index(uris)
-        return IndexChangeResponse.model_validate(
-            {**state, "request_id": request.scope["invar_context"].request_id}
-        )
+        serving = await service.change_index(uris)
+        return IndexChangeResponse.of(serving, request.scope["invar_context"].request_id)
 
     return routes

@@ -109,6 +109,7 @@ def compare(
                 f"the shadow search's {name} is {fresh_value:.3f} with the new index, "
                 f"{known_value:.3f} with the old",
                 expected=f"at least {known_value - allowed_drop:.3f}",
-                action="look at how the index was built; raise shadow_allowed_drop if it is meant to be so",
+                action="look at how the index was built; raise shadow_allowed_drop if it is meant "
+                "to be so",
             )
     return report

@@ -30,11 +30,14 @@ class Tracer:
 
     Raises:
         ConfigError: if ``otlp`` is asked for and its package is not there.
+
+    It travels between processes as its arguments, and opens its exporter anew.
     """
 
     def __init__(
         self, mode: Tracing = "off", service: str = "invar-ray", exporter: Any = None
     ) -> None:
+        self._arguments = mode, service, exporter
         self._tracer: Any = None
         if mode == "off" and exporter is None:
             return
@@ -50,6 +53,9 @@ class Tracer:
         else:
             provider.add_span_processor(BatchSpanProcessor(_otlp_exporter()))
         self._tracer = provider.get_tracer("serve")
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return type(self), self._arguments
 
     @contextlib.contextmanager
     def span(
@@ -108,6 +114,7 @@ def _otlp_exporter() -> Any:
     if not found:
         raise ConfigError(
             "tracing is 'otlp' and its exporter is not installed",
-            action="pip install opentelemetry-exporter-otlp-proto-http, or set tracing to log or off",
+            action="pip install opentelemetry-exporter-otlp-proto-http, or set tracing to log or "
+            "off",
         )
     return importlib.import_module(name).OTLPSpanExporter()

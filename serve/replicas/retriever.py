@@ -1,6 +1,4 @@
-"""The retriever inside a replica, without Ray: batches of searches, and an index that changes while
-it serves.
-"""
+"""The retriever of a replica: batches of searches, and an index that changes while it serves."""
 
 from __future__ import annotations
 
@@ -14,14 +12,14 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from invar_ray.answering.filters import Where
-from invar_ray.errors import InvarError, RequestError
+from invar_ray.errors import ConfigError, InvarError, RequestError
 from invar_ray.text.tokens import text_ids
-from serve.batching import Batcher, Worker
-from serve.limits import ServiceError
-from serve.metrics import Meter
+from serve.errors import OutOfTime
 from serve.record import RecordFile
-from serve.records import Embedded, Found, Prepared, Vectors
-from serve.tracing import Tracer
+from serve.records import Embedded, Found, Prepared, ReplicaStatus, Vectors
+from serve.replicas.batching import Batcher, Worker
+from serve.telemetry.metrics import Meter
+from serve.telemetry.tracing import Tracer
 
 if TYPE_CHECKING:  # imports torch: only replicas pay for that
     from invar_ray.answering.retriever import Retriever
@@ -55,8 +53,8 @@ def load_retriever(
     )
 
 
-class RetrieverCore:
-    """Searches one shard of the index.
+class RetrieverReplica:
+    """Searches one shard of the index: a Serve deployment, a plain object where there is no Ray.
 
     The first index must load, so that a wrong one fails the deployment.  Later the old one stays in
     service where a new one cannot be served: an exception in Serve's ``reconfigure`` would replace
@@ -67,8 +65,10 @@ class RetrieverCore:
         max_batch_size: questions that are encoded and searched together.
         batch_wait_s: how long the first of them waits for others.
         record: where changes are written down; ``None`` forgets them with the replica.
-        shard: which of ``num_shards`` this is.
-        allowed_drop: see :func:`serve.shadow.compare`.
+        shard: number of the shard.
+        configured: index URI of every shard, as deployed.
+        allowed_drop: see :func:`serve.replicas.shadow.compare`.
+        replica: its name in what it reports; empty asks Serve for it.
     """
 
     def __init__(
@@ -81,7 +81,7 @@ class RetrieverCore:
         shard: int = 0,
         configured: tuple[str, ...] = (),
         allowed_drop: float = 0.2,
-        replica: str = "local",
+        replica: str = "",
         meter: Meter | None = None,
         tracer: Tracer | None = None,
     ) -> None:
@@ -91,9 +91,9 @@ class RetrieverCore:
             shard,
             allowed_drop,
         )
-        self._configured, self.replica = configured, replica
-        self._meter, self._tracer = meter or Meter(), tracer or Tracer()
         self._worker = Worker()
+        self._configured, self.replica = configured, replica or _replica_name()
+        self._meter, self._tracer = meter or Meter(), tracer or Tracer()
         self._search: Batcher[Request, Found] = Batcher(
             self._search_batch, max_batch_size, batch_wait_s, self._seen
         )
@@ -132,9 +132,7 @@ class RetrieverCore:
                     self._search((question, top_k, where)), max(0.0, left_s)
                 )
             except TimeoutError:
-                raise ServiceError(
-                    504, "timeout", "the search took longer than the request may", 1.0
-                ) from None
+                raise OutOfTime("the search took longer than the request may", 1.0) from None
         self._meter.record("invar_stage_seconds", time.perf_counter() - start, stage="search")
         return found
 
@@ -205,6 +203,20 @@ class RetrieverCore:
 
     # Changing the index
 
+    async def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """:meth:`configure` as Serve calls it, at the start and whenever ``user_config`` changes.
+
+        Raises:
+            ConfigError: it names no index.
+        """
+        uri = user_config.get("index_uri")
+        if not isinstance(uri, str) or not uri:
+            raise ConfigError(
+                "user_config has no index_uri",
+                expected="user_config: {index_uri: <index artifact>}",
+            )
+        await self.configure(uri)
+
     async def configure(self, uri: str) -> None:
         """Serve what the record says for this configuration, else ``uri``.
 
@@ -260,7 +272,7 @@ class RetrieverCore:
             return Prepared(self.replica, None, report)
 
     def _load(self, uri: str, loop: asyncio.AbstractEventLoop) -> tuple[Retriever, dict[str, Any]]:
-        from serve.shadow import compare
+        from serve.replicas.shadow import compare
 
         with loading:
             retriever = self._loader(uri)
@@ -277,22 +289,22 @@ class RetrieverCore:
 
         return retriever, compare(retriever, old, search_old, self._allowed_drop)
 
-    async def activate(self, uri: str) -> dict[str, Any]:
+    async def activate(self, uri: str) -> ReplicaStatus:
         """Serve a prepared index from the next batch on; one that is not (this replica is new) is
         prepared first.
         """
         if uri != self.active_uri:
             if uri not in self._staged and (await self.prepare(uri)).error is not None:
-                return self.state()
+                return self.status()
             self._retriever, self.active_uri = self._staged.pop(uri), uri
         self.requested_uri, self.error, self._staged = uri, None, {}
-        return self.state()
+        return self.status()
 
-    async def discard(self, uri: str, error: str) -> dict[str, Any]:
+    async def discard(self, uri: str, error: str) -> ReplicaStatus:
         """Forget a prepared index that some other replica cannot serve."""
         self._staged.pop(uri, None)
         self.requested_uri, self.error = uri, self.error or error
-        return self.state()
+        return self.status()
 
     def _desired(self) -> str:
         if self._record is None:
@@ -314,23 +326,25 @@ class RetrieverCore:
 
     # State and health
 
-    def state(self) -> dict[str, Any]:
-        """State of the index and its version; see :class:`serve.protocol.ReplicaState`."""
-        return {
-            "shard": str(self._shard),
-            "replica": self.replica,
-            "requested_uri": self.requested_uri,
-            "active_uri": self.active_uri,
-            "error": self.error,
-            "version": self._loaded().versions["index"],
-        }
+    def status(self) -> ReplicaStatus:
+        """Its index and versions."""
+        return ReplicaStatus(
+            shard=str(self._shard),
+            replica=self.replica,
+            requested_uri=self.requested_uri,
+            active_uri=self.active_uri,
+            error=self.error,
+            versions=dict(self._loaded().versions),
+        )
 
-    async def describe(self) -> dict[str, Any]:
-        """State and versions."""
-        return {"state": self.state(), "versions": dict(self._loaded().versions)}
+    async def describe(self) -> ReplicaStatus:
+        """:meth:`status`, for callers elsewhere."""
+        return self.status()
 
     async def check_health(self) -> None:
-        """Search for real; also the moment at which a missed change is noticed."""
+        """Search for real; Serve calls this now and then, and replaces a replica that fails.  Also
+        the moment at which a missed change is noticed.
+        """
         await self._worker.check(self._probe)
         if self._record is not None and not self._changing.locked() and not self._tasks:
             task = asyncio.create_task(
@@ -351,3 +365,15 @@ class RetrieverCore:
     def close(self) -> None:
         """Let running work end; take no more."""
         self._worker.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def _replica_name() -> str:
+    from ray import serve
+
+    try:
+        return str(serve.get_replica_context().replica_id.unique_id)
+    except Exception:  # outside Serve, and in its local testing, there are no replicas
+        return "local"

@@ -12,8 +12,9 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from invar_ray.errors import RequestError
-from serve.limits import Limits, ServiceError
-from serve.openai_forms import (
+from serve.errors import UnknownModel
+from serve.http.limits import Limits
+from serve.http.openai_forms import (
     CHAT_MODEL,
     EMBEDDING_MODEL,
     ChatMessage,
@@ -27,18 +28,16 @@ from serve.openai_forms import (
     ModelOut,
     Usage,
 )
-from serve.protocol import AnswerResponse
+from serve.http.protocol import AnswerResponse
+from serve.http.routes import note_for_audit
+from serve.http.sse import event, respond
 from serve.records import Question, Reply
-from serve.routes_native import answer_of, note_for_audit
 from serve.service import Service
-from serve.sse import event, respond
 
 
 def _known(model: str, expected: str) -> None:
     if model != expected:
-        raise ServiceError(
-            404, "model_not_found", f"there is no model {model!r} here; use {expected!r}"
-        )
+        raise UnknownModel(f"there is no model {model!r} here; use {expected!r}")
 
 
 def _fingerprint(answer: AnswerResponse) -> str:
@@ -95,7 +94,7 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
 
         def whole(reply: Reply) -> AnswerResponse:
             times = timings | {**reply.answer.timings, "total_s": time.perf_counter() - start}
-            answer = answer_of(found, reply, times, context)
+            answer = AnswerResponse.of(found, reply, times, context.request_id)
             return answer.model_copy(update={"notes": [*notes, *answer.notes]})
 
         identifier, created = f"chatcmpl-{context.request_id}", int(time.time())
@@ -182,7 +181,7 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         )
 
     async def _models() -> list[ModelOut]:
-        versions = {"versions": (await service.describe())["versions"]}
+        versions = {"versions": (await service.describe()).versions}
         return [
             ModelOut(id=name, created=started, invar=versions)
             for name in (CHAT_MODEL, EMBEDDING_MODEL)
@@ -199,9 +198,7 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         for each in await _models():
             if each.id == model:
                 return each
-        raise ServiceError(
-            404, "model_not_found", "there is no such model here; GET /v1/models lists them"
-        )
+        raise UnknownModel("there is no such model here; GET /v1/models lists them")
 
     return routes
 

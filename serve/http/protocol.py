@@ -1,12 +1,16 @@
-"""What goes over HTTP on the service's own routes: requests and responses."""
+"""Questions, answers and errors as they go over HTTP on the service's own routes."""
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from invar_ray.schema import Answer, Citation, Hit
-from serve.conditions import Conditions
-from serve.limits import SERVICE, Limits
+from invar_ray.schema import Citation, Hit
+from serve.errors import Fault, openai_type
+from serve.http.conditions import Conditions
+from serve.http.limits import SERVICE
+from serve.records import Found, Reply
+from serve.stability import Wording, agreement, mean_overlap, pair_overlap, share_equal
 
 
 def clean_text(value: str) -> str:
@@ -33,8 +37,8 @@ class _Request(BaseModel):
     )
     where: Conditions = Field(
         Conditions(),
-        description="Only passages that meet these conditions are found; a key may be bound to conditions of its own, "
-        "which hold as well.",
+        description="Only passages that meet these conditions are found; a key may be bound to "
+        "conditions of its own, which hold as well.",
     )
 
     @field_validator("question")
@@ -66,8 +70,8 @@ class AnswerRequest(_Request):
     stream: bool = Field(
         False,
         strict=True,
-        description="Send server-sent events: `passages`, then `delta` with pieces of the model's text, then `answer` "
-        "(the whole response), or `error`; `done` ends every stream.",
+        description="Send server-sent events: `passages`, then `delta` with pieces of the model's "
+        "text, then `answer` (the whole response), or `error`; `done` ends every stream.",
     )
 
 
@@ -89,33 +93,6 @@ class StabilityRequest(_Request):
         True, strict=True, description="Answer every wording as well; false compares hits only."
     )
     max_new_tokens: int | None = Field(None, strict=True, description="Longest answer in tokens.")
-
-
-class IndexChange(BaseModel):
-    """Ask for another index, or for the one before."""
-
-    model_config = ConfigDict(
-        extra="forbid",
-        json_schema_extra={
-            "examples": [{"index_uri": "s3://bucket/invar/index/retriever-3f0c9a1b"}]
-        },
-    )
-
-    index_uri: str | list[str] | None = Field(
-        None, description="Index artifact (one for each shard, where the service has several)."
-    )
-    rollback: bool = Field(
-        False, strict=True, description="Instead: go back to what was served before."
-    )
-
-    @field_validator("index_uri")
-    @classmethod
-    def _clean(cls, value: str | list[str] | None) -> str | list[str] | None:
-        return (
-            [clean_text(each) for each in value]
-            if isinstance(value, list)
-            else value and clean_text(value)
-        )
 
 
 class PassageOut(BaseModel):
@@ -150,6 +127,11 @@ class PassageOut(BaseModel):
             place=hit.place,
         )
 
+    @classmethod
+    def all_of(cls, found: Found) -> list["PassageOut"]:
+        """With the numbers that answers cite them by."""
+        return [cls.of(number, hit) for number, hit in enumerate(found.hits, start=1)]
+
 
 class CitationOut(BaseModel):
     """A passage that the answer rests on."""
@@ -159,7 +141,8 @@ class CitationOut(BaseModel):
     document_id: str
     title: str
     source: str = Field(
-        description="`generated`: the model cited it; `matched`: the model cited nothing and the answer stands in it."
+        description="`generated`: the model cited it; `matched`: the model cited nothing and the "
+        "answer stands in it."
     )
     place: str = Field(
         "", description="File and place in it, such as `manual.pdf, page 3`; may be empty."
@@ -178,7 +161,7 @@ class CitationOut(BaseModel):
         )
 
 
-_VERSIONS = Field(
+VERSIONS = Field(
     description="Fingerprints of the artifacts that this response came from.",
     examples=[{"index": "3f0c9a1b", "encoder": "a91b44c0", "generator": "77d0e2f1"}],
 )
@@ -199,8 +182,23 @@ class RetrieveResponse(BaseModel):
     timings: dict[str, float] = Field(
         description="Seconds, by step.", examples=[{"retrieve_s": 0.012}]
     )
-    versions: dict[str, str] = _VERSIONS
+    versions: dict[str, str] = VERSIONS
     request_id: str
+
+    @classmethod
+    def of(
+        cls, question: str, found: Found, timings: dict[str, float], request_id: str
+    ) -> "RetrieveResponse":
+        """From what was found."""
+        return cls(
+            question=question,
+            passages=PassageOut.all_of(found),
+            partial=bool(found.missing_shards),
+            missing_shards=list(found.missing_shards),
+            timings=timings,
+            versions=found.versions,
+            request_id=request_id,
+        )
 
 
 class AnswerResponse(BaseModel):
@@ -234,20 +232,15 @@ class AnswerResponse(BaseModel):
         description="Seconds, by step.",
         examples=[{"retrieve_s": 0.012, "generate_s": 0.31, "total_s": 0.33}],
     )
-    versions: dict[str, str] = _VERSIONS
+    versions: dict[str, str] = VERSIONS
     request_id: str
 
     @classmethod
     def of(
-        cls,
-        answer: Answer,
-        *,
-        missing_shards: tuple[str, ...] = (),
-        timings: dict[str, float],
-        versions: dict[str, str],
-        request_id: str,
+        cls, found: Found, reply: Reply, timings: dict[str, float], request_id: str
     ) -> "AnswerResponse":
-        """From an answer."""
+        """From an answer and what was found for it; the passages are those that the model read."""
+        answer = reply.answer
         return cls(
             question=answer.question,
             answer=answer.text,
@@ -258,10 +251,10 @@ class AnswerResponse(BaseModel):
                 PassageOut.of(number, hit) for number, hit in enumerate(answer.hits, start=1)
             ],
             notes=list(answer.notes),
-            partial=bool(missing_shards),
-            missing_shards=list(missing_shards),
+            partial=bool(found.missing_shards),
+            missing_shards=list(found.missing_shards),
             timings=timings,
-            versions=versions,
+            versions={**found.versions, **reply.versions},
             request_id=request_id,
         )
 
@@ -283,6 +276,20 @@ class WordingOut(BaseModel):
         None, description="Token F1 of its answer with the answer to the question as asked."
     )
 
+    @classmethod
+    def of(cls, wording: Wording, anchor: Wording, top_k: int) -> "WordingOut":
+        """From a wording, compared with the question as asked."""
+        reply = wording.reply
+        return cls(
+            text=wording.text,
+            kind=wording.kind,
+            passages=PassageOut.all_of(wording.found),
+            overlap=pair_overlap(anchor.found.hits, wording.found.hits, top_k),
+            answer=reply.answer.text if reply else None,
+            refused=reply.answer.refused if reply else None,
+            agreement=agreement(anchor.reply, reply) if anchor.reply and reply else None,
+        )
+
 
 class StabilityResponse(BaseModel):
     """How much the passages and the answer depend on the wording.
@@ -296,68 +303,69 @@ class StabilityResponse(BaseModel):
         description="Mean Jaccard overlap of the passages over all pairs of wordings, 0 to 1."
     )
     agreement: float | None = Field(
-        description="Share of pairs of wordings whose answers are equal after SQuAD's normalisation (refusals are); "
+        description="Share of pairs of wordings whose answers are equal after SQuAD's "
+        "normalisation (refusals are); "
         "null without answers."
     )
     wordings: list[WordingOut] = Field(description="The question as asked, then its rewordings.")
     timings: dict[str, float] = Field(description="Seconds, by step.")
-    versions: dict[str, str] = _VERSIONS
+    versions: dict[str, str] = VERSIONS
+    request_id: str
+
+    @classmethod
+    def of(
+        cls, wordings: Sequence[Wording], top_k: int, timings: dict[str, float], request_id: str
+    ) -> "StabilityResponse":
+        """From all wordings, the question as asked first."""
+        anchor = wordings[0]
+        replies = [each.reply for each in wordings if each.reply is not None]
+        return cls(
+            question=anchor.text,
+            overlap=mean_overlap(wordings, top_k),
+            agreement=share_equal(replies) if replies else None,
+            wordings=[WordingOut.of(each, anchor, top_k) for each in wordings],
+            timings=timings,
+            versions={**anchor.found.versions, **(anchor.reply.versions if anchor.reply else {})},
+            request_id=request_id,
+        )
+
+
+class ErrorBody(BaseModel):
+    """What went wrong."""
+
+    message: str
+    type: str = Field(
+        description="OpenAI's kind: invalid_request_error, authentication_error, permission_error, "
+        "not_found_error, "
+        "rate_limit_error or server_error."
+    )
+    param: str | None = Field(None, description="Always null; the message names the field.")
+    code: str = Field(
+        description="One of: invalid_json, invalid_request, unauthorized, forbidden, not_found, "
+        "model_not_found, "
+        "method_not_allowed, conflict, body_too_large, rate_limited, overloaded, unavailable, "
+        "timeout, internal."
+    )
     request_id: str
 
 
-class IndexState(BaseModel):
-    """The index that is served.  After a failed change the old one stays in service."""
+class ErrorResponse(BaseModel):
+    """The one form of every error."""
 
-    requested_uri: str = Field(description="The index that was asked for last.")
-    active_uri: str = Field(description="The index that is being searched.")
-    error: str | None = Field(
-        description="Why the requested index is not the active one; null if it is."
-    )
+    error: ErrorBody
 
-
-class ReplicaState(IndexState):
-    """The same for one replica."""
-
-    shard: str
-    replica: str
-    version: str = Field(description="Fingerprint of the active index.")
-
-
-class GeneratorState(BaseModel):
-    """The generator that a replica serves."""
-
-    engine: str = Field(
-        "transformers", description="`transformers`, or `openai` for a server elsewhere."
-    )
-    uri: str
-    max_context: int = Field(description="Most tokens of prompt and answer together.")
-
-
-class IndexResponse(BaseModel):
-    """What is being served."""
-
-    index: IndexState
-    replicas: list[ReplicaState] = Field(
-        default_factory=list, description="Every retriever replica's own state."
-    )
-    history: list[str] = Field(
-        default_factory=list, description="Indexes that were served before, oldest first."
-    )
-    generator: GeneratorState
-    versions: dict[str, str] = _VERSIONS
-    limits: Limits
-
-
-class IndexChangeResponse(BaseModel):
-    """What came of a change: every replica serves the new index."""
-
-    index: IndexState
-    replicas: list[ReplicaState]
-    report: dict[str, Any] = Field(
-        description="Of the probe: cosine of the probe texts, and how the searches for them differ from the old index."
-    )
-    versions: dict[str, str] = _VERSIONS
-    request_id: str
+    @classmethod
+    def of(cls, fault: Fault, request_id: str) -> "ErrorResponse":
+        """From how an error is answered."""
+        return cls(
+            error=ErrorBody(
+                message=fault.message,
+                type=openai_type(fault.status),
+                param=None,
+                code=fault.code,
+                request_id=request_id,
+            )
+        )
 
 
 class HealthResponse(BaseModel):

@@ -1,4 +1,4 @@
-"""Which passages a request may find, as it goes over HTTP and stands in the configuration of a key."""
+"""Which passages a request may find: as it goes over HTTP, and as it stands in a key's entry."""
 
 from __future__ import annotations
 

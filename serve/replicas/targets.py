@@ -11,7 +11,7 @@ from typing import Any, Protocol
 class Target(Protocol):
     """Equal replicas behind one name.
 
-    Calls raise ``RequestError`` or :class:`~serve.limits.ServiceError` for what the caller may
+    Calls raise ``RequestError`` or :class:`~serve.errors.ServiceError` for what the caller may
     know.
     """
 

@@ -128,23 +128,18 @@ class Meter:
             self._sink(metric, value, labels)
 
 
-def ray_meter() -> Meter:
-    """A meter that records through Ray: to be made in a process that is connected to it."""
-    from ray.util import metrics
+class RaySink:
+    """A sink that records through Ray; travels to a replica, where its instruments are made."""
 
-    made: dict[str, Any] = {}
+    def __init__(self) -> None:
+        self._made: dict[str, Any] = {}
 
-    def sink(metric: Metric, value: float, labels: dict[str, str]) -> None:
-        if metric.name not in made:
-            options: dict[str, Any] = {"description": metric.help, "tag_keys": metric.labels}
-            if metric.kind == "histogram":
-                made[metric.name] = metrics.Histogram(
-                    metric.name, boundaries=list(metric.buckets), **options
-                )
-            else:
-                kind = metrics.Counter if metric.kind == "counter" else metrics.Gauge
-                made[metric.name] = kind(metric.name, **options)
-        instrument = made[metric.name]
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return type(self), ()
+
+    def __call__(self, metric: Metric, value: float, labels: dict[str, str]) -> None:
+        """Record a value, in a process that is connected to Ray."""
+        instrument = self._made.get(metric.name) or self._make(metric)
         if metric.kind == "histogram":
             instrument.observe(value, tags=labels)
         elif metric.kind == "counter":
@@ -152,4 +147,15 @@ def ray_meter() -> Meter:
         else:
             instrument.set(value, tags=labels)
 
-    return Meter(sink)
+    def _make(self, metric: Metric) -> Any:
+        from ray.util import metrics
+
+        options: dict[str, Any] = {"description": metric.help, "tag_keys": metric.labels}
+        if metric.kind == "histogram":
+            made: Any = metrics.Histogram(metric.name, boundaries=list(metric.buckets), **options)
+        else:
+            made = (metrics.Counter if metric.kind == "counter" else metrics.Gauge)(
+                metric.name, **options
+            )
+        self._made[metric.name] = made
+        return made

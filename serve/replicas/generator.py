@@ -1,6 +1,4 @@
-"""The generator inside a replica, without Ray: one protocol for engines, and the engine on
-transformers.
-"""
+"""The generator of a replica: the protocol of all engines, and the engine on transformers."""
 
 from __future__ import annotations
 
@@ -9,25 +7,29 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from invar_ray.errors import RequestError
-from serve.batching import Batcher, Worker
-from serve.limits import ServiceError
-from serve.metrics import Meter
-from serve.records import Question, Reply
-from serve.retrieving import PROBE, loading
-from serve.tracing import Tracer
+from serve.errors import OutOfTime
+from serve.records import GeneratorStatus, Question, Reply
+from serve.replicas.batching import Batcher, Worker
+from serve.replicas.retriever import PROBE, loading
+from serve.telemetry.metrics import Meter
+from serve.telemetry.tracing import Tracer
 
 if TYPE_CHECKING:  # imports torch: only replicas pay for that
     from invar_ray.models.decoding import Sampling
     from invar_ray.models.generator import Generator
+    from invar_ray.models.precision import Precision
 
 GeneratorLoader = Callable[[str], "Generator"]
 
 
 class AnswerEngine(Protocol):
-    """What writes answers."""
+    """What writes answers: a Serve deployment, and a plain object where there is no Ray.
+
+    Its names leave room for a retriever's, beside which it may stand in one replica.
+    """
 
     async def answer(self, question: Question) -> Reply:
         """The answer to a question from its passages.
@@ -44,12 +46,16 @@ class AnswerEngine(Protocol):
         """
         ...
 
-    def describe(self) -> dict[str, Any]:
-        """``generator`` (see :class:`serve.protocol.GeneratorState`) and ``versions``."""
+    async def describe_generator(self) -> GeneratorStatus:
+        """What it serves."""
+        ...
+
+    async def check_generator(self) -> None:
+        """Generate a token for real."""
         ...
 
     async def check_health(self) -> None:
-        """Generate a token for real."""
+        """The same; Serve calls it now and then, and replaces a replica that fails."""
         ...
 
     def close(self) -> None:
@@ -57,7 +63,7 @@ class AnswerEngine(Protocol):
         ...
 
 
-def load_generator(uri: str, device: str = "cpu", precision: str = "fp32") -> Generator:
+def load_generator(uri: str, device: str = "cpu", precision: Precision = "fp32") -> Generator:
     """The generator of a generator artifact."""
     from invar_ray.models.base import open_generator
 
@@ -100,10 +106,10 @@ class TransformersEngine:
         meter: Meter | None = None,
         tracer: Tracer | None = None,
     ) -> None:
+        self._worker = Worker()
         self.uri, self._meter, self._tracer = uri, meter or Meter(), tracer or Tracer()
         with loading:
             self._generator = loader(uri)
-        self._worker = Worker()
         self._generate: Batcher[_Pending, Reply] = Batcher(
             self._batch, max_batch_size, batch_wait_s, self._seen
         )
@@ -142,9 +148,7 @@ class TransformersEngine:
                     self._generate(pending), max(0.0, pending.question.left_s)
                 )
             except TimeoutError:
-                raise ServiceError(
-                    504, "timeout", "the answer took longer than the request may", 1.0
-                ) from None
+                raise OutOfTime("the answer took longer than the request may", 1.0) from None
             finally:
                 pending.gone.set()  # also on a disconnect: the row ends at its next token
         self._meter.record("invar_stage_seconds", time.perf_counter() - start, stage="generate")
@@ -181,12 +185,10 @@ class TransformersEngine:
         start = time.perf_counter()
         generations = self._generator.run([task for _, task in prompts])
         seconds = time.perf_counter() - start
-        versions = self.describe()["versions"]
+        versions = {"generator": str(self._generator.version)}
         for row, (prompt, _), generation in zip(rows, prompts, generations, strict=True):
             if generation.finish == "cancelled":
-                results[row] = ServiceError(
-                    504, "timeout", "the answer took longer than the request may", 1.0
-                )
+                results[row] = OutOfTime("the answer took longer than the request may", 1.0)
                 continue
             answer = read_answer(batch[row].question.text, prompt, generation)
             results[row] = Reply(
@@ -210,52 +212,29 @@ class TransformersEngine:
     def _probe(self) -> None:
         self._generator.generate([PROBE], max_new_tokens=1)
 
-    def describe(self) -> dict[str, Any]:
+    async def describe_generator(self) -> GeneratorStatus:
         """See :class:`AnswerEngine`."""
-        state = {
-            "engine": "transformers",
-            "uri": self.uri,
-            "max_context": self._generator.max_context,
-        }
-        return {"generator": state, "versions": {"generator": str(self._generator.version)}}
+        return GeneratorStatus(
+            "transformers",
+            self.uri,
+            self._generator.max_context,
+            {"generator": str(self._generator.version)},
+        )
+
+    async def check_generator(self) -> None:
+        """See :class:`AnswerEngine`."""
+        await self._worker.check(self._probe)
 
     async def check_health(self) -> None:
         """See :class:`AnswerEngine`."""
-        await self._worker.check(self._probe)
+        await self.check_generator()
 
     def close(self) -> None:
         """See :class:`AnswerEngine`."""
         self._worker.close()
 
-
-class GeneratorCore:
-    """An engine under the names that the service calls, beside which a retriever's methods have
-    room.
-    """
-
-    def __init__(self, engine: AnswerEngine) -> None:
-        self.engine = engine
-
-    async def answer(self, question: Question) -> Reply:
-        """See :class:`AnswerEngine`."""
-        return await self.engine.answer(question)
-
-    async def stream(self, question: Question) -> AsyncIterator[str | Reply]:
-        """See :class:`AnswerEngine`."""
-        items = self.engine.stream(question)
-        try:
-            async for item in items:
-                yield item
-        finally:
-            await items.aclose()  # type: ignore[attr-defined]
-
-    async def describe_generator(self) -> dict[str, Any]:
-        """See :meth:`AnswerEngine.describe`."""
-        return self.engine.describe()
-
-    async def check_generator(self) -> None:
-        """See :meth:`AnswerEngine.check_health`."""
-        await self.engine.check_health()
+    def __del__(self) -> None:
+        self.close()
 
 
 def _sampling(question: Question) -> Sampling:

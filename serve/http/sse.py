@@ -12,7 +12,8 @@ from typing import Any
 from starlette.responses import StreamingResponse
 
 from invar_ray.errors import RequestError
-from serve.limits import ErrorResponse, ServiceError
+from serve.errors import Fault, ServiceError
+from serve.http.protocol import ErrorResponse
 
 logger = logging.getLogger("ray.serve")
 
@@ -50,21 +51,15 @@ async def respond(
             yield first
             async for each in events:
                 yield each
-        except ServiceError as error:
-            logger.warning(
-                "request %s: its stream ends: %s (%s)", identifier, error.code, error.message
-            )
-            yield on_error(
-                ErrorResponse.of(error.status, error.code, error.message, identifier).model_dump()
-            )
-        except RequestError as error:
-            yield on_error(
-                ErrorResponse.of(400, "invalid_request", str(error), identifier).model_dump()
-            )
-        except Exception:
-            logger.exception("request %s: its stream ends", identifier)
-            message = "the service failed; its log has the cause"
-            yield on_error(ErrorResponse.of(500, "internal", message, identifier).model_dump())
+        except Exception as error:
+            fault = Fault.of(error)
+            if isinstance(error, ServiceError):
+                logger.warning(
+                    "request %s: its stream ends: %s (%s)", identifier, fault.code, fault.message
+                )
+            elif not isinstance(error, RequestError):
+                logger.exception("request %s: its stream ends", identifier)
+            yield on_error(ErrorResponse.of(fault, identifier).model_dump())
         finally:
             await events.aclose()  # type: ignore[attr-defined]
         yield last

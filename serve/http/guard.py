@@ -16,12 +16,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from invar_ray.answering.filters import Where
 from invar_ray.errors import RequestError
-from serve.keys import ApiKey, KeyRing
-from serve.limits import ErrorResponse, Limits, request_id
-from serve.metrics import Meter
-from serve.pages import PATHS
+from serve.errors import Fault
+from serve.http.keys import ApiKey, KeyRing
+from serve.http.limits import Limits, request_id
+from serve.http.pages import PATHS
+from serve.http.protocol import ErrorResponse
 from serve.records import Context
-from serve.tracing import Tracer
+from serve.telemetry.metrics import Meter
+from serve.telemetry.tracing import Tracer
 
 logger = logging.getLogger("ray.serve")
 audit_logger = logging.getLogger(
@@ -53,8 +55,22 @@ def error_response(
     merged = dict(headers or {})
     if retry_after_s is not None:
         merged["Retry-After"] = str(max(1, math.ceil(retry_after_s)))
-    body = ErrorResponse.of(status, code, message, identifier).model_dump()
+    body = ErrorResponse.of(Fault(status, code, message), identifier).model_dump()
     return JSONResponse(body, status_code=status, headers=merged)
+
+
+def fault_response(error: Exception, identifier: str, status: int | None = None) -> JSONResponse:
+    """The answer to an error of :data:`serve.errors.TABLE`, or to what nobody foresaw; ``status``
+    stands in for the table's.
+    """
+    fault = Fault.of(error)
+    return error_response(
+        status or fault.status,
+        fault.code,
+        fault.message,
+        identifier,
+        retry_after_s=fault.retry_after_s,
+    )
 
 
 class _Gone(Exception):
@@ -119,10 +135,10 @@ class Guard:
                 self._in_flight -= guarded
         except _Gone:
             exchange.status = 499
-        except Exception:
+        except Exception as error:
             logger.exception("request %s failed", identifier)
             if not exchange.status:
-                await internal(identifier)(scope, receive, exchange.send)
+                await fault_response(error, identifier)(scope, receive, exchange.send)
         finally:
             if guarded:
                 self._note(scope, key, exchange, identifier, time.perf_counter() - start)
@@ -134,7 +150,10 @@ class Guard:
         key = self._keys.find(_token(headers))
         if key is None and not (self._keys.open and not admin):
             if self._keys.open:
-                message = "the service has no API keys, so nobody may administrate it: give it one of scope admin"
+                message = (
+                    "the service has no API keys, so nobody may administrate it: give it one of "
+                    "scope admin"
+                )
                 return None, error_response(403, "forbidden", message, identifier)
             message = "a valid key is needed: Authorization: Bearer KEY, or X-API-Key: KEY"
             wanted = {"WWW-Authenticate": "Bearer"}
@@ -249,11 +268,6 @@ class _Exchange:
 def _token(headers: dict[bytes, bytes]) -> bytes:
     scheme, _, token = headers.get(b"authorization", b"").partition(b" ")
     return token.strip() if scheme.lower() == b"bearer" else headers.get(b"x-api-key", b"")
-
-
-def internal(identifier: str) -> JSONResponse:
-    """The answer to what nobody foresaw."""
-    return error_response(500, "internal", "the service failed; its log has the cause", identifier)
 
 
 async def _until_gone(

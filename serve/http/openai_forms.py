@@ -9,8 +9,8 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from invar_ray.errors import RequestError
-from serve.conditions import Conditions
-from serve.protocol import AnswerResponse, clean_text
+from serve.http.conditions import Conditions
+from serve.http.protocol import AnswerResponse, clean_text
 
 CHAT_MODEL, EMBEDDING_MODEL = "invar-rag", "invar-encoder"
 
@@ -93,7 +93,8 @@ class ChatRequest(BaseModel):
     )
     where: Conditions = Field(
         Conditions(),
-        description="Only passages that meet these conditions are found; an extension (`extra_body`).",
+        description="Only passages that meet these conditions are found; an extension "
+        "(`extra_body`).",
     )
 
     @field_validator("stop")

@@ -51,7 +51,7 @@ _DOCS_POLICY = _POLICY.replace("style-src 'self'", "style-src 'self' 'unsafe-inl
 def page_routes() -> APIRouter:
     """The routes; every file is read once, here."""
     routes = APIRouter(include_in_schema=False)
-    web = Path(__file__).parent / "web"
+    web = Path(__file__).parents[1] / "web"
     swagger = resources.files("fastapi_offline") / "static"
     for path, name in _PAGES.items():
         _add(

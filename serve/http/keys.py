@@ -12,7 +12,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from invar_ray.errors import ConfigError
-from serve.conditions import Conditions
+from serve.http.conditions import Conditions
 
 KEY_ENV, KEYS_ENV = "INVAR_API_KEY", "INVAR_API_KEYS"
 Scope = Literal["query", "admin"]
@@ -37,7 +37,8 @@ class ApiKey(BaseModel):
     requests_per_minute: int = Field(0, ge=0, description="Of one HTTP replica; 0 sets no limit.")
     where: Conditions = Field(
         Conditions(),
-        description="The only passages that this key may find, e.g. {equals: {tenant: [acme]}}: on top of what a "
+        description="The only passages that this key may find, e.g. {equals: {tenant: [acme]}}: on "
+        "top of what a "
         "request asks for, which cannot widen it.",
     )
 
@@ -73,7 +74,8 @@ def keys_from_environment(environment: Mapping[str, str]) -> list[ApiKey]:
                 f"{KEY_ENV} is set and "
                 f"{'holds white space or control characters within' if plain else 'empty'}",
                 expected="one key, without white space",
-                action=f"set it to a key, or unset it (then queries need none, unless {KEYS_ENV} or api_keys has one)",
+                action=f"set it to a key, or unset it (then queries need none, unless {KEYS_ENV} "
+                "or api_keys has one)",
             )
         keys.append(ApiKey(name="default", sha256=hashlib.sha256(plain.encode()).hexdigest()))
     listed = environment.get(KEYS_ENV)
@@ -82,7 +84,8 @@ def keys_from_environment(environment: Mapping[str, str]) -> list[ApiKey]:
         raise ConfigError(
             f"{KEYS_ENV} is set and empty",
             expected="name:sha256 in hex:scopes, one or more",
-            action=f"list a key, or unset it (then queries need no key, unless {KEY_ENV} or api_keys has one)",
+            action=f"list a key, or unset it (then queries need no key, unless {KEY_ENV} or "
+            "api_keys has one)",
         )
     for number, entry in enumerate(entries, start=1):
         parts = entry.split(":", 4)  # a condition's value may hold colons
@@ -104,7 +107,8 @@ def keys_from_environment(environment: Mapping[str, str]) -> list[ApiKey]:
         except ValueError:
             raise ConfigError(
                 f"entry {number} of {KEYS_ENV} is malformed",
-                expected="name:sha256 in hex:query or admin or query+admin[:requests per minute[:column=value&..]]",
+                expected="name:sha256 in hex:query or admin or query+admin[:requests per "
+                "minute[:column=value&..]]",
             ) from None
     return keys
 
@@ -145,7 +149,8 @@ class KeyRing:
                 raise ConfigError(
                     f"API keys {first[key.sha256]} and {key.name} are one key: the hash is the "
                     "same",
-                    expected="a key for each name, or the conditions and scopes of one of them would be lost",
+                    expected="a key for each name, or the conditions and scopes of one of them "
+                    "would be lost",
                     action="make another key for one of them, or take one entry out",
                 )
             first[key.sha256] = key.name

@@ -1,5 +1,5 @@
-"""Serve's deployments as :class:`~serve.targets.Target`: deadlines, one more try where a replica
-died, clear errors.
+"""Serve's deployments as the service asks them: deadlines, one more try where a replica died, clear
+errors in place of Ray's.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ray.serve.exceptions import (
 from ray.serve.handle import DeploymentHandle
 
 from invar_ray.errors import InvarError
-from serve.limits import ServiceError
-from serve.metrics import Meter
+from serve.errors import OutOfTime, Overloaded, ServiceError, Unavailable
+from serve.telemetry.metrics import Meter
 
 logger = logging.getLogger("ray.serve")
 _TRIES = 3
 _LOST = (RayActorError, ReplicaUnavailableError)
 
 
-class HandleTarget:
-    """The replicas of a deployment.
+class Handle:
+    """The replicas of a deployment, as the service asks them.
 
     Args:
         name: for messages.
@@ -47,7 +47,7 @@ class HandleTarget:
         )
 
     async def call(self, method: str, *args: Any, left_s: float) -> Any:
-        """See :class:`serve.targets.Target`."""
+        """See :class:`serve.replicas.targets.Target`."""
 
         async def once() -> Any:
             response = getattr(self._handle, method).remote(*args)
@@ -58,7 +58,7 @@ class HandleTarget:
         return await self._retried(once)
 
     async def stream(self, method: str, *args: Any, left_s: float) -> AsyncIterator[Any]:
-        """See :class:`serve.targets.Target`."""
+        """See :class:`serve.replicas.targets.Target`."""
         streaming = self._handle.options(stream=True)
         items: Any = None
         # The last item, a whole reply, may come as late as the deadline and a little: the replica
@@ -81,10 +81,11 @@ class HandleTarget:
                     raise self._known(error) from None
         finally:
             if items is not None:
-                items.cancel()  # a client that went away stops the model; nothing happens to a finished one
+                # A client that went away stops the model; nothing happens to a finished one.
+                items.cancel()
 
     async def broadcast(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
-        """See :class:`serve.targets.Target`."""
+        """See :class:`serve.replicas.targets.Target`."""
 
         async def once() -> list[Any]:
             return await self._handle.broadcast(method, *args).results_async(timeout_s=timeout_s)
@@ -112,16 +113,12 @@ class HandleTarget:
     def _known(self, error: BaseException) -> BaseException:
         """What the caller may know of an error."""
         if isinstance(error, BackPressureError):
-            return ServiceError(
-                503,
-                "overloaded",
+            return Overloaded(
                 f"the {self.name} has too many requests waiting",
                 self._retry_after_s,
             )
         if isinstance(error, (*_LOST, DeploymentUnavailableError)):
-            return ServiceError(
-                503, "unavailable", f"the {self.name} is not available", self._retry_after_s
-            )
+            return Unavailable(f"the {self.name} is not available", self._retry_after_s)
         if isinstance(error, TimeoutError):
             return self._timeout(0.0)
         if isinstance(error, RayTaskError) and isinstance(error.cause, (InvarError, ServiceError)):
@@ -130,9 +127,7 @@ class HandleTarget:
 
     def _timeout(self, seconds: float) -> ServiceError:
         within = f" within {seconds:g} s" if seconds else " in time"
-        return ServiceError(
-            504, "timeout", f"the {self.name} did not answer{within}", self._retry_after_s
-        )
+        return OutOfTime(f"the {self.name} did not answer{within}", self._retry_after_s)
 
 
 async def _finished(response: Any, timeout_s: float) -> bool:

@@ -7,10 +7,17 @@ Adapters stay unmerged: merging would change the tensors that the other tree rea
 
 from __future__ import annotations
 
+import asyncio
 import threading
+from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
 from invar_ray.errors import MixedArtifactsError
+from serve.records import GeneratorStatus, Question, Reply
+from serve.replicas.generator import TransformersEngine
+from serve.replicas.retriever import RetrieverReplica
+from serve.telemetry.metrics import Meter
+from serve.telemetry.tracing import Tracer
 
 if TYPE_CHECKING:  # imports torch: only replicas pay for that
     from invar_ray.answering.retriever import Retriever
@@ -85,3 +92,66 @@ class SharedBase:
                     action="serve them in the split topology, or reindex with the generator's base",
                 )
             return share_base(self._base), load_tokenizer(source, ref.revision)
+
+
+class ColocatedReplica(RetrieverReplica):
+    """Retriever and generator in one replica over one base, each in a thread of its own.
+
+    Args:
+        generator_uri: generator artifact.
+        device, precision, memory_map, collapse: see :class:`SharedBase`.
+        max_batch_size, batch_wait_s, meter, tracer: of both.
+        retriever: see :class:`~serve.replicas.retriever.RetrieverReplica`.
+    """
+
+    def __init__(
+        self,
+        generator_uri: str,
+        device: str = "cpu",
+        precision: str = "fp32",
+        max_batch_size: int = 8,
+        batch_wait_s: float = 0.005,
+        *,
+        memory_map: bool = False,
+        collapse: bool = False,
+        meter: Meter | None = None,
+        tracer: Tracer | None = None,
+        **retriever: Any,
+    ) -> None:
+        shared = SharedBase(device, precision, memory_map=memory_map, collapse=collapse)
+        super().__init__(
+            shared.retriever, max_batch_size, batch_wait_s, meter=meter, tracer=tracer, **retriever
+        )
+        self._engine = TransformersEngine(
+            generator_uri,
+            shared.generator,
+            max_batch_size,
+            batch_wait_s,
+            meter=meter,
+            tracer=tracer,
+        )
+
+    async def answer(self, question: Question) -> Reply:
+        """See :class:`serve.replicas.generator.AnswerEngine`."""
+        return await self._engine.answer(question)
+
+    async def stream(self, question: Question) -> AsyncIterator[str | Reply]:
+        """See :class:`serve.replicas.generator.AnswerEngine`."""
+        items = self._engine.stream(question)
+        try:
+            async for item in items:
+                yield item
+        finally:
+            await items.aclose()  # type: ignore[attr-defined]
+
+    async def describe_generator(self) -> GeneratorStatus:
+        """See :class:`serve.replicas.generator.AnswerEngine`."""
+        return await self._engine.describe_generator()
+
+    async def check_generator(self) -> None:
+        """See :class:`serve.replicas.generator.AnswerEngine`."""
+        await self._engine.check_generator()
+
+    async def check_health(self) -> None:
+        """Search and generate for real."""
+        await asyncio.gather(super().check_health(), self.check_generator())

@@ -1,0 +1,141 @@
+"""Which index and generator are served, and a change of it, as they go over HTTP."""
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator
+
+from serve.http.limits import Limits
+from serve.http.protocol import VERSIONS, clean_text
+from serve.records import GeneratorStatus, ReplicaStatus, Serving
+
+
+class IndexChange(BaseModel):
+    """Ask for another index, or for the one before."""
+
+    model_config = ConfigDict(
+        extra="forbid",
+        json_schema_extra={
+            "examples": [{"index_uri": "s3://bucket/invar/index/retriever-3f0c9a1b"}]
+        },
+    )
+
+    index_uri: str | list[str] | None = Field(
+        None, description="Index artifact (one for each shard, where the service has several)."
+    )
+    rollback: bool = Field(
+        False, strict=True, description="Instead: go back to what was served before."
+    )
+
+    @field_validator("index_uri")
+    @classmethod
+    def _clean(cls, value: str | list[str] | None) -> str | list[str] | None:
+        return (
+            [clean_text(each) for each in value]
+            if isinstance(value, list)
+            else value and clean_text(value)
+        )
+
+
+class IndexState(BaseModel):
+    """The index that is served.  After a failed change the old one stays in service."""
+
+    requested_uri: str = Field(description="The index that was asked for last.")
+    active_uri: str = Field(description="The index that is being searched.")
+    error: str | None = Field(
+        description="Why the requested index is not the active one; null if it is."
+    )
+
+    @classmethod
+    def of_all(cls, serving: Serving) -> "IndexState":
+        """Of the whole service."""
+        return cls(
+            requested_uri=serving.requested_uri,
+            active_uri=serving.active_uri,
+            error=serving.error,
+        )
+
+
+class ReplicaState(IndexState):
+    """The same for one replica."""
+
+    shard: str
+    replica: str
+    version: str = Field(description="Fingerprint of the active index.")
+
+    @classmethod
+    def of(cls, status: ReplicaStatus) -> "ReplicaState":
+        """From what a replica says."""
+        return cls(
+            requested_uri=status.requested_uri,
+            active_uri=status.active_uri,
+            error=status.error,
+            shard=status.shard,
+            replica=status.replica,
+            version=status.versions["index"],
+        )
+
+
+class GeneratorState(BaseModel):
+    """The generator that a replica serves."""
+
+    engine: str = Field(
+        "transformers", description="`transformers`, or `openai` for a server elsewhere."
+    )
+    uri: str
+    max_context: int = Field(description="Most tokens of prompt and answer together.")
+
+    @classmethod
+    def of(cls, status: GeneratorStatus) -> "GeneratorState":
+        """From what a generator says."""
+        return cls(engine=status.engine, uri=status.uri, max_context=status.max_context)
+
+
+class IndexResponse(BaseModel):
+    """What is being served."""
+
+    index: IndexState
+    replicas: list[ReplicaState] = Field(
+        default_factory=list, description="Every retriever replica's own state."
+    )
+    history: list[str] = Field(
+        default_factory=list, description="Indexes that were served before, oldest first."
+    )
+    generator: GeneratorState
+    versions: dict[str, str] = VERSIONS
+    limits: Limits
+
+    @classmethod
+    def of(cls, serving: Serving, limits: Limits) -> "IndexResponse":
+        """From what is served."""
+        return cls(
+            index=IndexState.of_all(serving),
+            replicas=[ReplicaState.of(each) for each in serving.replicas],
+            history=list(serving.history),
+            generator=GeneratorState.of(serving.generator),
+            versions=serving.versions,
+            limits=limits,
+        )
+
+
+class IndexChangeResponse(BaseModel):
+    """What came of a change: every replica serves the new index."""
+
+    index: IndexState
+    replicas: list[ReplicaState]
+    report: dict[str, Any] = Field(
+        description="Of the probe: cosine of the probe texts, and how the searches for them differ "
+        "from the old index."
+    )
+    versions: dict[str, str] = VERSIONS
+    request_id: str
+
+    @classmethod
+    def of(cls, serving: Serving, request_id: str) -> "IndexChangeResponse":
+        """From what is served after the change."""
+        return cls(
+            index=IndexState.of_all(serving),
+            replicas=[ReplicaState.of(each) for each in serving.replicas],
+            report=serving.report,
+            versions=serving.versions,
+            request_id=request_id,
+        )

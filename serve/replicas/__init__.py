@@ -1,0 +1,1 @@
+"""What runs in the replicas: the retriever, the generators, and how the service reaches them."""
