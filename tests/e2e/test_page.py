@@ -44,21 +44,24 @@ def reader() -> Iterator[Reader]:
 def services(reader: Reader, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Live]]:
     """The same service open, with a key, and with an index in two shards."""
     artifacts = shared_artifacts(tmp_path_factory)
-    engine = OpenAIEngine(
-        reader.url,
-        "reader",
-        artifacts.generator_uri,
-        key_env="INVAR_NO_SUCH_KEY",
-        max_context=165,
-    )
+
+    def engine() -> OpenAIEngine:  # one each: its connections belong to the service's event loop
+        return OpenAIEngine(
+            reader.url,
+            "reader",
+            artifacts.generator_uri,
+            key_env="INVAR_NO_SUCH_KEY",
+            max_context=165,
+        )
+
     limits = LIMITS.model_copy(update={"max_top_k": 5, "max_new_tokens": 24})
     key = ApiKey(name="mine", sha256=hashlib.sha256(b"sesame").hexdigest())
     made = {
-        "open": Live(artifacts, engine=engine, limits=limits),
-        "locked": Live(artifacts, engine=engine, limits=limits, keys=(key,)),
+        "open": Live(artifacts, engine=engine(), limits=limits),
+        "locked": Live(artifacts, engine=engine(), limits=limits, keys=(key,)),
         "sharded": Live(
             artifacts,
-            engine=engine,
+            engine=engine(),
             limits=limits,
             shards=[artifacts.left_index_uri, artifacts.right_index_uri],
         ),
