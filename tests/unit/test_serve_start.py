@@ -13,7 +13,7 @@ import pytest
 import ray
 
 from invar_ray.cli.serving import serve_until_stopped
-from invar_ray.config import Config, ScaleConfig, ServeConfig, StorageConfig
+from invar_ray.config import Config, ServeConfig, StorageConfig
 from invar_ray.errors import ConfigError, InvarError, MissingArtifactError, ResourceError
 from invar_ray.executor import Here
 from invar_ray.pipeline import Pipeline
@@ -47,7 +47,6 @@ def config(folder: Path, port: int = 0) -> Config:
         Config(),
         storage=StorageConfig(str(folder)),
         serve=ServeConfig(port=port),
-        scale=ScaleConfig(local_num_cpus=1),
     )
 
 
