@@ -3,8 +3,8 @@
     python -m tests.lock_steps
 
 Run it after a change, once ``VERSION`` in the step's file is right: raised if the output changed,
-as it was if not.  ``tests/unit/test_versions.py`` compares.  What a step's code is, nobody lists:
-it is all that its file imports, directly or not.
+as it was if not.  ``tests/unit/steps/test_versions.py`` compares.  What a step's code is, nobody
+lists: it is all that its file imports, directly or not.
 """
 
 from __future__ import annotations

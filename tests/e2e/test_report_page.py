@@ -21,7 +21,7 @@ import pytest
 from invar_ray.evaluation.outcome import write_outcome
 from invar_ray.evaluation.page import render_html
 from invar_ray.evaluation.report import read_report
-from tests.unit.test_page import outcome
+from tests.unit.evaluation.test_page import outcome
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 webdriver = pytest.importorskip(

@@ -17,7 +17,7 @@ from tests.distributed.small_store import small_store
 from tests.ray.test_training import OVERRIDES, adapter_files, copied, log_of, train, work_that_dies
 
 # Slow: every version of the negatives starts actors of its own.
-# tests/unit/test_refresh_schedule.py is the fast part.
+# tests/unit/training/test_refresh_schedule.py is the fast part.
 pytestmark = [pytest.mark.ray, pytest.mark.slow, pytest.mark.timeout(900)]
 
 STEPS, EVERY, DELAY = 6, 2, 1

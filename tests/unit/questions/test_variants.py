@@ -281,7 +281,7 @@ def test_rewrites_are_the_same_in_another_process() -> None:
         f"print([v.text for v in RuleRewriter().rewrite(Example('q', {QUESTIONS[2]!r}, ('a',), "
         "()), 5, 7)])"
     )
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     out = subprocess.run(
         [sys.executable, "-c", code],
         cwd=root,

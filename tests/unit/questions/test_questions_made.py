@@ -33,7 +33,7 @@ from invar_ray.steps.questions import plan as questions_plan
 from invar_ray.store.artifacts import Store
 from invar_ray.text.answers import contains_answer
 from tests.support import small_config
-from tests.unit.test_passages_step import build
+from tests.unit.steps.test_passages import build
 
 
 def made_of(

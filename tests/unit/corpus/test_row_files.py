@@ -19,7 +19,7 @@ from invar_ray.errors import DataError
 from invar_ray.steps.passages import QUARANTINE, load_documents
 from invar_ray.store.artifacts import Store
 from tests.support import documents, small_config, write_lines
-from tests.unit.test_passages_step import build
+from tests.unit.steps.test_passages import build
 
 ROWS = [
     ("1", 'Aaron was a "prophet", it says.', "Aaron"),

@@ -13,8 +13,8 @@ from invar_ray.pipeline import Pipeline
 from invar_ray.steps.verify import verify_index
 from invar_ray.store.artifacts import resolve_uri
 from tests.support import small_config
-from tests.unit.test_incremental import changed, corpus
-from tests.unit.test_published_s3 import endpoint, place, pytestmark, root
+from tests.unit.index.test_incremental import changed, corpus
+from tests.unit.store.test_published_s3 import endpoint, place, pytestmark, root
 
 __all__ = ["endpoint", "pytestmark", "root"]
 

@@ -58,7 +58,7 @@ ORDINARY = [
 
 def _words() -> list[str]:
     """Something to learn merges from."""
-    folder = Path(__file__).parents[2] / "docs"
+    folder = Path(__file__).parents[3] / "docs"
     return [path.read_text(encoding="utf-8")[:20_000] for path in sorted(folder.glob("*.md"))[:4]]
 
 
@@ -388,7 +388,7 @@ def test_a_slow_tokenizer_is_refused() -> None:
 
 def test_there_is_one_door() -> None:
     """Nothing but ``text/tokens.py`` calls a tokenizer on texts."""
-    root = Path(__file__).parents[2]
+    root = Path(__file__).parents[3]
     methods = {
         "encode",
         "encode_plus",

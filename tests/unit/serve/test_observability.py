@@ -20,7 +20,7 @@ from serve.telemetry.metrics import CATALOG, Meter, RaySink
 from serve.telemetry.tracing import Tracer
 from tests.serving import Live, Memory, shared_artifacts
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 

@@ -14,7 +14,7 @@ import yaml
 
 from invar_ray.config import load_config, recipe_names
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 CLUSTER = ROOT / "cluster"
 KUBERAY = sorted((CLUSTER / "kuberay").glob("*.yaml"))
 

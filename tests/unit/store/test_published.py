@@ -190,7 +190,7 @@ def process(
     env = os.environ | {"GO": str(go), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.publishing", role, root, *map(str, arguments)]
     return subprocess.Popen(
-        command, cwd=Path(__file__).parents[2], env=env, stdout=subprocess.PIPE, text=True
+        command, cwd=Path(__file__).parents[3], env=env, stdout=subprocess.PIPE, text=True
     )
 
 

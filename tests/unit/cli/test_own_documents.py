@@ -38,7 +38,7 @@ from tests.own_documents import (
     write_sound,
 )
 from tests.support import World, small_config, tiny_base
-from tests.unit.test_passages_step import build
+from tests.unit.steps.test_passages import build
 
 
 @pytest.fixture(scope="module")
