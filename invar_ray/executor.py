@@ -240,7 +240,7 @@ def _dataset(work: Work) -> Any:
     if work.prepare is not None:
         worker, arguments, size = work.prepare
         data = data.map_batches(
-            _RowByRow,
+            _named(worker),
             fn_constructor_args=(worker, arguments),
             num_cpus=work.num_cpus,
             compute=ray.data.ActorPoolStrategy(size=min(size, len(rows))),
@@ -248,7 +248,7 @@ def _dataset(work: Work) -> Any:
         )
     fewest, most = (min(number, len(rows)) for number in work.workers)
     return data.map_batches(
-        _RowByRow,
+        _named(work.worker),
         fn_constructor_args=(work.worker, work.arguments),
         num_cpus=work.num_cpus,
         num_gpus=work.num_gpus or None,
@@ -257,6 +257,11 @@ def _dataset(work: Work) -> Any:
         ),
         **form,
     )
+
+
+def _named(worker: Callable[..., Worker]) -> type[_RowByRow]:
+    """Ray calls an actor by its class: who looks at the cluster wants to read the work's name."""
+    return type(worker.__name__, (_RowByRow,), {})
 
 
 def _apply(function: Callable[[Any], Any], item: Any) -> Any:

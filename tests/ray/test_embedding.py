@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from invar_ray.errors import ModelError, ResourceError
+from invar_ray.executor import Here
 from invar_ray.index.shards import ShardTask
 from invar_ray.models.encoder import open_encoder
 from invar_ray.pipeline import Pipeline
@@ -136,6 +139,29 @@ def test_a_run_that_failed_goes_on_where_it_was(
     assert published[0].stat().st_mtime_ns == before, "a finished shard was made again"
     assert np.array_equal(matrix(vectors), matrix(vectors_of(whole.base_index)))
     vectors.verify()
+
+
+def test_embedding_is_a_dataset_of_ray_data(
+    whole: Pipeline, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A pool of actors works on the shards; with the executor ``Here`` nothing of it runs."""
+    ran: list[ray.data.Dataset] = []
+    plain = ray.data.Dataset.iter_rows
+
+    def noting(dataset: ray.data.Dataset) -> Any:
+        ran.append(dataset)
+        return plain(dataset)
+
+    monkeypatch.setattr(ray.data.Dataset, "iter_rows", noting)
+    made = vectors_of(pipeline_in(tmp_path / "s").base_index)
+    (dataset,) = ran
+    assert "MapBatches(EmbedShard)" in dataset.stats()
+    config = replace(
+        whole.config, storage=replace(whole.config.storage, root_uri=str(tmp_path / "h"))
+    )
+    here = vectors_of(Pipeline(config, quiet=True, executor=Here()).base_index)
+    assert len(ran) == 1
+    assert np.array_equal(matrix(here), matrix(made))
 
 
 @pytest.mark.slow
