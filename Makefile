@@ -18,7 +18,7 @@ STAMP := $(VENV)/.installed-$(KEY)
 PYTEST_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help .venv demo test check fix bench parity clean
+.PHONY: help .venv demo test coverage check fix bench parity clean
 
 help: ## list the commands
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -54,6 +54,10 @@ demo: $(STAMP) ## corpus to served answer on this machine, nothing else needed (
 test: $(STAMP) ## every test that needs no GPU, no network and no data of yours
 	@$(BIN)/python -m pytest -m "not slow and not gpu and not realdata" --durations=25 $(PYTEST_ARGS)
 
+coverage: $(STAMP) ## the tests again, and the share of lines and branches that they run (runs/coverage/index.html)
+	@rm -f .coverage .coverage.*
+	@$(BIN)/python -m pytest -m "not slow and not gpu and not realdata" --cov --cov-report=term --cov-report=html:runs/coverage $(PYTEST_ARGS)
+
 check: $(STAMP) ## format, lint, import contracts, types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
@@ -71,5 +75,5 @@ parity: $(STAMP) ## gradients on 1, 2 and 4 ranks, every ZeRO stage and switch, 
 	@$(BIN)/python -m tests.distributed.parity --out docs/parity.md
 
 clean: ## remove caches and build output; keeps .venv and runs
-	@rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
+	@rm -rf .coverage .coverage.* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis
 	@find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
