@@ -1,5 +1,5 @@
 """What each loss of stage 1 does to recall and variance, on Natural Questions and on SQuAD's human
-rewordings.
+rewrites.
 
     python benchmarks/ablation.py run [key=value ..] --data DATA --folder runs/ablation
     python benchmarks/ablation.py run retriever.invariance_weight=2 --data DATA --systems invariance

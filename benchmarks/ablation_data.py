@@ -18,7 +18,7 @@ from invar_ray.corpus.readers import read_documents, read_examples
 from invar_ray.executor import Here
 from invar_ray.pipeline import Pipeline
 from invar_ray.questions.rules import RuleRewriter
-from invar_ray.schema import Document, Example, Variant
+from invar_ray.schema import Document, Example, Rewrite
 from invar_ray.store.artifacts import Artifact
 from invar_ray.text.chunking import chunk_document
 
@@ -33,9 +33,9 @@ OVERRIDES = (
     "corpus.chunk_tokens=52",
     "corpus.chunk_stride=52",
     "corpus.distractors=500",
-    "variants.provider=rules",
-    "variants.num_rewrites=2",
-    "variants.num_windows=1",
+    "rewrites.provider=rules",
+    "rewrites.num_rewrites=2",
+    "rewrites.num_windows=1",
     "retriever.global_batch_size=32",
     "retriever.num_hard_negatives=1",
     "retriever.steps=150",
@@ -56,7 +56,7 @@ class EvalSet:
         kinds: of each question's wordings behind the anchor.
         seen: whether the gold document or its title occurs among the training questions' ones.
         passages: (title, text) of each passage; documents: the document of each passage.
-        rewrites: rule-based rewordings of each wording, for fusion at query time (empty where not
+        rewrites: rule-based rewrites of each wording, for fusion at query time (empty where not
             asked for).
     """
 
@@ -138,8 +138,8 @@ def eval_set(
     rewrites: bool = False,
 ) -> EvalSet:
     """One of ``SPLITS``: held-out train questions or dev questions of nq with rule-based
-    rewordings, or SQuAD's dev questions with NoiseQA's six, or the same ones with rule-based
-    rewordings.
+    rewrites, or SQuAD's dev questions with NoiseQA's six, or the same ones with rule-based
+    rewrites.
 
     The passages are the documents that hold the positives, then others until there are
     ``num_passages``.
@@ -151,7 +151,7 @@ def eval_set(
     titles = {documents[name].title for name in trained if name in documents}
     rewriter = RuleRewriter()
 
-    def reworded(text: str, seed: int, count: int = NUM_REWORDINGS) -> list[Variant]:
+    def reworded(text: str, seed: int, count: int = NUM_REWORDINGS) -> list[Rewrite]:
         example = Example(id=text, question=text, answers=("",), positive_ids=(), rewrites=())
         return rewriter.rewrite(example, count, seed)
 
@@ -161,19 +161,19 @@ def eval_set(
     gold: list[list[str]] = []
     if split.startswith("squad"):
         of_question: dict[str, list[dict[str, Any]]] = {}
-        for row in _rows(data / "squad" / "variants-noiseqa.jsonl.gz"):
+        for row in _rows(data / "squad" / "rewrites-noiseqa.jsonl.gz"):
             of_question.setdefault(row["base_id"], []).append(row)
-        for name, variants in of_question.items():
+        for name, rewrites in of_question.items():
             ids.append(name)
-            asked = variants[0]["original"]
-            others = [(row["question"], row["kind"]) for row in variants]
+            asked = rewrites[0]["original"]
+            others = [(row["question"], row["kind"]) for row in rewrites]
             if split == "squad_rules":
                 others = [
-                    (variant.text, variant.kind) for variant in reworded(asked, config.seed + 7)
+                    (rewrite.text, rewrite.kind) for rewrite in reworded(asked, config.seed + 7)
                 ]
             families.append([asked, *(text for text, _ in others)])
             kinds.append([kind for _, kind in others])
-            gold.append(list(variants[0]["positive_ids"]))
+            gold.append(list(rewrites[0]["positive_ids"]))
     else:
         source = (
             folder / "heldout.jsonl"
@@ -183,8 +183,8 @@ def eval_set(
         for example in read_examples(str(source), skip_unusable=True):
             ids.append(example.id)
             variants_of = reworded(example.question, config.seed + 7)
-            families.append([example.question, *(variant.text for variant in variants_of)])
-            kinds.append([variant.kind for variant in variants_of])
+            families.append([example.question, *(rewrite.text for rewrite in variants_of)])
+            kinds.append([rewrite.kind for rewrite in variants_of])
             gold.append(list(example.positive_ids))
     ids, families, gold = ids[:limit], families[:limit], gold[:limit]
     wanted = {name for names in gold for name in names}
@@ -224,7 +224,7 @@ def eval_set(
         passages,
         owners,
         [
-            [[variant.text for variant in reworded(text, config.seed + 13)] for text in family]
+            [[rewrite.text for rewrite in reworded(text, config.seed + 13)] for text in family]
             if rewrites
             else []
             for family in families

@@ -136,7 +136,7 @@ def _section(folder: Path, split: str, runs: list[Run]) -> list[str]:
 
 
 def _by_kind(folder: Path, labels: list[str], runs: list[Run]) -> list[str]:
-    """1 - overlap@10 with the question as asked, of each kind of rewording (identical ones
+    """1 - overlap@10 with the question as asked, of each kind of rewrite (identical ones
     included).
     """
     values: dict[str, dict[str, list[float]]] = {}
@@ -149,7 +149,7 @@ def _by_kind(folder: Path, labels: list[str], runs: list[Run]) -> list[str]:
     kinds = sorted({kind for of_kind in values.values() for kind in of_kind})
     if not kinds:
         return []
-    lines = ["1 - overlap@10 by kind of rewording:", "", f"| system | {' | '.join(kinds)} |"]
+    lines = ["1 - overlap@10 by kind of rewrite:", "", f"| system | {' | '.join(kinds)} |"]
     lines.append("|---|" + "---|" * len(kinds))
     for label, of_kind in values.items():
         lines.append(

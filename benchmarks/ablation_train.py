@@ -37,7 +37,7 @@ class System:
         heavy: the contrastive loss is multiplied by 1 + b(t).
         second: instead of the invariance loss a second contrastive one, with its weight, ramp and
             temperature.
-        fused: also measured with reciprocal rank fusion over rewordings at query time.
+        fused: also measured with reciprocal rank fusion over rewrites at query time.
     """
 
     trained: bool = True

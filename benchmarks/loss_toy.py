@@ -5,8 +5,8 @@ loss do more than a second contrastive term?
 
 Features are mean token embeddings of MiniLM (what the embedded base starts as), normalised; one
 linear map, the same for questions and passages, is trained from the identity on SQuAD train
-questions, each with two rule-based rewordings, against *all* train paragraphs of the sample.
-Measured on SQuAD dev questions and NoiseQA's human rewordings among all dev paragraphs.  DATA is a
+questions, each with two rule-based rewrites, against *all* train paragraphs of the sample.
+Measured on SQuAD dev questions and NoiseQA's human rewrites among all dev paragraphs.  DATA is a
 folder with ``squad/``.
 
 Shape legend: B questions, E wordings, C paragraphs, D feature size.
@@ -48,7 +48,7 @@ class System:
 
     Attributes:
         trained: False for the features as they are.
-        anchor_only: without the rewordings.
+        anchor_only: without the rewrites.
         weight: of the second term, in which the contrastive loss of the environments counts 1.
         second: ``contrastive`` (at ``temperature``), ``soft`` or ``hard`` (the invariance loss), or
             none.
@@ -123,7 +123,7 @@ class Data:
 
 
 def load(folder: Path) -> Data:
-    """Sample, reword, and make features; the same in every call."""
+    """Sample, rewrite, and make features; the same in every call."""
     features, rewriter, draw = feature_maker(), RuleRewriter(), random.Random(0)
     corpus = {
         row["id"]: f"{row['title']} {row['text']}" for row in read(folder / "corpus.jsonl.gz")
@@ -134,12 +134,12 @@ def load(folder: Path) -> Data:
         example = Example(
             row["id"], row["question"], tuple(row["answers"]), tuple(row["positive_ids"]), ()
         )
-        texts = [row["question"], *(variant.text for variant in rewriter.rewrite(example, 2, 0))]
+        texts = [row["question"], *(rewrite.text for rewrite in rewriter.rewrite(example, 2, 0))]
         wordings.append((texts * 3)[:3])
     own = sorted({row["positive_ids"][0] for row in train})
     place = {name: number for number, name in enumerate(own)}
     of_base: dict[str, list[dict[str, Any]]] = {}
-    for row in read(folder / "variants-noiseqa.jsonl.gz"):
+    for row in read(folder / "rewrites-noiseqa.jsonl.gz"):
         of_base.setdefault(row["base_id"], []).append(row)
     chosen = draw.sample(sorted(of_base), min(DEV_QUESTIONS, len(of_base)))
     families = [

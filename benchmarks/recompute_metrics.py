@@ -5,7 +5,7 @@ library.
 
 Reads ``trec/qrels.txt`` and each system's ``trec/<system>.wording-<n>.run`` beside the report (or
 in the artifact that it names) and compares with ``report.json``: what the anchors find (recall,
-MRR, nDCG, MAP), what families find (recall of the rewordings, of the worst wording, its deviation;
+MRR, nDCG, MAP), what families find (recall of the rewrites, of the worst wording, its deviation;
 from ir-measures' values of single questions) and the overlap of their lists (a Jaccard index is in
 no such library: sets of ids, as the files have them).  What does not follow from these files
 (answers, answer recall, RBO, ranks beyond the list) is left out.  Exits 1 where a number differs by

@@ -92,7 +92,7 @@ class Pipeline:
 
     @cached_property
     def questions(self) -> Artifact:
-        """Questions of both splits with their rewordings."""
+        """Questions of both splits with their rewrites."""
         plan = questions.plan(self.config)
         return self._step("questions", plan, lambda to: questions.build(to, self.config))
 

@@ -1,8 +1,8 @@
 """Records that steps hand each other, with their Arrow schemas.
 
 Names follow the field: a *document* is raw, a *passage* is the indexed unit, a *question* is the
-user's text (a *query* is the formatted encoder input), a *variant* is a rewording with the same
-answer, an *environment* is a (rewrite, window) pair.
+user's text (a *query* is the formatted encoder input), a *rewrite* is the question in other words,
+with the same answer, an *environment* is a (rewrite, window) pair.
 """
 
 from __future__ import annotations
@@ -100,12 +100,12 @@ class Example:
 
 
 @dataclass(frozen=True, slots=True)
-class Variant:
-    """A rewording of a question with the same answer.
+class Rewrite:
+    """A question in other words, with the same answer.
 
     Attributes:
         question_id: the example it belongs to.
-        rewrite: 0 is the anchor (the question as given), 1.. are rewordings.
+        rewrite: 0 is the anchor (the question as given), 1.. are its rewrites.
         text: the wording.
         kind: how it was made, e.g. ``anchor``, ``given``, ``template``, ``typo``, ``speech``.
         provider: who made it: ``data``, ``rules``, ``file:<uri>``, ``endpoint:<model>``.
@@ -238,7 +238,7 @@ EXAMPLE_SCHEMA = pa.schema(
         ("rewrites", pa.list_(pa.string())),
     ]
 )
-VARIANT_SCHEMA = pa.schema(
+REWRITE_SCHEMA = pa.schema(
     [
         ("question_id", pa.string()),
         ("rewrite", pa.int32()),

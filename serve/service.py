@@ -28,7 +28,7 @@ from serve.records import (
     Serving,
 )
 from serve.replicas.targets import Target
-from serve.stability import pair_overlap, reword
+from serve.stability import pair_overlap, rewrite
 from serve.telemetry.metrics import Meter
 from serve.telemetry.tracing import Tracer
 
@@ -296,7 +296,7 @@ class Service:
 
     async def _measure_stability(self, question: Question, asked: Context) -> None:
         with contextlib.suppress(InvarError, ServiceError):
-            other = reword(question.text, 1, random.randrange(1 << 30))
+            other = rewrite(question.text, 1, random.randrange(1 << 30))
             if other:
                 context = Context("stability", time.monotonic() + 30, where=asked.where)
                 top_k = max(1, len(question.hits))

@@ -13,7 +13,7 @@ from typing import Protocol
 from invar_ray.evaluation.metrics import f1
 from invar_ray.evaluation.variance import overlap_at_k
 from invar_ray.questions.rules import RuleRewriter
-from invar_ray.schema import Example, Hit, Variant
+from invar_ray.schema import Example, Hit, Rewrite
 from invar_ray.text.answers import normalise_answer
 from serve.errors import Unavailable
 from serve.records import Context, Found, Question, Reply
@@ -41,8 +41,8 @@ class Asked(Protocol):
         ...
 
 
-def reword(question: str, count: int, seed: int) -> list[Variant]:
-    """At most ``count`` rewordings by the rules of ``questions/rules``; the same seed gives the
+def rewrite(question: str, count: int, seed: int) -> list[Rewrite]:
+    """At most ``count`` rewrites by the rules of ``questions/rules``; the same seed gives the
     same ones.
     """
     return RuleRewriter().rewrite(Example("asked", question, (), ()), count, seed)
@@ -97,7 +97,7 @@ async def ask_all(
     Raises:
         ServiceError: 503 if versions changed in three attempts.
     """
-    texts = [(question, "anchor"), *((v.text, v.kind) for v in reword(question, rewrites, seed))]
+    texts = [(question, "anchor"), *((v.text, v.kind) for v in rewrite(question, rewrites, seed))]
     for _ in range(3):
         found = await asyncio.gather(*(service.retrieve(text, top_k, context) for text, _ in texts))
         replies: list[Reply | None] = [None] * len(texts)

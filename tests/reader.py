@@ -22,7 +22,7 @@ from invar_ray.text.prompts import REFUSAL
 
 _PASSAGE = re.compile(r"^\[(\d+)\] ([^:]+): (.*)$", re.MULTILINE)
 _QUESTION = re.compile(r"^Question: (.*)$", re.MULTILINE)
-# Words of a question (rewordings keep some), the title that answers it, what stands there.
+# Words of a question (rewrites keep some), the title that answers it, what stands there.
 _RULES = (
     (("ferry",), "Ferry", "nine in the morning"),
     (("light", "gorse"), "Gorse Island", "Mara Voss"),

@@ -168,7 +168,7 @@ def with_retriever(config: Config, **settings: Any) -> Config:
 
 def changed_windows(config: Config, count: int) -> Config:
     """The same run with another number of windows."""
-    return replace(config, variants=replace(config.variants, num_windows=count))
+    return replace(config, rewrites=replace(config.rewrites, num_windows=count))
 
 
 class World(Pipeline):

@@ -41,7 +41,7 @@ def words(text: str) -> list[str]:
 
 
 class Bm25:
-    """BM25 scores of texts (Lucene's variant).
+    """BM25 scores of texts (Lucene's rewrite).
 
     Args:
         texts: row i is text i.

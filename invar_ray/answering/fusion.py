@@ -1,4 +1,4 @@
-"""Several ranked lists into one: reciprocal rank fusion, of retrievers or of rewordings made at
+"""Several ranked lists into one: reciprocal rank fusion, of retrievers or of rewrites made at
 query time.
 """
 
@@ -13,7 +13,7 @@ from invar_ray.schema import Example, Hit
 from invar_ray.text.stable import stable_hash
 
 QUERY_REWRITES = 2
-"""Rewordings at query time that a report's rows ``*_rewrites`` fuse."""
+"""Rewrites at query time that a report's rows ``*_rewrites`` fuse."""
 RANK_CONSTANT = 60
 """k of reciprocal rank fusion (published: 60)."""
 
@@ -59,7 +59,7 @@ def fuse_hits(
 
 
 def query_rewrites(wording: str, count: int, seed: int) -> list[str]:
-    """Rewordings of one wording, made by rule from nothing but itself, as a service could at query
+    """Rewrites of one wording, made by rule from nothing but itself, as a service could at query
     time.
 
     Only rules that say it otherwise (no typos or misheard words); short questions may have fewer
@@ -68,4 +68,4 @@ def query_rewrites(wording: str, count: int, seed: int) -> list[str]:
     """
     name = f"query-{stable_hash(wording):016x}"
     made = RuleRewriter().rewrite(Example(name, wording, (), ()), 2 * count + 2, seed)
-    return [variant.text for variant in made if variant.kind in WORDING][:count]
+    return [rewrite.text for rewrite in made if rewrite.kind in WORDING][:count]

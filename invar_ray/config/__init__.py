@@ -10,7 +10,7 @@ Every setting stands with its meaning and its constraint in a file named for wha
 them, ``load`` reads recipes, ``faults`` words what is refused.
 """
 
-from invar_ray.config.corpus import CorpusConfig, QuestionsConfig, StorageConfig, VariantsConfig
+from invar_ray.config.corpus import CorpusConfig, QuestionsConfig, RewritesConfig, StorageConfig
 from invar_ray.config.experimental import (
     ExperimentalConfig,
     ExperimentalGenerator,
@@ -50,7 +50,7 @@ __all__ = [
     "ServeConfig",
     "StorageConfig",
     "TinyConfig",
-    "VariantsConfig",
+    "RewritesConfig",
     "config_keys",
     "load_config",
     "recipe_names",

@@ -1,4 +1,4 @@
-"""What comes in: documents, questions, rewordings."""
+"""What comes in: documents, questions, rewrites."""
 
 from __future__ import annotations
 
@@ -103,17 +103,17 @@ class QuestionsConfig:
 
 
 @dataclass(frozen=True)
-class VariantsConfig:
-    """Environments: rewordings of the question x windows of the document."""
+class RewritesConfig:
+    """Environments: rewrites of the question x windows of the document."""
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID
 
     num_rewrites: NonNegativeInt = 2
-    """Rewordings per question beside the anchor (published: 2)."""
+    """Rewrites per question beside the anchor (published: 2)."""
     num_windows: NonNegativeInt = 1
     """Cuts per document beside the anchor cut."""
     provider: Literal["rules", "given", "file", "endpoint"] = "rules"
-    """``given`` takes the rewordings that came with the data and fills up from the rules; ``file``
+    """``given`` takes the rewrites that came with the data and fills up from the rules; ``file``
     reads ``uri``; ``endpoint`` asks an OpenAI-compatible server, with the key in the environment
     variable ``OPENAI_API_KEY``.  The dev questions' come from there, too; with ``endpoint`` they
     come from the rules."""

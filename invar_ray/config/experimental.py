@@ -58,13 +58,13 @@ class ExperimentalRetriever:
 
     mining_depth: PositiveInt = 20
     """Negatives are taken from the union of the top ``mining_depth`` lists of a question's
-    rewordings."""
+    rewrites."""
     mining_first_rank: PositiveInt = 1
     """Leave the ranks above this one out of every list: the best hits are often right answers that
     nobody marked.
     """
     mining_bm25: bool = False
-    """Join BM25's lists of the rewordings to the retriever's.
+    """Join BM25's lists of the rewrites to the retriever's.
     """
     refresh_every: PositiveInt | None = None
     """Steps between new versions of the hard negatives (ANCE): the adapter of that moment embeds
@@ -127,9 +127,9 @@ class ExperimentalGenerator:
     vary_top_k: bool = True
     """Vary the number of passages between 1 and ``top_k``."""
     use_rewrites: bool = True
-    """Train on the rewordings too."""
+    """Train on the rewrites too."""
     vary_windows: bool = True
-    """Show the passages of an example in one of their windows (``variants.num_windows`` other cuts
+    """Show the passages of an example in one of their windows (``rewrites.num_windows`` other cuts
     of their documents), as in stage 1; ``false`` shows them as indexed."""
     insert_oracle: bool = True
     """Where retrieval found no oracle, put one in the place of the worst passage, so that the two

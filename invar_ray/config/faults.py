@@ -33,8 +33,8 @@ _OF_TYPE = frozenset(name for name in _SENTENCES if name.endswith(("_type", "_pa
 """Faults of a value that is of another kind altogether."""
 
 WENT = {
-    "evaluation.provider": "variants.provider gives both kinds of questions their rewordings",
-    "evaluation.file_uri": "variants.uri holds the rewordings of both kinds of questions",
+    "evaluation.provider": "rewrites.provider serves both kinds of questions",
+    "evaluation.file_uri": "rewrites.uri holds those of both kinds of questions",
     "index.adapter_uri": "index.encoder takes the adapter's URI",
     "model.revision": "put it behind the name: model.base=name@revision",
     "retriever.lora.first_layer": "model.retriever_layers makes stage 1 cheaper",
@@ -43,9 +43,8 @@ WENT = {
     "scale.cut_workers": "it is scale.cpu_workers",
     "scale.tokenize_workers": "it is scale.cpu_workers",
     "scale.index_workers": "it is scale.cpu_workers",
-    "variants.file_uri": "it is variants.uri",
-    "variants.endpoint_url": "it is variants.uri",
-    "variants.endpoint_key_env": "the key is read from OPENAI_API_KEY",
+    "variants": "the section is called rewrites; uri is its one address, and an endpoint's key is "
+    "read from OPENAI_API_KEY",
     "scale.local_num_cpus": "start a Ray of your own (ray start --head --num-cpus N) and set "
     "scale.ray_address to auto",
 }

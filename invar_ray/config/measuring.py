@@ -64,7 +64,7 @@ class EvaluationConfig:
     top_k: Annotated[int, Field(ge=5)] = 20
     """Depth of the hit lists; overlap@5 needs 5."""
     num_rewrites: NonNegativeInt = 2
-    """Rewordings per dev question, from ``variants.provider`` (from the rules where that is
+    """Rewrites per dev question, from ``rewrites.provider`` (from the rules where that is
     ``endpoint``), with a seed of their own."""
     num_answers: NonNegativeInt = 100
     """Answer this many of the dev questions with the generator; 0 evaluates retrieval only."""
@@ -88,6 +88,6 @@ class EvaluationConfig:
         "both",
     )
     """Rows of the report, in their order.  ``*_bm25`` fuses with BM25 (reciprocal ranks);
-    ``*_rewrites`` fuses with two rewordings made at query time by rule, the rival that needs no
+    ``*_rewrites`` fuses with two rewrites made at query time by rule, the rival that needs no
     training; ``both`` adds stage 2.
     """

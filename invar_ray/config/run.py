@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict
 
-from invar_ray.config.corpus import CorpusConfig, QuestionsConfig, StorageConfig, VariantsConfig
+from invar_ray.config.corpus import CorpusConfig, QuestionsConfig, RewritesConfig, StorageConfig
 from invar_ray.config.experimental import ExperimentalConfig
 from invar_ray.config.fields import FORBID, RunName
 from invar_ray.config.measuring import EvaluationConfig, IndexConfig
@@ -32,8 +32,8 @@ class Config:
     """The documents."""
     questions: QuestionsConfig = field(default_factory=QuestionsConfig)
     """Train and dev questions."""
-    variants: VariantsConfig = field(default_factory=VariantsConfig)
-    """Rewordings and windows."""
+    rewrites: RewritesConfig = field(default_factory=RewritesConfig)
+    """Rewrites and windows."""
     model: ModelConfig = field(default_factory=ModelConfig)
     """The base."""
     coarse: CoarseConfig = field(default_factory=CoarseConfig)
@@ -65,12 +65,12 @@ def cross_checks(config: Config) -> list[str]:
 
 
 def _data_faults(config: Config) -> list[str]:
-    faults, variants = [], config.variants
-    if variants.provider == "file" and not variants.uri:
-        faults.append("variants.uri: needed because variants.provider is 'file'")
-    if variants.provider == "endpoint" and not (variants.uri and variants.endpoint_model):
+    faults, rewrites = [], config.rewrites
+    if rewrites.provider == "file" and not rewrites.uri:
+        faults.append("rewrites.uri: needed because rewrites.provider is 'file'")
+    if rewrites.provider == "endpoint" and not (rewrites.uri and rewrites.endpoint_model):
         faults.append(
-            "variants.uri, variants.endpoint_model: needed because variants.provider is 'endpoint'"
+            "rewrites.uri, rewrites.endpoint_model: needed because rewrites.provider is 'endpoint'"
         )
     if config.corpus.chunk_stride > config.corpus.chunk_tokens:
         faults.append(

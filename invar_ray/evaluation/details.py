@@ -22,7 +22,7 @@ SHIFTS = (
     "4 or more up",
     "found",
 )
-"""Bars of the rank-shift histogram: what a rewording does to the rank of the gold document."""
+"""Bars of the rank-shift histogram: what a rewrite does to the rank of the gold document."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +54,9 @@ def recall_curve(families: Sequence[RankedFamily], depth: int) -> list[float]:
 
 
 def rank_shifts(families: Sequence[RankedFamily]) -> dict[str, float]:
-    """Share of rewordings by what they do to the gold document's rank; see :data:`SHIFTS`.
+    """Share of rewrites by what they do to the gold document's rank; see :data:`SHIFTS`.
 
-    Rewordings that miss it as the anchor does are left out of the count, and of the histogram.
+    Rewrites that miss it as the anchor does are left out of the count, and of the histogram.
     """
     counts = dict.fromkeys(SHIFTS, 0)
     for family in families:

@@ -145,7 +145,7 @@ def change_column(
 def answer_columns(
     families: Sequence[FoundFamily], answers: Sequence[Sequence[Answered]], rule: AnswerRule
 ) -> Columns:
-    """Everything about answers: of the anchors', and the flip rate where rewordings were answered
+    """Everything about answers: of the anchors', and the flip rate where rewrites were answered
     too.
 
     ``citation_precision`` is the share of cited documents that are gold, of answers that cite;

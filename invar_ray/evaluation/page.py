@@ -300,7 +300,7 @@ def _shift_figure(
     if not shown:
         return []
     series = {name: [values.get(shift, 0.0) for shift in SHIFTS] for name, values in shown.items()}
-    text = "what a rewording does to the rank of the gold document (share of rewordings)"
+    text = "what a rewrite does to the rank of the gold document (share of rewrites)"
     return [
         _figure(
             "Rank shifts:", text, column_chart(SHIFTS, series, colours, label=text), shown, colours

@@ -163,7 +163,7 @@ def plot_metrics(
 
 def plot_recall(rows: Sequence[Row], path_png: str | os.PathLike[str]) -> Path:
     """:func:`plot_metrics` for recall@1, recall@5 and the worst recall@5 among a question's
-    rewordings.
+    rewrites.
     """
     return plot_metrics(rows, path_png, ("recall_at_1", "recall_at_5", "worst_recall_at_5"))
 
@@ -172,7 +172,7 @@ def plot_variance(rows: Sequence[Row], path_png: str | os.PathLike[str], k: int 
     """Draw the project's subject: how much the hits change with the wording, per system; lower is
     better.
 
-    Left: 1 - overlap@k between the hits of a question and those of its rewordings. Right: the
+    Left: 1 - overlap@k between the hits of a question and those of its rewrites. Right: the
     overlap@k between *different* questions, because a collapsed encoder would reach 0 on the left
     by giving everybody the same hits. A system is good where both are low. The CSV beside the
     picture holds one line per dataset and system.
@@ -205,7 +205,7 @@ def plot_variance(rows: Sequence[Row], path_png: str | os.PathLike[str], k: int 
     )
 
     panels: list[tuple[Sequence[float | None], str]] = [
-        (changed, f"1 \N{MINUS SIGN} overlap@{k} between rewordings")
+        (changed, f"1 \N{MINUS SIGN} overlap@{k} between rewrites")
     ]
     if any(value is not None for value in shared):
         panels.append((shared, f"overlap@{k} between different questions"))

@@ -1,6 +1,6 @@
 """Intervals for means over questions, by resampling whole clusters.
 
-Rewordings of one question and questions on one passage are not independent: an interval that treats
+Rewrites of one question and questions on one passage are not independent: an interval that treats
 them so is too narrow.  Clusters (passage ids) are drawn with replacement, each with all its
 questions.
 """

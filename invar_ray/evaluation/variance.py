@@ -1,6 +1,6 @@
 """Retrieval variance: how much a question's results change when it is said otherwise.
 
-A *family* is one question in all its environments (rewordings, windows, or index settings), the
+A *family* is one question in all its environments (rewrites, windows, or index settings), the
 anchor first.  Lists are ids, best first; across windows compare hits as documents
 (``metrics.first_ranks``).  A collapsed encoder, which returns one list for everything, has no
 variance at all, so the overlap between *different* questions always stands beside it.

@@ -53,7 +53,7 @@ def ask_for_questions(
         reply = endpoint.reply(_PROMPT.format(count=count, title=document.title, text=text), seed)
         shown = Document(document.id, document.title, text)
         for row in _rows(reply)[:count]:
-            question, answer, rewording = (
+            question, answer, rewrite = (
                 " ".join(row[key].split()) for key in ("question", "answer", "rewording")
             )
             key = comparison_key(question)
@@ -62,8 +62,8 @@ def ask_for_questions(
                 continue
             taken.add(key)
             rewrites = (
-                (rewording,)
-                if is_sound(rewording, answer, shown) and comparison_key(rewording) != key
+                (rewrite,)
+                if is_sound(rewrite, answer, shown) and comparison_key(rewrite) != key
                 else ()
             )
             literal = " ".join(text[span[0] : span[1]].split())

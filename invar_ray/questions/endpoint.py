@@ -1,4 +1,4 @@
-"""Rewordings from a language model behind an OpenAI-compatible ``/chat/completions``."""
+"""Rewrites from a language model behind an OpenAI-compatible ``/chat/completions``."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from invar_ray.questions.llm import ChatEndpoint
 from invar_ray.questions.rules import RuleRewriter, comparison_key
-from invar_ray.schema import Example, Variant
+from invar_ray.schema import Example, Rewrite
 from invar_ray.text.answers import contains_answer
 
 _NUMBER = re.compile(r"\d+(?:[.,]\d+)*")
@@ -33,20 +33,20 @@ _PROMPT = (
 
 
 class EndpointRewriter(ChatEndpoint):
-    """Asks a server for rewordings, checks them, and fills up from the rules what the server's
+    """Asks a server for rewrites, checks them, and fills up from the rules what the server's
     lack.
 
-    A rewording is dropped if it equals the question or another one (case and punctuation ignored),
+    A rewrite is dropped if it equals the question or another one (case and punctuation ignored),
     lacks a number of the question, brings in an answer, asks for another type of answer (who for
     when), or is more than four times as long.  With a cache, the same arguments give the
-    same variants.  The arguments are those of :class:`ChatEndpoint`.
+    same rewrites.  The arguments are those of :class:`ChatEndpoint`.
     """
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
         self._fallback = RuleRewriter()
 
-    def rewrite(self, example: Example, count: int, seed: int) -> list[Variant]:
+    def rewrite(self, example: Example, count: int, seed: int) -> list[Rewrite]:
         """See :class:`invar_ray.questions.rewrites.Rewriter`.
 
         Raises:
@@ -60,7 +60,7 @@ class EndpointRewriter(ChatEndpoint):
         texts = _checked(example, _parse_list(self.reply(prompt, seed)))[:count]
         provider = f"endpoint:{self.model}"
         given = [
-            Variant(example.id, number, text, "paraphrase", provider)
+            Rewrite(example.id, number, text, "paraphrase", provider)
             for number, text in enumerate(texts, start=1)
         ]
         return self._fallback.fill(example, given, count, seed)

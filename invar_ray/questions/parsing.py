@@ -39,7 +39,7 @@ _NEVER_PREDICATE = frozenset("united red hundred need seed speed breed indeed be
 
 @dataclass(frozen=True)
 class Style:
-    """How a question was written, so that its rewording is written alike."""
+    """How a question was written, so that its rewrite is written alike."""
 
     capital: bool
     mark: str

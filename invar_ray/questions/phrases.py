@@ -35,7 +35,7 @@ from invar_ray.questions.parsing import (
 )
 
 _X = r"(?P<x>.+)"
-# Body pattern -> rewordings. Content words outside <x>, <r> and <n> are part of the frame that is
+# Body pattern -> rewrites. Content words outside <x>, <r> and <n> are part of the frame that is
 # replaced.
 _FRAMES: tuple[tuple[str, tuple[str, ...]], ...] = (
     (rf"what (?P<r>is|was) the name of {_X}", ("what {r} {x} called", "by what name {r} {x} known")),

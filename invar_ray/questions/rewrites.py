@@ -1,4 +1,4 @@
-"""Environments: rewordings of a question (rewrites) and other cuts of a document (windows).
+"""Environments: a question in other words (rewrites) and other cuts of a document (windows).
 
 ================  ==================================================================================
 RuleRewriter      templates, clause order, requests, search-engine style, typos, speech, case
@@ -19,7 +19,7 @@ from invar_ray.corpus.readers import read_rows
 from invar_ray.errors import ConfigError
 from invar_ray.questions.endpoint import EndpointRewriter
 from invar_ray.questions.rules import RuleRewriter, comparison_key
-from invar_ray.schema import Example, Variant
+from invar_ray.schema import Example, Rewrite
 from invar_ray.text.windows import resize_windows
 
 __all__ = [
@@ -35,10 +35,10 @@ __all__ = [
 
 
 class Rewriter(Protocol):
-    """What makes rewordings."""
+    """What makes rewrites."""
 
-    def rewrite(self, example: Example, count: int, seed: int) -> list[Variant]:
-        """At most ``count`` rewordings, numbered from 1 without gaps, none equal to the question or
+    def rewrite(self, example: Example, count: int, seed: int) -> list[Rewrite]:
+        """At most ``count`` rewrites, numbered from 1 without gaps, none equal to the question or
         to another one.
         """
         ...
@@ -54,7 +54,7 @@ class GivenRewriter:
     def __init__(self, fallback: RuleRewriter | None = None) -> None:
         self.fallback = fallback
 
-    def rewrite(self, example: Example, count: int, seed: int) -> list[Variant]:
+    def rewrite(self, example: Example, count: int, seed: int) -> list[Rewrite]:
         """See :class:`Rewriter`."""
         given = _numbered(example, [(text, "given") for text in example.rewrites], count, "data")
         return given if self.fallback is None else self.fallback.fill(example, given, count, seed)
@@ -63,7 +63,7 @@ class GivenRewriter:
 class FileRewriter:
     """The wordings of a JSON lines file of ``{question_id, text, kind?}``, in file order.
 
-    A question with fewer of them gets fewer (no rule fills up: a file of human rewordings is
+    A question with fewer of them gets fewer (no rule fills up: a file of human rewrites is
     measured as it is).  The file is read once, at the first use.
 
     Args:
@@ -74,7 +74,7 @@ class FileRewriter:
         self.uri = uri
         self._rows: dict[str, list[tuple[str, str]]] | None = None
 
-    def rewrite(self, example: Example, count: int, seed: int) -> list[Variant]:
+    def rewrite(self, example: Example, count: int, seed: int) -> list[Rewrite]:
         """See :class:`Rewriter`; ``seed`` has no effect.
 
         Raises:
@@ -97,7 +97,7 @@ def make_rewriter(
     endpoint_model: str | None = None,
     cache_path: str | Path | None = None,
 ) -> Rewriter:
-    """The rewriter that a config names; the arguments are those of ``VariantsConfig``.
+    """The rewriter that a config names; the arguments are those of ``RewritesConfig``.
 
     Args:
         provider: ``rules``, ``given``, ``file`` or ``endpoint``.
@@ -116,13 +116,13 @@ def make_rewriter(
         return GivenRewriter(RuleRewriter())
     if provider == "file":
         if not uri:
-            raise ConfigError("provider 'file' without a file", action="set variants.uri")
+            raise ConfigError("provider 'file' without a file", action="set rewrites.uri")
         return FileRewriter(uri)
     if provider == "endpoint":
         if not uri or not endpoint_model:
             raise ConfigError(
                 "provider 'endpoint' without a server",
-                action="set variants.uri and variants.endpoint_model",
+                action="set rewrites.uri and rewrites.endpoint_model",
             )
         return EndpointRewriter(uri, endpoint_model, cache_path=cache_path)
     raise ConfigError(f"no rewriter {provider!r}", expected="rules, given, file or endpoint")
@@ -130,15 +130,15 @@ def make_rewriter(
 
 def _numbered(
     example: Example, texts: list[tuple[str, str]], count: int, provider: str
-) -> list[Variant]:
+) -> list[Rewrite]:
     """The first ``count`` texts that differ from the question and each other; case and punctuation
     count, since someone wrote them.
     """
     taken = {" ".join(example.question.split())}
-    variants: list[Variant] = []
+    rewrites: list[Rewrite] = []
     for text, kind in texts:
         clean = " ".join(text.split())
-        if len(variants) < count and clean and clean not in taken:
+        if len(rewrites) < count and clean and clean not in taken:
             taken.add(clean)
-            variants.append(Variant(example.id, len(variants) + 1, clean, kind, provider))
-    return variants
+            rewrites.append(Rewrite(example.id, len(rewrites) + 1, clean, kind, provider))
+    return rewrites

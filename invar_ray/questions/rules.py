@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from invar_ray.questions.noise import case, speech, typo
 from invar_ray.questions.phrases import WORDING
-from invar_ray.schema import Example, Variant
+from invar_ray.schema import Example, Rewrite
 from invar_ray.text.stable import stable_random
 
 Kind = Callable[[str, random.Random], str | None]
@@ -33,7 +33,7 @@ def comparison_key(text: str) -> str:
 
 
 class RuleRewriter:
-    """Rewordings by rule; needs nothing but the question.
+    """Rewrites by rule; needs nothing but the question.
 
     The kinds are the functions of :data:`KINDS`.  Their order depends on the seed and the example's
     id; wording and noise alternate, so that two rewrites are of different kinds.  A kind with
@@ -42,8 +42,8 @@ class RuleRewriter:
 
     provider = "rules"
 
-    def rewrite(self, example: Example, count: int, seed: int) -> list[Variant]:
-        """``count`` rewordings, numbered from 1; the same arguments give the same ones in any
+    def rewrite(self, example: Example, count: int, seed: int) -> list[Rewrite]:
+        """``count`` rewrites, numbered from 1; the same arguments give the same ones in any
         process.
 
         None equals the question or another one when case and punctuation are ignored; if the rules
@@ -52,21 +52,21 @@ class RuleRewriter:
         """
         return self.fill(example, [], count, seed)
 
-    def fill(self, example: Example, given: list[Variant], count: int, seed: int) -> list[Variant]:
-        """``given`` plus as many rewordings as are missing to ``count``, different from it and from
+    def fill(self, example: Example, given: list[Rewrite], count: int, seed: int) -> list[Rewrite]:
+        """``given`` plus as many rewrites as are missing to ``count``, different from it and from
         the question.
         """
-        variants = list(given[:count])
+        rewrites = list(given[:count])
         loose = {
             comparison_key(text)
-            for text in (example.question, *(variant.text for variant in variants))
+            for text in (example.question, *(rewrite.text for rewrite in rewrites))
         }
-        exact = {example.question.strip(), *(variant.text for variant in variants)}
+        exact = {example.question.strip(), *(rewrite.text for rewrite in rewrites)}
         groups = _groups(seed, example.id)
         places = [0, 0]
         for strict in (True, False):
             turn = idle = 0
-            while len(variants) < count and idle < len(groups):
+            while len(rewrites) < count and idle < len(groups):
                 side = turn % len(groups)
                 turn += 1
                 for _ in groups[side]:
@@ -79,14 +79,14 @@ class RuleRewriter:
                     if text is not None:
                         loose.add(comparison_key(text))
                         exact.add(text)
-                        variants.append(
-                            Variant(example.id, len(variants) + 1, text, kind, self.provider)
+                        rewrites.append(
+                            Rewrite(example.id, len(rewrites) + 1, text, kind, self.provider)
                         )
                         idle = 0
                         break
                 else:
                     idle += 1
-        return variants
+        return rewrites
 
 
 def _new_wording(

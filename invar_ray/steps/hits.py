@@ -24,7 +24,7 @@ from invar_ray.errors import MixedArtifactsError
 from invar_ray.evaluation.measure import FoundFamily
 from invar_ray.executor import Executor, Work
 from invar_ray.models.precision import Precision, inference_device
-from invar_ray.schema import Example, Hit, Variant, from_table
+from invar_ray.schema import Example, Hit, Rewrite, from_table
 from invar_ray.store.artifacts import Artifact, Building, Plan
 
 VERSION = 4
@@ -59,7 +59,7 @@ class SearchMode:
     """How an index is searched, where that is not as it will be served.
 
     Attributes:
-        num_rewrites: fuse each wording's list with those of this many rewordings, made from it at
+        num_rewrites: fuse each wording's list with those of this many rewrites, made from it at
             query time.
         exact: compare with every vector, whatever the index's kind.
         precision: encode the questions in this precision; ``None`` in the index's.
@@ -82,7 +82,7 @@ class SearchMode:
         return "".join(f", {part}" for part in parts)
 
     def settings(self, seed: int) -> dict[str, Any]:
-        """What of it enters the fingerprint; the seed decides rewordings only."""
+        """What of it enters the fingerprint; the seed decides rewrites only."""
         return asdict(self) | {"seed": seed if self.num_rewrites else None}
 
 
@@ -166,8 +166,8 @@ def load_wordings(questions: Artifact, split: str) -> tuple[list[Example], dict[
     """The examples of a split, and each one's wordings by its id, the anchor first."""
     examples: list[Example] = from_table(pq.read_table(questions.path(f"{split}.parquet")), Example)
     families: dict[str, list[str]] = {example.id: [] for example in examples}
-    for variant in from_table(pq.read_table(questions.path(f"{split}_variants.parquet")), Variant):
-        families[variant.question_id].append(variant.text)
+    for rewrite in from_table(pq.read_table(questions.path(f"{split}_rewrites.parquet")), Rewrite):
+        families[rewrite.question_id].append(rewrite.text)
     return examples, families
 
 

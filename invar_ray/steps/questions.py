@@ -1,7 +1,7 @@
-"""Questions with their rewordings: the ``questions`` artifact.
+"""Questions with their rewrites: the ``questions`` artifact.
 
-Files: ``train.parquet``, ``dev.parquet`` (examples), ``train_variants.parquet``,
-``dev_variants.parquet`` (rewordings; number 0 is the anchor); with ``questions.near_duplicates``
+Files: ``train.parquet``, ``dev.parquet`` (examples), ``train_rewrites.parquet``,
+``dev_rewrites.parquet`` (rewrites; number 0 is the anchor); with ``questions.near_duplicates``
 ``contamination.json``, the pairs that were too much alike.
 """
 
@@ -24,7 +24,7 @@ from invar_ray.errors import DataError
 from invar_ray.questions.benchmarks import detect_format, read_benchmark
 from invar_ray.questions.contamination import near_duplicates
 from invar_ray.questions.rewrites import Rewriter, comparison_key, make_rewriter
-from invar_ray.schema import EXAMPLE_SCHEMA, VARIANT_SCHEMA, Example, Variant, from_table, to_table
+from invar_ray.schema import EXAMPLE_SCHEMA, REWRITE_SCHEMA, Example, Rewrite, from_table, to_table
 from invar_ray.store.artifacts import Artifact, Building, Plan
 
 VERSION = 2
@@ -40,8 +40,8 @@ def plan(config: Config) -> Plan:
         "train": source_digest(config.questions.train_uri),
         "dev": source_digest(config.questions.dev_uri),
     }
-    if config.variants.provider == "file" and config.variants.uri is not None:
-        sources["variants"] = source_digest(config.variants.uri)
+    if config.rewrites.provider == "file" and config.rewrites.uri is not None:
+        sources["rewrites"] = source_digest(config.rewrites.uri)
     return Plan(
         kind="questions",
         name=config.name,
@@ -50,8 +50,8 @@ def plan(config: Config) -> Plan:
             "format": config.questions.format,
             "train_limit": config.questions.train_limit,
             "dev_limit": config.questions.dev_limit,
-            "variants": {
-                key: value for key, value in asdict(config.variants).items() if key not in _NOT_OURS
+            "rewrites": {
+                key: value for key, value in asdict(config.rewrites).items() if key not in _NOT_OURS
             },
             "evaluation": {"num_rewrites": config.evaluation.num_rewrites},
             "seed": config.seed,
@@ -62,7 +62,7 @@ def plan(config: Config) -> Plan:
 
 
 def build(building: Building, config: Config) -> None:
-    """Read, sample and reword the questions of both splits.
+    """Read, sample and rewrite the questions of both splits.
 
     Raises:
         DataError: if a file is malformed, or nothing is left to train on: training questions that
@@ -70,31 +70,31 @@ def build(building: Building, config: Config) -> None:
     """
     train = _sample(read_examples_of(config, "train"), config.questions.train_limit, config.seed)
     dev = _sample(read_examples_of(config, "dev"), config.questions.dev_limit, config.seed)
-    variants = config.variants
+    rewrites = config.rewrites
     root = Path(config.storage.root_uri).expanduser()
-    # Rewordings cost money: a run that is cut off finds those it already has.
+    # Rewrites cost money: a run that is cut off finds those it already has.
     cache = (
-        str(root / ".cache" / "rewordings.jsonl") if "://" not in config.storage.root_uri else None
+        str(root / ".cache" / "rewrites.jsonl") if "://" not in config.storage.root_uri else None
     )
     train_rewriter = make_rewriter(
-        provider=variants.provider,
-        uri=variants.uri,
-        endpoint_model=variants.endpoint_model,
+        provider=rewrites.provider,
+        uri=rewrites.uri,
+        endpoint_model=rewrites.endpoint_model,
         cache_path=cache,
     )
-    # Dev rewordings are the same for everybody who evaluates on these questions: no endpoint.
+    # Dev rewrites are the same for everybody who evaluates on these questions: no endpoint.
     dev_rewriter = (
         make_rewriter(provider="rules")
-        if variants.provider == "endpoint"
-        else make_rewriter(provider=variants.provider, uri=variants.uri)
+        if rewrites.provider == "endpoint"
+        else make_rewriter(provider=rewrites.provider, uri=rewrites.uri)
     )
-    dev_rows = _reword(
+    dev_rows = _rewrite(
         dev, dev_rewriter, config.evaluation.num_rewrites, config.seed + _DEV_SEED_OFFSET
     )
-    train_rows = _reword(train, train_rewriter, variants.num_rewrites, config.seed)
-    seen = {comparison_key(variant.text) for variant in dev_rows}
+    train_rows = _rewrite(train, train_rewriter, rewrites.num_rewrites, config.seed)
+    seen = {comparison_key(rewrite.text) for rewrite in dev_rows}
     leaking = {
-        variant.question_id for variant in train_rows if comparison_key(variant.text) in seen
+        rewrite.question_id for rewrite in train_rows if comparison_key(rewrite.text) in seen
     }
     if len(leaking) == len(train):
         raise DataError(
@@ -126,7 +126,7 @@ def build(building: Building, config: Config) -> None:
         building,
         "train",
         kept,
-        [variant for variant in train_rows if variant.question_id not in leaking],
+        [rewrite for rewrite in train_rows if rewrite.question_id not in leaking],
     )
     _write(building, "dev", dev, dev_rows)
 
@@ -151,11 +151,11 @@ def load_examples(artifact: Artifact, split: Split) -> list[Example]:
     return from_table(pq.read_table(artifact.path(f"{split}.parquet")), Example)
 
 
-def load_variants(artifact: Artifact, split: Split) -> dict[str, list[Variant]]:
+def load_rewrites(artifact: Artifact, split: Split) -> dict[str, list[Rewrite]]:
     """Question id -> its wordings, the anchor first."""
-    families: dict[str, list[Variant]] = {}
-    for variant in from_table(pq.read_table(artifact.path(f"{split}_variants.parquet")), Variant):
-        families.setdefault(variant.question_id, []).append(variant)
+    families: dict[str, list[Rewrite]] = {}
+    for rewrite in from_table(pq.read_table(artifact.path(f"{split}_rewrites.parquet")), Rewrite):
+        families.setdefault(rewrite.question_id, []).append(rewrite)
     return families
 
 
@@ -191,20 +191,20 @@ def refuse_unanswerable(
         )
 
 
-def _reword(
+def _rewrite(
     examples: Sequence[Example], rewriter: Rewriter, count: int, seed: int
-) -> list[Variant]:
-    rows: list[Variant] = []
+) -> list[Rewrite]:
+    rows: list[Rewrite] = []
     for example in examples:
-        rows.append(Variant(example.id, 0, example.question, "anchor", "data"))
+        rows.append(Rewrite(example.id, 0, example.question, "anchor", "data"))
         rows += rewriter.rewrite(example, count, seed)
     return rows
 
 
 def _near_duplicates(
     building: Building,
-    train: list[Variant],
-    dev: list[Variant],
+    train: list[Rewrite],
+    dev: list[Rewrite],
     threshold: float,
     known: Collection[str],
 ) -> set[str]:
@@ -213,8 +213,8 @@ def _near_duplicates(
     """
     families: tuple[dict[str, list[str]], dict[str, list[str]]] = {}, {}
     for of_split, rows in zip(families, (train, dev), strict=True):
-        for variant in rows:
-            of_split.setdefault(variant.question_id, []).append(variant.text)
+        for rewrite in rows:
+            of_split.setdefault(rewrite.question_id, []).append(rewrite.text)
     found = [pair for pair in near_duplicates(*families, threshold) if pair.train not in known]
     pairs = [
         {
@@ -238,7 +238,7 @@ def _near_duplicates(
     return {pair.train for pair in found}
 
 
-def _write(building: Building, split: Split, examples: list[Example], rows: list[Variant]) -> None:
+def _write(building: Building, split: Split, examples: list[Example], rows: list[Rewrite]) -> None:
     pq.write_table(to_table(examples, EXAMPLE_SCHEMA), building.path / f"{split}.parquet")
-    pq.write_table(to_table(rows, VARIANT_SCHEMA), building.path / f"{split}_variants.parquet")
+    pq.write_table(to_table(rows, REWRITE_SCHEMA), building.path / f"{split}_rewrites.parquet")
     building.info |= {f"{split}_questions": len(examples), f"{split}_wordings": len(rows)}

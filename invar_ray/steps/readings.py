@@ -53,7 +53,7 @@ def plan(config: Config, hits: Artifact, passages: Artifact) -> Plan:
     return Plan(
         kind="readings",
         name=hits.manifest.name,
-        config={"num_windows": config.variants.num_windows, "seed": config.seed},
+        config={"num_windows": config.rewrites.num_windows, "seed": config.seed},
         parents={"hits": hits, "passages": passages},
         version=VERSION,
     )

@@ -29,7 +29,7 @@ from invar_ray.models.encoder import coarse_spec, open_encoder
 from invar_ray.questions.rewrites import resize_windows
 from invar_ray.schema import Document, Example, Passage
 from invar_ray.steps.passages import load_documents, load_passages
-from invar_ray.steps.questions import load_examples, load_variants
+from invar_ray.steps.questions import load_examples, load_rewrites
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.text.answers import contains_answer
 from invar_ray.training.mining import MiningReport, select_negatives, union_by_best_rank
@@ -52,7 +52,7 @@ def plan(
             "num_hard_negatives": config.retriever.num_hard_negatives,
             "mining_depth": config.experimental.retriever.mining_depth,
             "margin": config.experimental.retriever.false_negative_margin,
-            "num_windows": config.variants.num_windows,
+            "num_windows": config.rewrites.num_windows,
             "document_weight": config.experimental.coarse.document_weight,
             "seed": config.seed,
             "first_rank": config.experimental.retriever.mining_first_rank,
@@ -77,7 +77,7 @@ def build(
         DataError: if a training question's positive document is not in the corpus.
     """
     documents, rows = load_documents(passages), load_passages(passages)
-    examples, variants = load_examples(questions, "train"), load_variants(questions, "train")
+    examples, rewrites = load_examples(questions, "train"), load_rewrites(questions, "train")
     positives = find_positives(examples, rows)
     _, passage_vectors = read_vectors(teacher)
     document_vectors = mean_by_document(passage_vectors, [passage.document_id for passage in rows])
@@ -97,7 +97,7 @@ def build(
     row_of = {passage.id: row for row, passage in enumerate(rows)}
     for start in range(0, len(examples), _QUERIES_PER_BATCH):
         block = examples[start : start + _QUERIES_PER_BATCH]
-        wordings = [[variant.text for variant in variants[example.id]] for example in block]
+        wordings = [[rewrite.text for rewrite in rewrites[example.id]] for example in block]
         texts = [text for family in wordings for text in family]
         hits = retriever.retrieve(texts, depth)
         ranked = iter([[row_of[hit.passage_id] for hit in found] for found in hits])
@@ -132,12 +132,12 @@ def build(
 
     slots = sorted({*positives, *(row for chosen in negatives for row in chosen)})
     slot_of = {row: number for number, row in enumerate(slots)}
-    windows = config.variants.num_windows
+    windows = config.rewrites.num_windows
     question_table = pa.table(
         {
             "question_id": [example.id for example in examples],
             "wordings": [
-                [variant.text for variant in variants[example.id]] for example in examples
+                [rewrite.text for rewrite in rewrites[example.id]] for example in examples
             ],
             "answers": [list(example.answers) for example in examples],
             "positive": pa.array([slot_of[row] for row in positives], pa.int64()),

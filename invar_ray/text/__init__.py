@@ -1,1 +1,1 @@
-"""Text: reading, cutting, rewording, prompts and answer strings; no tensors, no cluster."""
+"""Text: reading, cutting, rewrite, prompts and answer strings; no tensors, no cluster."""

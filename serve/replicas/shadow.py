@@ -27,7 +27,7 @@ class Shadow:
     Attributes:
         recall: share of queries whose own passage is among the first hits: five, or fewer in a very
             small index, where it would be among five by chance.
-        overlap: mean overlap of what a query and a rewording of it find (1: the wording does not
+        overlap: mean overlap of what a query and a rewrite of it find (1: the wording does not
             matter).
     """
 
@@ -56,11 +56,11 @@ def measure(
     probe found.
     """
     rewriter = RuleRewriter()
-    rewordings = [
+    rewrites = [
         next((v.text for v in rewriter.rewrite(Example(name, query, (), ()), 1, 0)), query)
         for name, query in probes
     ]
-    found = search([query for _, query in probes] + rewordings, depth)
+    found = search([query for _, query in probes] + rewrites, depth)
     ids = [[hit.passage_id for hit in hits] for hits in found]
     plain, other = ids[: len(probes)], ids[len(probes) :]
     recall = sum(name in each for (name, _), each in zip(probes, plain, strict=True)) / len(probes)

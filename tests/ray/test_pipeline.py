@@ -313,7 +313,7 @@ def run_on(tmp_path: Path, corpus: list[Any], train: list[Any], *overrides: str)
         f"corpus.uri={write(tmp_path / 'corpus.jsonl', corpus)}",
         f"questions.train_uri={write(tmp_path / 'train.jsonl', train)}",
         f"questions.dev_uri={write(tmp_path / 'dev.jsonl', [DEV])}",
-        "variants.provider=rules",
+        "rewrites.provider=rules",
     ]
     pipeline_in(tmp_path / "s", *sources, "corpus.distractors=null", *overrides).run()
 

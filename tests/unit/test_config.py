@@ -62,7 +62,7 @@ SMALL = {  # of tiny and demo
 DIFFER: dict[str, dict[str, Any]] = {
     "demo": {
         "questions": {"train_limit": 1000, "dev_limit": 400},
-        "variants": {"provider": "given", "num_windows": 0},
+        "rewrites": {"provider": "given", "num_windows": 0},
         "model": SMALL | {"base": "builtin:smollm2", "retriever_layers": 4},
         "retriever": {
             "lora": LORA,
@@ -98,7 +98,7 @@ DIFFER: dict[str, dict[str, Any]] = {
         "name": "tiny",
         "storage": {"root_uri": "runs/tiny"},
         "corpus": {"chunk_tokens": 96, "chunk_stride": 96},
-        "variants": {"provider": "given"},
+        "rewrites": {"provider": "given"},
         "model": SMALL,
         "retriever": {
             "lora": LORA,
@@ -413,12 +413,12 @@ def test_message_says_what_to_do() -> None:
     "overrides, fault",
     [
         (
-            ["variants.provider=file"],
-            "variants.uri: needed because variants.provider is 'file'",
+            ["rewrites.provider=file"],
+            "rewrites.uri: needed because rewrites.provider is 'file'",
         ),
         (
-            ["variants.provider=endpoint", "variants.uri=http://x"],
-            "needed because variants.provider is",
+            ["rewrites.provider=endpoint", "rewrites.uri=http://x"],
+            "needed because rewrites.provider is",
         ),
         (
             ["corpus.chunk_tokens=10", "corpus.chunk_stride=11"],

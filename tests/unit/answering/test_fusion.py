@@ -1,4 +1,4 @@
-"""Reciprocal rank fusion by hand, and rewordings made at query time."""
+"""Reciprocal rank fusion by hand, and rewrites made at query time."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def test_answers_by_hand() -> None:
         0.5,
         None,
         None,
-    ]  # the second's anchor is wrong, the third has no rewording
+    ]  # the second's anchor is wrong, the third has no rewrite
     assert columns["citation_precision"] == [0.5, None, None]
     assert columns["removed_citations"] == [2.0, 0.0, 0.0]
     assert columns["citation_recall"] == [1.0, None, None]

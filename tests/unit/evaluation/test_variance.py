@@ -87,7 +87,7 @@ def test_families_worked_by_hand() -> None:
         Family(ranked=[list("gab"), list("agb"), list("abc")], gold=["g"]),
         # gold h at rank 2 in both; the same lists
         Family(ranked=[list("xhy"), list("xhy")], gold=["h"]),
-        # no rewording: counts for the anchor's recall only
+        # no rewrite: counts for the anchor's recall only
         Family(ranked=[list("pqr")], gold=["z"]),
     ]
     found = summarise_families(families, overlap_k=2, ks=(1, 2), rbo_p=0.5)
@@ -138,8 +138,8 @@ def test_empty_families_are_refused(families: list[Family]) -> None:
 
 
 def test_flip_rate() -> None:
-    # Family 0: 1 of 2 rewordings wrong; family 1: none; family 2's anchor is wrong and family 3 has
-    # no rewording.
+    # Family 0: 1 of 2 rewrites wrong; family 1: none; family 2's anchor is wrong and family 3 has
+    # no rewrite.
     right = [[True, True, False], [True, True], [False, True], [True]]
     assert flip_rate(right) == pytest.approx(1 / 4)
     assert flip_rate([[False, False], [True]]) is None

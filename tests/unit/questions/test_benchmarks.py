@@ -450,10 +450,10 @@ def test_values_of_another_type_are_data_errors(tmp_path: Path, name: str) -> No
     traceback.
     """
 
-    def variants(value: Any) -> list[Any]:
+    def rewrites(value: Any) -> list[Any]:
         others = [None, 7, 1.5, True, [], {}, [None], [[]], {"a": 1}, "", "x"]
         if isinstance(value, dict):
-            changed = [value | {key: other} for key in value for other in variants(value[key])]
+            changed = [value | {key: other} for key in value for other in rewrites(value[key])]
             return [
                 *others,
                 *changed,
@@ -465,7 +465,7 @@ def test_values_of_another_type_are_data_errors(tmp_path: Path, name: str) -> No
                 *(
                     [*value[:i], other, *value[i + 1 :]]
                     for i in range(len(value))
-                    for other in variants(value[i])
+                    for other in rewrites(value[i])
                 ),
             ]
         return others
@@ -476,9 +476,9 @@ def test_values_of_another_type_are_data_errors(tmp_path: Path, name: str) -> No
             text.replace("\t", " ")
         ]
     elif name in {"nq-open", "kilt", "jsonl"}:
-        contents = [json.dumps(value) for value in variants(json.loads(text))]
+        contents = [json.dumps(value) for value in rewrites(json.loads(text))]
     else:
-        contents = [json.dumps(value) for value in variants(json.loads(text))]
+        contents = [json.dumps(value) for value in rewrites(json.loads(text))]
     faults = 0
     for content in [*contents, "[" * 100_000, '{"data": ' * 20_000]:
         (tmp_path / file).write_text(content)

@@ -97,7 +97,7 @@ def test_the_step_drops_and_lists_them(tmp_path: Path, capsys: pytest.CaptureFix
     )
     rows[3]["rewrites"] = []
     path = write_lines(tmp_path / "near.jsonl", rows)
-    options = (f"questions.train_uri={path}", "variants.num_rewrites=0")
+    options = (f"questions.train_uri={path}", "rewrites.num_rewrites=0")
     plain = small_config(tmp_path, *options)
     strict = small_config(tmp_path, *options, "questions.near_duplicates=0.6")
     store = Store(plain.storage.root_uri)

@@ -287,7 +287,7 @@ def test_too_few_questions_is_one_error(tmp_path: Path) -> None:
 
 
 class Canned(ChatEndpoint):
-    """The transport is tested with the rewriter's (test_variants.py); here a reply is what
+    """The transport is tested with the rewriter's (test_rewrites.py); here a reply is what
     counts.
     """
 

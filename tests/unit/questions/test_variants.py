@@ -1,4 +1,4 @@
-"""Rewordings and windows: what they keep, how they differ, and that they never depend on the
+"""Rewrites and windows: what they keep, how they differ, and that they never depend on the
 process.
 """
 
@@ -244,16 +244,16 @@ def test_numbers_to_words(digits: str, words: str) -> None:
 def test_rule_rewriter(question: str) -> None:
     for number in range(12):
         item = example(question, f"q{number}")
-        variants = RuleRewriter().rewrite(item, 4, seed=number)
-        assert [variant.rewrite for variant in variants] == [1, 2, 3, 4]
-        assert {(variant.question_id, variant.provider) for variant in variants} == {
+        rewrites = RuleRewriter().rewrite(item, 4, seed=number)
+        assert [rewrite.rewrite for rewrite in rewrites] == [1, 2, 3, 4]
+        assert {(rewrite.question_id, rewrite.provider) for rewrite in rewrites} == {
             (item.id, "rules")
         }
         keys = [
-            comparison_key(text) for text in (question, *(variant.text for variant in variants))
+            comparison_key(text) for text in (question, *(rewrite.text for rewrite in rewrites))
         ]
         assert len(set(keys)) == 5
-        first, second = variants[0].kind, variants[1].kind
+        first, second = rewrites[0].kind, rewrites[1].kind
         assert (first in NOISE) != (second in NOISE)
 
 
@@ -261,7 +261,7 @@ def test_rewrites_are_a_prefix_of_more_rewrites_and_seeds_differ() -> None:
     item = example(QUESTIONS[2])
     assert RuleRewriter().rewrite(item, 5, 3)[:2] == RuleRewriter().rewrite(item, 2, 3)
     texts = {
-        tuple(variant.text for variant in RuleRewriter().rewrite(item, 2, seed))
+        tuple(rewrite.text for rewrite in RuleRewriter().rewrite(item, 2, seed))
         for seed in range(10)
     }
     assert len(texts) > 4
@@ -291,7 +291,7 @@ def test_rewrites_are_the_same_in_another_process() -> None:
         check=True,
     ).stdout.strip()
     assert out == str(
-        [variant.text for variant in RuleRewriter().rewrite(example(QUESTIONS[2]), 5, 7)]
+        [rewrite.text for rewrite in RuleRewriter().rewrite(example(QUESTIONS[2]), 5, 7)]
     )
 
 
@@ -299,16 +299,16 @@ def test_given_rewriter_fills_up() -> None:
     item = example("When was it?", rewrites=("when was it?", "When was it?", " what  year was it?"))
     texts = GivenRewriter().rewrite(item, 5, 0)
     assert [
-        (variant.rewrite, variant.text, variant.kind, variant.provider) for variant in texts
+        (rewrite.rewrite, rewrite.text, rewrite.kind, rewrite.provider) for rewrite in texts
     ] == [
         (1, "when was it?", "given", "data"),
         (2, "what year was it?", "given", "data"),
     ]
     filled = GivenRewriter(RuleRewriter()).rewrite(item, 4, 0)
     assert filled[:2] == texts
-    assert [variant.provider for variant in filled[2:]] == ["rules", "rules"]
-    assert [variant.rewrite for variant in filled] == [1, 2, 3, 4]
-    assert len({comparison_key(variant.text) for variant in filled}) == 4
+    assert [rewrite.provider for rewrite in filled[2:]] == ["rules", "rules"]
+    assert [rewrite.rewrite for rewrite in filled] == [1, 2, 3, 4]
+    assert len({comparison_key(rewrite.text) for rewrite in filled}) == 4
 
 
 def test_file_rewriter(tmp_path: Path) -> None:
@@ -322,7 +322,7 @@ def test_file_rewriter(tmp_path: Path) -> None:
     )
     rewriter = FileRewriter(str(path))
     found = rewriter.rewrite(example("Q?"), 5, 0)
-    assert [(variant.text, variant.kind) for variant in found] == [
+    assert [(rewrite.text, rewrite.kind) for rewrite in found] == [
         ("one?", "human"),
         ("three?", "file"),
     ]
@@ -419,12 +419,12 @@ def test_endpoint_checks_what_it_gets(server: Server, monkeypatch: pytest.Monkey
         ' "Did Mara leave in spring 1841?", "in 1841 when did mara leave", 7, "Mara left Norland when in 1841?"]\n```'  # noqa: E501
     )
     rewriter = client(server)
-    variants = rewriter.rewrite(ASKED, 3, 0)
-    assert [(variant.text, variant.provider) for variant in variants[:2]] == [
+    rewrites = rewriter.rewrite(ASKED, 3, 0)
+    assert [(rewrite.text, rewrite.provider) for rewrite in rewrites[:2]] == [
         ("In 1841, when did Mara leave?", "endpoint:m"),
         ("Mara left Norland when in 1841?", "endpoint:m"),
     ]
-    assert (variants[2].provider, variants[2].rewrite) == ("rules", 3)
+    assert (rewrites[2].provider, rewrites[2].rewrite) == ("rules", 3)
     [(path, headers, body)] = server.requests
     assert path == "/v1/chat/completions"
     assert headers["Authorization"] == "Bearer sk-secret"
@@ -455,7 +455,7 @@ def test_type_of_the_answer(question: str, expected: str | None) -> None:
 
 def test_endpoint_drops_a_rewording_that_asks_for_something_else(server: Server) -> None:
     server.says(json.dumps(["Where did Mara go in 1841?", "In 1841, when did Mara leave?"]))
-    texts = [variant.text for variant in client(server).rewrite(ASKED, 2, 0)]
+    texts = [rewrite.text for rewrite in client(server).rewrite(ASKED, 2, 0)]
     assert "In 1841, when did Mara leave?" in texts
     assert "Where did Mara go in 1841?" not in texts
 
@@ -465,7 +465,7 @@ def test_endpoint_reads_lines_too_and_sends_no_empty_key(
 ) -> None:
     monkeypatch.delenv("INVAR_TEST_KEY", raising=False)
     server.says('Here you are:\n1. "Mara left Norland when, in 1841?"\n2) In 1841 Mara left when?')
-    texts = [variant.text for variant in client(server).rewrite(ASKED, 2, 0)]
+    texts = [rewrite.text for rewrite in client(server).rewrite(ASKED, 2, 0)]
     assert texts == ["Mara left Norland when, in 1841?", "In 1841 Mara left when?"]
     assert "Authorization" not in server.requests[0][1]
 
@@ -558,10 +558,10 @@ def test_endpoint_travels_without_its_key(server: Server, monkeypatch: pytest.Mo
     monkeypatch.setenv("INVAR_TEST_KEY", "sk-secret")
     server.says('["In 1841, when did Mara leave?"]')
     rewriter = client(server)
-    variants = rewriter.rewrite(ASKED, 1, 0)
+    rewrites = rewriter.rewrite(ASKED, 1, 0)
     sent = pickle.dumps(rewriter)
     assert b"sk-secret" not in sent
-    assert pickle.loads(sent).rewrite(ASKED, 1, 0) == variants
+    assert pickle.loads(sent).rewrite(ASKED, 1, 0) == rewrites
 
 
 # --- windows

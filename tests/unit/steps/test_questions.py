@@ -14,7 +14,7 @@ from invar_ray.corpus.sources import source_digest
 from invar_ray.errors import DataError
 from invar_ray.schema import Example
 from invar_ray.steps.questions import build as build_questions
-from invar_ray.steps.questions import load_examples, load_variants, refuse_unanswerable
+from invar_ray.steps.questions import load_examples, load_rewrites, refuse_unanswerable
 from invar_ray.steps.questions import plan as questions_plan
 from invar_ray.store.artifacts import Artifact, Store
 from tests.support import questions, small_config, write_lines
@@ -53,8 +53,8 @@ def test_examples_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_families_have_the_anchor_first_and_then_numbered_rewordings(tmp_path: Path) -> None:
-    artifact = build(small_config(tmp_path, "variants.num_rewrites=3", "variants.provider=given"))
-    families = load_variants(artifact, "train")
+    artifact = build(small_config(tmp_path, "rewrites.num_rewrites=3", "rewrites.provider=given"))
+    families = load_rewrites(artifact, "train")
     assert list(families) == ids(artifact)
     for example in load_examples(artifact, "train"):
         family = families[example.id]
@@ -63,29 +63,29 @@ def test_families_have_the_anchor_first_and_then_numbered_rewordings(tmp_path: P
             "anchor",
             0,
         )
-        assert [variant.rewrite for variant in family] == list(range(len(family)))
-        assert [variant.text for variant in family[1:3]] == list(example.rewrites), (
+        assert [rewrite.rewrite for rewrite in family] == list(range(len(family)))
+        assert [rewrite.text for rewrite in family[1:3]] == list(example.rewrites), (
             "those of the data come first"
         )
-        texts = [variant.text.casefold() for variant in family]
+        texts = [rewrite.text.casefold() for rewrite in family]
         assert len(set(texts)) == len(texts)
-    assert all(len(family) == 3 for family in load_variants(artifact, "dev").values())
+    assert all(len(family) == 3 for family in load_rewrites(artifact, "dev").values())
 
 
 def test_no_rewordings_leaves_the_anchors(tmp_path: Path) -> None:
-    artifact = build(small_config(tmp_path, "variants.num_rewrites=0"))
-    assert all(len(family) == 1 for family in load_variants(artifact, "train").values())
+    artifact = build(small_config(tmp_path, "rewrites.num_rewrites=0"))
+    assert all(len(family) == 1 for family in load_rewrites(artifact, "train").values())
 
 
 def test_same_config_same_content_other_seed_other_rewordings(tmp_path: Path) -> None:
-    rules = ["variants.provider=rules"]
+    rules = ["rewrites.provider=rules"]
     first = build(small_config(tmp_path / "one", *rules))
     again = build(small_config(tmp_path / "two", *rules))
     other = build(small_config(tmp_path / "three", *rules, "seed=1"))
     assert first.fingerprint == again.fingerprint
     assert first.manifest.files == again.manifest.files
     assert other.fingerprint != first.fingerprint
-    assert load_variants(other, "train") != load_variants(first, "train")
+    assert load_rewrites(other, "train") != load_rewrites(first, "train")
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_same_config_same_content_other_seed_other_rewordings(tmp_path: Path) ->
         "  who built the LIGHTHOUSE of arvon ",
         "Which person put up the lighthouse on Arvon?",
     ],
-    ids=["equal", "spelling", "rewording of train"],
+    ids=["equal", "spelling", "rewrite of train"],
 )
 def test_training_question_with_a_wording_of_a_dev_question_is_dropped(
     tmp_path: Path, question: str, capsys: pytest.CaptureFixture[str]
@@ -106,7 +106,7 @@ def test_training_question_with_a_wording_of_a_dev_question_is_dropped(
     artifact = build(config)
     assert ids(artifact) == [f"train-{number}" for number in range(1, 12)]
     assert "shared" in ids(artifact, "dev")
-    assert "train-0" not in load_variants(artifact, "train")
+    assert "train-0" not in load_rewrites(artifact, "train")
     assert artifact.info["dropped_for_leaking"] == 1
     assert "dropped 1 of 12 training questions" in capsys.readouterr().err
 
@@ -174,14 +174,14 @@ def test_compressed_file_gives_the_same_questions(tmp_path: Path) -> None:
 
 def test_rewordings_from_a_file(tmp_path: Path) -> None:
     place = write_lines(
-        tmp_path / "variants.jsonl",
+        tmp_path / "rewrites.jsonl",
         [{"question_id": "train-0", "text": "Whose is the tower of Arvon?"}],
     )
     config = small_config(
-        tmp_path, "variants.provider=file", f"variants.uri={place}", "variants.num_rewrites=1"
+        tmp_path, "rewrites.provider=file", f"rewrites.uri={place}", "rewrites.num_rewrites=1"
     )
     artifact = build(config)
-    assert [variant.text for variant in load_variants(artifact, "train")["train-0"]][1:] == [
+    assert [rewrite.text for rewrite in load_rewrites(artifact, "train")["train-0"]][1:] == [
         "Whose is the tower of Arvon?"
     ]
     write_lines(place, [{"question_id": "train-0", "text": "Who is behind the tower of Arvon?"}])

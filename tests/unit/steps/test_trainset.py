@@ -20,7 +20,7 @@ from invar_ray.models.encoder import COARSE_MAX_TOKENS
 from invar_ray.models.minilm import CoarseEncoder
 from invar_ray.schema import Example, Passage
 from invar_ray.steps.passages import load_documents, load_passages
-from invar_ray.steps.questions import load_examples, load_variants
+from invar_ray.steps.questions import load_examples, load_rewrites
 from invar_ray.steps.trainset import build as build_trainset
 from invar_ray.steps.trainset import find_positives, mean_by_document
 from invar_ray.steps.trainset import plan as trainset_plan
@@ -140,7 +140,7 @@ def test_windows_are_cuts_of_the_document_that_keep_the_answer(small: World) -> 
         slot = slots[row["positive"]]
         document = documents[slot["document_id"]]
         assert row["positive_texts"][0] == document.text[slot["start"] : slot["end"]]
-        assert len(row["positive_texts"]) <= 1 + small.config.variants.num_windows
+        assert len(row["positive_texts"]) <= 1 + small.config.rewrites.num_windows
         for text in row["positive_texts"]:
             assert text in document.text
             assert contains_answer(text, row["answers"])
@@ -151,10 +151,10 @@ def test_windows_are_cuts_of_the_document_that_keep_the_answer(small: World) -> 
 
 
 def test_wordings_are_the_question_s_variants(small: World) -> None:
-    variants = load_variants(small.questions, "train")
+    rewrites = load_rewrites(small.questions, "train")
     for row in pq.read_table(small.trainset.path("questions.parquet")).to_pylist():
-        assert row["wordings"] == [variant.text for variant in variants[row["question_id"]]]
-        assert len(row["wordings"]) == 1 + small.config.variants.num_rewrites
+        assert row["wordings"] == [rewrite.text for rewrite in rewrites[row["question_id"]]]
+        assert len(row["wordings"]) == 1 + small.config.rewrites.num_rewrites
 
 
 def test_teacher_vectors_are_minilm_s(small: World) -> None:
@@ -225,13 +225,13 @@ def test_bm25_joins_and_the_rank_range_is_reported(small: World) -> None:
 
     rows = load_passages(small.passages)
     bm25 = Bm25([f"{row.title} {row.text}" for row in rows])
-    variants = load_variants(small.questions, "train")
+    rewrites = load_rewrites(small.questions, "train")
     few = {"mining_depth": 8, "num_hard_negatives": 40}
     (plain, dense), (_, both) = mined(**few), mined(**few, mining_bm25=True)
     assert plain.ref != small.trainset.ref
     joined = 0
     for item, old, new in zip(load_examples(small.questions, "train"), dense, both, strict=True):
-        lists = bm25.search([variant.text for variant in variants[item.id]], 8)
+        lists = bm25.search([rewrite.text for rewrite in rewrites[item.id]], 8)
         by_words = {rows[row].id for found in lists for row, _ in found}
         assert old <= new <= old | by_words
         joined += len(new - old)

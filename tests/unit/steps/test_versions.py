@@ -59,7 +59,7 @@ def test_hash_sees_changed_code(old: str, new: str) -> None:
 
 
 def test_hash_tells_values_of_equal_text_apart() -> None:
-    variants = [
+    rewrites = [
         "x = 1",
         "x = 1.0",
         "x = True",
@@ -70,7 +70,7 @@ def test_hash_tells_values_of_equal_text_apart() -> None:
         "x = []",
         "x = ()",
     ]
-    assert len({code_hash(source) for source in variants}) == len(variants)
+    assert len({code_hash(source) for source in rewrites}) == len(rewrites)
 
 
 def test_hash_sees_a_string_that_is_a_value() -> None:
