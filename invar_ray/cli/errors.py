@@ -16,7 +16,7 @@ from invar_ray.errors import InvarError
 P = ParamSpec("P")
 
 
-def clear_errors(
+def explain_errors(
     command: Callable[P, None], early: Callable[P, None] | None = None
 ) -> Callable[P, None]:
     """A user's mistake prints one error and exits 1; Ctrl-C and SIGTERM clean up and exit 130.

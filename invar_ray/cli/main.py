@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from invar_ray import __version__
-from invar_ray.cli.errors import clear_errors
+from invar_ray.cli.errors import explain_errors
 from invar_ray.cli.versions import versions_app
 from invar_ray.config import Config, load_config
 from invar_ray.errors import ResourceError
@@ -44,7 +44,7 @@ def _root(
 
 
 @app.command()
-@clear_errors
+@explain_errors
 def demo(
     overrides: Overrides = None,
     config: Recipe = DEFAULT,
@@ -60,7 +60,7 @@ def demo(
 
 
 @app.command()
-@clear_errors
+@explain_errors
 def index(
     corpus: Annotated[str, typer.Argument(help="File, folder or URI of documents.")],
     overrides: Overrides = None,
@@ -83,7 +83,7 @@ def index(
 
 
 @app.command()
-@clear_errors
+@explain_errors
 def questions(
     corpus: Annotated[str, typer.Argument(help="File, folder or URI of documents.")],
     overrides: Overrides = None,
@@ -119,7 +119,7 @@ def questions(
 
 
 @app.command()
-@clear_errors
+@explain_errors
 def train(
     stage: Annotated[
         str, typer.Argument(help="retriever (stage 1), generator (stage 2) or both.")
@@ -142,7 +142,7 @@ def train(
 
 
 @app.command()
-@clear_errors
+@explain_errors
 def evaluate(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
     """Evaluate the systems that evaluation.systems names; print the tables and where the report
     is.
@@ -157,7 +157,7 @@ def evaluate(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
 
 
 @app.command()
-@clear_errors
+@explain_errors
 def gate(
     baseline: Annotated[str, typer.Option(help="report.json, or the folder that holds it.")],
     candidate: Annotated[str, typer.Option(help="report.json, or the folder that holds it.")],
@@ -219,7 +219,7 @@ def gate(
 
 
 @app.command()
-@clear_errors
+@explain_errors
 def compare(
     first: Annotated[str, typer.Argument(help="report.json, or the folder that holds it.")],
     second: Annotated[
@@ -248,7 +248,7 @@ def compare(
 
 
 @app.command()
-@clear_errors
+@explain_errors
 def convert(
     source: Annotated[str, typer.Argument(help="A benchmark's file, or BEIR's folder.")],
     folder: Annotated[str, typer.Argument(help="Where to write questions.jsonl and corpus.jsonl.")],
@@ -275,7 +275,7 @@ def convert(
 
 
 @app.command()
-@clear_errors
+@explain_errors
 def export(
     adapter: Annotated[str, typer.Argument(help="URI of a stage-1 or stage-2 adapter.")],
     folder: Annotated[str, typer.Argument(help="New folder to write.")],
@@ -319,7 +319,7 @@ def _has_what_is_served(
 
 
 @app.command()
-@partial(clear_errors, early=_has_what_is_served)
+@partial(explain_errors, early=_has_what_is_served)
 def serve(
     overrides: Overrides = None,
     config: Recipe = DEFAULT,
@@ -337,7 +337,7 @@ def serve(
 
 
 @app.command()
-@clear_errors
+@explain_errors
 def ask(
     question: Annotated[str, typer.Argument(help="The question.")],
     url: Annotated[
@@ -368,7 +368,7 @@ def ask(
 
 
 @app.command()
-@clear_errors
+@explain_errors
 def doctor(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
     """Check this machine: versions, GPUs, FAISS, memory, storage, models; says what to do for each
     fault.

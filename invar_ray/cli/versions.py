@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from invar_ray.cli.errors import clear_errors
+from invar_ray.cli.errors import explain_errors
 
 versions_app = typer.Typer(
     help="Published versions of an index: publish, list, rollback, gc.", no_args_is_help=True
@@ -29,7 +29,7 @@ Note = Annotated[str, typer.Option(help="For people.")]
 
 
 @versions_app.command()
-@clear_errors
+@explain_errors
 def publish(
     indexes: Annotated[
         list[str], typer.Argument(help="URI of the index artifact, or of each shard.")
@@ -59,7 +59,7 @@ def publish(
 
 
 @versions_app.command("list")
-@clear_errors
+@explain_errors
 def show(root: Root, name: Name = "main") -> None:
     """All versions, the newest last; * is current, - cannot be gone back to any more."""
     from invar_ray.store.artifacts import Store
@@ -93,7 +93,7 @@ def show(root: Root, name: Name = "main") -> None:
 
 
 @versions_app.command()
-@clear_errors
+@explain_errors
 def rollback(
     root: Root,
     name: Name = "main",
@@ -112,7 +112,7 @@ def rollback(
 
 
 @versions_app.command()
-@clear_errors
+@explain_errors
 def gc(
     root: Root,
     name: Name = "main",
