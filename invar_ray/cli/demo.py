@@ -67,7 +67,8 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
             seconds = {**report.seconds, "serve and answer": round(time.monotonic() - served, 2)}
             print_answer(answer)
             written = write_report(
-                replace(report, seconds=seconds, answer=_for_report(asked, answer)), folder
+                replace(report, seconds=seconds, answer=_for_report(asked, answer)),
+                folder / "report.json",
             )
             report_uri = (
                 os.path.relpath(pipeline.report.uri)
