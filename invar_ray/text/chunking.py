@@ -168,6 +168,9 @@ def _token_windows(
             # the last one at or before the place wanted, else the first after it, else no overlap
             before = [index for index in near if index <= wanted]
             return before[-1] if before else near[0] if near else end
+        # Not before the sentence that is cut: the one in front of it fits, and stays whole.
+        at = bisect.bisect_left(sentences, end)
+        wanted = max(wanted, sentences[at - 1] if at else 0)
         for index in range(wanted, begin, -1):
             if between_words(index) and borders[index] > borders[begin]:
                 return index

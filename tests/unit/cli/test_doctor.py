@@ -137,7 +137,7 @@ def test_faiss_wheels() -> None:
 
 def test_faiss_is_imported_in_a_process_of_its_own() -> None:
     code = (
-        "import sys\nfrom invar_ray import doctor\n"
+        "import sys\nfrom invar_ray.cli import doctor\n"
         "check = doctor.check_faiss()[0]\nprint(check)\n"
         "sys.exit(check.status != 'ok' or bool({'faiss', 'ray', 'deepspeed'} & set(sys.modules)))"
     )

@@ -9,7 +9,7 @@ from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -181,6 +181,7 @@ def test_sentence_starts() -> None:
     tokens=st.integers(12, 60),
     overlap=st.integers(0, 11),
 )
+@example(lengths=[3, 13], tokens=13, overlap=10)  # the overlap reached back over a long sentence
 def test_no_sentence_is_cut_unless_it_is_longer_than_the_window(
     lengths: list[int], tokens: int, overlap: int
 ) -> None:
