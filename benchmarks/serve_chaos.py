@@ -139,7 +139,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
         num_cpus_per_replica=0.2,
         max_new_tokens=8,
         health_check_period_s=2,
-        record_uri=str(Path(tempfile.mkdtemp()) / "record.json"),
+        published=f"chaos-{os.getpid()}",
         api_keys=[key],
     )
     load = Load(

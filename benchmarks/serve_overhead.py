@@ -48,7 +48,7 @@ def main() -> None:
             generator_replicas=(1, 1),
             ingress_replicas=(1, 1),
             batch_wait_s=0.0,  # alone, a call waits for nobody
-            record_uri="",
+            published="",
         )
         url = start(args, port=0, log_level="WARNING")
         times: dict[str, list[float]] = {"direct_s": [], "served_s": []}

@@ -41,7 +41,7 @@ def main(pipeline: Pipeline, options: dict[str, str]) -> None:
         if before is not None and before.number == version.number
         else "is current now"
     )
-    print(f"version {version.number} {done}; follow it with follow_uri: {published.uri}")
+    print(f"version {version.number} {done}; serve it with index_uri: {published.uri}")
     if int(options["keep"]):
         gone = collect(published, int(options["keep"]), min_age_s=_MIN_AGE_S)
         print(f"gave up {len(gone.versions)} versions, removed {len(gone.removed)} artifacts")

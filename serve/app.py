@@ -23,10 +23,10 @@ from ray.serve.schema import LoggingConfig
 
 from invar_ray.errors import ResourceError
 from serve.args import AppArgs
+from serve.current import Current
 from serve.http.keys import keys_from_environment, service_keys
 from serve.http.limits import SERVICE
 from serve.ingress import IngressReplica
-from serve.record import RecordFile
 from serve.replicas.colocated import ColocatedReplica
 from serve.replicas.generator import GeneratorLoader, TransformersEngine, load_generator
 from serve.replicas.remote import OpenAIEngine
@@ -61,10 +61,10 @@ def compose(
         "meter": meter,
         "tracer": tracer,
     }
-    record = args.record()
+    versions_uri = args.versions_uri()
     retriever: dict[str, Any] = batches | {
         "configured": args.configured,
-        "record": RecordFile(record) if record else None,
+        "current": Current(versions_uri) if versions_uri else None,
         "allowed_drop": args.shadow_allowed_drop,
     }
     search: dict[str, Any] = {"memory_map": args.memory_map, "collapse": args.collapse_duplicates}

@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from invar_ray.errors import ConfigError
+from invar_ray.store.published import FOLDER, is_published, open_published
 from serve.http.keys import ApiKey, KeyRing
 from serve.http.limits import Limits
 from serve.telemetry.tracing import Tracing
@@ -39,7 +40,11 @@ class AppArgs(Limits):
         "served where the two fields below name none. A relative path is looked for here, then "
         "beside the package.",
     )
-    index_uri: str = Field("", description="Index artifact.")
+    index_uri: str = Field(
+        "",
+        description="Index artifact; or published versions, <root>/published/<name>: what is "
+        "current there, all its shards.",
+    )
     shard_uris: list[str] = Field(
         default_factory=list,
         description="More index artifacts of the same encoder: each is a shard with a deployment "
@@ -127,10 +132,12 @@ class AppArgs(Limits):
     graceful_shutdown_timeout_s: float = Field(
         20.0, ge=0, description="How long a leaving replica may work on."
     )
-    record_uri: str | None = Field(
-        None,
-        description="JSON file that keeps changes of the index over restarts; null puts it into "
-        "the index's store, an empty string keeps none and refuses changes.",
+    published: str = Field(
+        "main",
+        pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$",
+        description="Name of the published versions in the index's store: one that is newer than "
+        "the deployment is served in place of index_uri, on every replica. Empty: none; the index "
+        "is fixed, and POST /admin/index is refused.",
     )
     shadow_allowed_drop: float = Field(
         0.2,
@@ -145,12 +152,6 @@ class AppArgs(Limits):
     collapse_duplicates: bool = Field(
         False,
         description="Of passages of a shard with nearly the same text, find the best one only.",
-    )
-    follow_uri: str = Field(
-        "",
-        description="Where it stands which index to serve: published versions, "
-        "<root>/published/<name>, or a file with the URI of the index (of each shard) on a line; "
-        "empty: nowhere.",
     )
     require_api_key: bool = Field(
         False, description="Refuse to start without a key, see docs/design/serving.md."
@@ -171,6 +172,8 @@ class AppArgs(Limits):
     def _together(self) -> "AppArgs":
         if not self.store_uri and not (self.index_uri and self.generator_uri):
             raise ValueError("nothing to serve: give index_uri and generator_uri, or store_uri")
+        if self.shard_uris and is_published(self.index_uri):
+            raise ValueError("shard_uris: the published version that index_uri names has its own")
         if self.top_k > self.max_top_k:
             raise ValueError(f"top_k ({self.top_k}) is larger than max_top_k ({self.max_top_k})")
         if self.max_batch_size > self.max_ongoing_requests:
@@ -188,12 +191,15 @@ class AppArgs(Limits):
         return self
 
     def resolved(self) -> "AppArgs":
-        """With the current index of ``store_uri`` and its base's newest generator, where none are
-        named.
+        """With index artifacts for published versions, and with the current index of ``store_uri``
+        and its base's newest generator where none are named.
 
         Raises:
-            MissingArtifactError: if the store has none.
+            MissingArtifactError: if the store has none, or nothing has been published.
+            ConfigError: if the published version has several shards and the topology is colocated.
         """
+        if is_published(self.index_uri):
+            return self._of_published().resolved()
         if self.index_uri and self.generator_uri:
             return self
         from invar_ray.answering.current import current_index, newest_generator
@@ -217,6 +223,18 @@ class AppArgs(Limits):
             found["generator_uri"] = generator.uri
         return self.model_copy(update=found)
 
+    def _of_published(self) -> "AppArgs":
+        versions = open_published(self.index_uri)
+        index, *shards = versions.uris()
+        if shards and self.topology == "colocated":
+            raise ConfigError(
+                f"the current version at {versions.uri} has {len(shards) + 1} shards",
+                expected="one index in topology colocated",
+                action="set topology: split",
+            )
+        found = {"index_uri": index, "shard_uris": shards, "published": versions.name}
+        return self.model_copy(update=found)
+
     @property
     def configured(self) -> tuple[str, ...]:
         """Index URI of each shard."""
@@ -236,14 +254,11 @@ class AppArgs(Limits):
         """What requests may ask for, alone: clients are told it."""
         return Limits.model_validate({name: getattr(self, name) for name in Limits.model_fields})
 
-    def record(self) -> str:
-        """Where changes of the index are kept: ``<store>/serving/<index folder's name>.json``
-        unless said otherwise.
-        """
-        if self.record_uri is not None:
-            return self.record_uri
+    def versions_uri(self) -> str:
+        """Where the versions are published, ``<root>/published/<name>``; empty: nowhere."""
+        if not self.published:
+            return ""
+        from invar_ray.store.artifacts import split_uri
         from invar_ray.store.files import join_uri
 
-        root, _, name = self.index_uri.rstrip("/").rpartition("/")
-        store = root.rpartition("/")[0]
-        return join_uri(store, f"serving/{name}.json") if store else ""
+        return join_uri(split_uri(self.index_uri)[0], f"{FOLDER}/{self.published}")

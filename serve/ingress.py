@@ -12,9 +12,10 @@ from ray.serve.handle import DeploymentHandle
 
 from invar_ray.errors import ConfigError
 from serve.args import AppArgs
+from serve.current import Current
 from serve.http.api import make_api
 from serve.http.keys import KEY_ENV, KEYS_ENV, service_keys
-from serve.record import RecordFile
+from serve.index import ServedIndex
 from serve.replicas.handles import Handle
 from serve.service import Service
 from serve.telemetry.metrics import Meter
@@ -55,15 +56,16 @@ class IngressReplica:
             if len(shards) == 1
             else [f"retriever shard {number}" for number in range(len(shards))]
         )
-        record = args.record()
+        versions_uri = args.versions_uri()
+        shard_targets = [
+            Handle(name, handle, args.retry_after_s, meter)
+            for name, handle in zip(names, shards, strict=True)
+        ]
+        current = Current(versions_uri) if versions_uri else None
         self._service = Service(
-            [
-                Handle(name, handle, args.retry_after_s, meter)
-                for name, handle in zip(names, shards, strict=True)
-            ],
+            shard_targets,
             Handle("generator", generator, args.retry_after_s, meter),
-            configured=args.configured,
-            record=RecordFile(record) if record else None,
+            ServedIndex(shard_targets, current, meter, retry_after_s=args.retry_after_s),
             shard_timeout_s=args.shard_timeout_s,
             retry_after_s=args.retry_after_s,
             stability_share=args.stability_share,
@@ -85,7 +87,8 @@ class IngressReplica:
         )
 
     async def check_health(self) -> None:
-        """Nothing here can fail alone; also the moment at which the file to follow is looked at."""
-        uri = self._args.follow_uri
-        if uri and (self._following is None or self._following.done()):
-            self._following = asyncio.create_task(self._service.follow(uri))
+        """Nothing here can fail alone; also the moment at which the replicas are compared with what
+        is published.
+        """
+        if self._following is None or self._following.done():
+            self._following = asyncio.create_task(self._service.index.follow())

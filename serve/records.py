@@ -114,6 +114,9 @@ class ReplicaStatus:
         active_uri: the index that is being searched.
         error: why the requested index is not the active one; ``None`` if it is.
         versions: fingerprints of index and encoder.
+        configured: the index of its shard as deployed.
+        since: published versions above this number are served in place of the configured index;
+            ``None``: not known, the replica could not read them.
     """
 
     shard: str
@@ -122,6 +125,8 @@ class ReplicaStatus:
     active_uri: str
     error: str | None
     versions: dict[str, str]
+    configured: str = ""
+    since: int | None = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +144,7 @@ class Serving:
     """What the whole service serves; several shards' URIs are joined by commas.
 
     Attributes:
-        history: what was served before, oldest first.
+        history: what one can go back to, oldest first.
         report: of the shadow search, where this is what came of a change.
     """
 

@@ -11,19 +11,17 @@ import random
 import time
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Literal
 
 from invar_ray.errors import ConfigError, InvarError, RequestError
-from serve.errors import Conflict, ServiceError, Unavailable
-from serve.record import Desired, RecordFile, named_index
+from serve.errors import ServiceError, Unavailable
+from serve.index import ServedIndex
 from serve.records import (
     Context,
     Embedded,
     Found,
     GeneratorStatus,
-    Prepared,
     Question,
-    ReplicaStatus,
     Reply,
     Serving,
 )
@@ -33,7 +31,6 @@ from serve.telemetry.metrics import Meter
 from serve.telemetry.tracing import Tracer
 
 logger = logging.getLogger("ray.serve")
-_CHANGE_S = 600.0  # longest that loading and probing an index may take
 
 
 class Service:
@@ -42,8 +39,7 @@ class Service:
     Args:
         shards: one target per shard of the index; all of one encoder.
         generator: the target that answers.
-        configured: index URI of each shard, as deployed.
-        record: where changes of the index are written down; ``None`` refuses changes.
+        index: the index of the shards, and changes of it; ``None``: one that is not changed.
         shard_timeout_s: longest wait for one shard; a slower one is missing from the result.
         stability_share: share of the answers whose stability is measured in the background, 0 to 1.
     """
@@ -52,9 +48,8 @@ class Service:
         self,
         shards: Sequence[Target],
         generator: Target,
+        index: ServedIndex | None = None,
         *,
-        configured: Sequence[str] = (),
-        record: RecordFile | None = None,
         shard_timeout_s: float = 5.0,
         retry_after_s: float = 1.0,
         stability_share: float = 0.0,
@@ -62,13 +57,10 @@ class Service:
         tracer: Tracer | None = None,
     ) -> None:
         self._shards, self._generator = list(shards), generator
-        self._configured, self._record = tuple(configured), record
         self._shard_timeout_s, self._retry_after_s = shard_timeout_s, retry_after_s
         self._stability_share = stability_share
         self.meter, self.tracer = meter or Meter(), tracer or Tracer()
-        self._changing = asyncio.Lock()
-        self._requested: tuple[str, ...] | None = None
-        self._error: str | None = None
+        self.index = index or ServedIndex(self._shards, None, self.meter)
         self._ready_at = float("-inf")
         self._background: set[asyncio.Task[None]] = set()
 
@@ -151,33 +143,31 @@ class Service:
 
     async def describe(self) -> Serving:
         """What every replica serves."""
-        jobs = [shard.broadcast("describe", timeout_s=30) for shard in self._shards]
-        *shards, answering = await asyncio.gather(
-            *jobs, self._generator.call("describe_generator", left_s=30)
+        seen, generator = await asyncio.gather(
+            self.index.observe(), self._generator.call("describe_generator", left_s=30)
         )
-        generator: GeneratorStatus = answering
-        replicas: list[ReplicaStatus] = [replica for shard in shards for replica in shard]
-        record = await asyncio.to_thread(self._read)
-        failed = [each for each in replicas if each.error]
+        answering: GeneratorStatus = generator
+        failed = [each for each in seen.replicas if each.error]
         return Serving(
             requested_uri=_joined(
-                {(each.shard, each.requested_uri) for each in failed or replicas}
+                {(each.shard, each.requested_uri) for each in failed or seen.replicas}
             ),
-            active_uri=_joined({(each.shard, each.active_uri) for each in replicas}),
-            error=failed[0].error if failed else None,
-            replicas=tuple(replicas),
-            history=tuple(",".join(entry) for entry in record.history),
-            generator=generator,
-            versions={**_versions([each.versions for each in replicas]), **generator.versions},
+            active_uri=_joined({(each.shard, each.active_uri) for each in seen.replicas}),
+            error=failed[0].error if failed else seen.unread,
+            replicas=seen.replicas,
+            history=tuple(",".join(index) for _, index in reversed(seen.earlier)),
+            generator=answering,
+            versions={**_versions([each.versions for each in seen.replicas]), **answering.versions},
         )
 
     async def check(self) -> None:
-        """Search every shard and generate a token.  A success counts for a second: anyone may ask,
-        and it costs.
+        """Search every shard and generate a token; replicas that differ for longer than a change
+        takes are a fault too.  A success counts for a second: anyone may ask, and it costs.
 
         Raises:
             ServiceError: 503, whatever is wrong.
         """
+        self.index.check()
         if time.monotonic() - self._ready_at < 1.0:
             return
         try:
@@ -193,96 +183,15 @@ class Service:
             raise Unavailable("a health check failed", self._retry_after_s) from error
         self._ready_at = time.monotonic()
 
-    # Changes of the index
-
     async def change_index(self, uris: Sequence[str] | None) -> Serving:
-        """Serve other indexes, one per shard; ``None`` goes back to those before.
-
-        Every replica loads and probes its new index beside the old one; only once all have it ready
-        is the change written down and made.  A failure anywhere leaves everything as it was.
+        """Serve other indexes, one per shard; ``None`` goes back to those before; see
+        :meth:`serve.index.ServedIndex.change`.
 
         Returns:
             What :meth:`describe` gives, with the report of the shadow search.
-
-        Raises:
-            RequestError: for another number of indexes than of shards, or with nothing to go back
-                to.
-            ServiceError: 409 if a replica cannot serve its index, or another change is under way.
         """
-        if self._record is None:
-            raise Conflict("this service keeps no record of its index, so it cannot change it")
-        if self._changing.locked():
-            raise Conflict("another change of the index is under way", self._retry_after_s)
-        async with self._changing:
-            record = await asyncio.to_thread(self._read)
-            if uris is not None and len(uris) != len(self._shards):
-                raise RequestError(
-                    f"index_uri names {len(uris)} indexes",
-                    expected=f"{len(self._shards)}, one per shard",
-                )
-            if uris is None and not record.history:
-                raise RequestError(
-                    "there is no earlier index to go back to", action="name one with index_uri"
-                )
-            wanted = record.rolled_back() if uris is None else record.changed(tuple(uris))
-            report = await self._prepare(wanted.index)
-            if wanted.index != record.index:
-                await asyncio.to_thread(self._record.write, wanted)
-            try:
-                await self._everywhere("activate", [(uri,) for uri in wanted.index])
-            except (
-                ServiceError
-            ) as error:  # it is written down: who missed it reads it at the next health check
-                logger.warning("not every replica could be told of the change: %s", error.message)
-            self.meter.record("invar_index_changes_total", outcome="changed")
-            logger.info("the index is now %s", ",".join(wanted.index))
-            return replace(await self.describe(), report=report)
-
-    async def _prepare(self, uris: Sequence[str]) -> dict[str, Any]:
-        prepared: list[Prepared] = [
-            each
-            for shard in await self._everywhere("prepare", [(uri,) for uri in uris])
-            for each in shard
-        ]
-        errors = [each.error for each in prepared if each.error is not None]
-        if errors:
-            await self._everywhere("discard", [(uri, errors[0]) for uri in uris])
-            self.meter.record("invar_index_changes_total", outcome="refused")
-            raise Conflict(f"the index was not changed: {errors[0]}")
-        return {
-            "replicas": len(prepared),
-            **next((each.report for each in prepared if each.report), {}),
-        }
-
-    async def _everywhere(
-        self, method: str, arguments: Sequence[tuple[Any, ...]]
-    ) -> list[list[Any]]:
-        jobs = [
-            shard.broadcast(method, *each, timeout_s=_CHANGE_S)
-            for shard, each in zip(self._shards, arguments, strict=True)
-        ]
-        return list(await asyncio.gather(*jobs))
-
-    async def follow(self, uri: str) -> None:
-        """Serve the index that ``uri`` names, if it is new; errors are logged.
-
-        Args:
-            uri: published versions (``<root>/published/<name>``), or a file with a line per shard.
-        """
-        try:
-            wanted = await asyncio.to_thread(named_index, uri)
-            if wanted in {self._requested, (await asyncio.to_thread(self._read)).index}:
-                return
-            self._requested = wanted  # a broken one is tried once, not at every look
-            await self.change_index(wanted)
-        except (OSError, UnicodeDecodeError, InvarError, ServiceError) as error:
-            logger.warning(
-                "the index that %s names is not served: %s", uri, getattr(error, "message", error)
-            )
-
-    def _read(self) -> Desired:
-        plain = Desired(self._configured, self._configured)
-        return plain if self._record is None else self._record.read(self._configured)
+        report = await self.index.change(uris)
+        return replace(await self.describe(), report=report)
 
     # Live stability
 

@@ -6,9 +6,10 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import shutil
 import threading
 from collections import defaultdict
-from collections.abc import Coroutine
+from collections.abc import AsyncIterator, Coroutine
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -28,12 +29,13 @@ from invar_ray.models.encoder import llm_spec, open_encoder
 from invar_ray.schema import Passage, passage_schema, to_table, vector_schema
 from invar_ray.steps.base import build as build_base
 from invar_ray.steps.base import plan as base_plan
-from invar_ray.store.artifacts import Plan, Store
+from invar_ray.store.artifacts import Plan, Store, split_uri
+from serve.current import Current
 from serve.http.api import make_api
 from serve.http.limits import Limits
-from serve.record import RecordFile
+from serve.index import ServedIndex
 from serve.replicas.generator import AnswerEngine, TransformersEngine, load_generator
-from serve.replicas.retriever import RetrieverReplica, load_retriever
+from serve.replicas.retriever import RetrieverLoader, RetrieverReplica, load_retriever
 from serve.replicas.targets import LocalTarget
 from serve.service import Service
 from serve.telemetry.metrics import Meter, Metric
@@ -169,6 +171,39 @@ class Memory:
         ]
 
 
+class Several:
+    """Replicas in this process behind one name, asked in turn."""
+
+    def __init__(self, name: str, cores: list[RetrieverReplica]) -> None:
+        self.name, self.cores, self._asked = name, cores, 0
+
+    async def call(self, method: str, *args: Any, left_s: float) -> Any:
+        """See :class:`serve.replicas.targets.Target`."""
+        self._asked += 1
+        return await getattr(self.cores[self._asked % len(self.cores)], method)(*args)
+
+    def stream(self, method: str, *args: Any, left_s: float) -> AsyncIterator[Any]:
+        """A retriever streams nothing."""
+        raise NotImplementedError
+
+    async def broadcast(self, method: str, *args: Any, timeout_s: float) -> list[Any]:
+        """See :class:`serve.replicas.targets.Target`."""
+        return await asyncio.gather(*(getattr(core, method)(*args) for core in self.cores))
+
+
+def root_of(artifacts: Artifacts) -> str:
+    """Root of the store that holds them."""
+    return split_uri(artifacts.index_uri)[0]
+
+
+def copy_of(artifacts: Artifacts, folder: Path) -> Artifacts:
+    """The same artifacts in a store of the test's own, which it may publish in and break."""
+    root = root_of(artifacts)
+    shutil.copytree(root, folder / "store", ignore=shutil.ignore_patterns("published"))
+    values = dataclasses.asdict(artifacts).items()
+    return Artifacts(**{name: uri.replace(root, str(folder / "store")) for name, uri in values})
+
+
 class Live:
     """A service in this process: its event loop in a thread, its routes behind uvicorn on a free
     port.
@@ -176,7 +211,10 @@ class Live:
     Args:
         artifacts: what it serves.
         shards: index URIs; ``None`` is the one of all passages.
-        record: file that keeps changes of the index.
+        published: name of the versions in the artifacts' store that it follows; empty: none.
+        replicas: of each shard.
+        loader: of retrievers.
+        index: options of :class:`serve.index.ServedIndex`.
         engine: answers instead of the artifact's generator.
         options: of :func:`serve.http.api.make_api`; ``service`` has those of
             :class:`serve.service.Service`.
@@ -187,7 +225,10 @@ class Live:
         artifacts: Artifacts,
         *,
         shards: list[str] | None = None,
-        record: Path | None = None,
+        published: str = "",
+        replicas: int = 1,
+        loader: RetrieverLoader = load_retriever,
+        index: dict[str, Any] | None = None,
         engine: AnswerEngine | None = None,
         limits: Limits = LIMITS,
         service: dict[str, Any] | None = None,
@@ -199,38 +240,26 @@ class Live:
         self._thread.start()
         self.memory = Memory()
         meter = Meter(self.memory)
-        configured = tuple(shards or [artifacts.index_uri])
-        file = RecordFile(str(record)) if record else None
+        self.configured = tuple(shards or [artifacts.index_uri])
+        self._loader, self._meter, self._tracer = loader, meter, tracer
+        self._current = (
+            Current(f"{root_of(artifacts)}/published/{published}") if published else None
+        )
 
         async def build() -> None:
-            self.retrievers = [
-                RetrieverReplica(
-                    load_retriever,
-                    record=file,
-                    shard=number,
-                    configured=configured,
-                    meter=meter,
-                    tracer=tracer,
-                )
-                for number in range(len(configured))
+            self.targets = [
+                Several(f"shard {number}", [await self._start(number) for _ in range(replicas)])
+                for number in range(len(self.configured))
             ]
-            for core, uri in zip(self.retrievers, configured, strict=True):
-                await core.configure(uri)
             self.engine = engine or TransformersEngine(
                 artifacts.generator_uri, load_generator, meter=meter, tracer=tracer
             )
-            self.targets = [
-                LocalTarget(f"shard {n}", core) for n, core in enumerate(self.retrievers)
-            ]
-            generator = LocalTarget("generator", self.engine)
-            given = {
-                "configured": configured,
-                "record": file,
-                "meter": meter,
-                "tracer": tracer,
-                **(service or {}),
-            }
-            self.service = Service(self.targets, generator, **given)
+            self.service = Service(
+                self.targets,
+                LocalTarget("generator", self.engine),
+                ServedIndex(self.targets, self._current, meter, **(index or {})),
+                **{"meter": meter, "tracer": tracer, **(service or {})},
+            )
             self.app = make_api(self.service, limits, **options)
 
         self.run(build())
@@ -244,6 +273,33 @@ class Live:
         port = self._server.servers[0].sockets[0].getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.client = httpx.Client(base_url=self.url, timeout=60, trust_env=False)
+
+    @property
+    def retrievers(self) -> list[RetrieverReplica]:
+        """Every replica, ordered by shard."""
+        return [core for target in self.targets for core in target.cores]
+
+    def add(self, shard: int = 0) -> RetrieverReplica:
+        """One more replica of a shard, started now."""
+        core = self.run(self._start(shard))
+        self.targets[shard].cores.append(core)
+        return core
+
+    async def _start(self, shard: int) -> RetrieverReplica:
+        core = RetrieverReplica(
+            self._loader,
+            current=self._current,
+            shard=shard,
+            configured=self.configured,
+            meter=self._meter,
+            tracer=self._tracer,
+        )
+        await core.configure(self.configured[shard])
+        return core
+
+    def follow(self) -> None:
+        """What the ingress does at each of its health checks."""
+        self.run(self.service.index.follow())
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
         """Run a coroutine in the service's loop."""

@@ -52,7 +52,7 @@ def publish(
     published = Published(artifacts[0].store, name)
     version = published.publish(artifacts, expected=expected, note=note)
     print(f"version {version.number}: {', '.join(version.index)}")
-    print(f"follow it with follow_uri: {published.uri}")
+    print(f"serve it with index_uri: {published.uri}")
     if keep is not None:
         gone = collect(published, keep)
         print(f"gave up {len(gone.versions)} versions, removed {len(gone.removed)} artifacts")

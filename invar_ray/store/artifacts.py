@@ -417,6 +417,16 @@ def open_artifact(uri: str, kind: str | None = None) -> Artifact:
     """Open an artifact by its own URI ``<root>/<kind>/<name>-<fingerprint>``; errors as
     :meth:`Store.open`.
     """
+    root_uri, ref = split_uri(uri)
+    return Store(root_uri).open(ref, kind)
+
+
+def split_uri(uri: str) -> tuple[str, str]:
+    """URI of the store's root, and ref, of an artifact's URI; nothing is read.
+
+    Raises:
+        MissingArtifactError: the URI is not of the form ``<root>/<kind>/<name>-<fingerprint>``.
+    """
     parts = urlsplit(uri)
     path = parts.path.rstrip("/") if "://" in uri else os.path.abspath(os.path.expanduser(uri))
     head, _, leaf = path.rpartition("/")
@@ -428,4 +438,4 @@ def open_artifact(uri: str, kind: str | None = None) -> Artifact:
     root_uri = (
         urlunsplit((parts.scheme, parts.netloc, root, parts.query, "")) if "://" in uri else root
     )
-    return Store(root_uri).open(f"{folder}/{leaf}", kind)
+    return root_uri, f"{folder}/{leaf}"

@@ -14,8 +14,8 @@ import numpy as np
 from invar_ray.answering.filters import Where
 from invar_ray.errors import ConfigError, InvarError, RequestError
 from invar_ray.text.tokens import text_ids
+from serve.current import FIXED, Current
 from serve.errors import OutOfTime
-from serve.record import RecordFile
 from serve.records import Embedded, Found, Prepared, ReplicaStatus, Vectors
 from serve.replicas.batching import Batcher, Worker
 from serve.telemetry.metrics import Meter
@@ -64,7 +64,8 @@ class RetrieverReplica:
         loader: index URI in, ready retriever out.
         max_batch_size: questions that are encoded and searched together.
         batch_wait_s: how long the first of them waits for others.
-        record: where changes are written down; ``None`` forgets them with the replica.
+        current: the published versions, one of which may be served in place of the configured
+            index; ``None``: there are none.
         shard: number of the shard.
         configured: index URI of every shard, as deployed.
         allowed_drop: see :func:`serve.replicas.shadow.compare`.
@@ -77,7 +78,7 @@ class RetrieverReplica:
         max_batch_size: int = 8,
         batch_wait_s: float = 0.005,
         *,
-        record: RecordFile | None = None,
+        current: Current | None = None,
         shard: int = 0,
         configured: tuple[str, ...] = (),
         allowed_drop: float = 0.2,
@@ -85,12 +86,9 @@ class RetrieverReplica:
         meter: Meter | None = None,
         tracer: Tracer | None = None,
     ) -> None:
-        self._loader, self._record, self._shard, self._allowed_drop = (
-            loader,
-            record,
-            shard,
-            allowed_drop,
-        )
+        self._loader, self._shard, self._allowed_drop = loader, shard, allowed_drop
+        self._current, self._since = current, None if current else 0
+        self._unread: str | None = None
         self._worker = Worker()
         self._configured, self.replica = configured, replica or _replica_name()
         self._meter, self._tracer = meter or Meter(), tracer or Tracer()
@@ -101,8 +99,6 @@ class RetrieverReplica:
         self._retriever: Retriever | None = None
         self._staged: dict[str, Retriever] = {}
         self._reports: dict[str, dict[str, Any]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
-        self._generation = 0
         self.requested_uri = self.active_uri = ""
         self.error: str | None = None
 
@@ -218,7 +214,11 @@ class RetrieverReplica:
         await self.configure(uri)
 
     async def configure(self, uri: str) -> None:
-        """Serve what the record says for this configuration, else ``uri``.
+        """Serve the published version if it is newer than this configuration, else ``uri``.
+
+        A first index that was published and cannot be loaded gives way to the version before it,
+        then to ``uri``: an old answer is better than none.  The error is shown, and the service
+        tries again (:meth:`serve.service.Service.follow`).
 
         Raises:
             Exception: whatever the loader raised, if nothing is being served yet.
@@ -231,16 +231,17 @@ class RetrieverReplica:
                 uri,
                 *self._configured[self._shard + 1 :],
             )
-        wanted = await asyncio.to_thread(self._desired)
+        wanted = [*await asyncio.to_thread(self._published), uri]
         first = self._retriever is None
-        outcome = await self.prepare(wanted, first=first and wanted == uri)
-        if outcome.error is None:
-            await self.activate(wanted)
-        elif first:
-            logger.error("the recorded index %s cannot be served, the configured one is", wanted)
-            await self.prepare(uri, first=True)
-            await self.activate(uri)
-            self.requested_uri, self.error = wanted, outcome.error
+        error: str | None = None
+        for place in wanted if first else wanted[:1]:
+            outcome = await self.prepare(place, first=first and place == wanted[-1])
+            if outcome.error is None:
+                await self.activate(place)
+                break
+            error = error or outcome.error
+        if error is not None:
+            self.requested_uri, self.error = wanted[0], error
 
     async def prepare(self, uri: str, *, first: bool = False) -> Prepared:
         """Load the index at ``uri`` beside the one in service and try it; says what came of it.
@@ -301,28 +302,44 @@ class RetrieverReplica:
         return self.status()
 
     async def discard(self, uri: str, error: str) -> ReplicaStatus:
-        """Forget a prepared index that some other replica cannot serve."""
-        self._staged.pop(uri, None)
-        self.requested_uri, self.error = uri, self.error or error
+        """Forget a prepared index that some other replica cannot serve; one that is served already
+        stays.
+        """
+        if uri != self.active_uri:
+            self._staged.pop(uri, None)
+            self.requested_uri, self.error = uri, self.error or error
         return self.status()
 
-    def _desired(self) -> str:
-        if self._record is None:
-            return self._configured[self._shard]
-        record = self._record.read(self._configured)
-        self._generation = record.generation
-        return record.index[self._shard]
+    def _published(self) -> list[str]:
+        """Published indexes of this shard that overrule the configured one: the newest, and the one
+        before it.
+        """
+        if self._current is None:
+            return []
+        self._since, self._unread = None, None
+        try:
+            since = self._current.since(self._configured)
+            newest = self._current.newest()
+            earlier = self._current.earlier(newest)[:1] if newest else []
+        except (InvarError, OSError) as error:
+            self._unread = f"the published versions are not known: {error}"
+            logger.error("%s", self._unread)
+            return []
+        self._since = since
+        if newest is None or newest.decided <= since:
+            return []
+        indexes = [newest.index, *(index for version, index in earlier if version.number > since)]
+        fit = [index for index in indexes if len(index) == len(self._configured)]
+        return [index[self._shard] for index in fit]
 
-    async def follow(self) -> None:
-        """Take up a change that this replica missed (it was starting, or could not be reached)."""
-        before = self._generation
-        wanted = await asyncio.to_thread(self._desired)
-        if (
-            self._generation != before
-            and wanted != self.active_uri
-            and (await self.prepare(wanted)).error is None
-        ):
-            await self.activate(wanted)
+    def _ask_again(self) -> None:
+        if self._current is not None and self._since in {None, FIXED}:
+            try:
+                since = self._current.since(self._configured)
+                self._current.newest()  # of a log that cannot be read nobody knows what is newer
+                self._since, self._unread = since, None
+            except (InvarError, OSError) as error:
+                logger.warning("the published versions are not known: %s", error)
 
     # State and health
 
@@ -333,34 +350,25 @@ class RetrieverReplica:
             replica=self.replica,
             requested_uri=self.requested_uri,
             active_uri=self.active_uri,
-            error=self.error,
+            error=self.error or self._unread,
             versions=dict(self._loaded().versions),
+            configured=self._configured[self._shard] if self._configured else "",
+            since=self._since,
         )
 
     async def describe(self) -> ReplicaStatus:
-        """:meth:`status`, for callers elsewhere."""
+        """:meth:`status`, for callers elsewhere; versions that could not be read at the start are
+        asked for again.
+        """
+        await asyncio.to_thread(self._ask_again)
         return self.status()
 
     async def check_health(self) -> None:
-        """Search for real; Serve calls this now and then, and replaces a replica that fails.  Also
-        the moment at which a missed change is noticed.
-        """
+        """Search for real; Serve calls this now and then, and replaces a replica that fails."""
         await self._worker.check(self._probe)
-        if self._record is not None and not self._changing.locked() and not self._tasks:
-            task = asyncio.create_task(
-                self._follow_quietly()
-            )  # loading takes longer than a health check may
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
 
     def _probe(self) -> None:
         self._loaded().retrieve([PROBE], 1)
-
-    async def _follow_quietly(self) -> None:
-        try:
-            await self.follow()
-        except Exception:
-            logger.exception("the record of the served index cannot be followed")
 
     def close(self) -> None:
         """Let running work end; take no more."""

@@ -268,7 +268,7 @@ def test_the_newest_artifacts_of_a_store_are_served(artifacts: Artifacts, tmp_pa
     assert (args.index_uri, args.generator_uri) == (made["retriever"], made["demo"])
     named = AppArgs(store_uri=str(tmp_path), index_uri="elsewhere").resolved()
     assert (named.index_uri, named.generator_uri) == ("elsewhere", made["demo"])
-    assert args.record() == f"{tmp_path}/serving/{made['retriever'].rpartition('/')[2]}.json"
+    assert args.versions_uri() == f"{tmp_path}/published/main"
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "config.tiny.yaml"])

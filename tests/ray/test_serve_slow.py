@@ -65,7 +65,7 @@ def scaling(local_ray: Any, artifacts: Artifacts) -> Iterator[str]:
     args = AppArgs(
         index_uri=artifacts.index_uri,
         generator_uri=artifacts.generator_uri,
-        record_uri="",
+        published="",
         ingress_replicas=(1, 1),
         retriever_replicas=(1, 1),
         generator_replicas=(1, 2),

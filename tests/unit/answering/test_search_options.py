@@ -20,7 +20,7 @@ from invar_ray.cli.main import app
 from invar_ray.errors import RequestError
 from invar_ray.index.faiss_index import Index, build_faiss
 from invar_ray.schema import PASSAGE_SCHEMA, Hit, Passage, to_table
-from serve.record import named_index
+from invar_ray.store.published import open_published
 from serve.replicas.retriever import load_retriever
 from tests.support import ISLANDS, World, world
 
@@ -187,12 +187,14 @@ def test_command_line_of_versions(small: World) -> None:
     place = f"{root}/published/main"
     assert "nothing has been published" in run("list", "--root", root)
     assert "version 1: index/base-" in run("publish", first, "--note", "nightly", "--expected", "0")
-    assert f"follow_uri: {place}" in run("publish", second)
-    assert named_index(place) == (second,)
-    assert named_index(f"{place}/CURRENT") == (second,)
+    assert f"index_uri: {place}" in run("publish", second)
+    versions = open_published(place)
+    assert versions.uris() == (second,)
+    lines = Path(place, "CURRENT").read_text().splitlines()
+    assert [line for line in lines if not line.startswith("#")] == [second]
     assert "is at version 2, not at 1" in run("publish", first, "--expected", "1", code=1)
     assert "version 3 is version 1 again" in run("rollback", "--root", root, "--note", "worse")
-    assert named_index(place) == (first,)
+    assert versions.uris() == (first,)
     lines = run("list", "--root", root).splitlines()
     assert [line.split()[0] for line in lines] == ["1", "2", "*"]
     assert "rollback -> 1" in lines[2]
@@ -203,12 +205,4 @@ def test_command_line_of_versions(small: World) -> None:
     assert f"would be removed: {small.adapter_index.ref}" not in run(
         "gc", "--root", root, "--keep", "1", "--dry-run"
     )
-    open_retriever(named_index(place)[0])
-
-
-def test_file_to_follow_may_hold_comments(tmp_path: Path) -> None:
-    place = tmp_path / "follow.txt"
-    place.write_text("# the index of tonight\n\nruns/index/a-1\n  runs/index/b-2  \n")
-    assert named_index(str(place)) == ("runs/index/a-1", "runs/index/b-2")
-    with pytest.raises(OSError):
-        named_index(str(tmp_path / "nothing"))
+    open_retriever(versions.uris()[0])

@@ -35,7 +35,7 @@ def store(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> Store:
 def test_nights(store: Store, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = Run(store, make_index(store, 1)), Run(store, make_index(store, 2))
     publish_index.main(first, OPTIONS)  # type: ignore[arg-type]
-    assert "version 1 is current now; follow it with follow_uri: " in capsys.readouterr().out
+    assert "version 1 is current now; serve it with index_uri: " in capsys.readouterr().out
     publish_index.main(first, OPTIONS)  # type: ignore[arg-type]
     assert "version 1 is current already" in capsys.readouterr().out
     publish_index.main(second, OPTIONS | {"keep": "1"})  # type: ignore[arg-type]

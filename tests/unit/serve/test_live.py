@@ -11,7 +11,6 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,10 +18,8 @@ import numpy as np
 import openai
 import pytest
 
-from serve.http.index_forms import IndexChangeResponse, IndexResponse
 from serve.http.keys import ApiKey
 from serve.http.protocol import AnswerResponse, StabilityResponse
-from serve.record import Desired, RecordFile
 from tests.serving import LIMITS, TEXTS, Artifacts, Live, fault, shared_artifacts
 
 FERRY = "When does the ferry leave?"
@@ -255,99 +252,6 @@ def test_stability_is_what_the_parts_say(live: Live) -> None:
     assert hits_only["agreement"] is None
     assert hits_only["overlap"] == result.overlap
     fault(live("POST", "/v1/stability", json={**body, "rewrites": 6}), 422, "invalid_request")
-
-
-def test_an_index_change_is_probed_and_written_down(artifacts: Artifacts, tmp_path: Path) -> None:
-    live = Live(artifacts, record=tmp_path / "record.json", keys=(ADMIN,))
-
-    def change(**body: Any) -> httpx.Response:
-        return live("POST", "/admin/index", json=body, headers=ROOT)
-
-    def state() -> IndexResponse:
-        return IndexResponse.model_validate(live("GET", "/v1/index", headers=ROOT).json())
-
-    try:
-        first = state().versions["index"]
-        assert "kind 'index'" in fault(change(index_uri=artifacts.generator_uri), 409, "conflict")
-        assert "shadow search" in fault(
-            change(index_uri=artifacts.scrambled_index_uri), 409, "conflict"
-        )
-        after = state()
-        assert (after.index.requested_uri, after.index.active_uri) == (
-            artifacts.scrambled_index_uri,
-            artifacts.index_uri,
-        )
-        assert after.index.error is not None
-        assert after.versions["index"] == first
-        assert (
-            live("POST", "/v1/retrieve", json={"question": FERRY}, headers=ROOT).json()["versions"][
-                "index"
-            ]
-            == first
-        )
-        fault(change(), 422, "invalid_request")
-        fault(change(index_uri="x", rollback=True), 422, "invalid_request")
-        fault(change(index_uri=["a", "b"]), 422, "invalid_request")
-        assert "no earlier" in fault(change(rollback=True), 422, "invalid_request")
-
-        done = IndexChangeResponse.model_validate(
-            change(index_uri=artifacts.other_index_uri).json()
-        )
-        assert (done.index.active_uri, done.index.error) == (artifacts.other_index_uri, None)
-        assert done.report["new_recall"] == 1.0
-        assert 0 <= done.report["same_hits"] <= 1
-        assert done.versions["index"] != first
-        assert state().history == [artifacts.index_uri]
-        # A replica that starts now serves what was switched to, not what was configured.
-        again = Live(artifacts, record=tmp_path / "record.json", keys=(ADMIN,))
-        found = again("POST", "/v1/retrieve", json={"question": FERRY}, headers=ROOT).json()
-        assert found["versions"]["index"] == done.versions["index"]
-        # One that was there and missed a change takes it up at a health check.
-        assert change(rollback=True).json()["versions"]["index"] == first
-        again.run(again.retrievers[0].follow())
-        assert again("GET", "/v1/index", headers=ROOT).json()["versions"]["index"] == first
-        assert state().history == []
-        again.close()
-    finally:
-        live.close()
-
-
-def test_a_broken_record_entry_falls_back_to_the_configured_index(
-    artifacts: Artifacts, tmp_path: Path
-) -> None:
-    file = RecordFile(str(tmp_path / "record.json"))
-    configured = (artifacts.index_uri,)
-    file.write(Desired(configured, configured).changed((str(tmp_path / "gone"),)))
-    live = Live(artifacts, record=tmp_path / "record.json")
-    try:
-        body = IndexResponse.model_validate(live("GET", "/v1/index").json())
-        assert body.index.active_uri == artifacts.index_uri
-        assert body.index.requested_uri == str(tmp_path / "gone")
-        assert "no artifact" in str(body.index.error)
-        # A record for another configuration is no news.
-        assert file.read((artifacts.other_index_uri,)).index == (artifacts.other_index_uri,)
-    finally:
-        live.close()
-
-
-def test_a_file_can_be_followed(artifacts: Artifacts, tmp_path: Path) -> None:
-    live = Live(artifacts, record=tmp_path / "record.json")
-    current = tmp_path / "CURRENT"
-    try:
-        live.run(live.service.follow(str(current)))  # not there: nothing happens
-        current.write_text(f"{artifacts.other_index_uri}\n")
-        live.run(live.service.follow(str(current)))
-        assert live("GET", "/v1/index").json()["index"]["active_uri"] == artifacts.other_index_uri
-        current.write_text(artifacts.scrambled_index_uri)
-        for _ in range(2):
-            live.run(live.service.follow(str(current)))
-        assert live("GET", "/v1/index").json()["index"]["active_uri"] == artifacts.other_index_uri
-        assert live.memory.of("invar_index_changes_total") == [
-            1.0,
-            1.0,
-        ]  # changed once, refused once
-    finally:
-        live.close()
 
 
 def test_shards_find_what_one_index_finds_and_say_when_one_is_missing(

@@ -1,0 +1,210 @@
+"""Which index a service serves: the one that it was deployed with, until a newer version is
+published.
+
+The versions are those of :class:`invar_ray.store.published.Published`, which the command line and
+the nightly job write as well.  What counts as newer has to be the same for every replica, whenever
+it starts: the number that was current when the service first ran with its index is kept beside the
+versions, written once::
+
+    <root>/published/<name>/deployed/<digest of the index>.json
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from urllib.parse import urlsplit
+
+from invar_ray.errors import ArtifactError, ConflictError, CorruptArtifactError, InvarError
+from invar_ray.store import conditional
+from invar_ray.store.artifacts import open_artifact
+from invar_ray.store.files import join_uri, resolve_uri
+from invar_ray.store.manifest import digest
+from invar_ray.store.publication import Version
+from invar_ray.store.published import Published, open_published
+
+logger = logging.getLogger("ray.serve")
+FIXED = sys.maxsize
+"""A ``since`` that no version is newer than: the store cannot be written, the index stays."""
+
+_KEPT = 20  # earlier versions that are shown
+
+
+@dataclass(frozen=True, slots=True)
+class Newest:
+    """The newest version.
+
+    Attributes:
+        version: its record; a collection's record repeats the index that is current.
+        decided: number of the record that made this index current.
+        index: index URIs, one a shard.
+    """
+
+    version: Version
+    decided: int
+    index: tuple[str, ...]
+
+
+class Current:
+    """The published versions as a service uses them.
+
+    Args:
+        uri: ``<root>/published/<name>``; all replicas must reach it.
+    """
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self._records: dict[int, Version] = {}  # records never change
+
+    @cached_property
+    def _published(self) -> Published:
+        return open_published(self.uri)
+
+    def newest(self) -> Newest | None:
+        """What is current, or ``None`` where nothing has been published.
+
+        Raises:
+            ArtifactError: if the store cannot be read, or a record is damaged.
+        """
+        version = record = self._published.current()
+        if version is None or record is None:
+            return None
+        while record.action == "gc":
+            record = self._record(record.number - 1)
+        return Newest(version, record.number, self._published.uris(version))
+
+    def earlier(self, newest: Newest) -> list[tuple[Version, tuple[str, ...]]]:
+        """Versions that one can go back to, with their index URIs, newest first.
+
+        Raises:
+            ArtifactError: as :meth:`newest`.
+        """
+        found: list[tuple[Version, tuple[str, ...]]] = []
+        for number in range(newest.version.source - 1, 0, -1):
+            record = self._record(number)
+            if record.action == "publish" and number not in newest.version.collected:
+                found.append((record, self._published.uris(record)))
+            if len(found) == _KEPT:
+                break
+        return found
+
+    def since(self, configured: Sequence[str]) -> int:
+        """Number of the version that was current when a service first ran with this index (0:
+        none): only newer ones are served in its place.
+
+        Args:
+            configured: index URIs as deployed, one a shard.
+
+        Returns:
+            The number, or :data:`FIXED` where it could not be written down.
+
+        Raises:
+            ArtifactError: if the store cannot be read, or the file is damaged.
+        """
+        refs = ["/".join(urlsplit(uri).path.rstrip("/").split("/")[-2:]) for uri in configured]
+        ref = f"{self._published.ref}/deployed/{digest(refs)}.json"
+        uri = join_uri(self._published.store.root_uri, ref)
+        known = _number(uri)
+        if known is not None:
+            return known
+        newest = self._published.current()
+        number = newest.number if newest else 0
+        values = {
+            "number": number,
+            "index": refs,
+            "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "token": uuid.uuid4().hex,
+        }
+        try:
+            if conditional.create_if_absent(uri, json.dumps(values, indent=1).encode()):
+                return number
+        except (InvarError, OSError) as error:
+            logger.warning(
+                "%s cannot be written, so published versions do not count: %s", uri, error
+            )
+            return FIXED
+        known = _number(uri)  # another replica was faster
+        return number if known is None else known
+
+    def publish(
+        self, index: Sequence[str], expected: int, served: Sequence[str] | None = None
+    ) -> None:
+        """Make an index current that every replica has ready.
+
+        Args:
+            index: its URIs, one a shard, of this store.
+            expected: number of the newest version that the change was made against (0: none).
+            served: the index that is served without having been published: it is published first,
+                so that one can go back to it.
+
+        Raises:
+            ConflictError: if another writer was faster.
+            ArtifactError: if the index cannot be published, or the store cannot be written.
+        """
+        if served is not None:
+            expected = self._publish_served(served, expected)
+        artifacts = [open_artifact(uri, "index") for uri in index]
+        # The replicas have compared checksums when they loaded it.
+        self._published.publish(artifacts, expected=expected, verify=False)
+
+    def rollback(self, to: int, expected: int) -> None:
+        """Make an earlier version current again.
+
+        Raises:
+            ConflictError: if another writer was faster.
+            ArtifactError: if it has been collected, or the store cannot be written.
+        """
+        self._published.rollback(to, expected=expected)
+
+    def _publish_served(self, served: Sequence[str], expected: int) -> int:
+        try:
+            artifacts = [open_artifact(uri, "index") for uri in served]
+            note = "served as deployed"
+            return self._published.publish(
+                artifacts, expected=expected, note=note, verify=False
+            ).number
+        except ConflictError:
+            raise
+        except ArtifactError as error:
+            logger.warning("nobody can go back to %s later: %s", ",".join(served), error)
+            return expected
+
+    def _record(self, number: int) -> Version:
+        if number not in self._records:
+            self._records[number] = self._published.read(number)
+        return self._records[number]
+
+
+def plain_uri(uri: str) -> str:
+    """The URI of an index artifact as the store writes it, so that two spellings of one place are
+    one; a URI that names no index stays as it is, and whoever loads it says why.
+    """
+    try:
+        return open_artifact(uri, "index").uri
+    except Exception:
+        return uri
+
+
+def _number(uri: str) -> int | None:
+    filesystem, path = resolve_uri(uri)
+    try:
+        with filesystem.open_input_stream(path) as stream:
+            return int(json.loads(stream.read())["number"])
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise ArtifactError(
+            f"cannot read {uri} ({error})", action="check the bucket, the credentials, the network"
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise CorruptArtifactError(
+            f"{uri} is damaged ({type(error).__name__})",
+            expected="the number of the version that was current at deployment",
+            action="remove it: the next replica writes it anew",
+        ) from error
