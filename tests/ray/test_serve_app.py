@@ -259,7 +259,7 @@ def test_the_newest_artifacts_of_a_store_are_served(artifacts: Artifacts, tmp_pa
     from invar_ray.errors import MissingArtifactError
     from invar_ray.store.artifacts import Plan, Store
 
-    with pytest.raises(MissingArtifactError, match="no index of a trained run"):
+    with pytest.raises(MissingArtifactError, match="no index below"):
         build_app(AppArgs(store_uri=str(tmp_path)))
     store, made = Store(str(tmp_path)), {}
     for kind, name in (("index", "minilm"), ("index", "retriever"), ("generator", "demo")):
