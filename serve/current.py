@@ -23,7 +23,7 @@ from urllib.parse import urlsplit
 
 from invar_ray.errors import ArtifactError, ConflictError, CorruptArtifactError, InvarError
 from invar_ray.store import conditional
-from invar_ray.store.artifacts import open_artifact
+from invar_ray.store.artifacts import open_artifact, split_uri
 from invar_ray.store.files import join_uri, resolve_uri
 from invar_ray.store.manifest import digest
 from invar_ray.store.publication import Version
@@ -183,11 +183,11 @@ class Current:
 
 def plain_uri(uri: str) -> str:
     """The URI of an index artifact as the store writes it, so that two spellings of one place are
-    one; a URI that names no index stays as it is, and whoever loads it says why.
+    one; nothing is read.  What cannot be one stays as it is: whoever loads it says why.
     """
     try:
-        return open_artifact(uri, "index").uri
-    except Exception:
+        return join_uri(*split_uri(uri))
+    except (InvarError, ValueError):
         return uri
 
 

@@ -111,7 +111,7 @@ class ServedIndex:
                 another writer published meanwhile; 503 if the published versions cannot be read.
         """
         if self._current is None:
-            raise Conflict("this service has no published versions, so its index stays")
+            raise Conflict("this service keeps no record of its index, so it cannot change it")
         if self._changing.locked():
             raise Conflict("another change of the index is under way", self._retry_after_s)
         async with self._changing:
@@ -131,7 +131,7 @@ class ServedIndex:
                 target, index = seen.earlier[0]
                 write = partial(self._current.rollback, target.number, seen.number)
             else:
-                index = tuple([await asyncio.to_thread(plain_uri, uri) for uri in uris])
+                index = tuple(map(plain_uri, uris))
                 # What is served by configuration is published before it is left: one can go back.
                 served = None if seen.newest else seen.active
                 write = partial(self._current.publish, index, seen.number, served)

@@ -18,7 +18,9 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from invar_ray.errors import RequestError, ResourceError
+from invar_ray.errors import MissingArtifactError, RequestError, ResourceError
+from invar_ray.store.artifacts import Plan, Store, open_artifact, split_uri
+from invar_ray.store.published import Published
 from serve.app import AppArgs, build_app, compose, start, stop
 from serve.client import ask
 from serve.http.index_forms import IndexResponse
@@ -256,19 +258,28 @@ def test_arguments_can_be_written_and_read_again() -> None:
 
 
 def test_the_newest_artifacts_of_a_store_are_served(artifacts: Artifacts, tmp_path: Path) -> None:
-    from invar_ray.errors import MissingArtifactError
-    from invar_ray.store.artifacts import Plan, Store
-
     with pytest.raises(MissingArtifactError, match="no index below"):
         build_app(AppArgs(store_uri=str(tmp_path)))
     store, made = Store(str(tmp_path)), {}
-    for kind, name in (("index", "minilm"), ("index", "retriever"), ("generator", "demo")):
-        made[name] = store.get_or_build(Plan(kind, name, {}), lambda building: None)[0].uri
+    base = {"fingerprint": "b"}
+    infos = {"index": {"encoder": {"base": base}}, "generator": {"base": base}}
+    for kind, name in (
+        ("index", "retriever"),
+        ("index", "minilm"),
+        ("generator", "demo"),
+    ):
+        made[name] = store.get_or_build(
+            Plan(kind, name, {}), lambda building, kind=kind: building.info.update(infos[kind])
+        )[0].uri
+    other = {"base": {"fingerprint": "another base"}}
+    store.get_or_build(Plan("generator", "other", {}), lambda building: building.info.update(other))
     args = AppArgs(store_uri=str(tmp_path)).resolved()
     assert (args.index_uri, args.generator_uri) == (made["retriever"], made["demo"])
-    named = AppArgs(store_uri=str(tmp_path), index_uri="elsewhere").resolved()
-    assert (named.index_uri, named.generator_uri) == ("elsewhere", made["demo"])
+    named = AppArgs(store_uri=str(tmp_path), index_uri=made["minilm"]).resolved()
+    assert (named.index_uri, named.generator_uri) == (made["minilm"], made["demo"])
     assert args.versions_uri() == f"{tmp_path}/published/main"
+    Published(store).publish([store.open(made["minilm"].removeprefix(f"{tmp_path}/"), "index")])
+    assert AppArgs(store_uri=str(tmp_path)).resolved().index_uri == made["minilm"]
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "config.tiny.yaml"])
@@ -303,6 +314,7 @@ RUNNING: dict[str, Any] = {
     "ingress_replicas": (1, 1),
     "health_check_period_s": 1,
     "graceful_shutdown_timeout_s": 2,
+    "published": "rolling",
 }
 
 
@@ -394,6 +406,22 @@ def test_the_index_changes_in_place(running: str, artifacts: Artifacts, local_ra
     assert {
         p["title"] for p in ask(running, "What grows in the orchard?", top_k=4)["passages"]
     } == set(list(TEXTS)[:3])
+    assert _replicas(local_ray, "RetrieverDeployment") == before
+
+
+@pytest.mark.timeout(900)
+def test_replicas_follow_what_is_published(
+    running: str, artifacts: Artifacts, local_ray: Any
+) -> None:
+    before = _replicas(local_ray, "RetrieverDeployment")
+    versions = Published(Store(split_uri(artifacts.index_uri)[0]), "rolling")
+    for uri in (artifacts.tenants_index_uri, artifacts.index_uri):
+        versions.publish([open_artifact(uri, "index")])
+        assert _state(running, uri) == (uri, None)
+    body = IndexResponse.model_validate(httpx.get(f"{running}/v1/index", timeout=60).json())
+    assert [replica.active_uri for replica in body.replicas] == [artifacts.index_uri] * 2
+    assert body.history == [artifacts.tenants_index_uri]
+    assert httpx.get(f"{running}/readyz", timeout=60).status_code == 200
     assert _replicas(local_ray, "RetrieverDeployment") == before
 
 
