@@ -586,7 +586,7 @@ def test_page_files_have_their_type_and_are_sent_again_only_if_changed(backend: 
         assert call(backend, "HEAD", path).headers["ETag"] == response.headers["ETag"]
     fault(call(backend, "GET", "/web/../api.py"), 404, "not_found")
     fault(call(backend, "GET", "/web/nothing.js", keys=(KEY,)), 401, "unauthorized")
-    folder = Path(serve.http.pages.__file__).parents[2] / "web"
+    folder = Path(serve.http.pages.__file__).parents[1] / "web"
     assert {f"/web/{each.name}" for each in folder.iterdir() if each.suffix != ".html"} <= PATHS
 
 
