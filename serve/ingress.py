@@ -87,8 +87,6 @@ class IngressReplica:
         )
 
     async def check_health(self) -> None:
-        """Nothing here can fail alone; also the moment at which the replicas are compared with what
-        is published.
-        """
+        """Cannot fail by itself. Also compares the replicas with what is published."""
         if self._following is None or self._following.done():
             self._following = asyncio.create_task(self._service.index.follow())

@@ -28,7 +28,7 @@ from invar_ray.store.artifacts import Artifact
 faiss: Any = _faiss  # its type stubs know a part of it
 INDEX_FILE = "index.faiss"
 _FEW = 4096
-"""So many allowed rows of a graph are compared one by one: a walk would hardly meet them."""
+"""With so few allowed rows, compare them one by one: a search in the graph would miss them."""
 Mask = npt.NDArray[np.bool_]
 
 

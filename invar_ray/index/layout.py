@@ -97,18 +97,7 @@ def make_layout(
     dead_share = dead / max(1, size + len(fresh))
     append = earlier is not None and kept and dead_share <= COMPACT_ABOVE
     if earlier is not None:
-        how = (
-            "appended to its shards"
-            if append
-            else f"written compact, {dead_share:.0%} would be tombstones"
-        )
-        print(
-            f"  vectors since {earlier.ref}: {count - len(fresh):,} re-used, {len(fresh):,} to "
-            "embed, "
-            f"{dead:,} of its {size:,} tombstones; {how}",
-            file=sys.stderr,
-            flush=True,
-        )
+        _say_what_is_used(earlier, used=count - len(fresh), fresh=len(fresh), append=append)
     if append:
         rows = found.copy()
         rows[fresh] = size + np.arange(len(fresh))
@@ -123,6 +112,21 @@ def make_layout(
         for start in range(0, count, step)
     ]
     return Layout(everything, tasks, [], earlier if kept else None, reason, len(fresh), 0)
+
+
+def _say_what_is_used(earlier: Artifact, *, used: int, fresh: int, append: bool) -> None:
+    if not used:
+        line = (
+            f"none of the vectors of {earlier.ref} can be used again; embedding {fresh:,} passages"
+        )
+    else:
+        how = (
+            "new ones are added to its files"
+            if append
+            else "it holds too many that are no longer needed: all are written anew"
+        )
+        line = f"{used:,} vectors of {earlier.ref} are used again, {fresh:,} to embed; {how}"
+    print(f"  {line}", file=sys.stderr, flush=True)
 
 
 def _task(start: int, rows: Rows, found: Rows, contents: list[bytes]) -> ShardTask:
