@@ -110,6 +110,8 @@ class Here:
 
     def run(self, work: Work) -> Iterator[dict[str, Any]]:
         """See :meth:`Executor.run`; in order."""
+        if not work.rows:
+            return
         with one_error(work.label):
             worker = work.worker(**work.arguments)
         for row in work.rows:
@@ -179,16 +181,20 @@ class OnRay:
         if workers == 0:
             yield from map(function, items)
             return
-        with self.on_cluster("a task"):
-            shared = ray.put(function)
-            task = ray.remote(num_cpus=1)(_apply).options(max_retries=3)
-            running: deque[Any] = deque()
-            for item in items:
+        self.connect()
+        shared = ray.put(function)
+        task = ray.remote(num_cpus=1)(_apply).options(max_retries=3)
+        running: deque[Any] = deque()
+        try:
+            for item in items:  # what fails in reading them is none of Ray's
                 running.append(task.remote(shared, item))
                 while len(running) > 2 * workers:  # one each at work and one waiting
-                    yield ray.get(running.popleft())
+                    yield _result(running.popleft())
             while running:
-                yield ray.get(running.popleft())
+                yield _result(running.popleft())
+        finally:
+            for waiting in running:
+                ray.cancel(waiting)
 
     @contextlib.contextmanager
     def on_cluster(self, label: str) -> Iterator[None]:
@@ -268,6 +274,11 @@ def _apply(function: Callable[[Any], Any], item: Any) -> Any:
     return function(item)
 
 
+def _result(task: Any) -> Any:
+    with one_error("work on a Ray task"):
+        return ray.get(task)
+
+
 @contextlib.contextmanager
 def one_error(label: str) -> Iterator[None]:
     """Turn what fails on its way through Ray, or for want of memory, into one error.
@@ -278,7 +289,11 @@ def one_error(label: str) -> Iterator[None]:
     """
     try:
         yield
-    except InvarError:
+    except InvarError as error:
+        if isinstance(error, RayError):  # Ray's double of it, whose text is a traceback
+            raise _one_error(error, label) from error
+        raise
+    except (NotImplementedError, RecursionError):  # a mistake in the program
         raise
     except (RayError, RuntimeError, MemoryError) as error:
         raise _one_error(error, label) from error

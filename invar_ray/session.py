@@ -16,6 +16,7 @@ from collections.abc import Iterator
 import ray
 
 from invar_ray.config import ScaleConfig
+from invar_ray.errors import ResourceError
 
 _WORKERS_START_S = "300"
 """How long to wait for training workers to start, in seconds; 60, Ray's default, is exceeded on
@@ -111,7 +112,11 @@ class RaySession:
         return self._scale.ray_address is not None or bool(os.environ.get("RAY_ADDRESS"))
 
     def ensure(self) -> None:
-        """Connect unless connected."""
+        """Connect unless connected.
+
+        Raises:
+            ResourceError: there is no Ray at the address to join.
+        """
         if ray.is_initialized():
             return
         # Ray Train's controller reads it from this environment.
@@ -119,7 +124,7 @@ class RaySession:
         address = self._scale.ray_address or os.environ.get("RAY_ADDRESS")
         with _own_sigterm(), _no_token_notice():
             if address:
-                ray.init(address=address, ignore_reinit_error=True, log_to_driver=True)
+                _join(address)
             else:
                 self._start_local()
         ray.data.DataContext.get_current().enable_progress_bars = False
@@ -159,3 +164,13 @@ def _local_cpus(scale: ScaleConfig) -> int:
     training = scale.num_workers if isinstance(scale.num_workers, int) else scale.num_workers[1]
     workers = max(training, scale.most_embed_workers)
     return max(_LOCAL_CPUS, math.ceil(workers * scale.cpus_per_worker) + 2)
+
+
+def _join(address: str) -> None:
+    try:
+        ray.init(address=address, ignore_reinit_error=True, log_to_driver=True)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        raise ResourceError(
+            f"cannot join Ray at {address} ({str(error).strip().splitlines()[0]})",
+            action="start it (ray start --head), or correct scale.ray_address or RAY_ADDRESS",
+        ) from error

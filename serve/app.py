@@ -23,7 +23,6 @@ from ray.serve.schema import LoggingConfig
 
 from invar_ray.errors import ResourceError
 from serve.args import AppArgs
-from serve.current import Current
 from serve.http.keys import keys_from_environment, service_keys
 from serve.http.limits import SERVICE
 from serve.ingress import IngressReplica
@@ -33,6 +32,7 @@ from serve.replicas.remote import OpenAIEngine
 from serve.replicas.retriever import RetrieverLoader, RetrieverReplica, load_retriever
 from serve.telemetry.metrics import Meter, RaySink
 from serve.telemetry.tracing import Tracer
+from serve.versions import Current
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ No ``from __future__ import annotations`` here: Serve reads ``build_app``'s anno
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
@@ -202,7 +202,7 @@ class AppArgs(Limits):
             return self._of_published().resolved()
         if self.index_uri and self.generator_uri:
             return self
-        from invar_ray.answering.current import current_index, newest_generator
+        from invar_ray.answering.current import current_shards, newest_generator
         from invar_ray.errors import MissingArtifactError
         from invar_ray.store.artifacts import Store, open_artifact
 
@@ -211,8 +211,14 @@ class AppArgs(Limits):
             beside = Path(__file__).parents[1] / root
             root = str(beside if beside.is_dir() else Path(root))
         store = Store(root if "://" in root else str(Path(root).resolve()))
-        index = open_artifact(self.index_uri, "index") if self.index_uri else current_index(store)
-        found = {"index_uri": index.uri, "generator_uri": self.generator_uri}
+        found: dict[str, Any] = {"generator_uri": self.generator_uri}
+        if self.index_uri:
+            index = open_artifact(self.index_uri, "index")
+        else:
+            index, *shards = current_shards(store, self.published or "main")
+            found |= {"index_uri": index.uri}
+            if shards:
+                found["shard_uris"] = [shard.uri for shard in shards]
         if not self.generator_uri:
             generator = newest_generator(index)
             if generator is None:

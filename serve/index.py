@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 
 from invar_ray.errors import InvarError, RequestError
 from invar_ray.store.publication import Version
-from serve.current import Current, Newest, plain_uri
 from serve.errors import Conflict, ServiceError, Unavailable
 from serve.records import Prepared, ReplicaStatus
 from serve.replicas.targets import Target
 from serve.telemetry.metrics import Meter
+from serve.versions import Current, Newest, plain_uri
 
 logger = logging.getLogger("ray.serve")
 _CHANGE_S = 600.0  # longest that loading and probing an index may take
@@ -197,6 +197,8 @@ class ServedIndex:
                 logger.warning("%s", seen.unread)
             if seen.newest is not None:
                 await self._converge(seen, seen.newest)
+        except Unavailable as error:  # replicas that start: their own state says whether they came
+            logger.info("the published version is not looked at yet: %s", error)
         except Exception as error:  # whatever it was, the next look comes
             logger.warning("the published version is not served: %s", error)
 

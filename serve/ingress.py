@@ -12,7 +12,6 @@ from ray.serve.handle import DeploymentHandle
 
 from invar_ray.errors import ConfigError
 from serve.args import AppArgs
-from serve.current import Current
 from serve.http.api import make_api
 from serve.http.keys import KEY_ENV, KEYS_ENV, service_keys
 from serve.index import ServedIndex
@@ -20,6 +19,7 @@ from serve.replicas.handles import Handle
 from serve.service import Service
 from serve.telemetry.metrics import Meter
 from serve.telemetry.tracing import Tracer
+from serve.versions import Current
 
 
 @serve.ingress()

@@ -30,7 +30,6 @@ from invar_ray.schema import Passage, passage_schema, to_table, vector_schema
 from invar_ray.steps.base import build as build_base
 from invar_ray.steps.base import plan as base_plan
 from invar_ray.store.artifacts import Plan, Store, split_uri
-from serve.current import Current
 from serve.http.api import make_api
 from serve.http.limits import Limits
 from serve.index import ServedIndex
@@ -40,6 +39,7 @@ from serve.replicas.targets import LocalTarget
 from serve.service import Service
 from serve.telemetry.metrics import Meter, Metric
 from serve.telemetry.tracing import Tracer
+from serve.versions import Current
 
 T = TypeVar("T")
 LIMITS = Limits(top_k=3, max_top_k=4, max_question_chars=1500, max_new_tokens=6)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 
-from invar_ray.errors import InvarError, MissingArtifactError
+from invar_ray.errors import InvarError, MissingArtifactError, MixedArtifactsError
 from invar_ray.store.artifacts import Artifact, Store
 from invar_ray.store.published import Published
 
@@ -12,27 +13,52 @@ _SERVED = {"base", "retriever"}
 """Names of indexes that are meant to be asked; MiniLM's is a baseline."""
 
 
+def current_shards(store: Store, name: str = "main") -> list[Artifact]:
+    """The index that is current, one artifact a shard: the published one, or where nothing has been
+    published the one that was made last.
+
+    Args:
+        store: where to look.
+        name: of the published versions.
+
+    Raises:
+        MissingArtifactError: there is none.
+    """
+    published = Published(store, name)
+    newest = published.current()
+    return [_made_last(store, None)] if newest is None else published.open(newest)
+
+
 def current_index(store: Store, corpus: str | None = None) -> Artifact:
-    """The index that is current: the published one, or where nothing has been published the one
-    that was made last.
+    """The index that is current, for those who search one.
 
     Args:
         store: where to look.
         corpus: only an index of this file or folder: the last that was published, or made.
 
     Raises:
-        MissingArtifactError: there is none.
+        MissingArtifactError: there is none.  MixedArtifactsError: it has several shards.
     """
-    published = Published(store)
-    newest = published.current()
-    versions = [] if newest is None else [newest] if corpus is None else published.history()
-    for version in reversed(versions):
-        try:
-            index = published.open(version)[0]
-        except MissingArtifactError:  # collected
-            continue
-        if corpus is None or _is_of(index, corpus):
-            return index
+    if corpus is not None:
+        published = Published(store)
+        for version in reversed(published.history()):
+            with contextlib.suppress(MissingArtifactError):  # collected
+                index = published.open(version)[0]
+                if _is_of(index, corpus):
+                    return index
+        return _made_last(store, corpus)
+    index, *more = current_shards(store)
+    if more:
+        raise MixedArtifactsError(
+            f"the current version at {Published(store).uri} has {len(more) + 1} shards",
+            expected="one index",
+            action="name one with its option, or deploy the service (serve deploy), which searches "
+            "all shards",
+        )
+    return index
+
+
+def _made_last(store: Store, corpus: str | None) -> Artifact:
     made = store.newest("index", lambda index: _is_served(index) and _is_of(index, corpus))
     if made is None:
         raise MissingArtifactError(

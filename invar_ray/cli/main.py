@@ -131,6 +131,8 @@ def train(
     from invar_ray.pipeline import Pipeline
     from invar_ray.store.published import Published
 
+    if "=" in stage:  # no stage was named
+        stage, overrides = "both", [stage, *(overrides or [])]
     if stage not in {"retriever", "generator", "both"}:
         raise typer.BadParameter(f"{stage!r} is not a stage: retriever, generator or both")
     with Pipeline(load_config(config, overrides or [])) as pipeline:
@@ -313,9 +315,10 @@ def _has_what_is_served(
     from invar_ray.store.artifacts import check_trained
 
     settings = load_config(config, overrides or [])
-    for kind, uri in (("index", index_uri), ("generator", generator_uri)):
-        if uri is None:
-            check_trained(settings.storage.root_uri, kind)
+    if index_uri is None:  # else its own store counts
+        check_trained(settings.storage.root_uri, "index")
+        if generator_uri is None:
+            check_trained(settings.storage.root_uri, "generator")
 
 
 @app.command()

@@ -20,7 +20,7 @@ from invar_ray.config.experimental import (
     TinyConfig,
 )
 from invar_ray.config.fields import METADATA_NAME, PASSAGE_FIELDS
-from invar_ray.config.load import config_keys, load_config, recipe_names, science, to_dict
+from invar_ray.config.load import config_keys, load_config, recipe_names, to_dict
 from invar_ray.config.measuring import EvaluationConfig, IndexConfig
 from invar_ray.config.models import CoarseConfig, LoraConfig, ModelConfig
 from invar_ray.config.run import Config
@@ -54,6 +54,5 @@ __all__ = [
     "config_keys",
     "load_config",
     "recipe_names",
-    "science",
     "to_dict",
 ]

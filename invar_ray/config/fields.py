@@ -12,11 +12,6 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, ConfigDict, PositiveInt
 
 FORBID = ConfigDict(extra="forbid")
-LATER = {"later": True}
-"""Metadata of a science field that came after artifacts had been made: ``science`` leaves it out
-where it has its default, which computes what was computed before, so that those artifacts keep
-their names."""
-
 METADATA_NAME = re.compile(r"[A-Za-z][A-Za-z0-9_.\-]{0,63}")
 """What a column of metadata may be called."""
 PASSAGE_FIELDS = ("id", "document_id", "title", "text", "start", "end", "uri", "place", "metadata")

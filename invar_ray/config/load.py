@@ -84,29 +84,6 @@ def to_dict(config: Any) -> dict[str, Any]:
     }
 
 
-def science(section: Any) -> dict[str, Any]:
-    """As :func:`to_dict`, for a fingerprint: without later fields that are switched off."""
-    plain = to_dict(section)
-    nested = {
-        e.name: science(getattr(section, e.name))
-        for e in fields(section)
-        if is_dataclass(getattr(section, e.name))
-    }
-    return {
-        name: nested.get(name, value)
-        for name, value in plain.items()
-        if name not in _switched_off(section)
-    }
-
-
-def _switched_off(section: Any) -> set[str]:
-    return {
-        entry.name
-        for entry in fields(section)
-        if entry.metadata.get("later") and getattr(section, entry.name) == entry.default
-    }
-
-
 def config_keys() -> list[str]:
     """Every dotted key that a recipe may set, sections included."""
     return sorted(_keys(Config, ""))
@@ -169,7 +146,12 @@ def _text(recipe: str, above: tuple[str, ...]) -> str:
             f"no recipe {recipe!r}{asked}{hint}",
             expected=f"one of {', '.join(recipe_names())}, or the path of a YAML file",
         )
-    return path.read_text(encoding="utf-8")
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"recipe {recipe!r} cannot be read ({error})", expected="a YAML file in UTF-8"
+        ) from error
 
 
 def _parse(recipe: str, text: str) -> dict[str, Any]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, PositiveInt
 
-from invar_ray.config.fields import FORBID, LATER
+from invar_ray.config.fields import FORBID
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class ModelConfig:
     """How token states become one vector: the last token's (published) or their mean (for the
     embedded base).
     """
-    retriever_layers: PositiveInt | None = field(default=None, metadata=LATER)
+    retriever_layers: PositiveInt | None = None
     """Encode with this many of the base's first layers, under its last norm; ``null`` uses all.
     The generator always uses all.  Passages and questions cost that much less, in training,
     indexing and serving. [ours]

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from pydantic import ConfigDict, NonNegativeInt, PositiveFloat, PositiveInt
 
-from invar_ray.config.fields import FORBID, LATER, Share
+from invar_ray.config.fields import FORBID, Share
 from invar_ray.config.models import LoraConfig
 
 
@@ -69,7 +69,7 @@ class GeneratorConfig:
     """The ``generator`` adapter, on the same frozen base."""
     optimizer: OptimizerConfig = field(default_factory=lambda: OptimizerConfig(learning_rate=2e-5))
     """AdamW settings (published learning rate: 2e-5)."""
-    first_layer: NonNegativeInt = field(default=0, metadata=LATER)
+    first_layer: NonNegativeInt = 0
     """Only layers from this one on (counted from 0) get an adapter, and nothing is back-propagated
     below it: from layer 12 of 30 on, a step took 28 % less time."""
     steps: PositiveInt = 1000

@@ -71,8 +71,8 @@ def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
 
     Training and serving both encode with this, so that a model sees at answer time what it saw in
     training.  The prompt is text from outside throughout: strings in it that look like control
-    tokens stay text (:mod:`.text.tokens`).  A tokenizer that closes texts (``[CLS] .. [SEP]``)
-    would tell the model that everything was already said.
+    tokens stay text (:mod:`invar_ray.text.tokens`).  A tokenizer that closes texts
+    (``[CLS] .. [SEP]``) would tell the model that everything was already said.
     """
     ids = text_ids(tokenizer, [prompt])[0]
     closing = {tokenizer.eos_token_id, tokenizer.sep_token_id} - {None}

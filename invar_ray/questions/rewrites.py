@@ -1,4 +1,4 @@
-"""Environments: a question in other words (rewrites) and other cuts of a document (windows).
+"""A question in other words: where its rewrites come from.
 
 ================  ==================================================================================
 RuleRewriter      templates, clause order, requests, search-engine style, typos, speech, case
@@ -6,7 +6,6 @@ RuleRewriter      templates, clause order, requests, search-engine style, typos,
 GivenRewriter     the wordings that came with the data, filled up from another rewriter
 FileRewriter      the wordings of a file, nothing else
 EndpointRewriter  asks an OpenAI-compatible server, fills up from the rules (questions/endpoint.py)
-resize_windows    shorter, longer and shifted cuts (text/windows.py)
 ================  ==================================================================================
 """
 
@@ -20,7 +19,6 @@ from invar_ray.errors import ConfigError
 from invar_ray.questions.endpoint import EndpointRewriter
 from invar_ray.questions.rules import RuleRewriter, comparison_key
 from invar_ray.schema import Example, Rewrite
-from invar_ray.text.windows import resize_windows
 
 __all__ = [
     "EndpointRewriter",
@@ -30,7 +28,6 @@ __all__ = [
     "RuleRewriter",
     "comparison_key",
     "make_rewriter",
-    "resize_windows",
 ]
 
 

@@ -26,12 +26,12 @@ from invar_ray.errors import DataError
 from invar_ray.index.blocks import read_vectors
 from invar_ray.losses.alignment import mean_document_vectors
 from invar_ray.models.encoder import coarse_spec, open_encoder
-from invar_ray.questions.rewrites import resize_windows
 from invar_ray.schema import Document, Example, Passage
 from invar_ray.steps.passages import load_documents, load_passages
 from invar_ray.steps.questions import load_examples, load_rewrites
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.text.answers import contains_answer
+from invar_ray.text.windows import resize_windows
 from invar_ray.training.mining import MiningReport, select_negatives, union_by_best_rank
 
 VERSION = 2

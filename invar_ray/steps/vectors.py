@@ -92,6 +92,7 @@ def build(
     if spec.kind == "llm" and precision != config.model.precision:
         print(
             f"  embedding on CPUs, so in {precision} (model.precision is {config.model.precision})",
+            file=sys.stderr,
             flush=True,
         )
     layout = make_layout(building, config, passages, spec)
@@ -103,7 +104,11 @@ def build(
     done = _finished_shards(filesystem, prefix, layout, (spec.fingerprint, precision))
     todo = [task for task in layout.tasks if task.start not in done]
     if done:
-        print(f"  {len(done)} of {len(layout.tasks)} shards stand from an earlier run", flush=True)
+        print(
+            f"  {len(done)} of {len(layout.tasks)} shards stand from an earlier run",
+            file=sys.stderr,
+            flush=True,
+        )
     standing = sum(len(task.rows) for task in layout.tasks) - sum(len(task.rows) for task in todo)
     progress = Progress("embed", layout.rows_to_write, "passages", done=standing)
     usage = Usage()

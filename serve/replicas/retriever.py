@@ -14,12 +14,12 @@ import numpy as np
 from invar_ray.answering.filters import Where
 from invar_ray.errors import ConfigError, InvarError, RequestError
 from invar_ray.text.tokens import text_ids
-from serve.current import FIXED, Current
 from serve.errors import OutOfTime
 from serve.records import Embedded, Found, Prepared, ReplicaStatus, Vectors
 from serve.replicas.batching import Batcher, Worker
 from serve.telemetry.metrics import Meter
 from serve.telemetry.tracing import Tracer
+from serve.versions import FIXED, Current
 
 if TYPE_CHECKING:  # imports torch: only replicas pay for that
     from invar_ray.answering.retriever import Retriever
@@ -218,7 +218,7 @@ class RetrieverReplica:
 
         A first index that was published and cannot be loaded gives way to the version before it,
         then to ``uri``: an old answer is better than none.  The error is shown, and the service
-        tries again (:meth:`serve.service.Service.follow`).
+        tries again (:meth:`serve.index.ServedIndex.follow`).
 
         Raises:
             Exception: whatever the loader raised, if nothing is being served yet.

@@ -8,10 +8,11 @@ from typing import Any
 import pyarrow as pa
 import pytest
 import ray
+from ray.exceptions import RayTaskError
 
 from invar_ray.config import ScaleConfig
 from invar_ray.errors import DataError, ResourceError
-from invar_ray.executor import OnRay, Work
+from invar_ray.executor import Here, OnRay, Work, one_error
 
 
 class Times:
@@ -57,3 +58,31 @@ def test_a_failure_here_is_one_clear_error(
     work = Work("fail", Fails, {"error": raised}, [{"block": 0}], 1, 2, schema=schema)
     with pytest.raises(expected[0], match=expected[1]):
         list(OnRay(ScaleConfig()).run(work))
+
+
+def test_what_ray_makes_of_an_error_comes_out_as_the_error() -> None:
+    """Ray raises a class of its own that is the user's error too; its text is a traceback."""
+    double = RayTaskError("work", "a traceback", DataError("row 3 is empty")).as_instanceof_cause()
+    assert isinstance(double, DataError)
+    with pytest.raises(DataError) as caught, one_error("work"):
+        raise double
+    assert type(caught.value) is DataError
+    assert str(caught.value) == "row 3 is empty."
+
+
+def test_a_mistake_in_the_program_stays_one() -> None:
+    with pytest.raises(NotImplementedError), one_error("work"):
+        raise NotImplementedError
+
+
+def test_no_rows_open_no_worker() -> None:
+    assert list(Here().run(Work("fail", Fails, {}, [], 0, 1))) == []
+
+
+def test_an_address_without_a_cluster_is_one_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**_: Any) -> None:
+        raise ConnectionError("Could not find any running Ray instance.\nMore of it")
+
+    monkeypatch.setattr(ray, "init", refuse)
+    with pytest.raises(ResourceError, match=r"^cannot join Ray at auto \(Could not find any .*\)"):
+        OnRay(ScaleConfig(ray_address="auto")).connect()

@@ -25,10 +25,11 @@ from invar_ray.questions.noise import case, speech, typo
 from invar_ray.questions.numbers import numbers_to_words
 from invar_ray.questions.parsing import parse_question
 from invar_ray.questions.phrases import WORDING, clause, keywords, request, template
-from invar_ray.questions.rewrites import FileRewriter, GivenRewriter, make_rewriter, resize_windows
+from invar_ray.questions.rewrites import FileRewriter, GivenRewriter, make_rewriter
 from invar_ray.questions.rules import KINDS, NOISE, RuleRewriter, comparison_key
 from invar_ray.schema import Document, Example
 from invar_ray.text.answers import contains_answer, find_answer
+from invar_ray.text.windows import resize_windows
 
 QUESTIONS = [
     "What is the capital of Norland?",

@@ -22,10 +22,10 @@ from invar_ray.store.garbage import collect
 from invar_ray.store.publication import Version
 from invar_ray.store.published import Published
 from serve.args import AppArgs
-from serve.current import FIXED, Current
 from serve.http.index_forms import IndexChangeResponse, IndexResponse
 from serve.http.keys import ApiKey
 from serve.replicas.retriever import load_retriever
+from serve.versions import FIXED, Current
 from tests.serving import Artifacts, Live, copy_of, fault, root_of, shared_artifacts
 
 FERRY = "When does the ferry leave?"
