@@ -289,13 +289,11 @@ def one_error(label: str) -> Iterator[None]:
     """
     try:
         yield
-    except InvarError as error:
-        if isinstance(error, RayError):  # Ray's double of it, whose text is a traceback
-            raise _one_error(error, label) from error
-        raise
-    except (NotImplementedError, RecursionError):  # a mistake in the program
-        raise
-    except (RayError, RuntimeError, MemoryError) as error:
+    except RayError as error:  # its doubles of other errors too, whose text is a traceback
+        raise _one_error(error, label) from error
+    except (InvarError, NotImplementedError, RecursionError):
+        raise  # the user's own error, or a mistake in the program
+    except (RuntimeError, MemoryError) as error:
         raise _one_error(error, label) from error
 
 

@@ -73,6 +73,9 @@ def test_what_ray_makes_of_an_error_comes_out_as_the_error() -> None:
 def test_a_mistake_in_the_program_stays_one() -> None:
     with pytest.raises(NotImplementedError), one_error("work"):
         raise NotImplementedError
+    double = RayTaskError("work", "a traceback", NotImplementedError("no")).as_instanceof_cause()
+    with pytest.raises(ResourceError, match=r"^work failed: "), one_error("work"):
+        raise double
 
 
 def test_no_rows_open_no_worker() -> None:
