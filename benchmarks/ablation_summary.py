@@ -10,10 +10,11 @@ from statistics import fmean, pstdev
 from invar_ray.evaluation.charts import COLOURS, new_figure, tidy
 from invar_ray.evaluation.significance import Interval, paired_cluster_bootstrap
 
+# what the others are compared with; the first one's differences are drawn
 REFERENCES = (
     "anchor",
     "environments",
-)  # what the others are compared with; the first one's differences are drawn
+)
 # name in the tables, column of the questions' files, how a reader wants it
 MEASURES: tuple[tuple[str, Callable[[dict[str, str]], float], str], ...] = (
     ("recall@5", lambda row: float(row["recall_at_5"]), "higher"),

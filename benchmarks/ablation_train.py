@@ -168,9 +168,8 @@ def _at_temperature(
 
 def _keep_anchors(stage: RetrieverStage) -> None:
     trainset = stage.trainset
-    _ = (
-        trainset._searchable
-    )  # which slots hold an answer stays the same: the losses differ, not the masks
+    # which slots hold an answer stays the same: the losses differ, not the masks
+    _ = trainset._searchable
     trainset.wordings = [family[:1] for family in trainset.wordings]
     trainset.positive_texts = [texts[:1] for texts in trainset.positive_texts]
     trainset.slot_texts = [texts[:1] for texts in trainset.slot_texts]

@@ -96,9 +96,8 @@ def against_peer(texts: list[str], runs: int) -> dict[str, Any]:
         "sentence-transformers": lambda: np.asarray(peer.encode(texts, batch_size=BATCH)),
         "sentence-transformers, arrival order": arrival_order,
     }
-    vectors = {
-        name: way() for name, way in ways.items()
-    }  # warm-up, and the proof that all compute the same
+    # warm-up, and the proof that all compute the same
+    vectors = {name: way() for name, way in ways.items()}
     for name, matrix in vectors.items():
         lowest = float((matrix * vectors["invar_ray"]).sum(axis=1).min())
         if lowest < 0.9999:

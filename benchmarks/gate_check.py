@@ -65,9 +65,8 @@ def reports(config: Config, noise: float) -> dict[str, Artifact]:
     for name, settings in runs.items():
         with Pipeline(replace(config, retriever=settings)) as pipeline:
             if name == "broken":
-                pipeline.__dict__["retriever"] = noisy(
-                    pipeline, noise
-                )  # in the place of the one that was trained
+                # in the place of the one that was trained
+                pipeline.__dict__["retriever"] = noisy(pipeline, noise)
             made[name] = pipeline.report
     return made
 

@@ -104,9 +104,8 @@ def service() -> dict[str, Any]:
     hints = typing.get_type_hints(build)
     given = {}
     for name, parameter in inspect.signature(build).parameters.items():
-        if (
-            parameter.default is inspect.Parameter.empty
-        ):  # limits have defaults; a service is not asked
+        # limits have defaults; a service is not asked
+        if parameter.default is inspect.Parameter.empty:
             kind = hints.get(name)
             given[name] = kind.model_construct() if hasattr(kind, "model_construct") else None
     app = build(**given)

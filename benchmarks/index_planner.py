@@ -115,9 +115,8 @@ def main() -> None:
 
 def growth(place: Path) -> int:
     """Bytes by which this process's private memory grows with the index."""
-    build_faiss(
-        np.eye(8, dtype=np.float32), "IVF1,Flat"
-    )  # code and buffers of FAISS are not the index's
+    # code and buffers of FAISS are not the index's
+    build_faiss(np.eye(8, dtype=np.float32), "IVF1,Flat")
     ctypes.CDLL("libc.so.6").malloc_trim(0)  # nor should it fill what imports left free
     before = private()
     index = open_index(place)

@@ -6,9 +6,8 @@ import ctypes
 
 _TRIM_THRESHOLD, _TOP_PAD, _MMAP_THRESHOLD = -1, -2, -3  # glibc's malloc.h
 LARGEST, KEPT = 32 * 2**20, 512 * 2**20
-_PAD = (
-    128 * 2**20
-)  # more than two of the 64 MiB heaps of a thread, which would be given back when empty
+# more than two of the 64 MiB heaps of a thread, which would be given back when empty
+_PAD = 128 * 2**20
 
 
 def keep_freed_memory() -> bool:

@@ -149,9 +149,8 @@ class RaySession:
 
     def close(self) -> None:
         """Disconnect, and stop a Ray that :meth:`ensure` started."""
-        if (
-            self._started or self._folder is not None
-        ):  # also where ray.init was interrupted half way
+        # also where ray.init was interrupted half way
+        if self._started or self._folder is not None:
             ray.shutdown()
             self._started = False
         if self._folder is not None:

@@ -97,9 +97,8 @@ class Service:
                     "request %s: shard %d did not answer: %r", context.request_id, number, outcome
                 )
         refused = [outcome for outcome in outcomes if isinstance(outcome, RequestError)]
-        if (
-            refused
-        ):  # the request's fault, not the shard's: it must not pass for one that is missing
+        # the request's fault, not the shard's: it must not pass for one that is missing
+        if refused:
             raise refused[0]
         if not good:
             raise Unavailable("no shard of the index answered", self._retry_after_s)
@@ -196,9 +195,8 @@ class Service:
     # Live stability
 
     def _sample_stability(self, question: Question, asked: Context) -> None:
-        if (
-            random.random() < self._stability_share and not self._background
-        ):  # one at a time: it is not worth a queue
+        # one at a time: it is not worth a queue
+        if random.random() < self._stability_share and not self._background:
             task = asyncio.create_task(self._measure_stability(question, asked))
             self._background.add(task)
             task.add_done_callback(self._background.discard)

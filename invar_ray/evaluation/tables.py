@@ -52,9 +52,8 @@ def render_tables(rows: Sequence[Row], overlap_k: int = 5) -> str:
         ),
         f"overlap_between_questions_at_{overlap_k}",
     )
-    headers = {
-        columns[-1]: f"between questions@{overlap_k}"
-    }  # 100 columns do not hold the whole name
+    # 100 columns do not hold the whole name
+    headers = {columns[-1]: f"between questions@{overlap_k}"}
     parts = []
     if retrieval:
         count = int(retrieval[0].metrics["num_families"] or 0)

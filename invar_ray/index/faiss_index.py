@@ -46,9 +46,8 @@ class Index:
         self._index = index
         self._depth = depth
         self._core = _core(index)
-        with contextlib.suppress(
-            RuntimeError
-        ):  # wrapped in something that takes no parameters, e.g. a refinement
+        # wrapped in something that takes no parameters, e.g. a refinement
+        with contextlib.suppress(RuntimeError):
             faiss.extract_index_ivf(index).nprobe = depth
 
     @property

@@ -140,9 +140,10 @@ def alignment_loss(
     log_p = torch.log_softmax((scores / temperature).masked_fill(~keep, floor), dim=-1)  # [B, C]
     with torch.no_grad():
         teacher = clean_rows(teacher_scores.to(scores.dtype), keep)
+        # [B, C]
         log_teacher = torch.log_softmax(
             (teacher / teacher_temperature).masked_fill(~keep, floor), dim=-1
-        )  # [B, C]
+        )
     gap = torch.where(keep, log_teacher - log_p, torch.zeros_like(log_p))
     by = divisor(weight, normaliser)
     loss = weighted_mean((log_teacher.exp() * gap).sum(dim=-1), weight, by)

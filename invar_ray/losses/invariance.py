@@ -112,16 +112,14 @@ def invariance_loss(
     count = present.sum(dim=1)  # [B]
 
     with torch.no_grad():
-        log_w, patterns = _patterns(
-            z, present, keep, count, pattern, top_m, share, kappa
-        )  # [B, C], [B, C]
+        # [B, C], [B, C]
+        log_w, patterns = _patterns(z, present, keep, count, pattern, top_m, share, kappa)
         # Softmax ignores a constant per row, so mean_e z stands for a = mean_e log p_e.
         consensus = log_w + _mean_over_environments(z, present, count)  # [B, C]
         log_c = torch.log_softmax(consensus.masked_fill(~patterns, floor), dim=-1)  # [B, C]
         c = clean_rows(log_c.exp(), patterns)  # [B, C], all 0 without patterns
-        right = (
-            _in_top(log_c.masked_fill(~patterns, floor)[:, None], top_m)[:, 0] & patterns
-        )  # [B, C]
+        # [B, C]
+        right = _in_top(log_c.masked_fill(~patterns, floor)[:, None], top_m)[:, 0] & patterns
         right_row = right.gather(1, positive.clamp(min=0)[:, None]).squeeze(1)  # [B]
         used = (count >= 2) & right_row  # [B]
 

@@ -24,9 +24,8 @@ def environment_risks(output: ContrastiveOutput) -> tuple[Tensor, Tensor]:
         risks [E], nats (0 where no row has the environment), and present [E], bool.
     """
     size = output.environment_sums.shape[0]
-    both = mean_over_ranks(
-        torch.cat([output.environment_sums, output.environment_weights])
-    )  # [2E], one collective
+    # [2E], one collective
+    both = mean_over_ranks(torch.cat([output.environment_sums, output.environment_weights]))
     sums, weights = both[:size], both[size:]
     present = weights > 0
     return sums / torch.where(present, weights, torch.ones_like(weights)), present

@@ -147,9 +147,8 @@ def detect_format(uri: str) -> str:
     """
     if formats.is_beir(uri):
         return "beir"
-    file = find_files(uri, "jsonl")[
-        0
-    ]  # a named file whatever it is called, or the first of a folder
+    # a named file whatever it is called, or the first of a folder
+    file = find_files(uri, "jsonl")[0]
     name = file.name.lower().removesuffix(".gz")
     if name.endswith((".tsv", ".csv")):
         header = next((line for _, line in read_lines(file)), b"")

@@ -193,9 +193,8 @@ def _wordings(
     if front is not None:
         own = [front, *(own if span[0] else own[1:])]
     if span[0] == 0 and front is None:
-        return [
-            ""
-        ]  # "In which year, the mill burnt down?" is no question; an empty one is not sound
+        # "In which year, the mill burnt down?" is no question; an empty one is not sound
+        return [""]
     says = says_something(title) and not contains_answer(in_place, [title])
     context = f'According to "{title}", {_small_start(in_place)}?' if says else None
     if _is_anchored(in_place):

@@ -224,9 +224,8 @@ class _Rows:
         seconds = [answer.seconds for texts in answers for answer in texts]
         shares = zip(("p50", "p95"), np.quantile(seconds, [0.5, 0.95]).tolist(), strict=True)
         self._note("seconds_per_answer", task.label, {"mean": fmean(seconds)} | dict(shares))
-        if (
-            task.label in self.columns
-        ):  # a system's own row: its retrieval stands there, over all questions
+        # a system's own row: its retrieval stands there, over all questions
+        if task.label in self.columns:
             whole = self.families[task.label]
             rest = [None] * (len(whole) - len(families))
             self.columns[task.label] |= {name: [*column, *rest] for name, column in columns.items()}

@@ -66,9 +66,8 @@ def collect(
         ref for record in history if record.source in stay for ref in record.index
     } | _held_elsewhere(published)
     named = {ref for number in collected for ref in published.read(number).index} - held
-    refs = sorted(
-        ref for ref in named if _exists(store, ref)
-    )  # also what an earlier try did not get to
+    # also what an earlier try did not get to
+    refs = sorted(ref for ref in named if _exists(store, ref))
     if parents:
         refs += _orphans(store, refs)
     if dry_run:

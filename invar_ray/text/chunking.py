@@ -151,9 +151,8 @@ def _token_windows(
         for index in range(limit, begin, -1):
             if between_words(index) and borders[index] > borders[begin]:
                 return index
-        while (
-            limit < last and borders[limit] == borders[begin]
-        ):  # one character of many byte-level tokens
+        # one character of many byte-level tokens
+        while limit < last and borders[limit] == borders[begin]:
             limit += 1
         return limit
 

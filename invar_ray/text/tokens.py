@@ -167,9 +167,8 @@ def _apart(tokenizer: Any, text: str, *, split: bool) -> str:
             break
         for start, end in reversed(spans):
             token = text[start:end]
-            begin = len(token) - len(
-                token.lstrip()
-            )  # some tokens take the white space before them along
+            # some tokens take the white space before them along
+            begin = len(token) - len(token.lstrip())
             broken = f"{token[: begin + 1]} {token[begin + 1 :]}" if len(token.strip()) > 1 else " "
             text = text[:start] + broken + text[end:]
     return text

@@ -131,10 +131,11 @@ def _first_valid(
         drawn = draw(scene, generator)
         if drawn is None:
             return None
+        # on sentence borders if that keeps what must be kept
         for cut in (
             _snap(scene, *drawn),
             drawn,
-        ):  # on sentence borders if that keeps what must be kept
+        ):
             span = _checked(scene, cut, answers, taken)
             if span is not None:
                 return span
@@ -164,9 +165,8 @@ def _checked(
     if text in taken:
         return None
     if scene.answer is not None and not low <= scene.answer[0] < scene.answer[1] <= high:
-        return (
-            span if find_answer(text, answers) is not None else None
-        )  # perhaps it holds another occurrence
+        # perhaps it holds another occurrence
+        return span if find_answer(text, answers) is not None else None
     return span
 
 

@@ -41,9 +41,10 @@ class _CausalLm(nn.Module):
         The head is most of a small model's work, and logits most of its memory: only those are made
         that the loss reads.
         """
+        # [B, T, H]
         hidden = self.causal_lm.model(
             input_ids=input_ids, use_cache=False, **segment_inputs(segments)
-        ).last_hidden_state  # [B, T, H]
+        ).last_hidden_state
         logits: Tensor = self.causal_lm.lm_head(hidden[predicts])
         return logits
 

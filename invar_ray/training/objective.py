@@ -88,9 +88,8 @@ def _at_one_size(
     extra: ExperimentalRetriever,
     step: int,
 ) -> tuple[Tensor, Metrics]:
-    cosines = torch.einsum("brd,cnd->brnc", queries, candidates).flatten(
-        1, 2
-    )  # [b, E, C], (0, 0) first
+    # [b, E, C], (0, 0) first
+    cosines = torch.einsum("brd,cnd->brnc", queries, candidates).flatten(1, 2)
     nce = contrastive_loss(
         cosines,
         rows.positive,

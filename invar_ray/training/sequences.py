@@ -204,9 +204,8 @@ def segment_inputs(segments: Tensor) -> dict[str, Tensor]:
     begins = torch.ones_like(segments, dtype=torch.bool)
     begins[:, 1:] = segments[:, 1:] != segments[:, :-1]
     starts = torch.where(begins, places, 0).cummax(dim=1).values  # [P, L]
-    same = (
-        segments[:, :, None] == segments[:, None, :]
-    )  # [P, L, L]; padding sees padding, so that no row is empty
+    # [P, L, L]; padding sees padding, so that no row is empty
+    same = segments[:, :, None] == segments[:, None, :]
     return {
         "position_ids": places - starts,
         "attention_mask": (same & (places[:, None] >= places[None, :]))[:, None],

@@ -200,7 +200,8 @@ def _resume(run: str, unrecorded: Sequence[str]) -> Checkpoint | None:
                 ValueError,
                 KeyError,
                 SafetensorError,
-            ) as error:  # its upload was cut off
+            ) as error:
+                # its upload was cut off
                 print(
                     f"{uri} is not whole ({type(error).__name__}); trying the one before",
                     flush=True,

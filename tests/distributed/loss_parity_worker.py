@@ -68,13 +68,11 @@ class Batch:
         rows, slots = SHARES * ROWS, SHARES * SLOTS
         self.all_queries = torch.randn(rows, REWRITES, FEATURES)
         self.all_passages = torch.randn(slots, WINDOWS, FEATURES)
-        self.positive = torch.cat(
-            [torch.arange(ROWS) + share * SLOTS for share in range(SHARES)]
-        )  # [B]
+        # [B]
+        self.positive = torch.cat([torch.arange(ROWS) + share * SLOTS for share in range(SHARES)])
         self.allowed = torch.rand(rows, slots) > 0.2
-        self.weights = torch.tensor(
-            [1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.0, 0.0]
-        )  # the last rank holds padding
+        # the last rank holds padding
+        self.weights = torch.tensor([1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.0, 0.0])
         self.environments = torch.rand(rows, REWRITES * WINDOWS) > 0.3
         self.environments[:, 0] = True
         teacher = [normalize(torch.randn(count, 6), dim=-1) for count in (rows, slots, slots)]

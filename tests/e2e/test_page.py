@@ -180,14 +180,12 @@ def test_an_answer_streams_and_its_citation_leads_to_the_passage(
     page.open(services["open"].url)
     reader.pause_s = 0.4
     page.ask(FERRY, to_the_end=False)
-    page.wait(
-        "/^nine in( the)?$/.test(document.getElementById('answer').textContent)"
-    )  # in the middle of it
+    # in the middle of it
+    page.wait("/^nine in( the)?$/.test(document.getElementById('answer').textContent)")
     assert page.find("#send").text == "Stop"
     assert page.texts("#passages h3")[0] == "Ferry"
-    assert (
-        page.js("document.querySelectorAll('.cite').length") == 0
-    )  # no number is a link before it was checked
+    # no number is a link before it was checked
+    assert page.js("document.querySelectorAll('.cite').length") == 0
     page.picture("writing")
     page.wait("!document.body.classList.contains('busy')")
     assert page.text("#answer").split("\n")[0].startswith("nine in the morning")

@@ -115,9 +115,8 @@ def test_a_node_that_joins_is_used_and_the_curve_stays(
 
     monkeypatch.setattr(trainer, "_work", slow_work(tmp_path))
     place = copied(prepared, "elastic")
-    with ThreadPoolExecutor(
-        1
-    ) as pool:  # the training's thread: Ray starts nodes in the main one only
+    # the training's thread: Ray starts nodes in the main one only
+    with ThreadPoolExecutor(1) as pool:
         training = pool.submit(train, place, "retriever", *OVERRIDES, "scale.num_workers=[1, 2]")
         while not training.done() and begun(tmp_path) < 5:
             time.sleep(0.5)

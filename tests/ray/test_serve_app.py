@@ -54,9 +54,8 @@ class Local:
         self.handle = serve.run(application, _local_testing_mode=True)
         self.handle._init()  # Serve has no public way to the local replica's web application
         self.app = self.handle._router._user_callable_wrapper._callable.app
-        deadline = (
-            time.monotonic() + 20
-        )  # local testing does not wait for the retriever's first reconfigure
+        # local testing does not wait for the retriever's first reconfigure
+        deadline = time.monotonic() + 20
         while ready and self("GET", "/readyz").status_code != 200 and time.monotonic() < deadline:
             time.sleep(0.1)
 
@@ -367,9 +366,8 @@ def test_a_replica_that_dies_costs_no_request(running: str, local_ray: Any) -> N
         os.kill(_replica_pid(local_ray, "RetrieverDeployment"), signal.SIGKILL)
         killed, deadline = len(codes), time.monotonic() + 120
         time.sleep(4.0)
-        while (
-            len(codes) < killed + 20 and time.monotonic() < deadline
-        ):  # on a busy machine these take longer
+        # on a busy machine these take longer
+        while len(codes) < killed + 20 and time.monotonic() < deadline:
             time.sleep(0.2)
         stopped = True
         for task in tasks:
@@ -427,9 +425,11 @@ def test_replicas_follow_what_is_published(
 
 def _deploy(artifacts: Artifacts, index_uri: str) -> None:
     from ray import serve
+
+    # what `serve deploy` reaches through the dashboard
     from ray.serve.context import (
         _get_global_client,
-    )  # what `serve deploy` reaches through the dashboard
+    )
     from ray.serve.schema import ServeDeploySchema
 
     application = {

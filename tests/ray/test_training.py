@@ -24,11 +24,12 @@ from tests.distributed.small_store import small_config, small_store
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 
+# the worker dies before its fourth step: a checkpoint after two stands
 STEPS, CHECKPOINT_EVERY, DIES_AT = (
     5,
     2,
     3,
-)  # the worker dies before its fourth step: a checkpoint after two stands
+)
 OVERRIDES = (
     f"retriever.steps={STEPS}",
     f"generator.steps={STEPS}",

@@ -59,9 +59,8 @@ def test_all_sound_documents_are_read(read: tuple[dict[str, Document], list[str]
     found = [document for document in read[0].values() if not document.file.startswith("bad/")]
     assert len(found) == SOUND_DOCUMENTS
     assert len({document.file for document in found}) == SOUND_FILES
-    assert (
-        read[0]["r1"].text == "A sound row about larches."
-    )  # its neighbours in the file are malformed
+    # its neighbours in the file are malformed
+    assert read[0]["r1"].text == "A sound row about larches."
     for document in read[0].values():
         assert document.uri.removesuffix("#L1").startswith("/") or document.uri == ""
         assert list(document.places) == sorted(document.places, key=lambda place: place.start)
@@ -84,9 +83,8 @@ def test_texts_and_titles(read: tuple[dict[str, Document], list[str]]) -> None:
     assert not {"Home", "hidden", "p{}"} & set(read[0]["site/errors.html"].text.split())
     assert "a\n  b" in read[0]["site/shop.xhtml"].text
     assert "simmers for ninety" in read[0]["recipes/soup.txt"].text  # UTF-16
-    assert read[0]["boats/open.pdf"].text.startswith(
-        "Dunmore lends"
-    )  # encrypted with an empty password
+    # encrypted with an empty password
+    assert read[0]["boats/open.pdf"].text.startswith("Dunmore lends")
 
 
 def test_every_fault_is_one_line(
@@ -325,9 +323,8 @@ def test_documents_are_indexed_with_the_newest_adapter_that_fits(tmp_path: Path)
     other = Pipeline(
         replace(small.config, model=replace(small.config.model, query_prefix="ask: ")), quiet=True
     )
-    assert (
-        choose_adapter(other, None) is None
-    )  # its vectors of questions would not be those of the adapter
+    # its vectors of questions would not be those of the adapter
+    assert choose_adapter(other, None) is None
     assert choose_adapter(pipeline, "base") is None
     named = choose_adapter(pipeline, first.uri)
     assert named is not None

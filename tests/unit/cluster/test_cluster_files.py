@@ -76,9 +76,8 @@ def test_serve_config_fits_serves_schema() -> None:
     assert isinstance(text, str)
     values = yaml.safe_load(text)
     schema = ServeDeploySchema.model_validate(values)
-    assert set(values) <= set(
-        ServeDeploySchema.model_fields
-    )  # it ignores unknown keys, so look for them here
+    # it ignores unknown keys, so look for them here
+    assert set(values) <= set(ServeDeploySchema.model_fields)
     application = schema.applications[0]
     assert application.import_path == "serve.app:build_app"
     args = AppArgs.model_validate(application.args)

@@ -116,11 +116,12 @@ def test_answers_by_hand() -> None:
     assert columns["exact_match"] == [1.0, 0.0, 0.0]
     assert columns["accuracy"] == [1.0, 0.0, 1.0]
     assert columns["abstained"] == [0.0, 1.0, 0.0]
+    # the second's anchor is wrong, the third has no rewrite
     assert columns["flip_rate"] == [
         0.5,
         None,
         None,
-    ]  # the second's anchor is wrong, the third has no rewrite
+    ]
     assert columns["citation_precision"] == [0.5, None, None]
     assert columns["removed_citations"] == [2.0, 0.0, 0.0]
     assert columns["citation_recall"] == [1.0, None, None]

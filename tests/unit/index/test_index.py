@@ -259,9 +259,8 @@ def test_vectors_shards_are_readable_by_plain_pyarrow(small: World) -> None:
             for passage in Passages(small.passages).rows(range(len(matrix)))
         ]
     )
-    assert (
-        np.abs(matrix - expected) <= 2.0**-11 * np.abs(expected) + 1e-5
-    ).all()  # a half's rounding, and padding's
+    # a half's rounding, and padding's
+    assert (np.abs(matrix - expected) <= 2.0**-11 * np.abs(expected) + 1e-5).all()
 
 
 @pytest.mark.parametrize("name", ["reordered", "shorter"])

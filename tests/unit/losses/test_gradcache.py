@@ -70,9 +70,8 @@ def test_gradients_equal_those_without_it(tokens: int, more: int) -> None:
     plain = loss_of(encoder)
     plain.backward()
     wanted = encoder.gradient()
-    cache = RepresentationCache(
-        encoder, tokens, agree=lambda count: count + more
-    )  # other ranks have more chunks
+    # other ranks have more chunks
+    cache = RepresentationCache(encoder, tokens, agree=lambda count: count + more)
     loss = loss_of(cache)
     cache.backward(loss)
     torch.testing.assert_close(loss, plain)

@@ -320,9 +320,8 @@ def test_order_and_constants_do_not_matter(seed: int, shift: float, pattern: str
     order = torch.randperm(6, generator=generator)
     environments = torch.randperm(4, generator=generator)
     place = torch.argsort(order)[positive]
-    shifts = shift * torch.rand(
-        3, 4, 1, generator=generator, dtype=torch.float64
-    )  # its own for each environment
+    # its own for each environment
+    shifts = shift * torch.rand(3, 4, 1, generator=generator, dtype=torch.float64)
     moved = (cosines + shifts)[:, environments][..., order]
     after = invariance_loss(moved, place, allowed[:, order], **chosen)
     for left, right in zip(before, after, strict=True):

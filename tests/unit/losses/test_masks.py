@@ -40,9 +40,8 @@ def test_overlapping_spans_are_out_but_neighbours_stay() -> None:
 
 
 def test_slots_that_hold_an_answer_are_out() -> None:
-    holds = torch.tensor(
-        [[True, True, True, False, True, True]]
-    )  # the positive holds it too, of course
+    # the positive holds it too, of course
+    holds = torch.tensor([[True, True, True, False, True, True]])
     assert rows(contrastive_allowed(SLOTS, torch.tensor([0]), holds_answer=holds)) == ["x..x.."]
 
 

@@ -220,9 +220,8 @@ def test_the_split_is_by_document_and_copies_stay_together(
     assert 0.1 < len(of[1]) / len(texts) < 0.3
     copies = {id: "the same" for id in texts}
     train, dev = split_by_document([made for _, made in of_facts], copies, 0)
-    assert min(made.start for made in dev) >= max(
-        made.start for made in train
-    )  # as of one document: by place
+    # as of one document: by place
+    assert min(made.start for made in dev) >= max(made.start for made in train)
 
 
 # The files

@@ -198,9 +198,8 @@ def test_a_bound_key_finds_nothing_in_an_index_without_its_column(artifacts: Art
                 "POST", "/v1/retrieve", json={"question": FERRY}, headers={"X-API-Key": "land"}
             )
             assert "no text column 'tenant'" in fault(response, 422, "invalid_request")
-            assert (
-                set(titles(ask(live, who="sea", top_k=4))) == set(TENANTS) - LAND
-            )  # uri is a column everywhere
+            # uri is a column everywhere
+            assert set(titles(ask(live, who="sea", top_k=4))) == set(TENANTS) - LAND
         finally:
             live.close()
 

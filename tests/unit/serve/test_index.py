@@ -281,10 +281,11 @@ def test_published_versions_are_followed(artifacts: Artifacts) -> None:
         for _ in range(2):
             live.follow()
         assert live("GET", "/v1/index").json()["index"]["active_uri"] == artifacts.other_index_uri
+        # changed once, refused once
         assert live.memory.of("invar_index_changes_total") == [
             1.0,
             1.0,
-        ]  # changed once, refused once
+        ]
     finally:
         live.close()
 

@@ -174,9 +174,8 @@ def test_embeddings(live: Live, client: openai.OpenAI, artifacts: Artifacts) -> 
 
     encoder = open_retriever(artifacts.index_uri).encoder
     texts = [FERRY, "Pears and plums"]
-    packed = client.embeddings.create(
-        model="invar-encoder", input=texts
-    )  # the client asks for base64
+    # the client asks for base64
+    packed = client.embeddings.create(model="invar-encoder", input=texts)
     plain = client.embeddings.create(model="invar-encoder", input=texts, encoding_format="float")
     expected = encoder.encode_queries(texts)
     np.testing.assert_allclose([row.embedding for row in packed.data], expected, atol=1e-5)
@@ -345,9 +344,8 @@ def test_metrics_of_a_request(artifacts: Artifacts) -> None:
         assert ("invar_requests_total", (("route", "other"), ("status", "404"))) in values
         assert values["invar_tokens_total", ()] == [6.0]
         assert values["invar_batch_size", (("engine", "generator"),)] == [1.0]
-        assert (
-            len(values["invar_stage_seconds", (("stage", "search"),)]) == 3
-        )  # two of them for the sample
+        # two of them for the sample
+        assert len(values["invar_stage_seconds", (("stage", "search"),)]) == 3
         assert 0 < live.memory.of("invar_top_score")[0] <= 1
         assert 0 <= live.memory.of("invar_stability_overlap")[0] <= 1
     finally:

@@ -73,9 +73,8 @@ def test_share_of_changed_negatives(small: World, made: dict[str, Any]) -> None:
 
 
 def test_a_part_holds_the_share_and_what_the_training_set_needs(tmp_path: Path) -> None:
-    small = World(
-        tmp_path, "retriever.num_hard_negatives=0"
-    )  # it begins with the positives alone, 12 of 36 passages
+    # it begins with the positives alone, 12 of 36 passages
+    small = World(tmp_path, "retriever.num_hard_negatives=0")
     found = refresh(small, refresh_share=0.1, num_hard_negatives=2)
     version = small.store.open(found["trainset"], "trainset")
     part = version.parent("index").parent("passages")

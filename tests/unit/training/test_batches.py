@@ -291,11 +291,12 @@ def test_slots_are_positives_then_negatives_each_once(trio: Trainset) -> None:
     assert plan.slots == [0, 1, 2, 3]
     assert plan.owner == [0, 1, -1, -1]
     assert plan.positive == [0, 1]
+    # question 0: slot 1, a positive already; question 1: slot 2
     assert plan_of(trio, negatives=1).slots == [
         0,
         1,
         2,
-    ]  # question 0: slot 1, a positive already; question 1: slot 2
+    ]
     assert plan_of(trio, negatives=0).slots == [0, 1]
 
 

@@ -22,9 +22,8 @@ from tests.support import TINY
 def test_loss_and_gradient_equal_those_of_all_logits() -> None:
     model, tokenizer = build_tiny(TINY, seed=0)
     adapted = new_adapter(model, LoraConfig(dropout=0.0), seed=0)
-    for parameter in (
-        adapted.parameters()
-    ):  # LoRA starts at 0 on one side: without this half of the gradients would be 0
+    # LoRA starts at 0 on one side: without this half of the gradients would be 0
+    for parameter in adapted.parameters():
         if parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.05)
     module = _CausalLm(adapted.get_base_model())

@@ -69,9 +69,8 @@ def test_union_is_by_best_rank(lists: list[list[int]], expected: list[int]) -> N
 def test_what_ranks_above_the_first_rank_anywhere_is_left_out(
     first: int, expected: list[int]
 ) -> None:
-    assert (
-        union_by_best_rank([[3, 1, 2], [5, 3, 7]], first) == expected
-    )  # 3 is first in one list, second in the other
+    # 3 is first in one list, second in the other
+    assert union_by_best_rank([[3, 1, 2], [5, 3, 7]], first) == expected
 
 
 @given(st.lists(st.lists(st.integers(0, 20), max_size=8, unique=True), max_size=4))
