@@ -20,8 +20,7 @@ from invar_ray.pipeline import Pipeline
 from invar_ray.store.artifacts import Artifact
 from invar_ray.training.objective import invariance_weight
 from invar_ray.training.retriever_stage import RetrieverStage
-from invar_ray.training.schedule import MAX_GRAD_NORM, WEIGHT_DECAY, learning_rate
-from invar_ray.training.stage import Forward
+from invar_ray.training.stage import MAX_GRAD_NORM, WEIGHT_DECAY, Forward, learning_rate
 
 GROUP_TOKENS = 1536
 

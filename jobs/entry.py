@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import FrameType
 
+from invar_ray.cli.errors import explained
 from invar_ray.config import load_config
-from invar_ray.errors import InvarError
 from invar_ray.pipeline import Pipeline
 from invar_ray.session import quieten_libraries
 
@@ -36,9 +34,8 @@ def run_job(doc: str, body: Callable[..., None], options: Mapping[str, str] | No
         help="fields to change, e.g. scale.num_workers=4",
     )
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, _interrupt)
     quieten_libraries()
-    try:
+    with explained():
         own = dict(options or {})
         given = [text.partition("=") for text in arguments.overrides]
         own |= {key: value for key, separator, value in given if separator and key in own}
@@ -47,12 +44,6 @@ def run_job(doc: str, body: Callable[..., None], options: Mapping[str, str] | No
         _warn_of_a_store_in_the_upload(config.storage.root_uri, Path.cwd())
         with Pipeline(config) as pipeline:
             body(pipeline, own) if options else body(pipeline)
-    except InvarError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        print("interrupted; what was finished stands, run again to go on", file=sys.stderr)
-        sys.exit(130)
 
 
 def _warn_of_a_store_in_the_upload(root_uri: str, folder: Path) -> None:
@@ -69,7 +60,3 @@ def _warn_of_a_store_in_the_upload(root_uri: str, folder: Path) -> None:
             " that every node can reach",
             file=sys.stderr,
         )
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt

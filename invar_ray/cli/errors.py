@@ -1,15 +1,16 @@
-"""What all commands share: one clear error instead of a traceback, and a clean end on Ctrl-C."""
+"""What all commands and jobs share: one clear error instead of a traceback, and a clean end on
+Ctrl-C.
+"""
 
 from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import wraps
 from types import FrameType
 from typing import ParamSpec
-
-import typer
 
 from invar_ray.errors import InvarError
 
@@ -19,7 +20,7 @@ P = ParamSpec("P")
 def explain_errors(
     command: Callable[P, None], early: Callable[P, None] | None = None
 ) -> Callable[P, None]:
-    """A user's mistake prints one error and exits 1; Ctrl-C and SIGTERM clean up and exit 130.
+    """The command, with its errors as :func:`explained` has them.
 
     Args:
         command: the command.
@@ -29,22 +30,29 @@ def explain_errors(
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
-        signal.signal(signal.SIGTERM, _interrupt)
-        try:
+        with explained():
             if early is not None:
                 early(*args, **kwargs)
             from invar_ray.session import quieten_libraries
 
             quieten_libraries()
             command(*args, **kwargs)
-        except InvarError as error:
-            print(f"error: {error}", file=sys.stderr)
-            raise typer.Exit(1) from error
-        except KeyboardInterrupt as error:
-            print("interrupted; what was finished stands, run again to go on", file=sys.stderr)
-            raise typer.Exit(130) from error
 
     return run
+
+
+@contextmanager
+def explained() -> Iterator[None]:
+    """A user's mistake prints one error and exits 1; Ctrl-C and SIGTERM clean up and exit 130."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    except InvarError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from error
+    except KeyboardInterrupt as error:
+        print("interrupted; what was finished stands, run again to go on", file=sys.stderr)
+        raise SystemExit(130) from error
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -14,7 +14,7 @@ from invar_ray.config.models import LoraConfig
 @dataclass(frozen=True)
 class OptimizerConfig:
     """AdamW with linear warm-up, then linear decay to zero; no weight decay, gradients of a global
-    norm of at most 1 (``invar_ray/training/schedule.py``).
+    norm of at most 1 (``invar_ray/training/stage.py``).
     """
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID

@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from invar_ray.answering.rag import answer_batch
 from invar_ray.config import Config
@@ -18,7 +17,7 @@ from invar_ray.evaluation.measure import Answered, FoundFamily
 from invar_ray.executor import Executor, Work
 from invar_ray.models.base import BaseRef, open_base_generator, open_generator
 from invar_ray.models.precision import inference_device, inference_precision
-from invar_ray.schema import Document, Hit, from_table
+from invar_ray.schema import Document, Hit
 from invar_ray.steps.hits import HIT_TYPE
 from invar_ray.store.artifacts import Artifact, Store
 
@@ -77,21 +76,6 @@ def answer_tasks(
         if any(found for question in oracle for _, found in question):
             tasks.append(AnswerTask(f"{system.name}, oracle passage", system.name, uri, oracle))
     return tasks
-
-
-def load_gold(passages: Artifact, families: Sequence[FoundFamily]) -> dict[str, Document]:
-    """The gold documents of these questions, by id."""
-    wanted = {name for family in families for name in family.positive_ids}
-    table = (
-        pq.read_table(passages.path("documents.parquet"), filters=[("id", "in", sorted(wanted))])
-        if wanted
-        else None
-    )
-    return (
-        {document.id: document for document in from_table(table, Document)}
-        if table is not None
-        else {}
-    )
 
 
 def answer_all(

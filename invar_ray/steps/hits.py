@@ -24,7 +24,8 @@ from invar_ray.errors import MixedArtifactsError
 from invar_ray.evaluation.measure import FoundFamily
 from invar_ray.executor import Executor, Work
 from invar_ray.models.precision import Precision, inference_device
-from invar_ray.schema import Example, Hit, Rewrite, from_table
+from invar_ray.schema import Example, Hit
+from invar_ray.steps.questions import load_examples, load_wordings
 from invar_ray.store.artifacts import Artifact, Building, Plan
 
 VERSION = 4
@@ -120,7 +121,7 @@ def build(
     has them.
     """
     split, top_k = building.plan.config["split"], building.plan.config["top_k"]
-    examples, families = load_wordings(questions, split)
+    examples, families = load_examples(questions, split), load_wordings(questions, split)
     starts = list(range(0, len(examples), _QUESTIONS_PER_BATCH))
     blocks = [
         {
@@ -160,15 +161,6 @@ def build(
     write_hits(
         building, examples, families, [hits for number in sorted(found) for hits in found[number]]
     )
-
-
-def load_wordings(questions: Artifact, split: str) -> tuple[list[Example], dict[str, list[str]]]:
-    """The examples of a split, and each one's wordings by its id, the anchor first."""
-    examples: list[Example] = from_table(pq.read_table(questions.path(f"{split}.parquet")), Example)
-    families: dict[str, list[str]] = {example.id: [] for example in examples}
-    for rewrite in from_table(pq.read_table(questions.path(f"{split}_rewrites.parquet")), Rewrite):
-        families[rewrite.question_id].append(rewrite.text)
-    return examples, families
 
 
 def write_hits(
@@ -266,7 +258,8 @@ def bm25_plan(passages: Artifact, questions: Artifact, split: str, top_k: int) -
 def build_bm25(building: Building, passages: Artifact, questions: Artifact) -> None:
     """Search every wording of every question with BM25."""
     settings = building.plan.config
-    examples, families = load_wordings(questions, settings["split"])
+    split = settings["split"]
+    examples, families = load_examples(questions, split), load_wordings(questions, split)
     retriever = Bm25Retriever(Passages(passages))
     hits = [retriever.retrieve(families[example.id], settings["top_k"]) for example in examples]
     write_hits(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,10 +221,13 @@ def load_skipped(artifact: Artifact) -> list[str]:
     return artifact.path(SKIPPED).read_text(encoding="utf-8").splitlines()
 
 
-def load_documents(artifact: Artifact) -> dict[str, Document]:
-    """Document id -> document."""
-    rows = from_table(pq.read_table(artifact.path("documents.parquet")), Document)
-    return {document.id: document for document in rows}
+def load_documents(artifact: Artifact, ids: Collection[str] | None = None) -> dict[str, Document]:
+    """Document id -> document; of these ``ids`` where given, and of them those that exist."""
+    if ids is not None and not ids:
+        return {}
+    wanted = None if ids is None else [("id", "in", sorted(ids))]
+    table = pq.read_table(artifact.path("documents.parquet"), filters=wanted)
+    return {document.id: document for document in from_table(table, Document)}
 
 
 def document_ids(artifact: Artifact) -> set[str]:

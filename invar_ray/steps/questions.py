@@ -159,6 +159,12 @@ def load_rewrites(artifact: Artifact, split: Split) -> dict[str, list[Rewrite]]:
     return families
 
 
+def load_wordings(artifact: Artifact, split: Split) -> dict[str, list[str]]:
+    """Question id -> the texts of its wordings, the anchor first."""
+    families = load_rewrites(artifact, split)
+    return {name: [rewrite.text for rewrite in family] for name, family in families.items()}
+
+
 def _sample(examples: list[Example], limit: int | None, seed: int) -> list[Example]:
     if limit is None or limit >= len(examples):
         return examples

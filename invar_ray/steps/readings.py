@@ -17,8 +17,9 @@ import pyarrow.parquet as pq
 
 from invar_ray.config import Config
 from invar_ray.evaluation.measure import FoundFamily
-from invar_ray.schema import Document, Passage, from_table
+from invar_ray.schema import Passage, from_table
 from invar_ray.steps.hits import load_hits
+from invar_ray.steps.passages import load_documents
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.text.answers import contains_answer
 from invar_ray.text.windows import resize_windows
@@ -70,7 +71,7 @@ def build(building: Building, hits: Artifact, passages: Artifact) -> None:
         of_document.setdefault(passage.document_id, []).append(passage)
     found = {hit.passage_id for family in families for wording in family.hits for hit in wording}
     by_id = {passage.id: passage for passage in (*gold_passages, *_passages(passages, "id", found))}
-    documents = _documents(passages, {passage.document_id for passage in by_id.values()})
+    documents = load_documents(passages, {passage.document_id for passage in by_id.values()})
 
     windows = {"passages": 0, "other cuts": 0}
 
@@ -137,10 +138,3 @@ def _passages(artifact: Artifact, column: str, values: Collection[str]) -> list[
         Passage,
     )
     return chosen
-
-
-def _documents(artifact: Artifact, ids: Collection[str]) -> dict[str, Document]:
-    if not ids:
-        return {}
-    table = pq.read_table(artifact.path("documents.parquet"), filters=[("id", "in", sorted(ids))])
-    return {document.id: document for document in from_table(table, Document)}

@@ -41,8 +41,9 @@ from invar_ray.evaluation.trec import file_name, write_qrels, write_run
 from invar_ray.evaluation.variance import known
 from invar_ray.executor import Executor
 from invar_ray.models.base import BaseRef
-from invar_ray.steps.answers import AnswerTask, System, answer_all, answer_tasks, load_gold
+from invar_ray.steps.answers import AnswerTask, System, answer_all, answer_tasks
 from invar_ray.steps.hits import load_hits
+from invar_ray.steps.passages import load_documents
 from invar_ray.store.artifacts import Artifact, Building, Plan
 
 VERSION = 6
@@ -154,7 +155,8 @@ def build(
             f"{len(bare)} of the questions to answer have no gold answer (first: {bare[0]})",
             action="set evaluation.num_answers=0, which measures retrieval alone",
         )
-    documents = load_gold(passages, hits[systems[0].name][:count])
+    asked = hits[systems[0].name][:count]
+    documents = load_documents(passages, {name for family in asked for name in family.positive_ids})
     tasks = [
         task for s in systems for task in answer_tasks(s, hits[s.name][:count], documents, config)
     ]

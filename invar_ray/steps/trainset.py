@@ -22,13 +22,12 @@ from invar_ray.answering.bm25 import Bm25
 from invar_ray.answering.retriever import open_retriever
 from invar_ray.config import Config
 from invar_ray.console import Progress
-from invar_ray.errors import DataError
 from invar_ray.index.blocks import read_vectors
 from invar_ray.losses.alignment import mean_document_vectors
 from invar_ray.models.encoder import coarse_spec, open_encoder
 from invar_ray.schema import Document, Example, Passage
 from invar_ray.steps.passages import load_documents, load_passages
-from invar_ray.steps.questions import load_examples, load_rewrites
+from invar_ray.steps.questions import load_examples, load_wordings, refuse_unanswerable
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.text.answers import contains_answer
 from invar_ray.text.windows import resize_windows
@@ -77,7 +76,7 @@ def build(
         DataError: if a training question's positive document is not in the corpus.
     """
     documents, rows = load_documents(passages), load_passages(passages)
-    examples, rewrites = load_examples(questions, "train"), load_rewrites(questions, "train")
+    examples, families = load_examples(questions, "train"), load_wordings(questions, "train")
     positives = find_positives(examples, rows)
     _, passage_vectors = read_vectors(teacher)
     document_vectors = mean_by_document(passage_vectors, [passage.document_id for passage in rows])
@@ -97,7 +96,7 @@ def build(
     row_of = {passage.id: row for row, passage in enumerate(rows)}
     for start in range(0, len(examples), _QUERIES_PER_BATCH):
         block = examples[start : start + _QUERIES_PER_BATCH]
-        wordings = [[rewrite.text for rewrite in rewrites[example.id]] for example in block]
+        wordings = [families[example.id] for example in block]
         texts = [text for family in wordings for text in family]
         hits = retriever.retrieve(texts, depth)
         ranked = iter([[row_of[hit.passage_id] for hit in found] for found in hits])
@@ -136,9 +135,7 @@ def build(
     question_table = pa.table(
         {
             "question_id": [example.id for example in examples],
-            "wordings": [
-                [rewrite.text for rewrite in rewrites[example.id]] for example in examples
-            ],
+            "wordings": [families[example.id] for example in examples],
             "answers": [list(example.answers) for example in examples],
             "positive": pa.array([slot_of[row] for row in positives], pa.int64()),
             "positive_texts": [
@@ -190,28 +187,17 @@ def find_positives(examples: Sequence[Example], passages: Sequence[Passage]) -> 
     of_document: dict[str, list[int]] = {}
     for row, passage in enumerate(passages):
         of_document.setdefault(passage.document_id, []).append(row)
+    refuse_unanswerable(examples, of_document, "train")
     chosen = []
-    missing = []
     for example in examples:
         rows = [
             row for document_id in example.positive_ids for row in of_document.get(document_id, [])
         ]
-        if not rows:
-            missing.append(example)
-            continue
         chosen.append(
             next(
                 (row for row in rows if contains_answer(passages[row].text, example.answers)),
                 rows[0],
             )
-        )
-    if missing:
-        raise DataError(
-            f"{len(missing)} of {len(examples)} questions have no positive document in the corpus "
-            "(first: "
-            f"{missing[0].id}, positive_ids {list(missing[0].positive_ids)[:3]})",
-            expected="positive_ids that are ids of corpus rows",
-            action="use the corpus that the questions were made for, or raise corpus.limit",
         )
     return chosen
 

@@ -19,8 +19,7 @@ from invar_ray.evaluation.plots import plot_losses
 from invar_ray.heap import keep_freed_memory
 from invar_ray.store.artifacts import Building, join_uri
 from invar_ray.store.files import resolve_uri
-from invar_ray.training.schedule import best_step
-from invar_ray.training.stage import NEGATIVES_FILE, Mine
+from invar_ray.training.stage import NEGATIVES_FILE, Mine, best_step
 from invar_ray.training.tracking import check_trackers
 
 KEEP_CHECKPOINTS = 2

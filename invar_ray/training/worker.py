@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -21,19 +21,27 @@ from invar_ray.store.artifacts import Store
 from invar_ray.store.files import join_uri, resolve_uri
 from invar_ray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from invar_ray.training.engine import Engine, init_distributed, largest_over_ranks
+from invar_ray.training.generator_stage import GeneratorStage
 from invar_ray.training.refresh import Refresh, Refreshed
-from invar_ray.training.schedule import (
+from invar_ray.training.retriever_stage import RetrieverStage
+from invar_ray.training.stage import (
     MAX_GRAD_NORM,
     WEIGHT_DECAY,
+    Chunking,
+    Metrics,
+    Stage,
     best_step,
     is_exhausted,
     learning_rate,
 )
-from invar_ray.training.stage import Chunking, Metrics, Stage
-from invar_ray.training.stages import STAGES
 from invar_ray.training.tracking import Tracker, open_trackers
 
 _SEED_STRIDE = 1_000_003
+STAGES: dict[str, Callable[[Config, Store, dict[str, Any], int, int], Stage]] = {
+    "retriever": RetrieverStage,
+    "generator": GeneratorStage,
+}
+"""The stages by name."""
 _MEASURE_TOKENS = 8192  # of a pass over held-out texts, where the config sets no budget
 
 

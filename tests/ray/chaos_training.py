@@ -115,8 +115,7 @@ def noting(place: str) -> Callable[[dict[str, Any]], Any]:
         import os
         import time
 
-        from invar_ray.training.stages import STAGES
-        from invar_ray.training.worker import train_worker
+        from invar_ray.training.worker import STAGES, train_worker
 
         real = STAGES[payload["stage"]]
 

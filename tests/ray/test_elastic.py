@@ -72,8 +72,7 @@ def slow_work(folder: Path) -> Callable[[dict[str, Any]], Any]:
         import time
         from pathlib import Path
 
-        from invar_ray.training.stages import STAGES
-        from invar_ray.training.worker import train_worker
+        from invar_ray.training.worker import STAGES, train_worker
 
         real = STAGES[payload["stage"]]
 

@@ -55,8 +55,7 @@ def work_that_dies(
         import time
         from pathlib import Path
 
-        from invar_ray.training.stages import STAGES
-        from invar_ray.training.worker import train_worker
+        from invar_ray.training.worker import STAGES, train_worker
 
         real = STAGES[payload["stage"]]
 
@@ -205,8 +204,7 @@ def work_that_overflows(at: int) -> Callable[[dict[str, Any]], Any]:
     """The training function with a stage whose loss is not a number at step ``at`` on rank 1."""
 
     def work(payload: dict[str, Any]) -> Any:
-        from invar_ray.training.stages import STAGES
-        from invar_ray.training.worker import train_worker
+        from invar_ray.training.worker import STAGES, train_worker
 
         real = STAGES[payload["stage"]]
 
@@ -261,8 +259,7 @@ def test_the_best_heldout_step_is_kept_and_patience_ends_the_run(
     """
 
     def work(payload: dict[str, Any]) -> Any:
-        from invar_ray.training.stages import STAGES
-        from invar_ray.training.worker import train_worker
+        from invar_ray.training.worker import STAGES, train_worker
 
         real = STAGES[payload["stage"]]
 

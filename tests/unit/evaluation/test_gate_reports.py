@@ -24,7 +24,7 @@ from invar_ray.steps.report import plan as report_plan
 from invar_ray.steps.retriever import plan as retriever_plan
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.training.retriever_stage import RetrieverStage
-from invar_ray.training.schedule import MAX_GRAD_NORM, learning_rate
+from invar_ray.training.stage import MAX_GRAD_NORM, learning_rate
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ROW = "stage 1"

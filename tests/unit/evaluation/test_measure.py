@@ -21,18 +21,19 @@ from invar_ray.evaluation.measure import (
 from invar_ray.evaluation.scoring import answer_rule
 from invar_ray.models.precision import Precision
 from invar_ray.schema import Hit
-from invar_ray.steps.answers import System, answer_tasks, load_gold
+from invar_ray.steps.answers import System, answer_tasks
 from invar_ray.steps.hits import (
     SearchBlock,
     SearchMode,
     bm25_plan,
     fused_plan,
     load_hits,
-    load_wordings,
 )
 from invar_ray.steps.hits import build_bm25 as build_bm25_hits
 from invar_ray.steps.hits import build_fused as build_fused_hits
 from invar_ray.steps.hits import plan as hits_plan
+from invar_ray.steps.passages import load_documents
+from invar_ray.steps.questions import load_examples, load_wordings
 from invar_ray.store.artifacts import Artifact
 from tests.support import World, world
 
@@ -144,7 +145,10 @@ def made(small: World, name: str) -> Artifact:
 
 def test_bm25_finds_the_islands(small: World) -> None:
     families = load_hits(made(small, "bm25"))
-    examples, wordings = load_wordings(small.questions, "dev")
+    examples, wordings = (
+        load_examples(small.questions, "dev"),
+        load_wordings(small.questions, "dev"),
+    )
     assert [f.question_id for f in families] == [example.id for example in examples]
     assert [list(f.wordings) for f in families] == [wordings[example.id] for example in examples]
     columns = retrieval_columns(families, 5, 5, RULE)
@@ -236,8 +240,9 @@ def test_the_mode_is_in_the_fingerprint_only_where_it_acts(small: World) -> None
 def test_gold_documents_make_the_oracle_rows(small: World, tmp_path: Path) -> None:
     bm25 = made(small, "bm25")
     families = load_hits(bm25)[:2]
-    documents = load_gold(small.passages, families)
-    assert set(documents) == {name for f in families for name in f.positive_ids}
+    gold = {name for family in families for name in family.positive_ids}
+    documents = load_documents(small.passages, gold)
+    assert set(documents) == gold
     system = System("base", bm25, "", shows_bounds=True)
     tasks = answer_tasks(system, families, documents, small.config)
     assert [task.label for task in tasks] == ["base", "base, closed book", "base, oracle passage"]

@@ -76,8 +76,8 @@ def test_missing_positives_are_counted_and_the_first_is_named() -> None:
     with pytest.raises(DataError) as caught:
         find_positives(examples, PASSAGES)
     assert str(caught.value) == (
-        "2 of 3 questions have no positive document in the corpus (first: bad, positive_ids ['c', "
-        "'d', 'e']). "
+        "2 of 3 train questions have no positive document in the corpus (first: bad, "
+        "positive_ids ['c', 'd', 'e']). "
         "Expected: positive_ids that are ids of corpus rows. "
         "To do: use the corpus that the questions were made for, or raise corpus.limit."
     )

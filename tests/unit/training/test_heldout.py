@@ -13,8 +13,7 @@ from invar_ray.errors import DataError
 from invar_ray.models.encoder import llm_spec
 from invar_ray.training.batches import Trainset
 from invar_ray.training.retriever_stage import RetrieverStage
-from invar_ray.training.schedule import best_step, is_exhausted
-from invar_ray.training.stage import HELDOUT, Chunking
+from invar_ray.training.stage import HELDOUT, Chunking, best_step, is_exhausted
 from tests import support
 
 ALONE = Chunking(200, lambda count: count, torch.Tensor.backward)
