@@ -7,7 +7,6 @@ missing, and nothing else.  The demo, the jobs and the command line all call it.
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 import time
 from collections.abc import Callable
@@ -16,14 +15,12 @@ from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
-from invar_ray.answering.fusion import QUERY_REWRITES
 from invar_ray.config import Config
 from invar_ray.errors import ArtifactError
 from invar_ray.evaluation.report import Report, read_report, write_report
 from invar_ray.executor import Executor, OnRay
 from invar_ray.models.base import BUILTIN, BaseRef, load_tokenizer, resolve_base
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec
-from invar_ray.models.precision import Precision, made_in
 from invar_ray.steps import (
     base,
     generator,
@@ -34,17 +31,13 @@ from invar_ray.steps import (
     readings,
     report,
     retriever,
+    rows,
     trainset,
     vectors,
 )
-from invar_ray.steps.answers import System
 from invar_ray.steps.hits import PLAIN, SearchMode
-from invar_ray.steps.report import SYSTEM_NAMES, Change
 from invar_ray.store.artifacts import Artifact, Building, Plan, Store, open_artifact
 from invar_ray.store.earlier import earlier_passages
-
-WINDOW_TOKENS = 64
-"""For the cause of variance `window`: passage length of the other cut."""
 
 
 class Pipeline:
@@ -87,21 +80,22 @@ class Pipeline:
         built = None
         if self.config.model.base in BUILTIN:
             plan = base.plan(self.config)
-            built = self._step("base model", plan, lambda to: base.build(to, self.config))
+            built = self.step("base model", plan, lambda to: base.build(to, self.config))
         return resolve_base(self.config.model, built)
 
     @cached_property
     def questions(self) -> Artifact:
         """Questions of both splits with their rewrites."""
         plan = questions.plan(self.config)
-        return self._step("questions", plan, lambda to: questions.build(to, self.config))
+        return self.step("questions", plan, lambda to: questions.build(to, self.config))
 
     @cached_property
     def passages(self) -> Artifact:
         """The corpus, cut into passages."""
-        return self._cut("passages", self.config)
+        return self.cut("passages", self.config)
 
-    def _cut(self, label: str, config: Config) -> Artifact:
+    def cut(self, label: str, config: Config) -> Artifact:
+        """The corpus, cut as ``config`` says."""
         asked = self.questions if config.corpus.distractors is not None else None
         plan = passages.plan(config, self.base, asked)
 
@@ -117,16 +111,7 @@ class Pipeline:
                 building, config, tokenizer, asked, executor=self.executor, earlier=earlier
             )
 
-        return self._step(label, plan, body)
-
-    @cached_property
-    def _recut(self) -> Artifact:
-        """The corpus in other windows: passages of another length."""
-        length = WINDOW_TOKENS
-        corpus = replace(self.config.corpus, chunk_tokens=length, chunk_stride=length)
-        return self._cut(
-            f"passages, windows of {length} tokens", replace(self.config, corpus=corpus)
-        )
+        return self.step(label, plan, body)
 
     @cached_property
     def coarse_index(self) -> Artifact:
@@ -163,15 +148,13 @@ class Pipeline:
             self.coarse_index.parent("vectors"),
         )
         plan = trainset.plan(self.config, *parents)
-        return self._step(
-            "training set", plan, lambda to: trainset.build(to, self.config, *parents)
-        )
+        return self.step("training set", plan, lambda to: trainset.build(to, self.config, *parents))
 
     @cached_property
     def retriever(self) -> Artifact:
         """The stage-1 adapter."""
         parents = self.config, self.base, self.trainset
-        return self._step(
+        return self.step(
             "stage 1: retriever",
             retriever.plan(*parents),
             lambda to: retriever.build(to, *parents, executor=self.executor),
@@ -188,7 +171,7 @@ class Pipeline:
         windows.
         """
         parents = self.hits(self.index, "train"), self.passages
-        return self._step(
+        return self.step(
             "readings of train questions",
             readings.plan(self.config, *parents),
             lambda to: readings.build(to, *parents),
@@ -198,7 +181,7 @@ class Pipeline:
     def generator(self) -> Artifact:
         """The stage-2 adapter, trained on what the served index retrieves."""
         parents = self.config, self.base, self.readings
-        return self._step(
+        return self.step(
             "stage 2: generator",
             generator.plan(*parents),
             lambda to: generator.build(to, *parents, executor=self.executor),
@@ -208,32 +191,8 @@ class Pipeline:
     def report(self) -> Artifact:
         """Base, stage 1 and both stages on the dev questions."""
         self.check_questions()  # a fault in the inputs shows before hours of embedding
-        evaluation = self.config.evaluation
-        systems = [
-            System(
-                SYSTEM_NAMES[name],
-                self._hits_of(name),
-                self._generator_of(name),
-                name in {"base", "both"},
-            )
-            for name in evaluation.systems
-            if name != "both" or evaluation.num_answers > 0
-        ]
-        changes = [
-            Change(SYSTEM_NAMES[name], cause, changed)
-            for name in evaluation.systems
-            for cause in self.config.experimental.evaluation.causes
-            if name in {"base", "stage1"}
-            and (changed := self._changed_hits(name, cause)) is not None
-        ]
-        name = (
-            self.config.questions.dev_uri.rstrip("/")
-            .rpartition("/")[2]
-            .removeprefix("builtin:")
-            .removesuffix(".gz")
-        )
-        dataset = re.sub(r"\.(jsonl|ndjson|json|tsv|csv)$", "", name)
-        return self._step(
+        systems, changes = rows.systems(self), rows.changes(self)
+        return self.step(
             "report",
             report.plan(self.config, systems, changes),
             lambda to: report.build(
@@ -241,7 +200,7 @@ class Pipeline:
                 self.config,
                 self.base,
                 systems,
-                dataset,
+                rows.dataset_name(self.config),
                 self.passages,
                 changes,
                 executor=self.executor,
@@ -251,70 +210,13 @@ class Pipeline:
     def hits(self, index: Artifact, split: str, mode: SearchMode = PLAIN) -> Artifact:
         """What a split's questions retrieve from an index version."""
         top_k = self.config.evaluation.top_k if split == "dev" else self.config.generator.top_k
-        return self._step(
+        return self.step(
             f"hits of {split} questions in the {index.manifest.name} index{mode.label}",
             hits.plan(self.config, index, self.questions, split, top_k, mode),
             lambda to: hits.build(
                 to, self.config, index, self.questions, mode, executor=self.executor
             ),
         )
-
-    def _hits_of(self, system: str) -> Artifact:
-        """What a row of the report retrieves for the dev questions."""
-        encoder, _, fused = system.partition("_")
-        if encoder == "bm25":
-            plan = hits.bm25_plan(
-                self.passages, self.questions, "dev", self.config.evaluation.top_k
-            )
-            return self._step(
-                "hits of dev questions by BM25",
-                plan,
-                lambda building: hits.build_bm25(building, self.passages, self.questions),
-            )
-        if fused == "bm25":
-            parts = self._hits_of(encoder), self._hits_of("bm25")
-            return self._step(
-                f"hits of {SYSTEM_NAMES[system]} fused",
-                hits.fused_plan(system, parts, "dev", self.config.evaluation.top_k),
-                lambda building: hits.build_fused(building, parts),
-            )
-        mode = SearchMode(num_rewrites=QUERY_REWRITES) if fused == "rewrites" else PLAIN
-        return self.hits(self._index_named(encoder), "dev", mode)
-
-    def _changed_hits(self, system: str, cause: str) -> Artifact | None:
-        """What a row's anchors retrieve in another setting; ``None`` where the cause cannot act."""
-        if cause == "index":
-            exact = self.config.index.factory == "Flat"
-            return (
-                None
-                if exact
-                else self.hits(self._index_named(system), "dev", SearchMode(exact=True))
-            )
-        if cause == "precision":
-            found = self._index_named(system)
-            other: Precision = "bf16" if made_in(found) == "fp32" else "fp32"
-            return self.hits(found, "dev", SearchMode(precision=other))
-        recut = self._recut
-        if system == "stage1":
-            return self.hits(
-                self.index_of(
-                    "recut-retriever", self._spec_of(self.retriever), self.retriever, recut
-                ),
-                "dev",
-            )
-        return self.hits(
-            self.index_of("recut-base", llm_spec(self.config.model, self.base), None, recut), "dev"
-        )
-
-    def _index_named(self, encoder: str) -> Artifact:
-        return {"minilm": lambda: self.coarse_index, "base": lambda: self.base_index}.get(
-            encoder, lambda: self.index
-        )()
-
-    def _generator_of(self, system: str) -> Artifact | str | None:
-        if self.config.evaluation.num_answers == 0:
-            return None
-        return self.generator if system == "both" else "" if system in {"base", "stage1"} else None
 
     @cached_property
     def reindexed(self) -> Artifact:
@@ -330,9 +232,9 @@ class Pipeline:
 
     def index_with(self, adapter: Artifact) -> Artifact:
         """An index of this run's passages under a given stage-1 adapter."""
-        return self.index_of("retriever", self._spec_of(adapter), adapter)
+        return self.index_of("retriever", self.spec_of(adapter), adapter)
 
-    def _spec_of(self, adapter: Artifact) -> EncoderSpec:
+    def spec_of(self, adapter: Artifact) -> EncoderSpec:
         """The encoder of a stage-1 adapter, its vectors cut where the config says so."""
         size = self.config.experimental.index.dimensions
         trained = adapter.manifest.config.get("retriever", {}).get("matryoshka_dims", ())
@@ -369,13 +271,13 @@ class Pipeline:
             cut: the passages; ``None`` takes the run's.
         """
         cut = cut or self.passages
-        made = self._step(
+        made = self.step(
             f"embed passages ({name})",
             vectors.plan(self.config, cut, spec, name, adapter),
             lambda to: vectors.build(to, self.config, cut, spec, executor=self.executor),
             resumable=True,
         )
-        return self._step(
+        return self.step(
             f"index ({name})",
             index.plan(self.config, made, cut, name),
             lambda to: index.build(to, self.config, made, cut, say=self._say),
@@ -396,9 +298,10 @@ class Pipeline:
         meta = {"report": uri, "seed": self.config.seed}
         return write_report(replace(measured, meta=meta), file)
 
-    def _step(
+    def step(
         self, label: str, plan: Plan, body: Callable[[Building], None], *, resumable: bool = False
     ) -> Artifact:
+        """The artifact of a plan: opened where it stands, else made, with its times kept."""
         started, cpu = time.monotonic(), time.process_time()
 
         def timed(building: Building) -> None:

@@ -13,10 +13,10 @@ from typing import Any, get_type_hints
 
 import pytest
 
-from invar_ray import pipeline
 from invar_ray.config import Config, ExperimentalScale, ScaleConfig, ServeConfig, StorageConfig
 from invar_ray.models.encoder import llm_spec
 from invar_ray.pipeline import Pipeline
+from invar_ray.steps import rows
 from invar_ray.store.artifacts import Artifact, Building, Manifest, Plan, Store
 from tests.support import small_config, tiny_base, write_lines
 
@@ -60,7 +60,7 @@ class Planner(Pipeline):
     def check_questions(self) -> None:
         """Planned passages hold no documents to look questions up in."""
 
-    def _step(
+    def step(
         self,
         label: str,
         plan: Plan,
@@ -389,7 +389,7 @@ def test_causes_of_variance_are_searches_of_their_own(
     assert {"hits base-dev bf16", "hits retriever-dev bf16"} <= plans(
         changed(config, ["model", "precision"], "bf16")
     ).keys()
-    monkeypatch.setattr(pipeline, "WINDOW_TOKENS", 32)
+    monkeypatch.setattr(rows, "WINDOW_TOKENS", 32)
     other = plans(config)
     assert {key for key in after if other.get(key) != after[key]} == made | {"report"}
     approximate = plans(
