@@ -14,6 +14,7 @@ import warnings
 from collections.abc import Iterator
 
 import ray
+from ray._private import ray_constants
 
 from invar_ray.config import ScaleConfig
 from invar_ray.errors import ResourceError
@@ -133,6 +134,9 @@ class RaySession:
 
     def _start_local(self) -> None:
         self._folder = tempfile.mkdtemp(prefix="invar-ray-")
+        # Ray takes the machine's outer address on Linux, and its ports let whoever reaches them run
+        # code. This is its switch for other systems, where it stays on loopback.
+        ray_constants.ENABLE_RAY_CLUSTER = False
         ray.init(
             address="local",  # never one that somebody else left an address of
             num_cpus=_local_cpus(self._scale),

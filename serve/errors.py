@@ -2,9 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from invar_ray.errors import RequestError
+
+_OPTIONS = re.compile(
+    r"([A-Za-z][A-Za-z0-9+.-]*://)"
+    r"(?:[^\s/@'\"]*:[^\s@'\"]*@|[^\s/@'\"]*@)?"  # a secret may hold slashes
+    r"([^\s?'\"]*)(?:\?[^\s'\")]*)?"
+)
+
+
+def plain(text: str) -> str:
+    """A text in which no URI has credentials or options (``s3://key:secret@..?endpoint=..``):
+    what may be logged and shown.
+    """
+    return _OPTIONS.sub(r"\1\2", text)
 
 
 class ServiceError(Exception):
@@ -85,5 +99,5 @@ class Fault:
         for kind in type(error).__mro__:
             if kind in TABLE:
                 status, code = TABLE[kind]
-                return cls(status, code, str(error), getattr(error, "retry_after_s", None))
+                return cls(status, code, plain(str(error)), getattr(error, "retry_after_s", None))
         return cls(500, "internal", "the service failed; its log has the cause")

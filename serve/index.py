@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 
 from invar_ray.errors import InvarError, RequestError
 from invar_ray.store.publication import Version
-from serve.errors import Conflict, ServiceError, Unavailable
+from serve.errors import Conflict, ServiceError, Unavailable, plain
 from serve.records import Prepared, ReplicaStatus
 from serve.replicas.targets import Target
 from serve.telemetry.metrics import Meter
-from serve.versions import Current, Newest, plain_uri
+from serve.versions import Current, Newest
 
 logger = logging.getLogger("ray.serve")
 _CHANGE_S = 600.0  # longest that loading and probing an index may take
@@ -131,7 +131,7 @@ class ServedIndex:
                 target, index = seen.earlier[0]
                 write = partial(self._current.rollback, target.number, seen.number)
             else:
-                index = tuple(map(plain_uri, uris))
+                index = tuple(map(self._current.own, uris))
                 # What is served by configuration is published before it is left: one can go back.
                 served = None if seen.newest else seen.active
                 write = partial(self._current.publish, index, seen.number, served)
@@ -171,7 +171,7 @@ class ServedIndex:
         except ServiceError as error:  # it is published: who missed it is told at the next look
             logger.warning("not every replica could be told of the change: %s", error.message)
         self._meter.record("invar_index_changes_total", outcome="changed")
-        logger.info("the index is now %s", ",".join(uris))
+        logger.info("the index is now %s", plain(",".join(uris)))
 
     async def _everywhere(
         self, method: str, arguments: Sequence[tuple[Any, ...]]
@@ -194,13 +194,13 @@ class ServedIndex:
         try:
             seen = await self.observe()
             if seen.unread is not None:
-                logger.warning("%s", seen.unread)
+                logger.warning("%s", plain(seen.unread))
             if seen.newest is not None:
                 await self._converge(seen, seen.newest)
         except Unavailable as error:  # replicas that start: their own state says whether they came
             logger.info("the published version is not looked at yet: %s", error)
         except Exception as error:  # whatever it was, the next look comes
-            logger.warning("the published version is not served: %s", error)
+            logger.warning("the published version is not served: %s", plain(str(error)))
 
     async def _converge(self, seen: Seen, newest: Newest) -> None:
         if self._retry.number != newest.decided:
@@ -225,7 +225,7 @@ class ServedIndex:
                     return
                 except Conflict as error:
                     self._retry = replace(self._retry, error=error.message)
-                    logger.warning("version %d: %s", newest.version.number, error.message)
+                    logger.warning("version %d: %s", newest.version.number, plain(error.message))
             await self._settle(seen, newest)
 
     async def _settle(self, seen: Seen, newest: Newest) -> None:
@@ -238,7 +238,7 @@ class ServedIndex:
         others = [index for index in seen.indexes if index != newest.index]
         best = max(others, key=seen.share, default=())
         if seen.share(best) >= max(wanted, (0, 1)):
-            logger.warning("until then all replicas serve %s", ",".join(best))
+            logger.warning("until then all replicas serve %s", plain(",".join(best)))
             await self._prepare(best)
             await self._activate(best)
             await self._everywhere("discard", [(uri, self._retry.error) for uri in newest.index])

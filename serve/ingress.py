@@ -17,7 +17,7 @@ from serve.http.keys import KEY_ENV, KEYS_ENV, service_keys
 from serve.index import ServedIndex
 from serve.replicas.handles import Handle
 from serve.service import Service
-from serve.telemetry.metrics import Meter
+from serve.telemetry.metrics import Meter, exposition
 from serve.telemetry.tracing import Tracer
 from serve.versions import Current
 
@@ -84,6 +84,7 @@ class IngressReplica:
             retry_after_s=self._args.retry_after_s,
             cors_origins=self._args.cors_origins,
             audit_text=self._args.audit_text,
+            metrics=exposition,
         )
 
     async def check_health(self) -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import time
 import uuid
@@ -21,18 +22,26 @@ from dataclasses import dataclass
 from functools import cached_property
 from urllib.parse import urlsplit
 
-from invar_ray.errors import ArtifactError, ConflictError, CorruptArtifactError, InvarError
+from invar_ray.errors import (
+    ArtifactError,
+    ConflictError,
+    CorruptArtifactError,
+    InvarError,
+    RequestError,
+)
 from invar_ray.store import conditional
 from invar_ray.store.artifacts import open_artifact, split_uri
 from invar_ray.store.files import join_uri, resolve_uri
 from invar_ray.store.manifest import digest
 from invar_ray.store.publication import Version
-from invar_ray.store.published import Published, open_published
+from invar_ray.store.published import FOLDER, Published, open_published
+from serve.errors import plain
 
 logger = logging.getLogger("ray.serve")
 FIXED = sys.maxsize
 """A ``since`` that no version is newer than: the store cannot be written, the index stays."""
 
+_REF = re.compile(r"[a-z_]+/[A-Za-z0-9][A-Za-z0-9._-]*")
 _KEPT = 20  # earlier versions that are shown
 
 
@@ -65,6 +74,35 @@ class Current:
     @cached_property
     def _published(self) -> Published:
         return open_published(self.uri)
+
+    def own(self, uri: str) -> str:
+        """The URI of an index of this store as the store writes it, its options included; nothing
+        is read.
+
+        Raises:
+            RequestError: it lies elsewhere, or brings options or credentials: with those a caller
+                could have replicas ask a server of the caller's choice.
+        """
+        base, _, options = self.uri.partition("?")
+        root = base.rpartition(f"/{FOLDER}/")[0]
+        expected = f"{plain(root)}/index/<name>-<fingerprint>"
+        if "://" in uri and plain(uri) != uri:
+            raise RequestError(
+                "index_uri has options or credentials",
+                expected=expected,
+                action="leave them out: those of the deployment are used",
+            )
+        try:
+            given_root, ref = split_uri(uri)
+        except (InvarError, ValueError):
+            given_root, ref = "", ""
+        if given_root != plain(root) or not _REF.fullmatch(ref):
+            raise RequestError(
+                "the index does not lie in the store that is served",
+                expected=expected,
+                action="build it there, or deploy the service with its store",
+            )
+        return join_uri(f"{root}?{options}" if options else root, ref)
 
     def newest(self) -> Newest | None:
         """What is current, or ``None`` where nothing has been published.
@@ -126,7 +164,9 @@ class Current:
                 return number
         except (InvarError, OSError) as error:
             logger.warning(
-                "%s cannot be written, so published versions do not count: %s", uri, error
+                "%s cannot be written, so published versions do not count: %s",
+                plain(uri),
+                plain(str(error)),
             )
             return FIXED
         known = _number(uri)  # another replica was faster
@@ -172,23 +212,15 @@ class Current:
         except ConflictError:
             raise
         except ArtifactError as error:
-            logger.warning("nobody can go back to %s later: %s", ",".join(served), error)
+            logger.warning(
+                "nobody can go back to %s later: %s", plain(",".join(served)), plain(str(error))
+            )
             return expected
 
     def _record(self, number: int) -> Version:
         if number not in self._records:
             self._records[number] = self._published.read(number)
         return self._records[number]
-
-
-def plain_uri(uri: str) -> str:
-    """The URI of an index artifact as the store writes it, so that two spellings of one place are
-    one; nothing is read.  What cannot be one stays as it is: whoever loads it says why.
-    """
-    try:
-        return join_uri(*split_uri(uri))
-    except (InvarError, ValueError):
-        return uri
 
 
 def _number(uri: str) -> int | None:

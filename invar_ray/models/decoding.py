@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import LogitsProcessor, StoppingCriteria
 
+_GREEDY_BELOW = 1e-5
 Finish = Literal["eos", "stop", "length", "cancelled"]
 
 
@@ -25,8 +26,8 @@ class Sampling:
     Attributes:
         max_new_tokens: longest continuation in tokens.
         stop: strings that end a continuation where they first occur in it.
-        temperature: 0 takes the likeliest token (greedy); above 0 samples from softmax(logits /
-            temperature).
+        temperature: 0 takes the likeliest token (greedy), and so does any below 1e-5, by which
+            logits cannot be divided; above, samples from softmax(logits / temperature).
         top_p: sample only from the fewest tokens whose probabilities reach this sum; 1 leaves all.
         seed: of the sampling.  The draw depends on seed and prompt only, not on the batch.
 
@@ -137,7 +138,7 @@ class TokenPicker(LogitsProcessor):
                 torch.Generator().manual_seed(_row_seed(row.sampling.seed, row.prompt)),
             )
             for index, row in enumerate(rows)
-            if row.sampling.temperature > 0
+            if row.sampling.temperature >= _GREEDY_BELOW
         ]
 
     def __call__(self, input_ids: Any, scores: Any) -> Any:

@@ -3,12 +3,12 @@
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, PlainTextResponse
 from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -38,6 +38,7 @@ def make_api(
     retry_after_s: float = 1.0,
     cors_origins: Sequence[str] = (),
     audit_text: bool = False,
+    metrics: Callable[[], Awaitable[str]] | None = None,
 ) -> ASGIApp:
     """The web application.
 
@@ -49,8 +50,12 @@ def make_api(
         retry_after_s: when to come back, in seconds.
         cors_origins: web pages of these origins may call the service; none may by default.
         audit_text: write questions into the audit log.
+        metrics: the metrics of all processes in Prometheus' form; without it there is no
+            ``/metrics``.
     """
     api = openapi_app(service, limits, audit_text)
+    if metrics is not None:
+        _add_metrics(api, metrics)
     guarded: ASGIApp = Guard(
         api,
         limits,
@@ -75,6 +80,12 @@ def make_api(
             allow_headers=allowed,
         )
     return guarded
+
+
+def _add_metrics(api: FastAPI, metrics: Callable[[], Awaitable[str]]) -> None:
+    @api.get("/metrics", include_in_schema=False)
+    async def exposed() -> PlainTextResponse:
+        return PlainTextResponse(await metrics(), media_type="text/plain; version=0.0.4")
 
 
 def openapi_app(service: Service, limits: Limits, audit_text: bool = False) -> FastAPI:

@@ -8,16 +8,18 @@ import asyncio
 import json
 import logging
 import math
+import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from invar_ray.answering.filters import Where
 from invar_ray.errors import RequestError
-from serve.errors import Fault
+from serve.errors import Fault, Overloaded, ServiceError
 from serve.http.keys import ApiKey, KeyRing
+from serve.http.keys import Scope as KeyScope
 from serve.http.limits import Limits, request_id
 from serve.http.pages import PATHS
 from serve.http.protocol import ErrorResponse
@@ -37,9 +39,13 @@ _HEADERS = {
     b"cache-control": b"no-store",
 }
 BODY_TIMEOUT_S = 20.0
-"""A body must have arrived by then: a client that sends a byte now and then would hold a place for
-ever.
+"""A body must have arrived by then: a client that sends a byte now and then would be waited for
+for ever.
 """
+ARRIVING_BYTES = 64 << 20
+"""Most memory of bodies that have not arrived, beyond which long ones are refused."""
+_SHORT_BODY = 64 << 10
+_ADDRESSES = re.compile(r"[0-9A-Fa-f:.,\[\] ]{1,200}")
 
 
 def error_response(
@@ -87,7 +93,8 @@ class Guard:
         app: what is guarded; finds ``invar_context`` in the scope.
         limits: of bodies and time.
         keys: who may ask.
-        max_in_flight: requests that are answered at once; more are told to come back (503).
+        max_in_flight: requests that are answered at once; more are told to come back (503).  A
+            request whose body has not arrived is not among them.
         retry_after_s: when to come back.
     """
 
@@ -106,6 +113,7 @@ class Guard:
         self._max_in_flight, self._retry_after_s = max_in_flight, retry_after_s
         self._meter, self._tracer = meter or Meter(), tracer or Tracer()
         self._in_flight = 0
+        self._arriving = 0  # bytes of bodies that have not arrived as a whole
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """An ASGI application."""
@@ -124,13 +132,19 @@ class Guard:
             key, refusal = (
                 self._admit(scope["path"], headers, identifier) if guarded else (None, None)
             )
+            if refusal is None:
+                refusal, timeout_s, body = await self._arrived(scope, headers, receive, identifier)
+            if refusal is None and guarded:  # others may have come while it arrived
+                refusal = self._crowded(identifier)
             if refusal is not None:
                 await refusal(scope, receive, exchange.send)
                 return
             self._in_flight += guarded
             self._meter.record("invar_in_flight", self._in_flight)
             try:
-                await self._answer(scope, headers, receive, exchange, identifier, key)
+                await self._answer(
+                    scope, headers, receive, exchange, identifier, key, timeout_s, body
+                )
             finally:
                 self._in_flight -= guarded
         except _Gone:
@@ -146,22 +160,21 @@ class Guard:
     def _admit(
         self, path: str, headers: dict[bytes, bytes], identifier: str
     ) -> tuple[ApiKey | None, JSONResponse | None]:
-        admin = path.startswith("/admin")
+        wanted_scope = _scope_of(path)
         key = self._keys.find(_token(headers))
-        if key is None and not (self._keys.open and not admin):
+        if key is None and not (self._keys.open and wanted_scope == "query"):
             if self._keys.open:
                 message = (
-                    "the service has no API keys, so nobody may administrate it: give it one of "
-                    "scope admin"
+                    "the service has no API keys, so this is closed to everybody: give it one of "
+                    f"scope {wanted_scope}"
                 )
                 return None, error_response(403, "forbidden", message, identifier)
             message = "a valid key is needed: Authorization: Bearer KEY, or X-API-Key: KEY"
             wanted = {"WWW-Authenticate": "Bearer"}
             return None, error_response(401, "unauthorized", message, identifier, headers=wanted)
         if key is not None:
-            scope = "admin" if admin else "query"
-            if scope not in key.scopes:
-                message = f"key {key.name} has not the scope {scope}"
+            if wanted_scope not in key.scopes:
+                message = f"key {key.name} has not the scope {wanted_scope}"
                 return key, error_response(403, "forbidden", message, identifier)
             wait = self._keys.wait_s(key)
             if wait > 0:
@@ -169,11 +182,37 @@ class Guard:
                 return key, error_response(
                     429, "rate_limited", message, identifier, retry_after_s=wait
                 )
-        if self._in_flight >= self._max_in_flight:
-            message = f"{self._in_flight} requests are being answered already"
-            wait = self._retry_after_s
-            return key, error_response(503, "overloaded", message, identifier, retry_after_s=wait)
-        return key, None
+        return key, self._crowded(identifier)
+
+    def _crowded(self, identifier: str) -> JSONResponse | None:
+        if self._in_flight < self._max_in_flight:
+            return None
+        message = f"{self._in_flight} requests are being answered already"
+        wait = self._retry_after_s
+        return error_response(503, "overloaded", message, identifier, retry_after_s=wait)
+
+    async def _arrived(
+        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, identifier: str
+    ) -> tuple[JSONResponse | None, float, bytes]:
+        """Time and body of a request, or why it is refused."""
+        most = self._limits.most_bytes(scope["path"])
+        try:
+            given = headers.get(b"x-request-timeout")
+            timeout_s = self._limits.check_timeout(
+                given.decode("latin-1") if given is not None else None
+            )
+            body = await asyncio.wait_for(self._body(headers, receive, most), BODY_TIMEOUT_S)
+        except RequestError as error:
+            return error_response(400, "invalid_request", str(error), identifier), 0.0, b""
+        except TimeoutError:
+            message = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
+            return error_response(408, "timeout", message, identifier), 0.0, b""
+        except ServiceError as error:
+            return fault_response(error, identifier), 0.0, b""
+        if body is None:
+            message = f"the body is longer than {most} bytes"
+            return error_response(413, "body_too_large", message, identifier), 0.0, b""
+        return None, timeout_s, body
 
     async def _answer(
         self,
@@ -183,25 +222,9 @@ class Guard:
         exchange: _Exchange,
         identifier: str,
         key: ApiKey | None,
+        timeout_s: float,
+        body: bytes,
     ) -> None:
-        async def refuse(status: int, code: str, message: str) -> None:
-            await error_response(status, code, message, identifier)(scope, receive, exchange.send)
-
-        try:
-            given = headers.get(b"x-request-timeout")
-            timeout_s = self._limits.check_timeout(
-                given.decode("latin-1") if given is not None else None
-            )
-            body = await asyncio.wait_for(self._body(headers, receive), BODY_TIMEOUT_S)
-        except RequestError as error:
-            return await refuse(400, "invalid_request", str(error))
-        except TimeoutError:
-            return await refuse(
-                408, "timeout", f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
-            )
-        if body is None:
-            most = self._limits.max_body_bytes
-            return await refuse(413, "body_too_large", f"the body is longer than {most} bytes")
         parent = (
             {"traceparent": headers[b"traceparent"].decode("latin-1")}
             if b"traceparent" in headers
@@ -212,22 +235,34 @@ class Guard:
             scope["invar_context"] = Context(identifier, time.monotonic() + timeout_s, trace, bound)
             await _until_gone(self._app, scope, body, receive, exchange.send)
 
-    async def _body(self, headers: dict[bytes, bytes], receive: Receive) -> bytes | None:
-        """The whole body, or ``None`` as soon as it is known to be too long."""
+    async def _body(self, headers: dict[bytes, bytes], receive: Receive, most: int) -> bytes | None:
+        """The whole body, or ``None`` as soon as it is known to be too long.
+
+        Raises:
+            Overloaded: it is long, and too much is arriving already.
+        """
         stated = headers.get(b"content-length", b"")
-        if stated.isdigit() and int(stated[:19]) > self._limits.max_body_bytes:
+        if stated.isdigit() and int(stated[:19]) > most:
             return None
         chunks, size, more = [], 0, True
-        while more:
-            message = await receive()
-            if message["type"] != "http.request":
-                raise _Gone
-            chunk = message.get("body", b"")
-            size += len(chunk)
-            if size > self._limits.max_body_bytes:
-                return None
-            chunks.append(chunk)
-            more = message.get("more_body", False)
+        try:
+            while more:
+                message = await receive()
+                if message["type"] != "http.request":
+                    raise _Gone
+                chunk = message.get("body", b"")
+                size += len(chunk)
+                self._arriving += len(chunk)
+                if size > most:
+                    return None
+                if size > _SHORT_BODY and self._arriving > ARRIVING_BYTES:
+                    raise Overloaded(
+                        "too many long bodies are arriving already", self._retry_after_s
+                    )
+                chunks.append(chunk)
+                more = message.get("more_body", False)
+        finally:
+            self._arriving -= size
         return b"".join(chunks)
 
     def _note(
@@ -241,6 +276,8 @@ class Guard:
         line = {
             "request_id": identifier,
             "key": key.name if key else None,
+            "client": (scope.get("client") or ("",))[0],
+            **_forwarded(scope["headers"]),
             "method": scope["method"],
             "route": route,
             "status": exchange.status,
@@ -248,6 +285,15 @@ class Guard:
             **scope.get("invar_audit", {}),
         }
         audit_logger.info(json.dumps(line))
+
+
+def _forwarded(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """What a proxy says of the client; anybody can send it, so it stands beside the address that
+    the request came from.
+    """
+    given = next((value for name, value in headers if name.lower() == b"x-forwarded-for"), b"")
+    text = given.decode("latin-1")
+    return {"forwarded_for": text} if _ADDRESSES.fullmatch(text) else {}
 
 
 class _Exchange:
@@ -263,6 +309,12 @@ class _Exchange:
             added = [(name, value) for name, value in _HEADERS.items() if name not in present]
             message = {**message, "headers": [*message.get("headers", []), *added]}
         await self._send(message)
+
+
+def _scope_of(path: str) -> KeyScope:
+    if path == "/metrics":
+        return "metrics"
+    return "admin" if path.startswith("/admin") else "query"
 
 
 def _token(headers: dict[bytes, bytes]) -> bytes:

@@ -4,6 +4,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from serve.errors import plain
 from serve.http.limits import Limits
 from serve.http.protocol import VERSIONS, clean_text
 from serve.records import GeneratorStatus, ReplicaStatus, Serving
@@ -49,9 +50,9 @@ class IndexState(BaseModel):
     def of_all(cls, serving: Serving) -> "IndexState":
         """Of the whole service."""
         return cls(
-            requested_uri=serving.requested_uri,
-            active_uri=serving.active_uri,
-            error=serving.error,
+            requested_uri=plain(serving.requested_uri),
+            active_uri=plain(serving.active_uri),
+            error=serving.error and plain(serving.error),
         )
 
 
@@ -66,9 +67,9 @@ class ReplicaState(IndexState):
     def of(cls, status: ReplicaStatus) -> "ReplicaState":
         """From what a replica says."""
         return cls(
-            requested_uri=status.requested_uri,
-            active_uri=status.active_uri,
-            error=status.error,
+            requested_uri=plain(status.requested_uri),
+            active_uri=plain(status.active_uri),
+            error=status.error and plain(status.error),
             shard=status.shard,
             replica=status.replica,
             version=status.versions["index"],
@@ -87,7 +88,7 @@ class GeneratorState(BaseModel):
     @classmethod
     def of(cls, status: GeneratorStatus) -> "GeneratorState":
         """From what a generator says."""
-        return cls(engine=status.engine, uri=status.uri, max_context=status.max_context)
+        return cls(engine=status.engine, uri=plain(status.uri), max_context=status.max_context)
 
 
 class IndexResponse(BaseModel):
@@ -110,7 +111,7 @@ class IndexResponse(BaseModel):
         return cls(
             index=IndexState.of_all(serving),
             replicas=[ReplicaState.of(each) for each in serving.replicas],
-            history=list(serving.history),
+            history=[plain(each) for each in serving.history],
             generator=GeneratorState.of(serving.generator),
             versions=serving.versions,
             limits=limits,

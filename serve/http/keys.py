@@ -15,7 +15,7 @@ from invar_ray.errors import ConfigError
 from serve.http.conditions import Conditions
 
 KEY_ENV, KEYS_ENV = "INVAR_API_KEY", "INVAR_API_KEYS"
-Scope = Literal["query", "admin"]
+Scope = Literal["query", "admin", "metrics"]
 _EMPTY = frozenset(
     hashlib.sha256(text).hexdigest() for text in (b"", b" ", b"\n", b"\r\n", b"\x00")
 )
@@ -107,8 +107,8 @@ def keys_from_environment(environment: Mapping[str, str]) -> list[ApiKey]:
         except ValueError:
             raise ConfigError(
                 f"entry {number} of {KEYS_ENV} is malformed",
-                expected="name:sha256 in hex:query or admin or query+admin[:requests per "
-                "minute[:column=value&..]]",
+                expected="name:sha256 in hex:query, admin, metrics or several joined by +"
+                "[:requests per minute[:column=value&..]]",
             ) from None
     return keys
 

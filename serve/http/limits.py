@@ -33,6 +33,12 @@ class Limits(BaseModel):
     )
     timeout_s: float = Field(60.0, gt=0, description="Longest that a request may take, in seconds.")
 
+    def most_bytes(self, path: str) -> int:
+        """Longest body of a request to ``path``; embeddings may hold many texts."""
+        if path == "/v1/embeddings":
+            return max(self.max_body_bytes, 4096 * self.max_inputs)
+        return self.max_body_bytes
+
     def check_question(self, question: str) -> str:
         """The question without outer whitespace.
 

@@ -3,6 +3,7 @@ unmodified.
 """
 
 import base64
+import random
 import time
 from collections.abc import AsyncIterator
 from typing import Any
@@ -88,7 +89,8 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
             length,
             temperature=body.temperature or 0.0,
             top_p=1.0 if body.top_p is None else body.top_p,
-            seed=body.seed or 0,
+            # Nobody who names no seed wants the same sample again.
+            seed=random.getrandbits(62) if body.seed is None else body.seed,
             stop=stops,
         )
 

@@ -8,6 +8,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from invar_ray.errors import RequestError
+from serve.errors import plain
 from serve.http.index_forms import IndexChange, IndexChangeResponse, IndexResponse
 from serve.http.limits import Limits
 from serve.http.protocol import (
@@ -146,7 +147,9 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         uris = [body.index_uri] if isinstance(body.index_uri, str) else body.index_uri
         if uris is not None and not all(uri.strip() for uri in uris):
             raise RequestError("index_uri is empty", expected="the URI of an index artifact")
-        request.scope["invar_audit"] = {"index_uri": uris or "rollback"}
+        request.scope["invar_audit"] = {
+            "index_uri": "rollback" if uris is None else [plain(uri) for uri in uris]
+        }
         serving = await service.change_index(uris)
         return IndexChangeResponse.of(serving, request.scope["invar_context"].request_id)
 

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import threading
 import time
+import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +15,7 @@ import numpy as np
 from invar_ray.answering.filters import Where
 from invar_ray.errors import ConfigError, InvarError, RequestError
 from invar_ray.text.tokens import text_ids
-from serve.errors import OutOfTime
+from serve.errors import OutOfTime, plain
 from serve.records import Embedded, Found, Prepared, ReplicaStatus, Vectors
 from serve.replicas.batching import Batcher, Worker
 from serve.telemetry.metrics import Meter
@@ -265,8 +266,11 @@ class RetrieverReplica:
                     if isinstance(error, InvarError)
                     else f"{type(error).__name__} while loading it"
                 )
-                logger.exception(
-                    "index %s cannot be served, %s stays in service", uri, self.active_uri
+                logger.error(
+                    "index %s cannot be served, %s stays in service\n%s",
+                    plain(uri),
+                    plain(self.active_uri),
+                    plain(traceback.format_exc()),
                 )
                 return Prepared(self.replica, self.error, {})
             self._staged, self._reports = {uri: retriever}, {uri: report}
@@ -323,7 +327,7 @@ class RetrieverReplica:
             earlier = self._current.earlier(newest)[:1] if newest else []
         except (InvarError, OSError) as error:
             self._unread = f"the published versions are not known: {error}"
-            logger.error("%s", self._unread)
+            logger.error("%s", plain(self._unread))
             return []
         self._since = since
         if newest is None or newest.decided <= since:
@@ -339,7 +343,7 @@ class RetrieverReplica:
                 self._current.newest()  # of a log that cannot be read nobody knows what is newer
                 self._since, self._unread = since, None
             except (InvarError, OSError) as error:
-                logger.warning("the published versions are not known: %s", error)
+                logger.warning("the published versions are not known: %s", plain(str(error)))
 
     # State and health
 

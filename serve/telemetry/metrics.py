@@ -1,12 +1,13 @@
 """What the service measures: one list of metrics, recorded through Ray (Prometheus, from every
 process) or in memory.
 
-Ray exports them on each node's metrics port under the names below with the prefix ``ray_``; the
-dashboard in ``cluster/observability`` draws them.
+Ray exports them on each node's metrics port under the names below with the prefix ``ray_``, and
+``GET /metrics`` for keys of scope ``metrics``; ``cluster/observability`` has a dashboard of them.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -159,3 +160,37 @@ class RaySink:
             )
         self._made[metric.name] = made
         return made
+
+
+async def exposition() -> str:
+    """The service's metrics of every process of the cluster, in Prometheus' text form.
+
+    Nodes that do not answer within five seconds are left out.
+    """
+    import httpx
+    import ray
+
+    nodes = [node for node in await asyncio.to_thread(ray.nodes) if node["Alive"]]
+    urls = [
+        f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes
+    ]
+    async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
+        pages = await asyncio.gather(*map(client.get, urls), return_exceptions=True)
+    families: dict[str, list[str]] = {}  # a family's lines belong together, its head comes once
+    for page in pages:
+        if isinstance(page, BaseException) or page.status_code != 200:
+            continue
+        lines: list[str] = []
+        for line in page.text.splitlines():
+            if line.startswith("# "):
+                lines = families.setdefault(line.split(" ", 3)[2], [])
+                if line not in lines:
+                    lines.append(line)
+            else:
+                lines.append(line)
+    return "".join(
+        f"{line}\n"
+        for name, lines in sorted(families.items())
+        if name.startswith("ray_invar_")
+        for line in lines
+    )
