@@ -4,8 +4,33 @@ alike.
 
 from __future__ import annotations
 
+import logging
+import os
 import sys
 import time
+import warnings
+
+_QUIET = {
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+def quieten_libraries() -> None:
+    """For entry points: no progress bars and notices of other libraries between a run's own lines.
+    It imports none of them: they read the environment when they are imported.
+    """
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
+    if "transformers" in sys.modules:  # too late for the environment
+        notices = sys.modules["transformers"].utils.logging
+        notices.disable_progress_bar()
+        notices.set_verbosity_error()
+    for place in ("pypdf", "DeepSpeed"):  # they speak of every oddity that they mend
+        logging.getLogger(place).setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 class Progress:

@@ -10,7 +10,6 @@ import shutil
 import signal
 import tempfile
 import threading
-import warnings
 from collections.abc import Iterator
 
 import ray
@@ -47,19 +46,6 @@ def quieten_worker() -> None:
     place = "ray.train.v2._internal.execution"
     logging.getLogger(f"{place}.controller.placement_group_cleaner").setLevel(logging.ERROR)
     logging.getLogger(f"{place}.context").setLevel(logging.WARNING)
-
-
-def quieten_libraries() -> None:
-    """For entry points: no progress bars and deprecation notices of other libraries between a run's
-    own lines.
-    """
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
-    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it speaks of every oddity that it mends
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
 @contextlib.contextmanager

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from invar_ray.cli.errors import explained
 from invar_ray.config import load_config
+from invar_ray.console import quieten_libraries
 from invar_ray.pipeline import Pipeline
-from invar_ray.session import quieten_libraries
 
 
 def run_job(doc: str, body: Callable[..., None], options: Mapping[str, str] | None = None) -> None:

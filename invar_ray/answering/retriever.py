@@ -96,6 +96,16 @@ class Retriever:
             "passages": self.passages.fingerprint,
         }
 
+    def encode_queries(self, questions: Sequence[str]) -> Vectors:
+        """[N, D] unit rows for questions, as the index compares them."""
+        return self.encoder.encode_queries(questions)
+
+    def encode_passages(self, passages: Sequence[str | tuple[str, str]]) -> Vectors:
+        """[N, D] unit rows for texts or (title, text) pairs, as they would stand in the index."""
+        return self.encoder.encode_passages(
+            [("", each) if isinstance(each, str) else each for each in passages]
+        )
+
     def retrieve(
         self,
         questions: Sequence[str],

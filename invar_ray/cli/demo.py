@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import shlex
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from invar_ray.answering.current import current_index, newest_generator
-from invar_ray.answering.rag import answer_question
-from invar_ray.answering.retriever import open_retriever
-from invar_ray.cli.documents import describe_index
+from invar_ray.cli.ask import ask_service, print_answer
 from invar_ray.cli.serving import start_service, stop_service
 from invar_ray.config import Config
 from invar_ray.corpus.sources import BUILTIN_FACTS
@@ -23,14 +19,10 @@ from invar_ray.evaluation.metrics import OVERLAP_K
 from invar_ray.evaluation.page import findings
 from invar_ray.evaluation.report import write_report
 from invar_ray.evaluation.tables import render_tables
-from invar_ray.models.base import open_base_generator, open_generator
-from invar_ray.models.encoder import EncoderSpec
 from invar_ray.pipeline import Pipeline
 from invar_ray.steps.questions import load_examples
-from invar_ray.store.artifacts import Artifact, Store, open_artifact
 from invar_ray.store.published import Published
 
-_SHOWN_CHARS = 160
 _ASKED = "Who painted Las Meninas?"
 """Of the built-in corpus, where no question is given: about a painting that no training question is
 about.
@@ -117,102 +109,6 @@ def what_next(config: Config, report_uri: str) -> str:
     width = max(map(len, lines))
     return "what to try next:\n" + "\n".join(
         f"  {text:{width}}  {program} {args}" for text, args in lines.items()
-    )
-
-
-def ask_service(url: str, question: str, top_k: int | None, api_key: str | None) -> dict[str, Any]:
-    """Ask over HTTP; the service's answer as JSON. Errors: see ``serve/client.py``."""
-    client = importlib.import_module("serve.client")  # a top level package above this one
-    answer: dict[str, Any] = client.ask(url, question, top_k, api_key)
-    return answer
-
-
-def ask_here(
-    config: Config,
-    question: str,
-    index_uri: str | None,
-    generator_uri: str | None,
-    top_k: int | None,
-    corpus: str | None = None,
-) -> dict[str, Any]:
-    """Answer in this process, without Ray, in the same form as the service.
-
-    Without URIs, from the current index (or the last of ``corpus``, if given), by the newest
-    generator of the same base, else by the base itself; one line on standard error says
-    which.
-
-    Raises:
-        MissingArtifactError: if nothing has been indexed below the recipe's storage root.
-    """
-    store = Store(config.storage.root_uri)
-    index = open_artifact(index_uri, "index") if index_uri else current_index(store, corpus)
-    base = EncoderSpec.from_json(index.info["encoder"]).base
-    trained = (
-        open_artifact(generator_uri, "generator") if generator_uri else newest_generator(index)
-    )
-    print(
-        f"asking {describe_index(index)}; {_describe_generator(trained)}",
-        file=sys.stderr,
-        flush=True,
-    )
-    if trained is None:
-        generator = open_base_generator(base, index.store, config.generator.max_tokens)
-    else:
-        generator = open_generator(trained.uri)
-    found = answer_question(
-        open_retriever(index.uri),
-        generator,
-        question,
-        top_k=top_k or config.serve.top_k,
-        max_new_tokens=config.generator.max_new_tokens
-        if trained is None
-        else trained.info["max_new_tokens"],
-    )
-    return {
-        "answer": found.text,
-        "citations": [asdict(citation) for citation in found.citations],
-        "passages": [asdict(hit) for hit in found.hits],
-        "notes": list(found.notes),
-        "refused": found.refused,
-    }
-
-
-def print_answer(answer: Mapping[str, Any]) -> None:
-    """An answer with its citations: file and place where the document has them, title, and the
-    passage's beginning.
-    """
-    print(f"answer: {answer['answer'] or '(the model wrote nothing)'}")
-    passages = {passage["passage_id"]: passage for passage in answer["passages"]}
-    for citation in answer["citations"]:
-        passage = passages.get(citation["passage_id"], {})
-        how = (
-            ""
-            if citation["source"] == "generated"
-            else " (the answer stands in it; the model did not cite it)"
-        )
-        print(f"  [{citation['number']}] {_where(citation)}{how}: {_beginning(passage)}")
-    if not answer["citations"]:
-        print("  no citation; the passages were:")
-        for number, passage in enumerate(passages.values(), start=1):
-            print(f"  ({number}) {_where(passage)}: {_beginning(passage)}")
-    for note in answer.get("notes", ()):
-        print(f"  note: {note}")
-
-
-def _where(cited: Mapping[str, Any]) -> str:
-    return str(cited.get("place") or cited["title"])
-
-
-def _beginning(passage: Mapping[str, Any]) -> str:
-    text = " ".join(str(passage.get("text", "")).split())
-    return text if len(text) <= _SHOWN_CHARS else text[: _SHOWN_CHARS - 1].rstrip() + "…"
-
-
-def _describe_generator(generator: Artifact | None) -> str:
-    return (
-        "the base writes the answer (not trained to)"
-        if generator is None
-        else f"generator {generator.ref}"
     )
 
 

@@ -147,18 +147,6 @@ def write_questions(
     return files
 
 
-def describe_index(index: Artifact) -> str:
-    """One line: whose documents, how many passages, which retriever."""
-    info = index.parent("passages").info
-    encoder = index.info["encoder"]
-    retriever = (
-        f"retriever {encoder['adapter']}"
-        if encoder["adapter"]
-        else "the base as retriever (not trained)"
-    )
-    return f"{info.get('source', index.uri)}: {info['passages']:,} passages, {retriever}"
-
-
 def choose_adapter(pipeline: Pipeline, wanted: str | None) -> Artifact | None:
     """The stage-1 adapter to index with, as :func:`index_documents` describes; ``None`` is the bare
     base.

@@ -12,6 +12,7 @@ from functools import wraps
 from types import FrameType
 from typing import ParamSpec
 
+from invar_ray.console import quieten_libraries
 from invar_ray.errors import InvarError
 
 P = ParamSpec("P")
@@ -33,8 +34,6 @@ def explain_errors(
         with explained():
             if early is not None:
                 early(*args, **kwargs)
-            from invar_ray.session import quieten_libraries
-
             quieten_libraries()
             command(*args, **kwargs)
 

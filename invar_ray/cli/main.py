@@ -357,17 +357,29 @@ def ask(
         str | None, typer.Option(help="Ask the newest index of this file or folder.")
     ] = None,
     root: Annotated[str | None, typer.Option(help="Storage root, if not the recipe's.")] = None,
+    untrained: Annotated[
+        bool, typer.Option("--untrained", help="Let the base do what no adapter was trained for.")
+    ] = False,
 ) -> None:
     """Ask one question: of a running service (--url), or of what was indexed or trained last,
     without Ray.
     """
-    from invar_ray.cli.demo import ask_here, ask_service, print_answer
+    from invar_ray.cli.ask import ask_here, ask_service, print_answer
 
     if url is not None:
         print_answer(ask_service(url, question, top_k, os.environ.get("INVAR_API_KEY")))
         return
     settings = load_config(config, [] if root is None else [f"storage.root_uri={json.dumps(root)}"])
-    print_answer(ask_here(settings, question, index_uri, generator_uri, top_k, corpus))
+    answer = ask_here(
+        settings,
+        question,
+        index=index_uri,
+        generator=generator_uri,
+        top_k=top_k,
+        corpus=corpus,
+        untrained=untrained,
+    )
+    print_answer(answer)
 
 
 @app.command()

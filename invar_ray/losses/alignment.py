@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from invar_ray.losses.reduce import (
+    all_slots,
     at_least_float32,
     check_shape,
     check_temperature,
@@ -88,10 +89,10 @@ def mean_document_vectors(windows: Tensor, owner: Tensor, num_documents: int) ->
 def alignment_loss(
     anchor_cosines: Tensor,
     teacher_scores: Tensor,
-    allowed: Tensor,
+    allowed: Tensor | None = None,
     *,
-    temperature: float,
-    teacher_temperature: float,
+    temperature: float = 0.05,
+    teacher_temperature: float = 0.05,
     weights: Tensor | None = None,
     normaliser: float | Tensor | None = None,
 ) -> AlignmentOutput:
@@ -108,7 +109,7 @@ def alignment_loss(
         anchor_cosines: [B, C], in [-1, 1].
         teacher_scores: [B, C], s_T, see :func:`blend_teacher_scores`; gets no gradient.
         allowed: [B, C], bool: copies of the positive are out, and nothing else
-            (``masks.copies_allowed``).
+            (``masks.copies_allowed``); ``None`` allows all.
         temperature: tau of the retriever (tau_nce), dimensionless.
         teacher_temperature: tau_M, dimensionless.
         weights: [B], at least 0; padded rows carry 0 and may hold anything.
@@ -131,6 +132,7 @@ def alignment_loss(
         )
     shape = tuple(anchor_cosines.shape)
     check_shape("teacher_scores", teacher_scores, shape)
+    allowed = all_slots(anchor_cosines) if allowed is None else allowed
     check_shape("allowed", allowed, shape)
     scores = at_least_float32(anchor_cosines)
     weight = row_weights(weights, scores)  # [B]

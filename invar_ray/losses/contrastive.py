@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from invar_ray.losses.reduce import (
+    all_slots,
     at_least_float32,
     check_environments,
     clean_rows,
     divisor,
     mask_value,
+    own_slots,
     row_weights,
     weighted_mean,
     with_positive,
@@ -44,10 +46,10 @@ class ContrastiveOutput(NamedTuple):
 
 def contrastive_loss(
     cosines: Tensor,
-    positive: Tensor,
-    allowed: Tensor,
+    positive: Tensor | None = None,
+    allowed: Tensor | None = None,
     *,
-    temperature: float,
+    temperature: float = 0.05,
     weights: Tensor | None = None,
     normaliser: float | Tensor | None = None,
     environment_mask: Tensor | None = None,
@@ -61,9 +63,10 @@ def contrastive_loss(
 
     Args:
         cosines: [B, E, C], cos of every local query and every gathered candidate, in [-1, 1].
-        positive: [B], long: the slot of each row's positive.
+        positive: [B], long: the slot of each row's positive; ``None``: row i's is slot i.
         allowed: [B, C], bool, the same in all environments: true where slot j counts as a candidate
-            of row i (see ``masks.contrastive_allowed``).  The positive is always allowed.
+            of row i (see ``masks.contrastive_allowed``).  The positive is always allowed; ``None``
+            allows all.
         temperature: tau_nce, dimensionless.
         weights: [B], at least 0; padded rows carry 0 and may hold anything, NaN included.  ``None``
             is 1 for all.
@@ -83,6 +86,8 @@ def contrastive_loss(
     Siblings: sentence-transformers ``MultipleNegativesRankingLoss`` (one environment, no masks),
     GTE's improved contrastive loss, ``info_nce`` of pytorch-metric-learning.
     """
+    positive = own_slots(cosines) if positive is None else positive
+    allowed = all_slots(cosines) if allowed is None else allowed
     present = check_environments(cosines, positive, allowed, temperature, environment_mask)
     scores = at_least_float32(cosines)
     weight = row_weights(weights, scores)  # [B]

@@ -10,11 +10,13 @@ import torch
 from torch import Tensor
 
 from invar_ray.losses.reduce import (
+    all_slots,
     at_least_float32,
     check_environments,
     clean_rows,
     divisor,
     mask_value,
+    own_slots,
     row_weights,
     weighted_mean,
     with_positive,
@@ -43,14 +45,14 @@ class InvarianceOutput(NamedTuple):
 
 def invariance_loss(
     cosines: Tensor,
-    positive: Tensor,
-    allowed: Tensor,
+    positive: Tensor | None = None,
+    allowed: Tensor | None = None,
     *,
-    temperature: float,
-    pattern: Literal["hard", "soft"],
-    top_m: int,
-    share: float,
-    kappa: float,
+    temperature: float = 0.1,
+    pattern: Literal["hard", "soft"] = "soft",
+    top_m: int = 10,
+    share: float = 0.8,
+    kappa: float = 2.0,
     weights: Tensor | None = None,
     normaliser: float | Tensor | None = None,
     environment_mask: Tensor | None = None,
@@ -75,10 +77,10 @@ def invariance_loss(
 
     Args:
         cosines: [B, E, C], in [-1, 1].
-        positive: [B], long: the slot of each row's positive.
+        positive: [B], long: the slot of each row's positive; ``None``: row i's is slot i.
         allowed: [B, C], bool: copies of the positive are out, and nothing else
             (``masks.copies_allowed``): false negatives are what should *stay* ranked.  The positive
-            is always allowed.
+            is always allowed; ``None`` allows all.
         temperature: tau_inv, its own: at tau_nce the distributions saturate and this loss repeats
             the contrastive one.
         pattern: ``hard`` or ``soft`` patterns.
@@ -99,6 +101,8 @@ def invariance_loss(
     2106.14448; symmetric KL of two passes, all classes) and generalised Jensen-Shannon consistency
     as in AugMix; neither selects patterns.
     """
+    positive = own_slots(cosines) if positive is None else positive
+    allowed = all_slots(cosines) if allowed is None else allowed
     present = check_environments(cosines, positive, allowed, temperature, environment_mask)
     _check_settings(pattern, top_m, share, kappa)
     scores = at_least_float32(cosines)

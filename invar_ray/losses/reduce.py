@@ -66,6 +66,23 @@ def with_positive(allowed: Tensor, positive: Tensor) -> Tensor:
     return allowed | (slots == positive[:, None])
 
 
+def own_slots(scores: Tensor) -> Tensor:
+    """[B] slots 0 .. B-1: row i's positive is candidate i, as in a batch without hard negatives.
+
+    Raises:
+        ValueError: there are fewer candidates than rows.
+    """
+    rows, slots = scores.shape[0], scores.shape[-1]
+    if slots < rows:
+        raise ValueError(f"positive: {slots} candidates for {rows} rows, so it must be given")
+    return torch.arange(rows, device=scores.device)
+
+
+def all_slots(scores: Tensor) -> Tensor:
+    """[B, C] true everywhere: every candidate counts for every row."""
+    return scores.new_ones(scores.shape[0], scores.shape[-1], dtype=torch.bool)
+
+
 def clean_rows(x: Tensor, keep: Tensor) -> Tensor:
     """``x`` with 0 wherever ``keep`` (broadcastable) is false: padding may hold NaN, and NaN x 0
     spoils gradients.

@@ -199,6 +199,21 @@ class Store:
         """The artifact of a kind that was made last, of those for which ``where`` holds."""
         return next(filter(where, reversed(self.list(kind))), None)
 
+    def being_made(self, *kinds: str) -> tuple[str, ...]:
+        """Which artifacts of these kinds another process is making in a local store right now, as
+        ``kind-fingerprint``; none in a remote store, which has no locks.
+        """
+        held = []
+        folder = Path(self.root) / ".locks"
+        for place in sorted(folder.iterdir()) if self.is_local and folder.is_dir() else []:
+            if place.name.partition("-")[0] in kinds:
+                with open(place, encoding="utf-8") as lock:
+                    try:
+                        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                    except BlockingIOError:
+                        held.append(place.name)
+        return tuple(held)
+
     @contextlib.contextmanager
     def build(self, plan: Plan, *, resumable: bool = False) -> Iterator[Building]:
         """Make an artifact: the body writes its files, leaving the block publishes them all at

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from invar_ray import __version__
-from invar_ray.cli.demo import print_answer
+from invar_ray.cli.ask import print_answer
 from invar_ray.cli.main import app
 
 run = CliRunner()

@@ -1,0 +1,253 @@
+"""What ``import invar_ray`` offers: ask a finished run, train, index and evaluate from Python.
+
+Thin: everything here is one call of the pipeline or of :mod:`invar_ray.answering`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from statistics import fmean
+from typing import Any
+
+import invar_ray.answering.rag as answering
+from invar_ray.answering.current import current_index, newest_generator
+from invar_ray.answering.retriever import Retriever, open_retriever
+from invar_ray.config import Config
+from invar_ray.errors import ArtifactError, MissingArtifactError, RequestError
+from invar_ray.evaluation.report import Report, read_report
+from invar_ray.evaluation.variance import overlap_at_k
+from invar_ray.models.adapters import share_base
+from invar_ray.models.base import (
+    BaseRef,
+    load_causal_lm,
+    load_tokenizer,
+    open_base_generator,
+    open_generator,
+)
+from invar_ray.models.generator import Generator
+from invar_ray.pipeline import Pipeline
+from invar_ray.questions.rules import RuleRewriter
+from invar_ray.schema import Answer, Example, Hit
+from invar_ray.store.artifacts import Artifact, Store, open_artifact
+from invar_ray.store.published import Published
+
+_BASE_CONTEXT, _BASE_ANSWER = 2048, 32
+
+
+@dataclass(frozen=True, slots=True)
+class Stability:
+    """How much of what is found depends on the wording.
+
+    Attributes:
+        overlap: mean Jaccard overlap of the first k passages over all pairs of wordings, in [0, 1];
+            1 where every wording finds the same ones.
+        wordings: the question as asked, then its rewrites.
+        hits: what each wording found, in the same order.
+    """
+
+    overlap: float
+    wordings: tuple[str, ...]
+    hits: tuple[tuple[Hit, ...], ...]
+
+
+class Rag:
+    """A finished run that can be asked, in this process and without Ray; :func:`open_rag` makes
+    one.
+
+    Models are loaded when they are first needed: a search loads no generator.
+
+    Args:
+        index: artifact of kind ``index``; it names its encoder.
+        generator: artifact of kind ``generator`` on the same base; ``None`` lets the base answer as
+            it is.
+        k: how many passages an answer rests on.
+        device: where the models run.
+    """
+
+    def __init__(
+        self, index: Artifact, generator: Artifact | None, *, k: int = 5, device: str = "cpu"
+    ) -> None:
+        self.index, self.k = index, k
+        self._generator, self._device = generator, device
+        self._bases: dict[str, Any] = {}
+
+    @property
+    def generator_artifact(self) -> Artifact | None:
+        """The stage-2 adapter that answers; ``None``: the base does."""
+        return self._generator
+
+    @cached_property
+    def retriever(self) -> Retriever:
+        """Searches; has ``encode_queries`` and ``encode_passages``."""
+        alone = self.index.info["encoder"]["kind"] != "llm"
+        return open_retriever(
+            self.index.uri,
+            device=self._device,
+            open_base_tree=None if alone else self._tree,
+        )
+
+    @cached_property
+    def generator(self) -> Generator:
+        """Continues prompts."""
+        made: Generator
+        if self._generator is None:
+            base = BaseRef(**self.index.info["encoder"]["base"])
+            made = open_base_generator(base, self.index.store, _BASE_CONTEXT, device=self._device)
+        else:
+            made = open_generator(self._generator.uri, open_base_tree=self._tree)
+        return made
+
+    def search(self, question: str, k: int | None = None) -> list[Hit]:
+        """The ``k`` best passages, best first.
+
+        Raises:
+            RequestError: the question is empty, or ``k`` is below 1.
+        """
+        return self.search_all([question], k)[0]
+
+    def search_all(self, questions: Sequence[str], k: int | None = None) -> list[list[Hit]]:
+        """As :meth:`search`, for many questions at once, which costs less than one by one."""
+        if not all(question.strip() for question in questions):
+            raise RequestError("the question is empty", expected="some words")
+        return self.retriever.retrieve(list(questions), self.k if k is None else k)
+
+    def ask(
+        self, question: str, k: int | None = None, *, max_new_tokens: int | None = None
+    ) -> Answer:
+        """An answer from the ``k`` best passages, with its citations and the passages.
+
+        Args:
+            question: the question.
+            k: how many passages; ``None`` takes the run's.
+            max_new_tokens: longest answer; ``None`` takes what the generator was trained for.
+
+        Raises:
+            RequestError: the question is empty, or does not fit the model's context.
+        """
+        trained = {} if self._generator is None else self._generator.info
+        return answering.answer_question(
+            self.retriever,
+            self.generator,
+            question,
+            top_k=self.k if k is None else k,
+            max_new_tokens=max_new_tokens or trained.get("max_new_tokens", _BASE_ANSWER),
+        )
+
+    def stability(
+        self, question: str, k: int | None = None, *, rewrites: int = 4, seed: int = 0
+    ) -> Stability:
+        """Search with a question and with rewrites of it, made by rule, and compare what is found.
+
+        Args:
+            question: the question.
+            k: how many passages are compared.
+            rewrites: how many other wordings; a short question may give fewer.
+            seed: of the rules.
+        """
+        depth = self.k if k is None else k
+        made = RuleRewriter().rewrite(Example("asked", question, (), ()), rewrites, seed)
+        wordings = (question, *(each.text for each in made))
+        found = self.search_all(wordings, depth)
+        ids = [[hit.passage_id for hit in hits] for hits in found]
+        pairs = [overlap_at_k(a, b, depth) for a, b in itertools.combinations(ids, 2)]
+        return Stability(fmean(pairs) if pairs else 1.0, wordings, tuple(map(tuple, found)))
+
+    def _tree(self, base: BaseRef, store: Store) -> tuple[Any, Any]:
+        """Model and tokenizer; retriever and generator share the tensors of one base."""
+        source = base.folder_or_name(store)
+        if base.fingerprint not in self._bases:
+            self._bases[base.fingerprint] = load_causal_lm(
+                source, revision=base.revision, device=self._device
+            )
+        shared = share_base(self._bases[base.fingerprint])
+        return shared, load_tokenizer(source, base.revision)
+
+
+def open_rag(
+    root: str = "runs/demo",
+    *,
+    corpus: str | None = None,
+    index: str | None = None,
+    generator: str | None = None,
+    untrained: bool = False,
+    k: int = 5,
+    device: str = "cpu",
+) -> Rag:
+    """Open what a run made, to search and to ask.
+
+    Args:
+        root: the storage root of the run: a folder or a URI.
+        corpus: ask the newest index of this file or folder; by default the current index.
+        index: URI of an index artifact, where another one than the current is meant.
+        generator: URI of a stage-2 adapter; by default the newest one of the index's base.
+        untrained: search and answer with the base where no adapter was trained.
+        k: how many passages, where a call does not say it.
+        device: ``cpu`` or ``cuda``.
+
+    Raises:
+        ArtifactError: there is no index, it was made by a base that nobody trained, or another run
+            is making a new one right now.
+    """
+    store = Store(root)
+    found = open_artifact(index, "index") if index else current_index(store, corpus)
+    encoder = found.info["encoder"]
+    if index is None and (busy := store.being_made("retriever", "vectors", "index")):
+        raise ArtifactError(
+            f"another run is making {busy[0]} in {root}, so {found.ref} may not be what you mean",
+            action=f"wait until it has ended, or name the index: {found.uri}",
+        )
+    if encoder["kind"] == "llm" and encoder["adapter"] is None and not untrained:
+        raise ArtifactError(
+            f"{found.ref} was made by a base that was never trained to find passages",
+            expected="an index under a trained retriever",
+            action="train one (invar-ray train), or ask it as it is (--untrained, untrained=True)",
+        )
+    trained = open_artifact(generator, "generator") if generator else newest_generator(found)
+    if trained is None and not untrained:
+        raise MissingArtifactError(
+            f"{found.store.root_uri} has no generator of the base of {found.ref}",
+            expected="a trained generator (searching needs none)",
+            action="train one (invar-ray train generator), or let the base answer "
+            "(--untrained, untrained=True)",
+        )
+    return Rag(found, trained, k=k, device=device)
+
+
+def index_documents(config: Config, corpus: str, *, adapter: Artifact | None = None) -> Artifact:
+    """Index a file or folder and make the index current.
+
+    Args:
+        config: the run, of :func:`invar_ray.load_config`.
+        corpus: file, folder or URI.
+        adapter: of :func:`train_retriever`; ``None`` embeds with the base as it is.
+    """
+    settings = replace(config, corpus=replace(config.corpus, uri=corpus, distractors=None))
+    with Pipeline(settings) as pipeline:
+        made = pipeline.base_index if adapter is None else pipeline.index_with(adapter)
+        Published(pipeline.store).publish([made], verify=False)
+        return made
+
+
+def train_retriever(config: Config) -> Artifact:
+    """Train stage 1, or find the adapter that equals it; ``.uri`` says where it is."""
+    with Pipeline(config) as pipeline:
+        return pipeline.retriever
+
+
+def train_generator(config: Config) -> Artifact:
+    """Train stage 2 on what stage 1 finds (trained first, where it is missing), and make the index
+    that it read current.
+    """
+    with Pipeline(config) as pipeline:
+        made = pipeline.generator
+        Published(pipeline.store).publish([pipeline.index], verify=False)
+        return made
+
+
+def evaluate(config: Config) -> Report:
+    """Measure the systems that ``config.evaluation.systems`` names; trains what is missing."""
+    with Pipeline(config) as pipeline:
+        return read_report(pipeline.report.path("report.json"))
