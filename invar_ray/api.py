@@ -91,10 +91,20 @@ class Rag:
 
     @cached_property
     def generator(self) -> Generator:
-        """Continues prompts."""
+        """Continues prompts.
+
+        Raises:
+            MissingArtifactError: no generator was named, and the index's base is an encoder.
+        """
         made: Generator
         if self._generator is None:
             base = BaseRef(**self.index.info["encoder"]["base"])
+            if self.index.info["encoder"]["kind"] != "llm":
+                raise MissingArtifactError(
+                    f"{self.index.ref} was made by an encoder, which cannot answer",
+                    expected="a generator, trained by the run that cut its passages",
+                    action="train it (invar-ray train generator), or name one",
+                )
             made = open_base_generator(base, self.index.store, _BASE_CONTEXT, device=self._device)
         else:
             made = open_generator(self._generator.uri, open_base_tree=self._tree)

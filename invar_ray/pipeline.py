@@ -19,7 +19,13 @@ from invar_ray.config import Config
 from invar_ray.errors import ArtifactError
 from invar_ray.evaluation.report import Report, read_report, write_report
 from invar_ray.executor import Executor, OnRay
-from invar_ray.models.base import BUILTIN, BaseRef, load_tokenizer, resolve_base
+from invar_ray.models.base import (
+    BUILTIN_RETRIEVER,
+    BaseRef,
+    load_tokenizer,
+    resolve_base,
+    resolve_retriever_base,
+)
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec
 from invar_ray.steps import (
     base,
@@ -76,12 +82,29 @@ class Pipeline:
 
     @cached_property
     def base(self) -> BaseRef:
-        """The base model, resolved (a built-in one is written out)."""
-        built = None
-        if self.config.model.base in BUILTIN:
-            plan = base.plan(self.config)
-            built = self.step("base model", plan, lambda to: base.build(to, self.config))
-        return resolve_base(self.config.model, built)
+        """The generator's base, resolved (a built-in one is written out); passages are cut in its
+        tokens.
+        """
+        return resolve_base(self.config.model, self._built("base model", self.config.model.base))
+
+    @cached_property
+    def retriever_base(self) -> BaseRef:
+        """The retriever's base: the generator's, unless ``model.retriever_base`` names another."""
+        name = self.config.model.retriever_base
+        if name in (None, self.config.model.base):
+            return self.base
+        return resolve_retriever_base(name, self._built("retriever's base", name))
+
+    def _built(self, label: str, name: str) -> Artifact | None:
+        if name not in BUILTIN_RETRIEVER:
+            return None
+        plan = base.plan(self.config, name)
+        return self.step(label, plan, lambda to: base.build(to, self.config, name))
+
+    @property
+    def bare_spec(self) -> EncoderSpec:
+        """The encoder before any training."""
+        return llm_spec(self.config.model, self.retriever_base)
 
     @cached_property
     def questions(self) -> Artifact:
@@ -120,10 +143,10 @@ class Pipeline:
 
     @cached_property
     def base_index(self) -> Artifact:
-        """The index of the base without adapter: what negatives are mined from, and the row that
-        training must beat.
+        """The index of the retriever's base without adapter: what negatives are mined from, and the
+        row that training must beat.
         """
-        return self.index_of("base", llm_spec(self.config.model, self.base), None)
+        return self.index_of("base", self.bare_spec, None)
 
     def check_questions(self) -> None:
         """Refuse questions that the corpus cannot answer, before anything is embedded for them.
@@ -153,7 +176,7 @@ class Pipeline:
     @cached_property
     def retriever(self) -> Artifact:
         """The stage-1 adapter."""
-        parents = self.config, self.base, self.trainset
+        parents = self.config, self.retriever_base, self.trainset
         return self.step(
             "stage 1: retriever",
             retriever.plan(*parents),

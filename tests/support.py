@@ -18,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
+from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from invar_ray.answering.retriever import Passages
 from invar_ray.config import (
@@ -310,6 +311,45 @@ def write_adapter(
         if value.requires_grad
     }
     save_adapter(model, state, folder, base.location)
+
+
+def save_word_tokenizer(folder: Path) -> int:
+    """Words of the islands in BERT's frame; the number of tokens."""
+    backend = Tokenizer(models.WordLevel(unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    texts = [row["text"] for row in documents()]
+    backend.train_from_iterator(
+        texts, trainers.WordLevelTrainer(special_tokens="[PAD] [CLS] [SEP] [UNK]".split())
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        unk_token="[UNK]",
+        model_max_length=160,
+    ).save_pretrained(folder)
+    return backend.get_vocab_size()
+
+
+def save_bert(folder: Path, seed: int = 0) -> Path:
+    """A BERT of two layers with large random weights, its dropout as published (0.1)."""
+    folder.mkdir()
+    torch.manual_seed(seed)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    config = BertConfig(
+        vocab_size=save_word_tokenizer(folder),
+        num_attention_heads=4,
+        max_position_embeddings=160,
+        initializer_range=0.2,
+        pad_token_id=0,
+        **shape,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
 
 
 _WORLDS: list[World] = []

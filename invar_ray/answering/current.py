@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from pathlib import Path
+from typing import Any
 
 from invar_ray.errors import InvarError, MissingArtifactError, MixedArtifactsError
 from invar_ray.store.artifacts import Artifact, Store
@@ -70,14 +71,20 @@ def _made_last(store: Store, corpus: str | None) -> Artifact:
 
 
 def newest_generator(index: Artifact) -> Artifact | None:
-    """The last generator that was trained on the base of an index, in the index's store."""
-    base = index.info["encoder"].get("base") or {}
-    return index.store.newest(
-        "generator",
-        lambda artifact: (
-            artifact.info.get("base", {}).get("fingerprint") == base.get("fingerprint")
-        ),
-    )
+    """The last generator in an index's store that goes with it; see :func:`fits_generator`."""
+    return index.store.newest("generator", lambda artifact: fits_generator(index, artifact))
+
+
+def fits_generator(index: Artifact, generator: Artifact) -> bool:
+    """Whether a generator goes with an index: it has the base of the index's retriever, or, where
+    that has an encoder of its own, the base in whose tokens the passages were cut.
+    """
+    encoder = index.info["encoder"]
+    wanted = encoder["base"]["fingerprint"]
+    if encoder["kind"] != "llm":
+        wanted = index.parent("passages").manifest.config.get("tokenizer")
+    base: Any = generator.info.get("base", {}).get("fingerprint")
+    return bool(base == wanted)
 
 
 def _is_served(index: Artifact) -> bool:

@@ -240,7 +240,7 @@ def open_retriever(
         spec, artifact.store, precision=made, device=device, open_base_tree=open_base_tree
     )
     check_probes(artifact, encoder)
-    if precision not in (None, made) and spec.kind == "llm" and open_base_tree is None:
+    if precision not in (None, made) and spec.kind != "coarse" and open_base_tree is None:
         del encoder  # two of them need not fit
         encoder = open_encoder(spec, artifact.store, precision=precision, device=device)
     return Retriever(encoder, index, rows, artifact.fingerprint, collapse=collapse)

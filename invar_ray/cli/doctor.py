@@ -60,7 +60,9 @@ class Check:
     action: str = ""
 
 
-def run_checks(storage_uri: str, base: str, *, port: int = 8000) -> list[Check]:
+def run_checks(
+    storage_uri: str, base: str, *, port: int = 8000, retriever_base: str | None = None
+) -> list[Check]:
     """Look at everything that a run on this machine needs.
 
     Args:
@@ -68,6 +70,7 @@ def run_checks(storage_uri: str, base: str, *, port: int = 8000) -> list[Check]:
         base: the base model: ``builtin:smollm2``, ``builtin:tiny``, a folder or a Hugging Face
             name.
         port: the HTTP port that the endpoint would take.
+        retriever_base: of the retriever, where it has one of its own.
 
     Returns:
         One or more findings per subject, in a fixed order. A check that itself breaks becomes a
@@ -82,6 +85,7 @@ def run_checks(storage_uri: str, base: str, *, port: int = 8000) -> list[Check]:
         ("disk", lambda: check_disk(storage_uri)),
         ("storage", lambda: check_storage(storage_uri)),
         ("model", lambda: check_model(base)),
+        ("model", lambda: check_model(retriever_base) if retriever_base else []),
         ("ray", check_ray),
         ("compiler", check_compiler),
         ("port", lambda: check_port(port)),

@@ -156,7 +156,7 @@ def choose_adapter(pipeline: Pipeline, wanted: str | None) -> Artifact | None:
     """
     if wanted is not None:
         return None if wanted == "base" else open_artifact(wanted, "retriever")
-    bare = llm_spec(pipeline.config.model, pipeline.base)
+    bare = llm_spec(pipeline.config.model, pipeline.retriever_base)
 
     def fits(artifact: Artifact) -> bool:
         spec = EncoderSpec.from_json(artifact.info["encoder"])

@@ -392,7 +392,10 @@ def doctor(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
 
     settings: Config = load_config(config, overrides or [])
     checks: Any = run_checks(
-        settings.storage.root_uri, settings.model.base, port=settings.serve.port
+        settings.storage.root_uri,
+        settings.model.base,
+        port=settings.serve.port,
+        retriever_base=settings.model.retriever_base,
     )
     print(render(checks))
     if has_failures(checks):

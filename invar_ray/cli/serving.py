@@ -6,7 +6,7 @@ import importlib
 from dataclasses import asdict
 from typing import Any
 
-from invar_ray.answering.current import current_index, newest_generator
+from invar_ray.answering.current import current_index, fits_generator, newest_generator
 from invar_ray.config import Config, ServeConfig
 from invar_ray.errors import MissingArtifactError, MixedArtifactsError
 from invar_ray.executor import OnRay
@@ -77,11 +77,12 @@ def start_service(
 
 def _service_args(index: Artifact, generator: Artifact, serve: ServeConfig) -> Any:
     encoder = EncoderSpec.from_json(index.info["encoder"])
-    if encoder.kind != "llm" or encoder.base.fingerprint != generator.info["base"]["fingerprint"]:
+    if not fits_generator(index, generator):
         raise MixedArtifactsError(
             f"{index.uri} was made with base {encoder.base.fingerprint}, {generator.uri} with base "
             f"{generator.info['base']['fingerprint']}",
-            expected="an index and a generator of one base",
+            expected="an index and a generator of one base, or an index of an encoder whose "
+            "passages were cut in the tokens of the generator's base",
             action="reindex with the generator's base, or train a generator on the index's",
         )
     # An adapter that was not trained here says nothing of an answer's length: the service's default

@@ -22,25 +22,33 @@ class ModelConfig:
     (``meta-llama/Llama-2-7b-hf``, better with its commit behind an ``@``, so that the fingerprint
     stays true) or a folder.
     """
+    retriever_base: str | None = None
+    """The retriever's own base; ``null`` takes ``base``, one LLaMA for both adapters (published).
+    ``builtin:minilm`` (all-MiniLM-L6-v2), a folder or a Hugging Face name of an encoder (BERT,
+    ModernBERT, e5, bge ..) or of another causal LM. An encoder pools as it was made to, ends texts
+    its own way, and ``pooling`` is not looked at. [ours]
+    """
     precision: Literal["fp32", "bf16"] = "fp32"
     """Precision of training and encoding; fp32 on CPU (bf16 is about ten times slower there).  It
     enters the adapters' fingerprints; vectors of either precision agree within the tolerance of an
     index's probes."""
     pooling: Literal["last", "mean"] = "last"
-    """How token states become one vector: the last token's (published) or their mean (for the
-    embedded base).
+    """How a causal LM's token states become one vector: the last token's (published) or their mean
+    (for the embedded base).
     """
     retriever_layers: PositiveInt | None = None
-    """Encode with this many of the base's first layers, under its last norm; ``null`` uses all.
-    The generator always uses all.  Passages and questions cost that much less, in training,
-    indexing and serving. [ours]
+    """Encode with this many of the retriever's base's first layers, under its last norm; ``null``
+    uses all. The generator always uses all.  Passages and questions cost that much less, in
+    training, indexing and serving. [ours]
     """
     projection_dim: PositiveInt | None = None
     """Size of a learned projection after pooling; ``null`` keeps the hidden size."""
-    query_prefix: str = "query: "
-    """Put before every question."""
-    passage_prefix: str = "passage: "
-    """Put before every ``{title} {text}``."""
+    query_prefix: str | None = None
+    """Put before every question; ``null`` is what the retriever's base wants: ``"query: "`` before
+    a causal LM, before an encoder what its sentence-transformers description says, else nothing
+    (e5 says nothing there and wants ``"query: "`` and ``"passage: "``)."""
+    passage_prefix: str | None = None
+    """Put before every ``{title} {text}``; ``null`` as above, with ``"passage: "``."""
     query_max_tokens: Annotated[int, Field(ge=2)] = 64
     """Longest query in tokens, end token included; longer ones are cut and still end in the end
     token.
@@ -73,5 +81,7 @@ class LoraConfig:
     """Scale numerator; the update is multiplied by alpha / rank (published: 16)."""
     dropout: float = 0.05
     """Dropout on the adapter's input (published: 0.05)."""
-    target_modules: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
-    """Projections that get an adapter (published: attention)."""
+    target_modules: tuple[str, ...] | None = None
+    """Linear layers that get an adapter, by name; ``null`` takes those of a LLaMA's attention
+    (``q_proj, k_proj, v_proj, o_proj``: published), and all of an encoder's (BERT: ``query, key,
+    value, dense``)."""

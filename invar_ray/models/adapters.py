@@ -24,6 +24,7 @@ from transformers import PreTrainedModel
 
 from invar_ray.config import LoraConfig
 from invar_ray.errors import ModelError
+from invar_ray.models.trunk import is_causal, layer_list, lora_targets
 
 _NAME = "default"
 
@@ -49,13 +50,18 @@ def new_adapter(
     Raises:
         ModelError: if the base has none of the target modules, or no layer ``first_layer``.
     """
+    usual = lora_targets(base)
+    targets = usual if config.target_modules is None else config.target_modules
+    layers, causal = _layers(base, first_layer, num_layers), is_causal(base)
     peft_config = PeftLoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,
         lora_dropout=config.dropout,
-        target_modules=list(config.target_modules),
-        task_type="CAUSAL_LM",
-        layers_to_transform=_layers(base, first_layer, num_layers),
+        target_modules=list(targets),
+        task_type="CAUSAL_LM" if causal else "FEATURE_EXTRACTION",
+        layers_to_transform=layers,
+        # PEFT finds a layer's number by itself, unless the list of layers stands at the very top.
+        layers_pattern=None if causal or layers is None else layer_list(base)[1],
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -64,7 +70,8 @@ def new_adapter(
         except ValueError as error:
             raise ModelError(
                 f"no LoRA adapter fits {type(base).__name__}: {str(error).splitlines()[0]}",
-                action="set lora.target_modules to names of its linear layers",
+                expected=f"names of its linear layers, such as {', '.join(usual)}",
+                action="set lora.target_modules to null, or to such names",
             ) from error
 
 

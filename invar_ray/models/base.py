@@ -1,7 +1,8 @@
 """From a name to a model: a built-in base, a folder, or a model hub's name.
 
 A built-in base is written out once, as an artifact of kind ``model``; folders and hub names are
-used where they are. Every model is loaded as a causal LM, so that both adapters fit the same base.
+used where they are. The generator's base is a causal LM, and the retriever's the same one, unless
+it has a base of its own: an encoder, or another causal LM.
 """
 
 from __future__ import annotations
@@ -9,27 +10,35 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import (
     AutoConfig,
+    AutoModel,
     AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from transformers.utils.hub import cached_file
 
 from invar_ray.config import ModelConfig
 from invar_ray.errors import ModelError
+from invar_ray.models.pooling import Pooling
 from invar_ray.models.precision import torch_dtype
 from invar_ray.models.quantized import Quantize, check_quantize, quantization
+from invar_ray.models.trunk import is_causal, switch_dropout_off
 from invar_ray.store.artifacts import Artifact, Store, digest, open_artifact
 
-SMOLLM2, TINY = "builtin:smollm2", "builtin:tiny"
+SMOLLM2, TINY, MINILM = "builtin:smollm2", "builtin:tiny", "builtin:minilm"
 BUILTIN = (SMOLLM2, TINY)
+"""Bases of both adapters."""
+BUILTIN_RETRIEVER = (*BUILTIN, MINILM)
+"""Bases of the retriever."""
 _ARTIFACT = "artifact:"
 
 
@@ -41,11 +50,22 @@ class BaseRef:
         location: ``artifact:<ref>`` below the store's root, a folder, or a hub name.
         revision: commit of a hub name.
         fingerprint: changes whenever the weights or the tokenizer could.
+        pooling: of an encoder (BERT, ModernBERT ..): how its token states were trained to become
+            one vector; ``None`` for a causal LM.
+        query_prefix, passage_prefix: what an encoder was trained to see before its texts.
     """
 
     location: str
     revision: str | None
     fingerprint: str
+    pooling: Pooling | None = None
+    query_prefix: str = ""
+    passage_prefix: str = ""
+
+    @property
+    def is_encoder(self) -> bool:
+        """Whether it is an encoder, and no causal LM."""
+        return self.pooling is not None
 
     def folder_or_name(self, store: Store) -> str:
         """What ``from_pretrained`` takes, on this node.
@@ -85,44 +105,133 @@ def resolve_base(config: ModelConfig, built: Artifact | None) -> BaseRef:
     Raises:
         ModelError: if a folder lacks its files.
     """
-    if config.base in BUILTIN:
+    return _resolve(config.base, BUILTIN, built)
+
+
+def resolve_retriever_base(name: str, built: Artifact | None) -> BaseRef:
+    """As :func:`resolve_base`, for ``model.retriever_base``: of an encoder, also how it pools and
+    what it wants before its texts.
+
+    Raises:
+        ModelError: as there, and if its description cannot be read.
+    """
+    found = _resolve(name, BUILTIN_RETRIEVER, built)
+    source = found.location if built is None else str(built.path())
+    description = _description(source, found.revision)
+    named = (description.architectures or [""])[0]
+    if description.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or named.endswith(
+        "ForCausalLM"
+    ):
+        return found
+    prompts = _stored_json(source, found.revision, "config_sentence_transformers.json").get(
+        "prompts", {}
+    )
+    return replace(
+        found,
+        pooling=_stored_pooling(source, found.revision),
+        query_prefix=prompts.get("query", ""),
+        passage_prefix=prompts.get("document", prompts.get("passage", "")),
+    )
+
+
+def _resolve(base: str, builtin: tuple[str, ...], built: Artifact | None) -> BaseRef:
+    if base in builtin:
         if built is None:
             raise ModelError(
-                f"the base {config.base} has not been built",
+                f"the base {base} has not been built",
                 action="run python -m jobs.run_pipeline",
             )
         return BaseRef(f"{_ARTIFACT}{built.ref}", None, built.fingerprint)
-    if config.base.startswith("builtin:"):
-        raise ModelError(f"there is no base {config.base!r}", expected=" or ".join(BUILTIN))
-    folder = Path(config.base).expanduser()
+    if base.startswith("builtin:"):
+        raise ModelError(f"there is no base {base!r}", expected=" or ".join(builtin))
+    folder = Path(base).expanduser()
     if folder.is_dir():
         return BaseRef(str(folder.resolve()), None, folder_fingerprint(folder))
-    if config.base.startswith((".", "/", "~")):
+    if base.startswith((".", "/", "~")):
         raise ModelError(
-            f"no folder {config.base!r}",
+            f"no folder {base!r}",
             expected="a folder with config.json, tokenizer and safetensors",
         )
-    name, revision = name_and_revision(config.base)
+    name, revision = name_and_revision(base)
     return BaseRef(name, revision, digest({"name": name, "revision": revision}))
 
 
-def load_tokenizer(source: str, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer with an end token and a padding token (the end token where the model has none).
+def _stored_pooling(source: str, revision: str | None) -> Pooling:
+    """How an encoder's sentence-transformers description says that it pools; without one: mean.
 
     Raises:
-        ModelError: if it cannot be loaded or has no end token.
+        ModelError: in a way that is not known here.
+    """
+    modules = _stored_json(source, revision, "modules.json") or []
+    paths = [str(module["path"]) for module in modules if str(module["type"]).endswith("Pooling")]
+    if not paths:
+        return "mean"
+    values = _stored_json(source, revision, f"{paths[0]}/config.json")
+    switched = {key for key, value in values.items() if key.startswith("pooling_mode_") and value}
+    stated = {str(values.get("pooling_mode", ""))} | switched
+    ways: dict[str, Pooling] = {
+        "mean": "mean",
+        "pooling_mode_mean_tokens": "mean",
+        "cls": "cls",
+        "pooling_mode_cls_token": "cls",
+        "lasttoken": "last",
+        "pooling_mode_lasttoken": "last",
+    }
+    known = {ways[name] for name in stated if name in ways}
+    if len(known) != 1 or switched - set(ways):
+        raise ModelError(
+            f"{source!r} pools by {', '.join(sorted(stated - {''})) or 'nothing'}",
+            expected="mean, cls or lasttoken, one of them",
+            action="set model.retriever_base to another encoder",
+        )
+    return known.pop()
+
+
+def _stored_json(source: str, revision: str | None, name: str) -> Any:
+    """A JSON file of a model, or an empty dict where it has none."""
+    file = cached_file(
+        source,
+        name,
+        revision=revision,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
+
+
+def _description(source: str, revision: str | None) -> Any:
+    try:
+        return AutoConfig.from_pretrained(source, revision=revision)
+    except (OSError, ValueError) as error:
+        raise _unresolved(source, error) from error
+
+
+def load_tokenizer(
+    source: str, revision: str | None = None, *, ends: bool = True
+) -> PreTrainedTokenizerBase:
+    """A tokenizer with an end token and a padding token (the end token where the model has none).
+
+    Args:
+        source: folder or hub name.
+        revision: commit of a hub name.
+        ends: ``False`` for an encoder: its own template frames texts, no end token is needed.
+
+    Raises:
+        ModelError: if it cannot be loaded, or lacks what it needs.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
         raise _unresolved(source, error) from error
-    if tokenizer.eos_token_id is None:
+    if ends and tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {source!r} has no end token",
             expected="an eos_token, which queries and passages end in",
         )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise ModelError(f"the tokenizer of {source!r} has no padding token")
     return tokenizer
 
 
@@ -148,6 +257,41 @@ def load_causal_lm(
         ModelError: if it cannot be loaded, or has no ``.model`` that gives hidden states.
         ResourceError: if ``quantize`` is set and bitsandbytes or a GPU is missing.
     """
+    model = _load(AutoModelForCausalLM, source, revision, dtype, quantize, device)
+    if not is_causal(model):
+        raise ModelError(
+            f"{source!r} is a {type(model).__name__}",
+            expected="a LLaMA-family causal LM (LLaMA, SmolLM, Mistral, Qwen ..)",
+        )
+    return model.eval()
+
+
+def load_encoder(
+    source: str,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype = torch.float32,
+    quantize: Quantize | None = None,
+    device: str = "cpu",
+) -> PreTrainedModel:
+    """An encoder in evaluation mode, without its pooler and its dropout; see
+    :func:`load_causal_lm`.
+    """
+    model = _load(AutoModel, source, revision, dtype, quantize, device)
+    if getattr(model, "pooler", None) is not None:
+        setattr(model, "pooler", None)  # noqa: B010  # it makes BERT's own sentence vector, which nothing here reads
+    switch_dropout_off(model)
+    return model.eval()
+
+
+def _load(
+    loader: Any,
+    source: str,
+    revision: str | None,
+    dtype: torch.dtype,
+    quantize: Quantize | None,
+    device: str,
+) -> PreTrainedModel:
     options: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True}
     if quantize is not None:
         check_quantize()
@@ -155,15 +299,10 @@ def load_causal_lm(
     if device != "cpu":
         options["device_map"] = {"": torch.device(device)}
     try:
-        model = AutoModelForCausalLM.from_pretrained(source, **options)
+        model: PreTrainedModel = loader.from_pretrained(source, **options)
     except (OSError, ValueError) as error:
         raise _unresolved(source, error) from error
-    if not hasattr(model, "model") or not hasattr(model.model, "embed_tokens"):
-        raise ModelError(
-            f"{source!r} is a {type(model).__name__}",
-            expected="a LLaMA-family causal LM (LLaMA, SmolLM, Mistral, Qwen ..)",
-        )
-    return model.eval()
+    return model
 
 
 def hidden_size(ref: BaseRef, store: Store) -> int:
@@ -172,11 +311,7 @@ def hidden_size(ref: BaseRef, store: Store) -> int:
     Raises:
         ModelError: if its description cannot be loaded.
     """
-    source = ref.folder_or_name(store)
-    try:
-        return int(AutoConfig.from_pretrained(source, revision=ref.revision).hidden_size)
-    except (OSError, ValueError) as error:
-        raise _unresolved(source, error) from error
+    return int(_description(ref.folder_or_name(store), ref.revision).hidden_size)
 
 
 def open_base(
@@ -189,11 +324,10 @@ def open_base(
 ) -> tuple[PreTrainedModel, Any]:
     """Model and tokenizer of a resolved base; errors as :func:`load_causal_lm`."""
     source = uri_or_ref.folder_or_name(store)
+    load = load_encoder if uri_or_ref.is_encoder else load_causal_lm
     return (
-        load_causal_lm(
-            source, revision=uri_or_ref.revision, dtype=dtype, quantize=quantize, device=device
-        ),
-        load_tokenizer(source, uri_or_ref.revision),
+        load(source, revision=uri_or_ref.revision, dtype=dtype, quantize=quantize, device=device),
+        load_tokenizer(source, uri_or_ref.revision, ends=not uri_or_ref.is_encoder),
     )
 
 
@@ -261,17 +395,18 @@ def open_base_generator(
 
 
 def folder_fingerprint(folder: Path) -> str:
-    """16 hex digits that change with a model folder's content (weights are sampled at both ends).
+    """16 hex digits that change with a model folder's content (weights are sampled at both ends),
+    the sentence-transformers descriptions below it included.
 
     Raises:
         ModelError: if it has no config.json.
     """
     names = sorted(
         path
-        for path in folder.iterdir()
+        for path in [*folder.iterdir(), *folder.glob("*/config.json")]
         if path.suffix in {".json", ".safetensors", ".model", ".txt"}
     )
-    if not any(path.name == "config.json" for path in names):
+    if not (folder / "config.json").is_file():
         raise ModelError(
             f"{folder} has no config.json", expected="a folder written by save_pretrained"
         )
@@ -282,7 +417,7 @@ def folder_fingerprint(folder: Path) -> str:
             # read.
             content = stream.read(1 << 20)
             stream.seek(max(0, path.stat().st_size - (1 << 20)))
-            parts[path.name] = [
+            parts[path.relative_to(folder).as_posix()] = [
                 path.stat().st_size,
                 hashlib.sha256(content + stream.read()).hexdigest(),
             ]

@@ -31,11 +31,15 @@ from invar_ray.models.batching import (
 from invar_ray.models.minilm import CoarseEncoder, coarse_passage_ids, coarse_tokenizer
 from invar_ray.models.pooling import Pooling, pool
 from invar_ray.models.precision import torch_dtype
+from invar_ray.models.quantized import Quantize
+from invar_ray.models.trunk import is_causal, keep_first_layers, trunk
 from invar_ray.store.artifacts import Store, digest
 from invar_ray.text.prompts import format_passage, format_query
 from invar_ray.text.tokens import text_ids
 
 PROJECTION_FILE = "projection.safetensors"
+LLM_PREFIXES = "query: ", "passage: "
+"""Before the questions and passages that a causal LM sees, unless the config says otherwise."""
 COARSE_MAX_TOKENS = 256
 """Longest input of the coarse encoder in tokens: the limit on MiniLM's model card."""
 
@@ -76,8 +80,9 @@ class EncoderSpec:
     """Everything that decides an encoder's vectors; travels to workers and into manifests as JSON.
 
     Attributes:
-        kind: ``llm`` (base with or without adapter) or ``coarse`` (MiniLM).
-        base: the resolved base; for ``coarse`` its location is the model's name.
+        kind: ``llm`` (a causal LM, with or without adapter), ``encoder`` (BERT .., likewise) or
+            ``coarse`` (MiniLM as the teacher).
+        base: the retriever's resolved base; for ``coarse`` its location is the model's name.
         adapter: ref of the adapter artifact below the store's root, or ``None`` for the bare base.
         adapter_fingerprint: of that artifact.
         num_layers: of the base's first layers; ``None`` is all of them.
@@ -118,19 +123,22 @@ class EncoderSpec:
 def llm_spec(
     config: ModelConfig, base: BaseRef, adapter: tuple[str, str] | None = None
 ) -> EncoderSpec:
-    """Describe the bi-encoder of a base; ``adapter`` is (ref, fingerprint) of a ``retriever``
-    artifact.
+    """Describe the bi-encoder of the retriever's base, a causal LM or an encoder; ``adapter`` is
+    (ref, fingerprint) of a ``retriever`` artifact.
     """
+    wanted = (base.query_prefix, base.passage_prefix) if base.is_encoder else LLM_PREFIXES
+    given = config.query_prefix, config.passage_prefix
+    query, passage = (w if g is None else g for w, g in zip(wanted, given, strict=True))
     return EncoderSpec(
-        kind="llm",
+        kind="encoder" if base.is_encoder else "llm",
         base=base,
         adapter=adapter[0] if adapter else None,
         adapter_fingerprint=adapter[1] if adapter else None,
-        pooling=config.pooling,
+        pooling=base.pooling or config.pooling,
         # An untrained projection would be noise: the bare base is compared without it.
         projection_dim=config.projection_dim if adapter else None,
-        query_prefix=config.query_prefix,
-        passage_prefix=config.passage_prefix,
+        query_prefix=query,
+        passage_prefix=passage,
         query_max_tokens=config.query_max_tokens,
         passage_max_tokens=config.passage_max_tokens,
         num_layers=config.retriever_layers,
@@ -180,10 +188,7 @@ def open_encoder(
             spec.base.location, spec.query_max_tokens, spec.fingerprint, device=device
         )
     dtype = torch_dtype(precision)
-    model, tokenizer = (
-        open_base_tree(spec.base, store) if open_base_tree else open_base(spec.base, store, dtype)
-    )
-    keep_first_layers(model, spec.num_layers)
+    model, tokenizer = open_trunk(spec, store, dtype, open_base_tree=open_base_tree)
     projection: Tensor | None = None
     if spec.adapter is not None:
         folder = store.open(spec.adapter, "retriever").path("adapter")
@@ -204,6 +209,37 @@ def open_encoder(
     return Encoder(module, tokenizer, spec)
 
 
+def open_trunk(
+    spec: EncoderSpec,
+    store: Store,
+    dtype: torch.dtype,
+    quantize: Quantize | None = None,
+    *,
+    open_base_tree: BaseOpener | None = None,
+) -> tuple[PreTrainedModel, Any]:
+    """The base of a retriever, as many layers of it as encode, and its tokenizer.
+
+    Raises:
+        ModelError: if it cannot be loaded, has fewer layers, or fewer positions than texts may have
+            tokens.
+    """
+    if open_base_tree is not None:
+        model, tokenizer = open_base_tree(spec.base, store)
+    else:
+        model, tokenizer = open_base(spec.base, store, dtype, quantize)
+    keep_first_layers(model, spec.num_layers)
+    longest = max(spec.query_max_tokens, spec.passage_max_tokens)
+    # An encoder has one learned vector for each position: beyond them it stops in the middle.
+    most = min(int(model.config.max_position_embeddings), int(tokenizer.model_max_length))
+    if spec.kind == "encoder" and longest > most:
+        raise ModelError(
+            f"texts may have {longest} tokens, and {type(model).__name__} has {most} positions",
+            expected=f"at most {most}",
+            action="lower model.query_max_tokens and model.passage_max_tokens",
+        )
+    return model, tokenizer
+
+
 def open_tokenizer(
     spec: EncoderSpec, store: Store
 ) -> Callable[[Sequence[tuple[str, str]]], list[list[int]]]:
@@ -216,27 +252,10 @@ def open_tokenizer(
     if spec.kind == "coarse":
         coarse = coarse_tokenizer(spec.base.location)
         return lambda passages: coarse_passage_ids(coarse, passages, spec.passage_max_tokens)
-    tokenizer = load_tokenizer(spec.base.folder_or_name(store), spec.base.revision)
+    tokenizer = load_tokenizer(
+        spec.base.folder_or_name(store), spec.base.revision, ends=spec.kind == "llm"
+    )
     return lambda passages: passage_ids(tokenizer, passages, spec)
-
-
-def keep_first_layers(model: PreTrainedModel, num_layers: int | None) -> None:
-    """Shorten a module tree to its first layers, in place (the tensors of the others are left
-    alone: another tree may share them); ``None`` keeps all.
-
-    Raises:
-        ModelError: if it has fewer.
-    """
-    if num_layers is None:
-        return
-    layers = model.model.layers
-    if not 1 <= num_layers <= len(layers):
-        raise ModelError(
-            f"model.retriever_layers is {num_layers}",
-            expected=f"between 1 and the base's {len(layers)} layers, or null",
-        )
-    model.model.layers = layers[:num_layers]
-    model.config.num_hidden_layers = num_layers
 
 
 @torch.inference_mode()
@@ -258,11 +277,11 @@ def load_projection(folder: Path) -> Tensor:
 class BiEncoder(nn.Module):
     """Base (with or without adapter) -> pooled, optionally projected, optionally cut, unit vectors.
 
-    Queries and passages share all weights (METHOD "Bi-encoder").  Encoding goes through
-    ``causal_lm.model``: no logits.
+    Queries and passages share all weights (METHOD "Bi-encoder").  Encoding goes through the base's
+    trunk: no logits.
 
     Args:
-        causal_lm: the base.
+        base: a causal LM or an encoder.
         pooling: how token states become one vector.
         projection_dim: of a projection after that; ``None`` for none.
         dimensions: keep the first values of each vector; ``None`` keeps all.
@@ -273,15 +292,16 @@ class BiEncoder(nn.Module):
 
     def __init__(
         self,
-        causal_lm: PreTrainedModel,
+        base: PreTrainedModel,
         pooling: Pooling,
         projection_dim: int | None = None,
         dimensions: int | None = None,
     ) -> None:
         super().__init__()
-        self.causal_lm = causal_lm
+        self.base = base
+        self._options = {"use_cache": False} if is_causal(base) else {}
         self.pooling: Pooling = pooling
-        width = int(causal_lm.config.hidden_size)
+        width = int(base.config.hidden_size)
         # In fp32 whatever the base is in: one small product, and nothing to lose. Training may cast
         # it.
         self.projection = (
@@ -300,8 +320,8 @@ class BiEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[N, T] token ids and mask -> [N, D] unit rows in float32."""
-        hidden = self.causal_lm.model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        hidden = trunk(self.base)(
+            input_ids=input_ids, attention_mask=attention_mask, **self._options
         ).last_hidden_state  # [N, T, H]
         pooled = pool(hidden, attention_mask, self.pooling)  # [N, H]
         if self.projection is not None:
@@ -357,22 +377,26 @@ class Encoder:
 def query_ids(
     tokenizer: PreTrainedTokenizerBase, questions: Sequence[str], spec: EncoderSpec
 ) -> list[list[int]]:
-    """Token ids of formatted queries, each ending in the end token, which truncation keeps."""
+    """Token ids of formatted queries: a causal LM's each end in the end token, which truncation
+    keeps; an encoder's are framed as its tokenizer does ([CLS] .. [SEP]).
+    """
     texts = [format_query(question, spec.query_prefix) for question in questions]
-    return _ids_with_eos(tokenizer, texts, spec.query_max_tokens)
+    return _framed_ids(tokenizer, texts, spec.query_max_tokens, spec)
 
 
 def passage_ids(
     tokenizer: PreTrainedTokenizerBase, passages: Sequence[tuple[str, str]], spec: EncoderSpec
 ) -> list[list[int]]:
-    """Token ids of formatted (title, text) passages, each ending in the end token."""
+    """Token ids of formatted (title, text) passages, framed as :func:`query_ids` does."""
     texts = [format_passage(title, text, spec.passage_prefix) for title, text in passages]
-    return _ids_with_eos(tokenizer, texts, spec.passage_max_tokens)
+    return _framed_ids(tokenizer, texts, spec.passage_max_tokens, spec)
 
 
-def _ids_with_eos(
-    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int
+def _framed_ids(
+    tokenizer: PreTrainedTokenizerBase, texts: list[str], max_tokens: int, spec: EncoderSpec
 ) -> list[list[int]]:
+    if spec.kind != "llm":
+        return text_ids(tokenizer, texts, max_tokens=max_tokens)
     eos = int(tokenizer.eos_token_id)
     rows = text_ids(tokenizer, texts, max_tokens=max_tokens - 1)
     return [row if row and row[-1] == eos else [*row, eos] for row in rows]

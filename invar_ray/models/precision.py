@@ -44,7 +44,7 @@ def inference_precision(config: Config, kind: str = "llm") -> Precision:
     """
     return (
         config.model.precision
-        if kind == "llm" and config.scale.embed_gpus_per_worker > 0
+        if kind != "coarse" and config.scale.embed_gpus_per_worker > 0
         else "fp32"
     )
 

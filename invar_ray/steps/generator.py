@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
 from invar_ray.config import Config, to_dict
 from invar_ray.executor import Executor
 from invar_ray.models.base import BaseRef
@@ -43,11 +45,7 @@ def build(
     Raises:
         ResourceError: if the cluster cannot run the workers, or they keep failing.
     """
-    reference = {
-        "location": base.location,
-        "revision": base.revision,
-        "fingerprint": base.fingerprint,
-    }
+    reference = asdict(base)
     inputs = {"readings": readings.ref, "base": reference}
     with executor.on_cluster("training of the generator"):
         train(building, config, "generator", inputs, readings.store.root_uri)

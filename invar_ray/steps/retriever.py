@@ -20,7 +20,7 @@ VERSION = 2
 
 
 def plan(config: Config, base: BaseRef, trainset: Artifact) -> Plan:
-    """The stage-1 adapter."""
+    """The stage-1 adapter; ``base`` is the retriever's."""
     return Plan(
         kind="retriever",
         name=config.name,
@@ -50,7 +50,7 @@ def build(
     Args:
         building: gets it.
         config: the run.
-        base: what is adapted.
+        base: what is adapted: the retriever's base.
         trainset: questions, candidates, negatives.
         executor: trains, on Ray.
 
@@ -77,7 +77,7 @@ def encoder_of(adapter: Artifact) -> EncoderSpec:
 
 def _model_science(config: Config) -> dict[str, Any]:
     model = to_dict(config.model)
-    del model["base"]  # it is in the base's fingerprint
+    del model["base"], model["retriever_base"]  # they are in the base's fingerprint
     model["quantize"] = config.experimental.model.quantize
     return model
 

@@ -12,7 +12,7 @@ from typing import Protocol
 from invar_ray.answering.fusion import QUERY_REWRITES
 from invar_ray.config import Config
 from invar_ray.models.base import BaseRef
-from invar_ray.models.encoder import EncoderSpec, llm_spec
+from invar_ray.models.encoder import EncoderSpec
 from invar_ray.models.precision import Precision, made_in
 from invar_ray.steps import hits
 from invar_ray.steps.answers import System
@@ -31,6 +31,8 @@ class _Graph(Protocol):
 
     @property
     def base(self) -> BaseRef: ...
+    @property
+    def bare_spec(self) -> EncoderSpec: ...
     @property
     def passages(self) -> Artifact: ...
     @property
@@ -126,7 +128,7 @@ def _changed_hits(graph: _Graph, system: str, cause: str) -> Artifact | None:
         adapter = graph.retriever
         index = graph.index_of("recut-retriever", graph.spec_of(adapter), adapter, recut)
     else:
-        index = graph.index_of("recut-base", llm_spec(graph.config.model, graph.base), None, recut)
+        index = graph.index_of("recut-base", graph.bare_spec, None, recut)
     return graph.hits(index, "dev")
 
 

@@ -89,7 +89,7 @@ def build(
     """
     started, cpu = time.monotonic(), time.process_time()
     precision = inference_precision(config, spec.kind)
-    if spec.kind == "llm" and precision != config.model.precision:
+    if spec.kind != "coarse" and precision != config.model.precision:
         print(
             f"  embedding on CPUs, so in {precision} (model.precision is {config.model.precision})",
             file=sys.stderr,

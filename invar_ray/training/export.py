@@ -32,8 +32,9 @@ from invar_ray.models.encoder import (
     PROJECTION_FILE,
     BiEncoder,
     EncoderSpec,
-    keep_first_layers,
     load_projection,
+    open_trunk,
+    query_ids,
 )
 from invar_ray.store.artifacts import Artifact, open_artifact
 from invar_ray.text.tokens import text_ids
@@ -170,22 +171,22 @@ def open_adapter(uri: str) -> Artifact:
     return artifact
 
 
-def base_of(adapter: Artifact) -> BaseRef:
-    """The base that an adapter artifact was trained on."""
-    if adapter.manifest.kind == "retriever":
-        return EncoderSpec.from_json(adapter.info["encoder"]).base
-    return BaseRef(**adapter.info["base"])
+def _spec(adapter: Artifact) -> EncoderSpec:
+    """The encoder of a ``retriever`` artifact."""
+    return EncoderSpec.from_json(adapter.info["encoder"])
 
 
 def _merge(adapter: Artifact, place: Path) -> float:
     """Write merged weights and tokenizer; the lowest cosine between the outputs of both ways."""
-    base = base_of(adapter)
     source = adapter.path("adapter")
-    plain, tokenizer = open_base(base, adapter.store)
-    second, _ = open_base(base, adapter.store)
-    if adapter.manifest.kind == "retriever":
-        for model in (plain, second):
-            keep_first_layers(model, EncoderSpec.from_json(adapter.info["encoder"]).num_layers)
+
+    def opened() -> tuple[Any, Any]:
+        if adapter.manifest.kind == "retriever":
+            return open_trunk(_spec(adapter), adapter.store, torch.float32)
+        return open_base(BaseRef(**adapter.info["base"]), adapter.store)
+
+    plain, tokenizer = opened()
+    second, _ = opened()
     unmerged = _outputs(adapter, load_adapter(plain, source), tokenizer)
     whole = load_adapter(second, source, merge=True)
     merged = _outputs(adapter, whole, tokenizer)
@@ -200,7 +201,36 @@ def _merge(adapter: Artifact, place: Path) -> float:
     tokenizer.save_pretrained(place)
     if (source / PROJECTION_FILE).is_file():
         save_file({"weight": load_projection(source)}, str(place / PROJECTION_FILE))
+    elif adapter.manifest.kind == "retriever" and _spec(adapter).kind == "encoder":
+        _describe_for_others(place, _spec(adapter), int(whole.config.hidden_size))
     return lowest
+
+
+def _describe_for_others(place: Path, spec: EncoderSpec, width: int) -> None:
+    """What sentence-transformers and servers of embeddings read beside an encoder's weights."""
+    ways = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
+    package = "sentence_transformers.models"
+    names = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
+    files: dict[str, Any] = {
+        "modules.json": [
+            {"idx": number, "name": str(number), "path": path, "type": f"{package}.{name}"}
+            for number, (path, name) in enumerate(names)
+        ],
+        "1_Pooling/config.json": {
+            "word_embedding_dimension": width,
+            **{f"pooling_mode_{name}": way == spec.pooling for way, name in ways.items()},
+        },
+        "sentence_bert_config.json": {
+            "max_seq_length": max(spec.query_max_tokens, spec.passage_max_tokens),
+            "do_lower_case": False,
+        },
+        "config_sentence_transformers.json": {
+            "prompts": {"query": spec.query_prefix, "document": spec.passage_prefix},
+        },
+    }
+    for name, content in files.items():
+        (place / name).parent.mkdir(exist_ok=True)
+        (place / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
 
 
 @torch.inference_mode()
@@ -208,15 +238,16 @@ def _outputs(adapter: Artifact, model: Any, tokenizer: Any) -> Tensor:
     """What the adapter is for: vectors [N, D] of stage 1, the last token's logits [N, V] of stage
     2.
     """
-    rows = [[*row, int(tokenizer.eos_token_id)] for row in text_ids(tokenizer, _PROBES)]
-    ids, mask = pad_right(rows, int(tokenizer.pad_token_id))
     if adapter.manifest.kind == "retriever":
-        spec = EncoderSpec.from_json(adapter.info["encoder"])
+        spec = _spec(adapter)
+        ids, mask = pad_right(query_ids(tokenizer, _PROBES, spec), int(tokenizer.pad_token_id))
         module = BiEncoder(model, spec.pooling, spec.projection_dim)
         if module.projection is not None:
             module.projection.weight.data.copy_(load_projection(adapter.path("adapter")))
         vectors: Tensor = module.eval()(ids, mask)
         return vectors
+    rows = [[*row, int(tokenizer.eos_token_id)] for row in text_ids(tokenizer, _PROBES)]
+    ids, mask = pad_right(rows, int(tokenizer.pad_token_id))
     logits: Tensor = model(input_ids=ids, attention_mask=mask).logits
     return logits[torch.arange(len(rows)), mask.sum(dim=1) - 1].float()
 
@@ -269,15 +300,16 @@ def _card(adapter: Artifact, report: Artifact | None, folder: Path, lowest: floa
         ]
     lines += ["## Use", ""]
     if kind == "retriever":
-        spec = EncoderSpec.from_json(adapter.info["encoder"])
+        spec = _spec(adapter)
+        end = " and the end token" if spec.kind == "llm" else ""
+        states = {"mean": "mean of the token states", "last": "last token state"}
         lines += [
-            f"Query: `{spec.query_prefix}{{question}}` and the end token, at most "
+            f"Query: `{spec.query_prefix}{{question}}`{end}, at most "
             f"{spec.query_max_tokens} tokens.",
-            f"Passage: `{spec.passage_prefix}{{title}} {{text}}` and the end token, at most "
+            f"Passage: `{spec.passage_prefix}{{title}} {{text}}`{end}, at most "
             f"{spec.passage_max_tokens}.",
-            "Vector:"
-            f" {'mean of the' if spec.pooling == 'mean' else 'last'} token"
-            f"{' states' if spec.pooling == 'mean' else ' state'} of `.model`"
+            f"Vector: {states.get(spec.pooling, 'first token state')}"
+            + (" of `.model`" if spec.kind == "llm" else "")
             + (
                 f", then `{PROJECTION_FILE}` ({spec.projection_dim} values)"
                 if spec.projection_dim

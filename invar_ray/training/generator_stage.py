@@ -32,7 +32,7 @@ class _CausalLm(nn.Module):
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.causal_lm: Any = model
+        self.base: Any = model
 
     def forward(self, input_ids: Tensor, segments: Tensor, predicts: Tensor) -> Tensor:
         """[B, T] ids, segments (1 for every token of an unpacked row, 0 for padding) and choice of
@@ -42,10 +42,10 @@ class _CausalLm(nn.Module):
         that the loss reads.
         """
         # [B, T, H]
-        hidden = self.causal_lm.model(
+        hidden = self.base.model(
             input_ids=input_ids, use_cache=False, **segment_inputs(segments)
         ).last_hidden_state
-        logits: Tensor = self.causal_lm.lm_head(hidden[predicts])
+        logits: Tensor = self.base.lm_head(hidden[predicts])
         return logits
 
 
@@ -140,7 +140,7 @@ class GeneratorStage:
 
     def save(self, parameters: dict[str, Tensor], folder: Path) -> None:
         """See :class:`Stage`."""
-        save_lora(self._adapted, parameters, "causal_lm.", folder, self._base_name)
+        save_lora(self._adapted, parameters, "base.", folder, self._base_name)
 
     def _sequences(self, step: int) -> list[PromptAndTarget]:
         """The global batch."""

@@ -19,13 +19,13 @@ from invar_ray.losses.gradcache import RepresentationCache
 from invar_ray.losses.masks import contrastive_allowed, copies_allowed
 from invar_ray.losses.matryoshka import size_weights, unit_prefix
 from invar_ray.models.adapters import new_adapter
-from invar_ray.models.base import name_and_revision, open_base
+from invar_ray.models.base import name_and_revision
 from invar_ray.models.batching import pad_right
 from invar_ray.models.encoder import (
     PROJECTION_FILE,
     BiEncoder,
     EncoderSpec,
-    keep_first_layers,
+    open_trunk,
     passage_ids,
     query_ids,
 )
@@ -62,11 +62,11 @@ class RetrieverStage:
         self._store = store
         self.trainset = self._open_trainset(inputs["trainset"])
         self._measured = self.trainset  # measurements stay comparable when negatives are refreshed
-        base, self.tokenizer = open_base(
-            self.spec.base, store, dtype_of(config), config.experimental.model.quantize
+        base, self.tokenizer = open_trunk(
+            self.spec, store, dtype_of(config), config.experimental.model.quantize
         )
-        keep_first_layers(base, self.spec.num_layers)
-        self._base_name, _ = name_and_revision(config.model.base)
+        named = config.model.retriever_base or config.model.base
+        self._base_name, _ = name_and_revision(named)
         recompute(base, config)
         self._adapted = new_adapter(
             base, config.retriever.lora, config.seed, num_layers=self.spec.num_layers
@@ -233,7 +233,7 @@ class RetrieverStage:
 
     def save(self, parameters: dict[str, Tensor], folder: Path) -> None:
         """See :class:`Stage`; an optional projection goes beside the PEFT folder's files."""
-        save_lora(self._adapted, parameters, "causal_lm.", folder, self._base_name)
+        save_lora(self._adapted, parameters, "base.", folder, self._base_name)
         if "projection.weight" in parameters:
             save_file({"weight": parameters["projection.weight"]}, str(folder / PROJECTION_FILE))
 

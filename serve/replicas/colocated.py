@@ -2,7 +2,8 @@
 own adapter.
 
 Switching one tree between adapters is not thread-safe; two trees that are never switched are.
-Adapters stay unmerged: merging would change the tensors that the other tree reads.
+Adapters stay unmerged: merging would change the tensors that the other tree reads. A retriever
+whose base is an encoder shares nothing: it is loaded beside the generator's base.
 """
 
 from __future__ import annotations
@@ -55,9 +56,15 @@ class SharedBase:
                 :func:`invar_ray.answering.retriever.open_retriever`.
         """
         from invar_ray.answering.retriever import open_retriever
+        from invar_ray.store.artifacts import open_artifact
 
+        shares = open_artifact(uri, "index").info["encoder"]["kind"] == "llm"
         return open_retriever(
-            uri, open_base_tree=self._tree, memory_map=self._memory_map, collapse=self._collapse
+            uri,
+            device=self._device,
+            open_base_tree=self._tree if shares else None,
+            memory_map=self._memory_map,
+            collapse=self._collapse,
         )
 
     def generator(self, uri: str) -> Generator:

@@ -158,7 +158,7 @@ def counted_chunks() -> list[tuple[int, int]]:
 
 
 def recomputing(stage: Any, on: bool) -> None:
-    model = stage.module.causal_lm
+    model = stage.module.base
     if on:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     else:

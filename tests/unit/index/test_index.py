@@ -340,7 +340,7 @@ def test_bf16_encoder_nearly_reproduces_the_probes_of_fp32(small: World) -> None
 def dtype_of(retriever: Retriever) -> torch.dtype:
     encoder = retriever.encoder
     assert isinstance(encoder, Encoder)
-    return encoder.module.causal_lm.dtype
+    return encoder.module.base.dtype
 
 
 def test_an_index_is_read_in_the_precision_that_it_was_made_in(small: World) -> None:

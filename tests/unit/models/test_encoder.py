@@ -427,7 +427,7 @@ def test_projection_beside_the_adapter_is_used(small: World, precision: str, sha
     )
     assert isinstance(opened, Encoder)
     assert opened.dimension == 16
-    assert opened.module.causal_lm.dtype == dtype
+    assert opened.module.base.dtype == dtype
     assert opened.module.projection is not None
     assert torch.equal(load_projection(artifact.path("adapter")), weight)
     assert torch.equal(opened.module.projection.weight, weight), "in fp32, whatever the base is in"
@@ -504,7 +504,7 @@ def test_a_batch_that_does_not_fit_is_halved() -> None:
         if arguments[0].numel() > 120:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    handle = tight.module.causal_lm.model.layers[0].mlp.register_forward_pre_hook(
+    handle = tight.module.base.model.layers[0].mlp.register_forward_pre_hook(
         lambda module, arguments: allocate(module, (arguments[0][..., 0],))
     )
     try:
@@ -529,7 +529,7 @@ def test_a_text_that_does_not_fit_alone_is_one_error() -> None:
     def never(*arguments: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    handle = encoder.module.causal_lm.model.layers[0].register_forward_pre_hook(never)
+    handle = encoder.module.base.model.layers[0].register_forward_pre_hook(never)
     try:
         with pytest.raises(
             ResourceError, match=r"a text of 19 tokens does not fit into memory.*passage_max_tokens"

@@ -70,7 +70,7 @@ def test_the_first_layers_alone_encode_as_they_do_within_the_whole(
 ) -> None:
     spec = replace(llm_spec(smollm2.config.model, smollm2.base), num_layers=3, pooling="last")
     encoder: Any = open_encoder(spec, smollm2.store)
-    assert len(encoder.module.causal_lm.model.layers) == 3
+    assert len(encoder.module.base.model.layers) == 3
     model, tokenizer = smollm2.loaded
     ids = [*tokenizer("passage: Arvon The harbour.")["input_ids"], tokenizer.eos_token_id]
     with torch.inference_mode():

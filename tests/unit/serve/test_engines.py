@@ -8,6 +8,8 @@ import threading
 import time
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from openai.types import Completion
 from openai.types.completion_create_params import CompletionCreateParamsStreaming
 from pydantic import TypeAdapter
 
+from invar_ray.answering.current import newest_generator
 from invar_ray.errors import ConfigError, MixedArtifactsError
 from invar_ray.models.decoding import Sampling
 from invar_ray.models.generator import Generator, Task
@@ -30,6 +33,7 @@ from serve.replicas.colocated import SharedBase
 from serve.replicas.generator import load_generator
 from serve.replicas.remote import OpenAIEngine
 from tests.serving import Artifacts, Live, fault, shared_artifacts
+from tests.support import save_bert, small_config, write_adapter
 
 FERRY = "When does the ferry leave?"
 
@@ -362,3 +366,24 @@ def test_colocated_refuses_another_base(artifacts: Artifacts) -> None:
     shared.retriever(artifacts.index_uri)
     with pytest.raises(MixedArtifactsError, match="this replica's"):
         shared.generator(wrong.uri)
+
+
+def test_colocated_loads_an_encoder_beside_the_generator_s_base(tmp_path: Path) -> None:
+    from invar_ray.answering.retriever import open_retriever
+    from invar_ray.executor import Here
+    from invar_ray.pipeline import Pipeline
+
+    config = small_config(tmp_path, f"model.retriever_base={save_bert(tmp_path / 'bert')}")
+    run = Pipeline(config, quiet=True, executor=Here())
+
+    def body(building: Any) -> None:
+        write_adapter(building.path / "adapter", run.base, run.store, seed=1)
+        building.info |= {"base": asdict(run.base), "max_context": 64, "max_new_tokens": 8}
+
+    made, _ = run.store.get_or_build(Plan("generator", "beside", {}), body)
+    shared, apart = SharedBase(), open_retriever(run.base_index.uri)
+    retriever, generator = shared.retriever(run.base_index.uri), shared.generator(made.uri)
+    found = retriever.retrieve([FERRY], 3)
+    assert found == apart.retrieve([FERRY], 3)
+    assert generator.generate([FERRY], max_new_tokens=3)[0].num_tokens
+    assert newest_generator(run.base_index) is not None

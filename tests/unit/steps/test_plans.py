@@ -18,7 +18,7 @@ from invar_ray.models.encoder import llm_spec
 from invar_ray.pipeline import Pipeline
 from invar_ray.steps import rows
 from invar_ray.store.artifacts import Artifact, Building, Manifest, Plan, Store
-from tests.support import small_config, tiny_base, write_lines
+from tests.support import save_bert, small_config, tiny_base, write_lines
 
 Fingerprints = dict[str, str]
 
@@ -88,7 +88,7 @@ class Planner(Pipeline):
         info: dict[str, Any] = {}
         if plan.kind == "retriever":
             info["encoder"] = llm_spec(
-                self.config.model, self.base, (plan.ref, plan.fingerprint)
+                self.config.model, self.retriever_base, (plan.ref, plan.fingerprint)
             ).to_json()
         return self.store.note(plan, info)
 
@@ -341,6 +341,7 @@ CONDITIONAL = {
     "evaluation.systems": "adds rows, below",
     "experimental.evaluation.causes": "adds searches, below",
     "model.base": "a name or a folder, below",
+    "model.retriever_base": "a folder, below",
     "corpus.distractors": "needs the questions, below",
     "corpus.max_malformed_share": "whether there is a result, never which",
     "index.encoder": "which of the indexes jobs.reindex makes; each has its own encoder",
@@ -360,6 +361,17 @@ def test_every_science_field_is_in_some_fingerprint(plans: Plans) -> None:
         and not plans.changed_by(**{key.replace(".", "__"): value})
     ]
     assert not forgotten, f"no fingerprint depends on {', '.join(forgotten)}"
+
+
+def test_a_base_of_the_retriever_s_own_changes_what_the_retriever_makes(
+    plans: Plans, tmp_path: Path
+) -> None:
+    # The mined negatives and the readings follow from the retriever; what is cut does not.
+    after = plans.changed_by(model__retriever_base=str(save_bert(tmp_path / "bert")))
+    assert {"vectors base", "trainset", "retriever", "vectors retriever", "generator"} <= after
+    untouched = {"model", "passages", "questions", "vectors minilm", "hits minilm-dev"}
+    assert not after & untouched
+    assert untouched <= plans.first.keys()
 
 
 def test_distractors_tie_the_passages_to_the_questions(plans: Plans) -> None:

@@ -18,7 +18,7 @@ from invar_ray.training.checkpoint import (
 )
 from invar_ray.training.engine import EngineState
 
-NAMES = ("causal_lm.model.layers.0.self_attn.q_proj.lora_A.default.weight", "projection.weight")
+NAMES = ("base.model.layers.0.self_attn.q_proj.lora_A.default.weight", "projection.weight")
 
 
 def tensors(seed: int) -> dict[str, Tensor]:
