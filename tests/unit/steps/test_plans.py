@@ -297,7 +297,7 @@ def other(value: Any, kind: Any) -> Any:
     if isinstance(value, (int, float)):
         return value + 1
     if isinstance(value, str):
-        options = getattr(kind, "__args__", ())
+        options = [option for option in getattr(kind, "__args__", ()) if isinstance(option, str)]
         return next((option for option in options if option != value), f"{value}-other")
     if isinstance(value, tuple):
         return (*value[:-1], other(value[-1], None)) if value else (1,)
