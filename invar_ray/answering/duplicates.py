@@ -4,12 +4,11 @@ one could have.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 
 from invar_ray.schema import Hit
+from invar_ray.text.words import words
 
-_WORD = re.compile(r"\w+")
 SHINGLE = 3
 SAME = 0.8
 """Share of common shingles (Jaccard) from which two passages count as one."""
@@ -17,10 +16,10 @@ SAME = 0.8
 
 def shingles(text: str) -> frozenset[tuple[str, ...]]:
     """Runs of three words, case and punctuation aside; a shorter text is one shingle."""
-    words = _WORD.findall(text.casefold())
-    if len(words) <= SHINGLE:
-        return frozenset({tuple(words)})
-    return frozenset(tuple(words[at : at + SHINGLE]) for at in range(len(words) - SHINGLE + 1))
+    found = words(text)
+    if len(found) <= SHINGLE:
+        return frozenset({tuple(found)})
+    return frozenset(tuple(found[at : at + SHINGLE]) for at in range(len(found) - SHINGLE + 1))
 
 
 def similarity(first: frozenset[tuple[str, ...]], second: frozenset[tuple[str, ...]]) -> float:

@@ -11,7 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 
-from invar_ray.text.answers import contains_answer, normalise_answer
+from invar_ray.text.answers import contains_answer, f1_words, normalise_answer
 
 OVERLAP_K = 5
 """k of overlap@k in reports."""
@@ -131,17 +131,14 @@ def exact_match(text: str, answers: Sequence[str]) -> float:
 def f1(text: str, answers: Sequence[str]) -> float:
     """SQuAD's token F1 with the gold answer that it agrees with best.
 
-    Tokens are the words after normalisation, counted with repeats.  Where one side has none, both
-    must have none (SQuAD 2.0's rule).
+    Tokens are the words after normalisation (:func:`invar_ray.text.answers.f1_words`), counted with
+    repeats.  Where one side has none, both must have none (SQuAD 2.0's rule).
 
     Raises:
         ValueError: there is no answer.
     """
     _check(answers)
-    return max(
-        token_f1(normalise_answer(text).split(), normalise_answer(answer).split())
-        for answer in answers
-    )
+    return max(token_f1(f1_words(text), f1_words(answer)) for answer in answers)
 
 
 def token_f1(given: Sequence[str], wanted: Sequence[str]) -> float:

@@ -19,7 +19,7 @@ from functools import lru_cache
 
 from invar_ray.errors import ConfigError, DataError
 from invar_ray.evaluation.metrics import token_f1
-from invar_ray.text.answers import contains_answer, normalise_answer
+from invar_ray.text.answers import contains_answer, f1_words, normalise_answer
 
 _TRIVIA_SPACES = frozenset(string.punctuation + "\u2018\u2019\u00b4`_")
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -89,14 +89,17 @@ def _by(
     def score(text: str, answers: Sequence[str]) -> AnswerScore:
         given = normalise(text)
         golds = [normalise(answer) for answer in answers]
+        words = f1_words(text, normalise)
 
-        def f1(gold: str) -> float:
+        def f1(answer: str, gold: str) -> float:
             if given != gold and (given in whole or gold in whole):
                 return 0.0
-            return token_f1(given.split(), gold.split())
+            return token_f1(words, f1_words(answer, normalise))
 
         return AnswerScore(
-            float(given in golds), max(map(f1, golds)), float(contains_answer(text, answers))
+            float(given in golds),
+            max(map(f1, answers, golds)),
+            float(contains_answer(text, answers)),
         )
 
     return score

@@ -5,12 +5,12 @@ what it knows.
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-_WORD = re.compile(r"[^\W_]+")
+from invar_ray.text.words import terms
+
 _SLACK = 1e-9  # of sums of floats
 
 
@@ -85,7 +85,7 @@ def near_duplicates(
 
 
 def _words(text: str) -> frozenset[str]:
-    return frozenset(_WORD.findall(text.casefold()))
+    return frozenset(terms(text))
 
 
 def _prefix(words: frozenset[str], weight: Mapping[str, float], threshold: float) -> list[str]:

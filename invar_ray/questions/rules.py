@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import random
-import unicodedata
 from collections.abc import Callable
 
 from invar_ray.questions.noise import case, speech, typo
 from invar_ray.questions.phrases import WORDING
 from invar_ray.schema import Example, Rewrite
 from invar_ray.text.stable import stable_random
+from invar_ray.text.words import words
 
 Kind = Callable[[str, random.Random], str | None]
 
@@ -26,10 +26,7 @@ def comparison_key(text: str) -> str:
     """What two wordings are compared by: no case, no punctuation, single spaces (an apostrophe
     parts a word).
     """
-    folded = unicodedata.normalize("NFKC", text).casefold()
-    return " ".join(
-        "".join(character if character.isalnum() else " " for character in folded).split()
-    )
+    return " ".join(words(text))
 
 
 class RuleRewriter:

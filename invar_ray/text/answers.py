@@ -2,22 +2,28 @@
 
 Sources: ``normalise_answer`` is SQuAD's official evaluation script (Rajpurkar et al., arXiv
 1606.05250).  Containment is word-bounded on the normalised text, as METHOD "Stage 1" and answer
-recall need it; [ours] it also drops punctuation outside ASCII (curly quotes, en dashes), which
-SQuAD's script keeps and which is common in Wikipedia.
+recall need it; [ours] it compares in the form of :func:`invar_ray.text.words.fold`, drops
+punctuation outside ASCII too (curly quotes, en dashes; SQuAD's script keeps it), and takes each
+character for a word where a script writes no spaces.
 """
 
 from __future__ import annotations
 
 import re
 import string
-import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+import regex
+
+from invar_ray.text.words import fold, is_unspaced, pieces
 
 _PUNCTUATION = frozenset(string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WORD = re.compile(r"\S+")
-_EM_DASH = "\u2014"
+_RUN = re.compile(r"\S+|\s+")
+_CLUSTER = regex.compile(r"\X")
+_INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
 
 
 class _Word(NamedTuple):
@@ -38,22 +44,33 @@ def normalise_answer(text: str) -> str:
     return " ".join(_ARTICLES.sub(" ", kept).split())
 
 
+def f1_words(text: str, normalise: Callable[[str], str] = normalise_answer) -> list[str]:
+    """The tokens of an answer's F1: its words under a benchmark's own normalisation; characters
+    where the script writes no spaces, as the scripts of MLQA and CMRC count them.
+    """
+    return _words(text) if is_unspaced(text) else normalise(fold(text)).split()
+
+
 def contains_answer(text: str, answers: Sequence[str]) -> bool:
     """Whether any of ``answers`` stands in ``text``, word by word after normalisation.
 
     ``"art"`` is not in ``"party"``; ``"1,000 men"`` is in ``"the 1000 men"``.  An answer of which
     normalisation leaves nothing (``"the"``, ``"?"``) is in no text.
     """
-    return find_answer(text, answers) is not None
+    wanted = [answer for answer in map(searchable, answers) if answer.strip()]
+    if not wanted:
+        return False
+    held = searchable(text)
+    return any(answer in held for answer in wanted)
 
 
 def searchable(text: str) -> str:
     """The normalised words of ``text`` between single spaces, one at either end.
 
     ``searchable(answer) in searchable(text)`` is :func:`contains_answer`, for texts that are
-    searched many times; an answer without words gives ``"  "``, which is in no text.
+    searched many times.  An answer without words gives ``"  "``: leave it out.
     """
-    return f" {' '.join(word.text for word in _words(text))} "
+    return f" {' '.join(_words(text))} "
 
 
 def find_answer(text: str, answers: Sequence[str]) -> tuple[int, int] | None:
@@ -69,10 +86,12 @@ def find_answer(text: str, answers: Sequence[str]) -> tuple[int, int] | None:
         answer as it was written where the text spells it so (``"C++"``, ``"The Who"``), else the
         words that matched.
     """
-    words = _words(text)
+    if not contains_answer(text, answers):
+        return None
+    words = _located(text)
     best: tuple[int, int] | None = None
     for answer in answers:
-        wanted = _words(answer)
+        wanted = _located(answer)
         first = _first_run(words, wanted)
         if first is None:
             continue
@@ -85,23 +104,47 @@ def find_answer(text: str, answers: Sequence[str]) -> tuple[int, int] | None:
     return best
 
 
-def _words(text: str) -> list[_Word]:
-    lowered = text.lower()
-    # Lower-casing can lengthen a character ("İ"): remember which raw character each lowered one
-    # came from.
-    origins = [index for index, character in enumerate(text) for _ in character.lower()]
-    kept, places = [], []
-    for character, origin in zip(lowered, origins, strict=True):
-        if character == _EM_DASH:
-            character = " "  # stands between words without spaces, unlike a hyphen
-        elif character in _PUNCTUATION or unicodedata.category(character).startswith("P"):
-            continue
-        kept.append(character)
-        places.append(origin)
-    joined = _ARTICLES.sub(lambda match: " " * len(match.group()), "".join(kept))
+def _words(text: str) -> list[str]:
+    found = _ARTICLES.sub(" ", fold(text, punctuation=False)).split()
+    if not is_unspaced(text):
+        return found
+    return [word[start:end] for word in found for start, end in pieces(word)]
+
+
+def _located(text: str) -> list[_Word]:
+    """The words of :func:`_words` with where they stand."""
+    folded, places = _folded(text)
+    joined = _ARTICLES.sub(lambda match: " " * len(match.group()), folded)
     return [
-        _Word(match.group(), places[match.start()], places[match.end() - 1] + 1)
+        _Word(match.group()[start:end], places[first + start][0], places[first + end - 1][1])
         for match in _WORD.finditer(joined)
+        for first in (match.start(),)
+        for start, end in pieces(match.group())
+    ]
+
+
+def _folded(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """``fold(text)`` without punctuation, and the raw characters that each of its characters comes
+    from.
+    """
+    whole = fold(text, punctuation=False)
+    # Only what stands within one grapheme cluster can join into one character, once what is
+    # invisible is gone; in odd spellings neighbours join too: then words, then all are one.
+    for spans in (_clusters(text), [match.span() for match in _RUN.finditer(text)]):
+        pieces = [(fold(text[start:end], punctuation=False), (start, end)) for start, end in spans]
+        if "".join(piece for piece, _ in pieces) == whole:
+            return whole, [span for piece, span in pieces for _ in piece]
+    return whole, [(0, len(text))] * len(whole)
+
+
+def _clusters(text: str) -> list[tuple[int, int]]:
+    if text.isascii():
+        return [(at, at + 1) for at in range(len(text))]
+    origins = [at for at, character in enumerate(text) if not _INVISIBLE.match(character)]
+    visible = "".join(text[at] for at in origins)
+    return [
+        (origins[match.start()], origins[match.end() - 1] + 1)
+        for match in _CLUSTER.finditer(visible)
     ]
 
 

@@ -13,6 +13,7 @@ from invar_ray.schema import Document, Passage
 from invar_ray.text.places import PlaceFinder
 from invar_ray.text.sentences import sentence_starts, skip_space
 from invar_ray.text.tokens import token_starts
+from invar_ray.text.words import parts_unspaced
 
 # A sentence longer than the window is cut at once if what stands before it fills less than this
 # part. [ours]
@@ -22,6 +23,9 @@ _OVERLAP_PART = 2
 # A page or heading that starts beyond this part of the window ends it, so that a passage is of one
 # place. [ours]
 _PLACE_PART = 1 / 4
+# Where a script writes no spaces: white space in this last part of a window is the better cut.
+# [ours]
+_SPACE_PART = 1 / 4
 _SLICE_CHARS = 1_000_000
 
 
@@ -32,8 +36,9 @@ def chunk_document(
 
     A passage ends where a page or section of the document starts, if its window is a quarter full
     by then; else at the last sentence end in the window; else, inside a sentence longer than the
-    window, between words, else (no white space at all) between tokens.  Every character but white
-    space around passages is in some passage, and ``document.text[p.start:p.end] == p.text``.  With
+    window, between words (characters, where a script writes no spaces), else between tokens.  Every
+    character but white space around passages is in some passage, and
+    ``document.text[p.start:p.end] == p.text``.  With
     ``stride < tokens`` neighbours share about ``tokens - stride`` tokens, from the start of a
     sentence on: up to twice as many, or none where the sentence before the border is longer than
     that; inside a sentence longer than the window from a word border on.
@@ -132,9 +137,12 @@ def _token_windows(
     sentences = _sentence_borders(borders, text)
     whole = set(sentences)
 
-    def between_words(index: int) -> bool:
+    def spaced(index: int) -> bool:
         at = borders[index]
         return at in (0, len(text)) or text[at - 1].isspace() or text[at].isspace()
+
+    def between_words(index: int) -> bool:
+        return spaced(index) or parts_unspaced(text, borders[index])
 
     def window_end(begin: int) -> int:
         limit = begin + tokens
@@ -148,6 +156,10 @@ def _token_windows(
             end, following = sentences[at - 1], sentences[at] if at < len(sentences) else last
             if end - begin >= tokens * _SENTENCE_PART or following - end <= tokens:
                 return end
+        # White space first, as Thai has it between phrases; a character's end if it is far off.
+        for index in range(limit, limit - round(tokens * _SPACE_PART), -1):
+            if spaced(index) and borders[index] > borders[begin]:
+                return index
         for index in range(limit, begin, -1):
             if between_words(index) and borders[index] > borders[begin]:
                 return index

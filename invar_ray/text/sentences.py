@@ -11,9 +11,11 @@ _ABBREVIATIONS = frozenset(
     no nos vol fig figs ed eds est dept inc ltd co corp bros mt ft jan feb mar apr jun jul aug sep sept oct nov dec
     u.s u.k u.n a.m p.m ph.d b.c a.d d.c lit pinyin""".split()
 )
-# Sentence-final marks and what closes the sentence, then white space; or CJK marks, which need
-# none; or an empty line.
-_END = re.compile(r"(?P<marks>[.!?…]+)[\"'”’»)\]]*(?=\s)|[。！？]+[」』）”]*|\n[^\S\n]*\n")
+# Sentence-final marks (of Arabic, Devanagari and Armenian too) and what closes the sentence, then
+# white space; or marks of scripts that write no spaces, which need none; or an empty line.
+_END = re.compile(
+    r"(?P<marks>[.!?…؟۔।॥։]+)[\"'”’»)\]]*(?=\s)|[。！？｡။។።]+[」』）”’》]*|\n[^\S\n]*\n"
+)
 _LAST_WORD = re.compile(r"[\w.]+$")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import re
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,8 +11,8 @@ from invar_ray.schema import Document, Window
 from invar_ray.text.answers import find_answer
 from invar_ray.text.sentences import sentence_starts
 from invar_ray.text.stable import stable_random
+from invar_ray.text.words import parts_unspaced, pieces
 
-_WORD = re.compile(r"\S+")
 # [ours] A cut has at least this many words and this share of the anchor's; more text than that
 # still shows the topic.
 _MIN_WORDS = 5
@@ -99,11 +98,11 @@ def resize_windows(
 def _scene(text: str, start: int, end: int, answers: Sequence[str]) -> _Scene | None:
     reach = 2 * (end - start) + 200  # no cut goes further; keeps a long document cheap
     low, high = max(0, start - reach), min(len(text), end + reach)
-    while low > 0 and not text[low - 1].isspace():
+    while low > 0 and not text[low - 1].isspace() and not parts_unspaced(text, low):
         low -= 1
-    while high < len(text) and not text[high].isspace():
+    while high < len(text) and not text[high].isspace() and not parts_unspaced(text, high):
         high += 1
-    words = [match.span() for match in _WORD.finditer(text, low, high)]
+    words = [(low + begin, low + stop) for begin, stop in pieces(text[low:high])]
     first = bisect_right([stop for _, stop in words], start)
     last = bisect_left([begin for begin, _ in words], end)
     if first >= last:

@@ -126,7 +126,10 @@ class Trainset:
 
     @cached_property
     def _searchable_answers(self) -> list[list[str]]:
-        return [[searchable(answer) for answer in answers] for answers in self.answers]
+        return [
+            [words for words in map(searchable, answers) if words.strip()]
+            for answers in self.answers
+        ]
 
     def render(self, plan: StepPlan, column: int, window: int) -> tuple[str, str, bool]:
         """(title, text, missing) of a slot in a window; a missing rendering falls back to the
