@@ -8,6 +8,7 @@ from collections.abc import Callable
 from invar_ray.questions.noise import case, speech, typo
 from invar_ray.questions.phrases import WORDING
 from invar_ray.schema import Example, Rewrite
+from invar_ray.text.language import is_latin
 from invar_ray.text.stable import stable_random
 from invar_ray.text.words import words
 
@@ -51,9 +52,11 @@ class RuleRewriter:
 
     def fill(self, example: Example, given: list[Rewrite], count: int, seed: int) -> list[Rewrite]:
         """``given`` plus as many rewrites as are missing to ``count``, different from it and from
-        the question.
+        the question; none more for a question in another alphabet, as the rules write English.
         """
         rewrites = list(given[:count])
+        if not is_latin(example.question):
+            return rewrites
         loose = {
             comparison_key(text)
             for text in (example.question, *(rewrite.text for rewrite in rewrites))

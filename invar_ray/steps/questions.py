@@ -26,11 +26,13 @@ from invar_ray.questions.contamination import near_duplicates
 from invar_ray.questions.rewrites import Rewriter, comparison_key, make_rewriter
 from invar_ray.schema import EXAMPLE_SCHEMA, REWRITE_SCHEMA, Example, Rewrite, from_table, to_table
 from invar_ray.store.artifacts import Artifact, Building, Plan
+from invar_ray.text.language import english_share
 
 VERSION = 2
 CONTAMINATION = "contamination.json"
 Split = Literal["train", "dev"]
 _DEV_SEED_OFFSET = 1_000_003
+_ENGLISH_SHARE = 0.5  # of questions; below it rules are warned of
 _NOT_OURS = {"num_windows"}  # a setting of the training set
 
 
@@ -71,6 +73,9 @@ def build(building: Building, config: Config) -> None:
     train = _sample(read_examples_of(config, "train"), config.questions.train_limit, config.seed)
     dev = _sample(read_examples_of(config, "dev"), config.questions.dev_limit, config.seed)
     rewrites = config.rewrites
+    if rewrites.provider in {"rules", "given"}:
+        given = rewrites.num_rewrites if rewrites.provider == "given" else 0
+        _warn_of_language([row for row in (*train, *dev) if not 0 < given <= len(row.rewrites)])
     root = Path(config.storage.root_uri).expanduser()
     # Rewrites cost money: a run that is cut off finds those it already has.
     cache = (
@@ -205,6 +210,20 @@ def _rewrite(
         rows.append(Rewrite(example.id, 0, example.question, "anchor", "data"))
         rows += rewriter.rewrite(example, count, seed)
     return rows
+
+
+def _warn_of_language(examples: Sequence[Example]) -> None:
+    """One line if questions that rules rewrite are not English."""
+    share = english_share([example.question for example in examples])
+    if examples and share < _ENGLISH_SHARE:
+        print(
+            f"  warning: {1 - share:.0%} of the questions do not look English, and the rules for "
+            "rewrites write English: they leave out other alphabets and frame the rest in English. "
+            "To do: rewrites.provider=endpoint (a model), file or given, with wordings in their "
+            "language",
+            file=sys.stderr,
+            flush=True,
+        )
 
 
 def _near_duplicates(

@@ -48,9 +48,15 @@ from invar_ray.index.vectors import (
     unit_rows,
 )
 from invar_ray.models.encoder import EncoderSpec
+from invar_ray.models.minilm import BUILTIN as MINILM
+from invar_ray.models.minilm import coarse_tokenizer
 from invar_ray.models.precision import inference_precision
 from invar_ray.store.artifacts import Artifact, Building, Plan
+from invar_ray.text.language import SAMPLE, english_share
+from invar_ray.text.tokens import text_ids
 
+_UNKNOWN_SHARE = 0.1  # of tokens; above it the coarse encoder is warned of
+_ENGLISH_SHARE = 0.5  # of passages; below it MiniLM is
 VERSION = 3
 _SHARDS_AT_HOME = 2
 """So many are made before the actors of a cluster have started."""
@@ -95,6 +101,8 @@ def build(
             file=sys.stderr,
             flush=True,
         )
+    if spec.kind == "coarse":
+        _warn_of_language(config, passages, spec)
     layout = make_layout(building, config, passages, spec)
     filesystem, prefix = building.filesystem, f"{building.prefix}/{SHARDS}"
     filesystem.create_dir(prefix, recursive=True)
@@ -144,6 +152,30 @@ def build(
     }
     for line in usage.table(time.monotonic() - started):
         print(f"  {line}", file=sys.stderr, flush=True)
+
+
+def _warn_of_language(config: Config, passages: Artifact, spec: EncoderSpec) -> None:
+    """One line if the coarse encoder does not know the language of the first passages."""
+    with pq.ParquetFile(passages.path("passages.parquet")) as file:
+        batch = next(file.iter_batches(SAMPLE, columns=["text"]), None)
+    texts = batch.column("text").to_pylist() if batch is not None else []
+    tokenizer = coarse_tokenizer(spec.base.location)
+    ids = [id for row in text_ids(tokenizer, texts, max_tokens=128) for id in row]
+    unknown = ids.count(tokenizer.unk_token_id) / max(1, len(ids))
+    english = english_share(texts)
+    if unknown > _UNKNOWN_SHARE:
+        why = f"{unknown:.0%} of the passages' tokens are unknown to it"
+    elif config.coarse.model == MINILM and english < _ENGLISH_SHARE:
+        why = f"{1 - english:.0%} of the passages do not look English, and it knows English alone"
+    else:
+        return
+    print(
+        f"  warning: the teacher (coarse.model={config.coarse.model}) cannot judge this corpus: "
+        f"{why}. Stage 1 would learn its errors. To do: set coarse.model to a sentence encoder for "
+        "the corpus's language, or retriever.alignment_weight=0",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def _work(

@@ -21,6 +21,7 @@ from invar_ray.text.words import fold, is_unspaced, pieces
 _PUNCTUATION = frozenset(string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _WORD = re.compile(r"\S+")
+_GROUPED = re.compile(r"(?<=\d)，(?=\d{3}(?!\d))|(?<=\d)．(?=\d)")  # full-width, in a number
 _RUN = re.compile(r"\S+|\s+")
 _CLUSTER = regex.compile(r"\X")
 _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
@@ -105,7 +106,7 @@ def find_answer(text: str, answers: Sequence[str]) -> tuple[int, int] | None:
 
 
 def _words(text: str) -> list[str]:
-    found = _ARTICLES.sub(" ", fold(text, punctuation=False)).split()
+    found = _ARTICLES.sub(" ", fold(_GROUPED.sub(".", text), punctuation=False)).split()
     if not is_unspaced(text):
         return found
     return [word[start:end] for word in found for start, end in pieces(word)]
@@ -113,7 +114,7 @@ def _words(text: str) -> list[str]:
 
 def _located(text: str) -> list[_Word]:
     """The words of :func:`_words` with where they stand."""
-    folded, places = _folded(text)
+    folded, places = _folded(_GROUPED.sub(".", text))
     joined = _ARTICLES.sub(lambda match: " " * len(match.group()), folded)
     return [
         _Word(match.group()[start:end], places[first + start][0], places[first + end - 1][1])

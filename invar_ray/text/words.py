@@ -28,7 +28,6 @@ _SIMPLE_WORD = re.compile(r"[^\W_]+")
 # Marks that stand apart from their letter, and every script that has such or writes no spaces.
 _NOT_SIMPLE = re.compile("[\u0300-\u036f\u0483-\u0489\u0591-\u1eff\u20d0-\u20f0\u2e80-\U0010ffff]")
 _NOT_ASCII = re.compile(r"([^\x00-\x7f]+)")
-_GROUPED = re.compile(r"(?<=\d)，(?=\d{3}(?!\d))|(?<=\d)．(?=\d)")
 _ASCII_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 _IGNORED = regex.compile(r"\p{Default_Ignorable_Code_Point}|\u0640")  # 0640 stretches Arabic words
@@ -86,7 +85,7 @@ def fold(text: str, *, punctuation: bool = True) -> str:
     Args:
         text: any text.
         punctuation: ``False`` leaves it out; what stands between words without spaces, as an em
-            dash or a full-width comma outside a number, becomes one.
+            dash or a full-width comma, becomes one.
 
     Source: Unicode's NFKC_Casefold (UAX #44); the digits, and what is not spelt out ("™"), are
     [ours].
@@ -94,7 +93,7 @@ def fold(text: str, *, punctuation: bool = True) -> str:
     if text.isascii():
         return text.lower() if punctuation else text.lower().translate(_ASCII_PUNCTUATION)
     spelling = _SPELLING if punctuation else _SPELLING_OF_WORDS
-    parts = _NOT_ASCII.split(text if punctuation else _GROUPED.sub(".", text))
+    parts = _NOT_ASCII.split(text)
     parts[1::2] = [part.translate(spelling) for part in parts[1::2]]
     parts[::2] = [fold(part, punctuation=punctuation) for part in parts[::2]]
     return unicodedata.normalize("NFKC", "".join(parts))

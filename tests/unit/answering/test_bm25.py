@@ -9,9 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from invar_ray.answering.bm25 import Bm25, Bm25Retriever, words
+from invar_ray.answering.bm25 import Bm25, Bm25Retriever
 from invar_ray.errors import DataError, RequestError
 from invar_ray.schema import Passage
+from invar_ray.text.words import words
 
 TEXTS = st.lists(
     st.lists(st.sampled_from("ant bee cat dog elk".split()), max_size=6), min_size=1, max_size=6
@@ -81,3 +82,22 @@ def test_hits_carry_the_passage() -> None:
         ("d2", 2, "Pisa", "file2"),
     ]
     assert [hit.passage_id for hit in found[1]] == ["d2:0"]
+
+
+def test_scripts_without_spaces_and_other_spellings_are_found() -> None:
+    texts = [
+        "灯塔建于１８９２年，守塔人住在海边。",
+        "磨坊在河边，每年秋天开放。",
+        "ประภาคารตั้งอยู่บนเกาะ",
+        "The light\u00adhouse has an o\ufb03ce.",
+    ]
+    bm25 = Bm25(texts)
+    for query, row in {
+        "灯塔什么时候建成": 0,
+        "1892年": 0,
+        "河边的磨坊": 1,
+        "ประภาคารอยู่ที่ไหน": 2,
+        "lighthouse": 3,
+        "office": 3,
+    }.items():
+        assert bm25.search([query], 1)[0][0][0] == row

@@ -119,3 +119,11 @@ def test_f1_is_symmetric_and_one_on_an_exact_match(left: str, right: str) -> Non
     assert f1(left, [right]) == f1(right, [left])
     if exact_match(left, [right]):
         assert f1(left, [right]) == 1.0
+
+
+def test_f1_and_answer_recall_count_characters_where_no_spaces_are_written() -> None:
+    assert f1("北京", ["北京市"]) == pytest.approx(2 * 2 / (2 + 3))
+    assert f1("東京タワー", ["東京タワー。"]) == 1.0
+    assert answer_recall_at_k(["守塔人住在北京市。"], ["北京"], 1) == 1.0
+    assert f1("cafe\u0301 noir", ["café noir"]) == 1.0
+    assert exact_match("cafe\u0301", ["café"]) == 0.0  # as SQuAD's script has it

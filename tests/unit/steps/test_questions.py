@@ -230,3 +230,32 @@ def test_source_digest_of_a_folder_sees_names_and_contents(tmp_path: Path) -> No
 def test_source_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no file or folder .*check the path"):
         source_digest(str(tmp_path / "missing.jsonl"))
+
+
+def test_questions_in_another_language_are_warned_of_and_not_framed_in_english(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows(split: str, places: list[str]) -> list[dict[str, Any]]:
+        return [
+            {
+                "id": f"{split}{number}",
+                "question": f"{place}的灯塔有多高？",
+                "answers": ["三十米"],
+                "positive_ids": ["d"],
+            }
+            for number, place in enumerate(places)
+        ]
+
+    write_lines(tmp_path / "zh.jsonl", rows("t", ["青岛", "大连", "厦门"]))
+    write_lines(tmp_path / "zh-dev.jsonl", rows("e", ["烟台", "威海"]))
+    artifact = build(
+        small_config(
+            tmp_path,
+            f"questions.train_uri={tmp_path / 'zh.jsonl'}",
+            f"questions.dev_uri={tmp_path / 'zh-dev.jsonl'}",
+        )
+    )
+    assert all(len(family) == 1 for family in load_rewrites(artifact, "train").values())
+    said = capsys.readouterr().err
+    assert said.count("warning: 100% of the questions do not look English") == 1
+    assert "rewrites.provider=endpoint" in said
