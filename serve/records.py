@@ -70,11 +70,14 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class Embedded:
-    """[N, D] unit vectors, the number of tokens that were encoded, and the versions."""
+    """[N, D] unit vectors, the number of tokens that were read, the versions, and the numbers of
+    the texts of which the end was not read.
+    """
 
     vectors: Vectors
     tokens: int
     versions: dict[str, str]
+    cut: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,7 +27,9 @@ class Limits(BaseModel):
         32, ge=1, description="Longest answer in tokens; a request may ask for less."
     )
     max_body_bytes: int = Field(65536, ge=256, description="Longest request body in bytes.")
-    max_inputs: int = Field(64, ge=1, description="Most texts that one request may have embedded.")
+    max_inputs: int = Field(
+        2048, ge=1, description="Most texts that one request may have embedded."
+    )
     max_rewrites: int = Field(
         5, ge=1, description="Most rewordings that one stability request may ask for."
     )

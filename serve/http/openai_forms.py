@@ -1,27 +1,29 @@
 """OpenAI's forms of requests and responses: what this service takes of them, and the field that it
 adds (``invar``).
 
-A parameter that the service cannot honour is refused rather than passed over.
+A parameter that the service cannot honour is refused rather than passed over; one that asks for
+nothing changes nothing (:mod:`serve.http.openai_neutral`).
 """
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from invar_ray.errors import RequestError
 from serve.http.conditions import Conditions
+from serve.http.openai_neutral import check_parts, check_texts, without_neutral
 from serve.http.protocol import AnswerResponse, clean_text
 
-CHAT_MODEL, EMBEDDING_MODEL = "invar-rag", "invar-encoder"
+CHAT_MODEL, EMBEDDING_MODEL, PASSAGE_MODEL = "invar-rag", "invar-encoder", "invar-encoder-passage"
 
 
 class TextPart(BaseModel):
     """A piece of a message; only text is understood."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")  # hints to a cache and the like
 
-    type: Literal["text"]
-    text: str
+    type: Literal["text", "refusal"] = "text"
+    text: str = Field("", validation_alias=AliasChoices("text", "refusal"))
 
     _clean = field_validator("text")(clean_text)
 
@@ -31,7 +33,7 @@ class Message(BaseModel):
 
     model_config = ConfigDict(extra="ignore")  # answers that are sent back carry fields of theirs
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: str | list[TextPart] | None = None
     name: str | None = None
 
@@ -84,9 +86,6 @@ class ChatRequest(BaseModel):
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: str | list[str] | None = None
-    n: int | None = Field(None, ge=1, le=1, description="One answer only.")
-    presence_penalty: float | None = Field(None, ge=0, le=0, description="0 only.")
-    frequency_penalty: float | None = Field(None, ge=0, le=0, description="0 only.")
     user: str | None = Field(None, description="Has no effect.")
     top_k: int | None = Field(
         None, strict=True, description="Number of passages; an extension (`extra_body`)."
@@ -96,6 +95,14 @@ class ChatRequest(BaseModel):
         description="Only passages that meet these conditions are found; an extension "
         "(`extra_body`).",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asked(cls, body: Any) -> Any:
+        body = without_neutral(body)
+        if isinstance(body, dict):
+            check_parts(body.get("messages"))
+        return body
 
     @field_validator("stop")
     @classmethod
@@ -199,14 +206,32 @@ class EmbeddingRequest(BaseModel):
         },
     )
 
-    model: str = Field(description=f"`{EMBEDDING_MODEL}`.", examples=[EMBEDDING_MODEL])
+    model: str = Field(
+        description=f"`{EMBEDDING_MODEL}`, or `{PASSAGE_MODEL}` for the side of passages.",
+        examples=[EMBEDDING_MODEL],
+    )
     input: str | list[str] = Field(description="Text or texts; token ids are not taken.")
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: int | None = Field(None, description="Must be the encoder's own.")
     user: str | None = Field(None, description="Has no effect.")
-    input_type: Literal["query", "passage"] = Field(
-        "query", description="Which side of the bi-encoder; an extension (`extra_body`)."
+    input_type: Literal["query", "passage"] | None = Field(
+        None,
+        description="Which side of the bi-encoder, whatever the model's name says; an extension "
+        "(`extra_body`).",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _asked(cls, body: Any) -> Any:
+        body = without_neutral(body, embeddings=True)
+        if isinstance(body, dict):
+            check_texts(body.get("input"))
+        return body
+
+    @property
+    def side(self) -> Literal["query", "passage"]:
+        """Which side of the bi-encoder is asked for."""
+        return self.input_type or ("passage" if self.model == PASSAGE_MODEL else "query")
 
     @field_validator("input")
     @classmethod
@@ -223,7 +248,9 @@ class EmbeddingOut(BaseModel):
 
 
 class EmbeddingResponse(BaseModel):
-    """OpenAI's list of embeddings; `invar` holds the versions."""
+    """OpenAI's list of embeddings; `invar` holds the versions, and in `cut` the numbers of inputs
+    that were longer than the encoder reads (the tokens of `usage` are those that it read).
+    """
 
     object: Literal["list"] = "list"
     data: list[EmbeddingOut]

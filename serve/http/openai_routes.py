@@ -18,6 +18,7 @@ from serve.http.limits import Limits
 from serve.http.openai_forms import (
     CHAT_MODEL,
     EMBEDDING_MODEL,
+    PASSAGE_MODEL,
     ChatMessage,
     ChatRequest,
     ChatResponse,
@@ -36,9 +37,11 @@ from serve.records import Question, Reply
 from serve.service import Service
 
 
-def _known(model: str, expected: str) -> None:
-    if model != expected:
-        raise UnknownModel(f"there is no model {model!r} here; use {expected!r}")
+def _known(model: str, *expected: str) -> None:
+    if model not in expected:
+        # The name is the caller's: neither long, nor anything but letters.
+        shown = f"{model[:64]!a}{'..' if len(model) > 64 else ''}"
+        raise UnknownModel(f"there is no model {shown} here; use {' or '.join(expected)}")
 
 
 def _fingerprint(answer: AnswerResponse) -> str:
@@ -160,9 +163,9 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
     )
     async def embeddings(body: EmbeddingRequest, request: Request) -> EmbeddingResponse:
         context = request.scope["invar_context"]
-        _known(body.model, EMBEDDING_MODEL)
+        _known(body.model, EMBEDDING_MODEL, PASSAGE_MODEL)
         texts = limits.check_inputs([body.input] if isinstance(body.input, str) else body.input)
-        embedded = await service.embed(texts, body.input_type, context)
+        embedded = await service.embed(texts, body.side, context)
         dimension = int(embedded.vectors.shape[1])
         if body.dimensions not in {None, dimension}:
             raise RequestError(
@@ -177,16 +180,27 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         ]
         return EmbeddingResponse(
             data=[EmbeddingOut(index=number, embedding=row) for number, row in enumerate(rows)],
-            model=EMBEDDING_MODEL,
+            model=body.model,
             usage=Usage.of(embedded.tokens, 0),
-            invar={"versions": embedded.versions, "request_id": context.request_id},
+            invar={
+                "versions": embedded.versions,
+                "cut": list(embedded.cut),
+                "request_id": context.request_id,
+            },
+        )
+
+    @routes.post("/v1/completions", include_in_schema=False)
+    async def completions() -> Response:
+        raise UnknownModel(
+            "plain completions are not there, since questions are answered from passages; use "
+            "/v1/chat/completions or /v1/answer"
         )
 
     async def _models() -> list[ModelOut]:
         versions = {"versions": (await service.describe()).versions}
         return [
             ModelOut(id=name, created=started, invar=versions)
-            for name in (CHAT_MODEL, EMBEDDING_MODEL)
+            for name in (CHAT_MODEL, EMBEDDING_MODEL, PASSAGE_MODEL)
         ]
 
     @routes.get("/v1/models", response_model=ModelList, summary="Models, in OpenAI's form")

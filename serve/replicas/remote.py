@@ -5,6 +5,7 @@ this service.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator
 from dataclasses import replace
@@ -22,6 +23,7 @@ from serve.telemetry.tracing import Tracer
 if TYPE_CHECKING:  # imports torch: only replicas pay for that
     from invar_ray.answering.rag import AnswerPrompt
 
+logger = logging.getLogger("ray.serve")
 _RETRIES = 2
 _REFUSED = {400, 413, 422}  # what the prompt is to blame for
 
@@ -102,14 +104,16 @@ class OpenAIEngine:
 
     async def stream(self, question: Question) -> AsyncIterator[str | Reply]:
         """See :class:`serve.replicas.generator.AnswerEngine`."""
-        from invar_ray.answering.rag import read_answer
+        from invar_ray.answering.rag import STOP_STRINGS, read_answer
+        from invar_ray.models.decoding import first_stop, steady
         from invar_ray.models.generator import Generation
 
         prompt = await asyncio.to_thread(self._prompt, question)
         start = time.perf_counter()
         deadline = time.monotonic() + question.left_s
-        pieces: list[str] = []
-        finish, usage = "stop", dict[str, Any]()
+        stops = (*STOP_STRINGS, *question.stop)
+        written, sent, place = "", "", None
+        finish, usage = "", dict[str, Any]()
         with self._tracer.span("generate", question.trace, passages=len(question.hits)):
             chunks = self._chunks(self._body(prompt.text, question), deadline)
             try:
@@ -117,25 +121,32 @@ class OpenAIEngine:
                     usage = chunk.get("usage") or usage
                     for choice in chunk.get("choices") or []:
                         finish = choice.get("finish_reason") or finish
-                        text = (
+                        written += (
                             choice.get("text") or (choice.get("delta") or {}).get("content") or ""
                         )
-                        text = text if pieces else text.lstrip()
-                        if text:
-                            pieces.append(text)
-                            yield text
+                    # The protocol takes four stop strings; all of them are looked for here.
+                    ready = steady(written, stops)
+                    if len(ready) > len(sent) and ready.startswith(sent):
+                        yield ready[len(sent) :]
+                        sent = ready
+                    place = first_stop(written, stops)
+                    if place is not None:
+                        finish = "stop"
+                        break
             finally:
                 await chunks.aclose()  # type: ignore[attr-defined]
+        if not finish:  # the connection was closed in the middle, which looks like an end
+            raise self._unavailable("its stream broke off")
+        text = written[:place].strip()
+        if len(text) > len(sent):
+            yield text[len(sent) :]
         seconds = time.perf_counter() - start
-        text = "".join(pieces)
         completion = int(
             usage.get("completion_tokens") or self._budget.count_tokens(text) if text else 0
         )
         self._meter.record("invar_stage_seconds", seconds, stage="generate")
         self._meter.record("invar_tokens_total", completion)
-        generation = Generation(
-            text.strip(), [], completion, "length" if finish == "length" else "eos"
-        )
+        generation = Generation(text, [], completion, "length" if finish == "length" else "eos")
         answer = read_answer(question.text, prompt, generation)
         self._meter.record("invar_answers_total", refused=str(answer.refused).lower())
         yield Reply(
@@ -197,9 +208,12 @@ class OpenAIEngine:
         except openai.APIStatusError as error:
             if error.status_code not in _REFUSED:
                 raise self._unavailable(f"HTTP {error.status_code}") from error
-            said = error.body if isinstance(error.body, dict) else {}
-            message = said.get("message") or f"HTTP {error.status_code}"
-            raise RequestError(f"the engine refused the prompt ({str(message)[:300]})") from None
+            # What it says may hold the prompt, paths or names of its own: for the log alone.
+            logger.warning("the engine refused a prompt: HTTP %d", error.status_code)
+            logger.debug("it said: %s", str(error.body)[:300])
+            raise RequestError(
+                "the engine refused the prompt", action="ask a shorter question, or for less"
+            ) from None
         except openai.OpenAIError as error:  # the connection, or an error event
             raise self._unavailable(type(error).__name__) from error
         except (ValueError, AttributeError) as error:

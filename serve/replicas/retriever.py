@@ -7,7 +7,8 @@ import logging
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -29,6 +30,8 @@ if TYPE_CHECKING:  # imports torch: only replicas pay for that
 logger = logging.getLogger("ray.serve")
 RetrieverLoader = Callable[[str], "Retriever"]
 Request = tuple[str | Vectors, int, Where | None]
+_SLICE_CHARS = 2048
+_UNCUT = 1 << 20  # tokens: longer than any text that a request can bring
 PROBE = "is anyone there?"
 # Transformers builds models on a device that it sets for the whole process: two loads at once break
 # each other.
@@ -96,6 +99,7 @@ class RetrieverReplica:
         self._search: Batcher[Request, Found] = Batcher(
             self._search_batch, max_batch_size, batch_wait_s, self._seen
         )
+        self._max_batch_size, self._embedding = max_batch_size, asyncio.Lock()
         self._changing = asyncio.Lock()
         self._retriever: Retriever | None = None
         self._staged: dict[str, Retriever] = {}
@@ -136,21 +140,22 @@ class RetrieverReplica:
     async def embed(
         self, texts: list[str], kind: Literal["query", "passage"], trace: dict[str, str]
     ) -> Embedded:
-        """Unit vectors of texts by the index's own encoder."""
-        start = time.perf_counter()
+        """Unit vectors of texts by the index's own encoder, a few at a time: searches, and others'
+        texts, come in between.
+        """
+        start, retriever = time.perf_counter(), self._loaded()
+        vectors: list[Vectors] = []
+        tokens, number, cut = 0, 0, list[int]()
         with self._tracer.span("embed", trace, texts=len(texts)):
-            embedded = await self._worker.run(self._embed, texts, kind)
+            for few in _slices(texts, self._max_batch_size):
+                async with self._embedding:
+                    some, counts = await self._worker.run(_embed, retriever.encoder, few, kind)
+                vectors.append(some)
+                for read, unread in counts:
+                    tokens, number = tokens + read, number + 1
+                    cut += [number - 1] if unread else []
         self._meter.record("invar_stage_seconds", time.perf_counter() - start, stage="embed")
-        return embedded
-
-    def _embed(self, texts: list[str], kind: str) -> Embedded:
-        encoder: Any = self._loaded().encoder
-        pairs = [("", text) for text in texts]
-        vectors = (
-            encoder.encode_queries(texts) if kind == "query" else encoder.encode_passages(pairs)
-        )
-        tokens = sum(len(row) for row in text_ids(encoder.tokenizer, texts))
-        return Embedded(vectors, tokens, dict(self._loaded().versions))
+        return Embedded(np.concatenate(vectors), tokens, dict(retriever.versions), tuple(cut))
 
     async def _search_batch(self, requests: list[Request]) -> list[Found | Exception]:
         return await self._worker.run(self.search, requests)
@@ -380,6 +385,36 @@ class RetrieverReplica:
 
     def __del__(self) -> None:
         self.close()
+
+
+def _slices(texts: Sequence[str], most: int) -> Iterator[Sequence[str]]:
+    """Texts in order, a few at a time: at most ``most``, and about 500 tokens."""
+    start, chars = 0, 0
+    for number, text in enumerate(texts):
+        if number > start and (number - start == most or chars + len(text) > _SLICE_CHARS):
+            yield texts[start:number]
+            start, chars = number, 0
+        chars += len(text)
+    yield texts[start:]
+
+
+def _embed(encoder: Any, texts: Sequence[str], kind: str) -> tuple[Vectors, list[tuple[int, int]]]:
+    """Vectors of texts, and of each how many tokens were read and how many were not."""
+    from invar_ray.models.encoder import passage_ids, query_ids
+
+    spec, tokenizer = encoder.spec, encoder.tokenizer
+    if kind == "query":
+        rows = query_ids(tokenizer, texts, spec)
+        whole = query_ids(tokenizer, texts, replace(spec, query_max_tokens=_UNCUT))
+    else:
+        pairs = [("", text) for text in texts]
+        rows = passage_ids(tokenizer, pairs, spec)
+        whole = passage_ids(tokenizer, pairs, replace(spec, passage_max_tokens=_UNCUT))
+    counts = []
+    for ids, row, all_ids in zip(text_ids(tokenizer, texts), rows, whole, strict=True):
+        unread = len(all_ids) - len(row)
+        counts.append((max(0, len(ids) - unread), unread))
+    return encoder.encode_ids(rows), counts
 
 
 def _replica_name() -> str:

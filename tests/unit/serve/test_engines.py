@@ -51,6 +51,7 @@ class CompletionServer:
     def __init__(self, generator: Generator) -> None:
         self.failures: list[int] = []
         self.broken_after: int | None = None
+        self.ends_after: int | None = None  # without an end, the connection closed in good order
         self.seen: list[dict[str, Any]] = []
         self.keys: list[str | None] = []
         api = FastAPI()
@@ -97,6 +98,8 @@ class CompletionServer:
                 for number, choice in enumerate(choices):
                     if number == self.broken_after:
                         raise OSError("the connection breaks")
+                    if number == self.ends_after:
+                        return
                     Completion.model_validate(
                         {**base, "choices": [{**choice, "finish_reason": finish}]}
                     )
@@ -213,9 +216,9 @@ def test_a_busy_server_is_asked_again_and_a_failing_one_is_no_500(
     fault(response, 503, "unavailable")
     assert response.headers["Retry-After"]
     server.failures = [400]
-    assert "told to fail with 400" in fault(
-        elsewhere("POST", "/v1/answer", json=body), 422, "invalid_request"
-    )
+    message = fault(elsewhere("POST", "/v1/answer", json=body), 422, "invalid_request")
+    assert "the engine refused the prompt" in message
+    assert "told to fail" not in message, "what it says may hold anything"
     server.failures = [401]
     fault(elsewhere("POST", "/v1/answer", json=body), 503, "unavailable")
 
@@ -232,6 +235,36 @@ def test_a_stream_that_breaks_elsewhere_ends_with_an_error_event(
         fault(elsewhere("POST", "/v1/answer", json={"question": FERRY}), 503, "unavailable")
     finally:
         server.broken_after = None
+
+
+def test_a_stream_that_is_closed_in_its_middle_is_an_error(
+    elsewhere: Live, server: CompletionServer
+) -> None:
+    server.ends_after = 2
+    try:
+        text = elsewhere("POST", "/v1/answer", json={"question": FERRY, "stream": True}).text
+        names = [line[7:] for line in text.splitlines() if line.startswith("event: ")]
+        assert names[-2:] == ["error", "done"]
+        fault(elsewhere("POST", "/v1/answer", json={"question": FERRY}), 503, "unavailable")
+    finally:
+        server.ends_after = None
+
+
+def test_every_stop_string_holds_elsewhere(here: Live, elsewhere: Live) -> None:
+    asked = {"model": "invar-rag", "messages": [{"role": "user", "content": FERRY}]}
+    whole = here("POST", "/v1/chat/completions", json=asked).json()
+    written = whole["choices"][0]["message"]["content"]
+    assert len(written) > 4
+    # The protocol takes four, three of which are the service's own: the last of these got lost.
+    asked["stop"] = ["never 1", "never 2", "never 3", written[3]]
+    mine = here("POST", "/v1/chat/completions", json=asked).json()["choices"]
+    theirs = elsewhere("POST", "/v1/chat/completions", json=asked).json()["choices"]
+    assert mine[0]["message"]["content"] == written[: written.index(written[3])].strip()
+    assert theirs == mine
+    lines = elsewhere("POST", "/v1/chat/completions", json={**asked, "stream": True}).text
+    chunks = [json.loads(line[6:]) for line in lines.splitlines() if line.startswith("data: {")]
+    pieces = [chunk["choices"][0]["delta"].get("content", "") for chunk in chunks]
+    assert "".join(pieces) == theirs[0]["message"]["content"]
 
 
 def test_this_service_is_such_a_server_itself(artifacts: Artifacts, here: Live) -> None:

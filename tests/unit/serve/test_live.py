@@ -194,7 +194,7 @@ def test_embeddings(live: Live, client: openai.OpenAI, artifacts: Artifacts) -> 
         {"dimensions": 5},
         {"input": []},
         {"input": ["a", " "]},
-        {"input": ["a"] * 65},
+        {"input": ["a"] * 2049},
         {"input": [1, 2]},
     ):
         with pytest.raises(openai.BadRequestError):
@@ -202,7 +202,11 @@ def test_embeddings(live: Live, client: openai.OpenAI, artifacts: Artifacts) -> 
 
 
 def test_models(client: openai.OpenAI) -> None:
-    assert [model.id for model in client.models.list()] == ["invar-rag", "invar-encoder"]
+    assert [model.id for model in client.models.list()] == [
+        "invar-rag",
+        "invar-encoder",
+        "invar-encoder-passage",
+    ]
     assert client.models.retrieve("invar-rag").object == "model"
     with pytest.raises(openai.NotFoundError):
         client.models.retrieve("nothing")
