@@ -42,6 +42,7 @@ def index_documents(config: Config, adapter_uri: str | None, options: str = "") 
             proposed.
     """
     started = time.monotonic()
+    read_corpus(config, ReadLog())  # a mistyped folder shows now, not after the base was loaded
     with Pipeline(config) as pipeline:
         adapter = choose_adapter(pipeline, adapter_uri)
         index = pipeline.base_index if adapter is None else pipeline.index_with(adapter)

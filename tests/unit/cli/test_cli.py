@@ -69,6 +69,7 @@ def test_missing_corpus(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "nowhere.jsonl" in result.stderr
     assert "Traceback" not in result.stderr
+    assert not (tmp_path / "runs").exists(), "it loaded the base first"
 
 
 def test_answer_is_printed_with_its_citations(capsys: pytest.CaptureFixture[str]) -> None:
