@@ -37,19 +37,19 @@ def text_ids(
     Raises:
         ModelError: the tokenizer is not a fast one.
     """
+    encodings = _encodings(tokenizer, texts, max_tokens, framed)
+    controls = control_ids(tokenizer)
     rows = []
-    for text, encoding in zip(texts, _encodings(tokenizer, texts, max_tokens, framed), strict=True):
+    for text, encoding in zip(texts, encodings, strict=True):
         # Two kinds get past `split_special_tokens`: tokens that are added without being marked as
         # special, and pieces of a Unigram vocabulary.
-        if _own_controls(tokenizer, text, encoding):
+        ids: list[int] = encoding.ids
+        if _own_controls(tokenizer, controls, text, encoding):
             text = _apart(tokenizer, text, split=True)
             encoding = _encodings(tokenizer, [text], max_tokens, framed)[0]
-        left = set(_own_controls(tokenizer, text, encoding))
-        rows.append(
-            [token for place, token in enumerate(encoding.ids) if place not in left]
-            if left
-            else encoding.ids
-        )
+            left = set(_own_controls(tokenizer, controls, text, encoding))
+            ids = [token for place, token in enumerate(encoding.ids) if place not in left]
+        rows.append(ids)
     return rows
 
 
@@ -63,7 +63,7 @@ def token_starts(tokenizer: Any, text: str) -> list[int]:
         ModelError: the tokenizer is not a fast one.
     """
     encoding = _encodings(tokenizer, [text], None, False)[0]
-    controls = set(_own_controls(tokenizer, text, encoding))
+    controls = set(_own_controls(tokenizer, control_ids(tokenizer), text, encoding))
     starts: list[int] = []
     for place, (start, end) in enumerate(encoding.offsets):
         starts += range(start, max(end, start + 1)) if place in controls else [start]
@@ -136,33 +136,32 @@ def _encodings(
     return found
 
 
-def _own_controls(tokenizer: Any, text: str, encoding: Any) -> list[int]:
+def _own_controls(tokenizer: Any, controls: frozenset[int], text: str, encoding: Any) -> list[int]:
     """Places of control tokens that the text brought along; those of the frame are marked as
     such.
     """
-    controls = control_ids(tokenizer)
     places = [place for place, token in enumerate(encoding.ids) if token in controls]
-    if not places:
+    if places:
+        framed = encoding.special_tokens_mask
+        places = [place for place in places if not framed[place]]
+    if not places:  # nearly always; offsets are costly to ask for
         return []
-    framed, offsets, unknown = (
-        encoding.special_tokens_mask,
-        encoding.offsets,
-        tokenizer.unk_token_id,
-    )
+    offsets, unknown = encoding.offsets, tokenizer.unk_token_id
 
     def is_written(place: int) -> bool:
         # A character that the vocabulary lacks becomes the unknown token too, and may stay so.
         start, end = offsets[place]
         return encoding.ids[place] != unknown or str(tokenizer.unk_token) in text[start:end]
 
-    return [place for place in places if not framed[place] and is_written(place)]
+    return [place for place in places if is_written(place)]
 
 
 def _apart(tokenizer: Any, text: str, *, split: bool) -> str:
     """The text with a space inside each string that is read as a control token."""
     for _ in range(_ROUNDS):
         encoding = _encodings(tokenizer, [text], None, False, split=split)[0]
-        spans = [encoding.offsets[place] for place in _own_controls(tokenizer, text, encoding)]
+        written = _own_controls(tokenizer, control_ids(tokenizer), text, encoding)
+        spans = [encoding.offsets[place] for place in written]
         if not spans:
             break
         for start, end in reversed(spans):
