@@ -68,8 +68,8 @@ fix: $(STAMP) ## format and repair what ruff can repair
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-bench: $(STAMP) ## all benchmarks, in sequence (results go to runs/benchmarks)
-	@for script in benchmarks/encode.py; do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: $(STAMP) ## this project against others, alternating (ONLY=encode,search; FULL=1 for large sizes); extra `bench`
+	@$(BIN)/python -m benchmarks.bench $(if $(ONLY),--only '$(ONLY)') $(if $(FULL),--full) $(BENCH_ARGS)
 
 parity: $(STAMP) ## gradients on 1, 2 and 4 ranks, every ZeRO stage and switch, against one process (writes docs/parity.md)
 	@$(BIN)/python -m tests.distributed.parity --out docs/parity.md
