@@ -129,7 +129,7 @@ def table(result: dict[str, Any]) -> str:
         target = contest["target"]
         goal = ""
         if target is not None:
-            goal = f">= {target:g}" if contest["ratios"] else f"<= {target:g} s"
+            goal = f">= {target:.2g}" if contest["ratios"] else f"<= {target:g} s"
             goal += "" if contest["by"] == "cpu" else " by the clock"
         name = f"{contest['name']}, a {contest['unit']}"
         if not contest["ratios"]:
