@@ -1,0 +1,95 @@
+"""The 60 questions about the demo's corpus: how many are right, refused, wrong.
+
+    python -m benchmarks.answer_questions --root runs/demo --out answers.jsonl
+
+The questions (``tests/assets/demo_questions.jsonl``) were written before anything was tuned: 30 that
+the corpus answers, in words that no training question has; 15 that it does not answer; 10 attacks
+and pieces of nonsense; 5 follow-ups, which need the turns before them.  *right* is an answer that
+holds a gold answer, for the other two kinds a refusal; *refused* is a refusal of a question that has
+an answer.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from invar_ray.answering.current import current_index, newest_generator
+from invar_ray.answering.rag import answer_question
+from invar_ray.answering.retriever import open_retriever
+from invar_ray.models.base import open_generator
+from invar_ray.store.artifacts import Store
+from invar_ray.text.answers import contains_answer
+
+QUESTIONS = Path(__file__).parents[1] / "tests" / "assets" / "demo_questions.jsonl"
+
+
+def main() -> None:
+    """Answer them all and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--root", default="runs/demo", help="store of the demo")
+    parser.add_argument("--top-k", type=int, default=5)
+    parser.add_argument("--out", type=Path, help="each answer, as JSON lines")
+    args = parser.parse_args()
+    index = current_index(Store(args.root))
+    trained = newest_generator(index)
+    if trained is None:
+        raise SystemExit(f"{args.root} has no generator: run invar-ray demo first")
+    retriever, generator = open_retriever(index.uri), open_generator(trained.uri)
+    rows = []
+    for line in QUESTIONS.read_text(encoding="utf-8").splitlines():
+        asked = json.loads(line)
+        answer = answer_question(
+            retriever,
+            generator,
+            asked["question"],
+            top_k=args.top_k,
+            max_new_tokens=trained.info["max_new_tokens"],
+        )
+        probability = None if answer.confidence is None else math.exp(answer.confidence)
+        rows.append(
+            asked
+            | {
+                "answer": answer.text,
+                "outcome": outcome(asked, answer.text, answer.refused),
+                "probability": probability,
+                "found": any(contains_answer(hit.text, asked["answers"]) for hit in answer.hits),
+                "cited": [citation.number for citation in answer.citations],
+                "notes": list(answer.notes),
+            }
+        )
+    if args.out:
+        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        args.out.write_text(text, encoding="utf-8")
+    print(table(rows))
+
+
+def outcome(asked: dict[str, Any], text: str, refused: bool) -> str:
+    """``right``, ``refused`` or ``wrong``."""
+    if not asked["answers"]:
+        return "right" if refused else "wrong"
+    if refused:
+        return "refused"
+    return "right" if contains_answer(text, asked["answers"]) else "wrong"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Outcomes by kind of question."""
+    lines = [f"{'questions':<14}{'count':>7}{'right':>7}{'refused':>9}{'wrong':>7}"]
+    kinds = [*dict.fromkeys(row["kind"] for row in rows), "all"]
+    for kind in kinds:
+        of_kind = [row["outcome"] for row in rows if kind in (row["kind"], "all")]
+        count = Counter(of_kind)
+        lines.append(
+            f"{kind:<14}{len(of_kind):>7}{count['right']:>7}{count['refused']:>9}"
+            f"{count['wrong']:>7}"
+        )
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
