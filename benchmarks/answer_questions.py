@@ -2,11 +2,11 @@
 
     python -m benchmarks.answer_questions --root runs/demo --out answers.jsonl
 
-The questions (``tests/assets/demo_questions.jsonl``) were written before anything was tuned: 30 that
-the corpus answers, in words that no training question has; 15 that it does not answer; 10 attacks
-and pieces of nonsense; 5 follow-ups, which need the turns before them.  *right* is an answer that
-holds a gold answer, for the other two kinds a refusal; *refused* is a refusal of a question that has
-an answer.
+The questions (``tests/assets/demo_questions.jsonl``) were written before anything was tuned: 30
+that the corpus answers, in words that no training question has; 15 that it does not answer; 10
+attacks and pieces of nonsense; 5 follow-ups, which need the turns before them.  *right* is an
+answer that holds a gold answer, for the other two kinds a refusal; *refused* is a refusal of a
+question that has an answer.
 """
 
 from __future__ import annotations
@@ -18,11 +18,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from invar_ray.answering.current import current_index, newest_generator
-from invar_ray.answering.rag import answer_question
-from invar_ray.answering.retriever import open_retriever
-from invar_ray.models.base import open_generator
-from invar_ray.store.artifacts import Store
+from invar_ray import open_rag
 from invar_ray.text.answers import contains_answer
 
 QUESTIONS = Path(__file__).parents[1] / "tests" / "assets" / "demo_questions.jsonl"
@@ -33,23 +29,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", default="runs/demo", help="store of the demo")
     parser.add_argument("--top-k", type=int, default=5)
+    parser.add_argument("--mode", default="hybrid", choices=["dense", "bm25", "hybrid"])
+    parser.add_argument("--generator", help="URI of another generator than the newest")
     parser.add_argument("--out", type=Path, help="each answer, as JSON lines")
     args = parser.parse_args()
-    index = current_index(Store(args.root))
-    trained = newest_generator(index)
-    if trained is None:
-        raise SystemExit(f"{args.root} has no generator: run invar-ray demo first")
-    retriever, generator = open_retriever(index.uri), open_generator(trained.uri)
+    rag = open_rag(args.root, k=args.top_k, mode=args.mode, generator=args.generator)
     rows = []
     for line in QUESTIONS.read_text(encoding="utf-8").splitlines():
         asked = json.loads(line)
-        answer = answer_question(
-            retriever,
-            generator,
-            asked["question"],
-            top_k=args.top_k,
-            max_new_tokens=trained.info["max_new_tokens"],
-        )
+        answer = rag.ask(asked["question"])
         probability = None if answer.confidence is None else math.exp(answer.confidence)
         rows.append(
             asked

@@ -15,7 +15,7 @@ from typing import Any
 import invar_ray.answering.rag as answering
 from invar_ray.answering.current import current_index, newest_generator
 from invar_ray.answering.retriever import Retriever, open_retriever
-from invar_ray.config import Config
+from invar_ray.config import Config, SearchConfig
 from invar_ray.errors import ArtifactError, MissingArtifactError, RequestError
 from invar_ray.evaluation.report import Report, read_report
 from invar_ray.evaluation.variance import overlap_at_k
@@ -30,7 +30,7 @@ from invar_ray.models.base import (
 from invar_ray.models.generator import Generator
 from invar_ray.pipeline import Pipeline
 from invar_ray.questions.rules import RuleRewriter
-from invar_ray.schema import Answer, Example, Hit
+from invar_ray.schema import Answer, Example, Hit, Mode
 from invar_ray.store.artifacts import Artifact, Store, open_artifact
 from invar_ray.store.published import Published
 
@@ -64,13 +64,20 @@ class Rag:
         generator: artifact of kind ``generator`` on the same base; ``None`` lets the base answer as
             it is.
         k: how many passages an answer rests on.
+        mode: how to search, see ``search.mode`` of a recipe.
         device: where the models run.
     """
 
     def __init__(
-        self, index: Artifact, generator: Artifact | None, *, k: int = 5, device: str = "cpu"
+        self,
+        index: Artifact,
+        generator: Artifact | None,
+        *,
+        k: int = 5,
+        mode: Mode = SearchConfig.mode,
+        device: str = "cpu",
     ) -> None:
-        self.index, self.k = index, k
+        self.index, self.k, self.mode = index, k, mode
         self._generator, self._device = generator, device
         self._bases: dict[str, Any] = {}
 
@@ -87,6 +94,7 @@ class Rag:
             self.index.uri,
             device=self._device,
             open_base_tree=None if alone else self._tree,
+            mode=self.mode,
         )
 
     @cached_property
@@ -184,6 +192,7 @@ def open_rag(
     generator: str | None = None,
     untrained: bool = False,
     k: int = 5,
+    mode: Mode = SearchConfig.mode,
     device: str = "cpu",
 ) -> Rag:
     """Open what a run made, to search and to ask.
@@ -195,6 +204,8 @@ def open_rag(
         generator: URI of a stage-2 adapter; by default the newest one of the index's base.
         untrained: search and answer with the base where no adapter was trained.
         k: how many passages, where a call does not say it.
+        mode: search by vectors (``dense``), by words (``bm25``) or by both (``hybrid``); an index
+            without BM25 is searched by its vectors.
         device: ``cpu`` or ``cuda``.
 
     Raises:
@@ -223,7 +234,7 @@ def open_rag(
             action="train one (invar-ray train generator), or let the base answer "
             "(--untrained, untrained=True)",
         )
-    return Rag(found, trained, k=k, device=device)
+    return Rag(found, trained, k=k, mode=mode, device=device)
 
 
 def index_documents(config: Config, corpus: str, *, adapter: Artifact | None = None) -> Artifact:

@@ -193,7 +193,7 @@ class Pipeline:
         """What stage 2 trains on: what the training questions find in the served index, in all
         windows.
         """
-        parents = self.hits(self.index, "train"), self.passages
+        parents = self.hits(self.index, "train", self.served), self.passages
         return self.step(
             "readings of train questions",
             readings.plan(self.config, *parents),
@@ -229,6 +229,11 @@ class Pipeline:
                 executor=self.executor,
             ),
         )
+
+    @property
+    def served(self) -> SearchMode:
+        """How the service searches."""
+        return SearchMode(mode=self.config.search.mode)
 
     def hits(self, index: Artifact, split: str, mode: SearchMode = PLAIN) -> Artifact:
         """What a split's questions retrieve from an index version."""

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
+
+Mode = Literal["dense", "bm25", "hybrid"]
+"""How an index is searched: by the encoder's vectors, by words, or both, their lists fused."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -67,7 +67,11 @@ def compose(
         "current": Current(versions_uri) if versions_uri else None,
         "allowed_drop": args.shadow_allowed_drop,
     }
-    search: dict[str, Any] = {"memory_map": args.memory_map, "collapse": args.collapse_duplicates}
+    search: dict[str, Any] = {
+        "memory_map": args.memory_map,
+        "mode": args.mode,
+        "collapse": args.collapse_duplicates,
+    }
     models: dict[str, Any] = {"device": args.device, "precision": args.precision}
     actor = {"num_cpus": args.num_cpus_per_replica}
     if args.num_gpus_per_replica > 0:

@@ -8,7 +8,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
+from invar_ray.config import SearchConfig
 from invar_ray.errors import ConfigError
+from invar_ray.schema import Mode
 from invar_ray.store.published import FOLDER, is_published, open_published
 from serve.http.keys import ApiKey, KeyRing
 from serve.http.limits import Limits
@@ -145,6 +147,11 @@ class AppArgs(Limits):
         le=1,
         description="By how much a new index's recall and overlap on probes may be below the "
         "old's.",
+    )
+    mode: Mode = Field(
+        SearchConfig.mode,
+        description="How to search unless the request says otherwise: `dense` by the encoder's "
+        "vectors, `bm25` by words, `hybrid` by both. An index without BM25 is searched densely.",
     )
     memory_map: bool = Field(
         False, description="Map the index file in place of reading it: replicas share its pages."

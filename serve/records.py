@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from invar_ray.answering.filters import Where
-from invar_ray.schema import Answer, Hit
+from invar_ray.schema import Answer, Hit, Mode
 
 Vectors = npt.NDArray[np.float32]
 
@@ -25,21 +25,25 @@ class Context:
         trace: the span that later ones are children of.
         where: the only passages that it may find: what the caller's key is bound to, and what the
             request asks for.
+        mode: how the request wants to be searched; ``None`` as the service does.
     """
 
     request_id: str = ""
     deadline: float = float("inf")
     trace: dict[str, str] = field(default_factory=dict)
     where: Where = field(default_factory=Where)
+    mode: Mode | None = None
 
     @property
     def left_s(self) -> float:
         """Seconds until the deadline; clocks differ between machines, so this is what is sent."""
         return self.deadline - time.monotonic()
 
-    def narrowed(self, where: Where) -> Context:
-        """With these conditions on top of those that hold already: none can be taken away again."""
-        return replace(self, where=self.where.also(where))
+    def narrowed(self, where: Where, mode: Mode | None = None) -> Context:
+        """With these conditions on top of those that hold already: none can be taken away again;
+        and searched in this mode.
+        """
+        return replace(self, where=self.where.also(where), mode=mode)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +65,21 @@ class Question:
 class Found:
     """Passages for one question, and the versions of what found them (an index may change between
     two calls).
+
+    Attributes:
+        hits: best first.
+        versions: of index, encoder and passages.
+        missing_shards: those that did not answer.
+        mode: how they were searched.
+        by_words: from one of several shards, the list by words of a hybrid search, ``hits`` being
+            the one by vectors: the lists of all shards are joined before they are fused.
     """
 
     hits: tuple[Hit, ...]
     versions: dict[str, str]
     missing_shards: tuple[str, ...] = ()
+    mode: Mode = "dense"
+    by_words: tuple[Hit, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,9 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
+from invar_ray.answering.fusion import fuse_hits, fuse_lists, fusion_depth
 from invar_ray.errors import ConfigError, InvarError, RequestError
+from invar_ray.schema import Hit, Mode
 from serve.errors import ServiceError, Unavailable
 from serve.index import ServedIndex
 from serve.records import (
@@ -71,21 +73,19 @@ class Service:
         shards that answer in time.
 
         Raises:
-            RequestError: a condition names no column of the passages.
+            RequestError: a condition names no column of the passages, or the mode asks for BM25 and
+                an index has none.
         """
-        where = context.where or None
+        where, mode = context.where or None, context.mode
         if len(self._shards) == 1:
-            arguments = question, top_k, context.left_s, context.trace, where
+            arguments = question, top_k, context.left_s, context.trace, where, mode
             found: Found = await self._shards[0].call("retrieve", *arguments, left_s=context.left_s)
             return found
-        embedded = await self.embed([question], "query", context)
+        embedded = None if mode == "bm25" else await self.embed([question], "query", context)
         left_s = min(self._shard_timeout_s, context.left_s)
-        calls = [
-            shard.call(
-                "retrieve", embedded.vectors[0], top_k, left_s, context.trace, where, left_s=left_s
-            )
-            for shard in self._shards
-        ]
+        vector = None if embedded is None else embedded.vectors[0]
+        arguments_of_all = question, top_k, left_s, context.trace, where, mode, vector
+        calls = [shard.call("retrieve", *arguments_of_all, left_s=left_s) for shard in self._shards]
         outcomes = await asyncio.gather(*calls, return_exceptions=True)
         good = [outcome for outcome in outcomes if isinstance(outcome, Found)]
         missing = tuple(
@@ -102,7 +102,8 @@ class Service:
             raise refused[0]
         if not good:
             raise Unavailable("no shard of the index answered", self._retry_after_s)
-        return merge(good, top_k, missing, embedded.versions)
+        encoded_by = good[0].versions if embedded is None else embedded.versions
+        return merge(good, top_k, missing, encoded_by)
 
     async def embed(
         self, texts: list[str], kind: Literal["query", "passage"], context: Context
@@ -205,7 +206,9 @@ class Service:
         with contextlib.suppress(InvarError, ServiceError):
             other = rewrite(question.text, 1, random.randrange(1 << 30))
             if other:
-                context = Context("stability", time.monotonic() + 30, where=asked.where)
+                context = Context(
+                    "stability", time.monotonic() + 30, where=asked.where, mode=asked.mode
+                )
                 top_k = max(1, len(question.hits))
                 mine = await self.retrieve(question.text, top_k, context)
                 found = await self.retrieve(other[0].text, top_k, context)
@@ -217,7 +220,11 @@ class Service:
 def merge(
     found: Sequence[Found], top_k: int, missing: tuple[str, ...], encoded_by: dict[str, str]
 ) -> Found:
-    """The best of all shards' passages by score (cosines of one encoder compare across shards).
+    """The best of all shards' passages by score.
+
+    Cosines of one encoder compare across shards, and so do scores of BM25 as long as documents are
+    spread over the shards by chance.  Fused ones do not: the two lists of a hybrid search are
+    joined over the shards first, then fused.  Where an older shard has no BM25, all count as dense.
 
     Raises:
         ConfigError: if a shard belongs to another encoder than the one that made the query's
@@ -231,11 +238,26 @@ def merge(
                 f"encoded by {encoded_by.get('encoder')}",
                 expected="shards of one encoder",
             )
+    modes = {each.mode for each in found}
+    versions = _versions([each.versions for each in found])
+    if modes == {"hybrid"}:
+        depth = fusion_depth(top_k)
+        dense = _joined_lists([each.hits for each in found], depth)
+        fused = fuse_lists(dense, _joined_lists([each.by_words for each in found], depth), top_k)
+        return Found(tuple(fused), versions, missing, "hybrid")
+    if "dense" in modes and "bm25" in modes:
+        ranked = fuse_hits([each.hits for each in found], top_k)
+        return Found(tuple(ranked), versions, missing, "hybrid")
+    mode: Mode = "bm25" if modes == {"bm25"} else "dense"
+    hits = _joined_lists([each.hits for each in found], top_k)
+    return Found(tuple(hits), versions, missing, mode)
+
+
+def _joined_lists(lists: Iterable[Sequence[Hit]], top_k: int) -> list[Hit]:
     hits = sorted(
-        (hit for each in found for hit in each.hits), key=lambda hit: (-hit.score, hit.passage_id)
+        (hit for each in lists for hit in each), key=lambda hit: (-hit.score, hit.passage_id)
     )[:top_k]
-    ranked = tuple(replace(hit, rank=rank) for rank, hit in enumerate(hits, start=1))
-    return Found(ranked, _versions([each.versions for each in found]), missing)
+    return [replace(hit, rank=rank) for rank, hit in enumerate(hits, start=1)]
 
 
 def _versions(given: Sequence[dict[str, str]]) -> dict[str, str]:

@@ -29,6 +29,7 @@ from invar_ray.models.encoder import llm_spec, open_encoder
 from invar_ray.schema import Passage, passage_schema, to_table, vector_schema
 from invar_ray.steps.base import build as build_base
 from invar_ray.steps.base import plan as base_plan
+from invar_ray.steps.index import write_bm25
 from invar_ray.store.artifacts import Plan, Store, split_uri
 from serve.http.api import make_api
 from serve.http.limits import Limits
@@ -129,11 +130,13 @@ def make_artifacts(folder: Path) -> Artifacts:
             Plan("vectors", name, {"shuffled": shuffled}, parents), vectors
         )
         parents["vectors"] = vectors_artifact
-        artifact, _ = store.get_or_build(
-            Plan("index", name, {}, parents),
-            lambda b: build_index(b, vectors_artifact, passages_artifact, "Flat"),
-        )
-        return artifact.uri
+
+        def body(building: Any) -> None:
+            build_index(building, vectors_artifact, passages_artifact, "Flat")
+            if name != "few":  # as an older version made it
+                write_bm25(building, passages_artifact)
+
+        return store.get_or_build(Plan("index", name, {}, parents), body)[0].uri
 
     def generator(building: Any) -> None:
         model, _ = open_base(base, store)

@@ -1,22 +1,30 @@
 """BM25 over passages.  The only file that imports bm25s.
 
 Words (``text/words.py``) are folded, neither stemmed nor stopped (the inverse document frequency
-does most of what a stop list would).  An index is made in memory and is not an artifact:
-126,000 passages of 100 words take 21 s and 0.6 GB.  For tens of millions of passages leave its rows
-out of ``evaluation.systems``.
+does most of what a stop list would).  An index artifact holds it in the folder ``bm25/``, row i
+being passage i, and it is searched from there without being read into memory.  To make it takes
+21 s and 0.6 GB for 126,000 passages of 100 words; above :data:`MOST_PASSAGES` none is made.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 import bm25s
 import numpy as np
+import numpy.typing as npt
 
 from invar_ray.errors import DataError, RequestError
 from invar_ray.schema import Hit, Passage
 from invar_ray.text.words import terms
+
+FOLDER = "bm25"
+"""Where it lies in an index artifact."""
+MOST_PASSAGES = 2_000_000
+"""An index of more is searched by its vectors alone: to make BM25 of them takes over 10 GB."""
+_K1, _B = 0.9, 0.4
 
 
 class PassageTable(Protocol):
@@ -48,7 +56,7 @@ class Bm25:
     the defaults are Anserini's for passages.
     """
 
-    def __init__(self, texts: Sequence[str], *, k1: float = 0.9, b: float = 0.4) -> None:
+    def __init__(self, texts: Sequence[str], *, k1: float = _K1, b: float = _B) -> None:
         same: dict[
             str, str
         ] = {}  # one string for each word: a corpus repeats them millions of times
@@ -57,31 +65,59 @@ class Bm25:
             raise DataError(
                 f"BM25 got {len(texts)} texts without a word", expected="texts with words"
             )
-        self.size = len(texts)
-        self._known = frozenset(same)
         self._index: Any = bm25s.BM25(k1=k1, b=b, method="lucene")
         self._index.index(tokens, show_progress=False)
 
-    def search(self, queries: Sequence[str], top_k: int) -> list[list[tuple[int, float]]]:
+    @classmethod
+    def open(cls, folder: Path) -> Bm25:
+        """What :meth:`save` wrote; its arrays are mapped, not read."""
+        opened = cls.__new__(cls)
+        opened._index = bm25s.BM25.load(folder, mmap=True, show_progress=False)
+        return opened
+
+    def save(self, folder: Path) -> None:
+        """Write arrays (npy) and words (JSON) into a new folder."""
+        self._index.save(folder, show_progress=False)
+
+    @property
+    def size(self) -> int:
+        """Number of texts."""
+        return int(self._index.scores["num_docs"])
+
+    def search(
+        self, queries: Sequence[str], top_k: int, *, allowed: npt.NDArray[np.bool_] | None = None
+    ) -> list[list[tuple[int, float]]]:
         """The best rows of each query.
+
+        Args:
+            queries: texts.
+            top_k: how many rows for each.
+            allowed: [size] True for rows that may be found.
 
         Returns:
             For each query at most ``top_k`` (row, score) pairs, best first, ties by row; only rows
             that share a word with it, so that there may be none.
 
         Raises:
-            RequestError: ``top_k`` is below 1.
+            RequestError: ``top_k`` is below 1, or ``allowed`` has another length.
         """
         if top_k < 1:
             raise RequestError(f"top_k is {top_k}", expected="1 or more")
+        if allowed is not None and allowed.shape != (self.size,):
+            raise RequestError(
+                f"the filter has shape {allowed.shape}", expected=f"({self.size},), one per row"
+            )
         found: list[list[tuple[int, float]]] = []
         for query in queries:
-            tokens = [word for word in terms(query) if word in self._known]
+            tokens = [word for word in terms(query) if word in self._index.vocab_dict]
             if not tokens:
                 found.append([])
                 continue
             scores = np.asarray(self._index.get_scores(tokens))
-            rows = np.flatnonzero(scores > 0.0)
+            rows = np.flatnonzero(scores > 0.0 if allowed is None else (scores > 0.0) & allowed)
+            if len(rows) > top_k:  # sort what can be among the first, ties with the last included
+                least = np.partition(scores[rows], -top_k)[-top_k]
+                rows = rows[scores[rows] >= least]
             best = rows[np.lexsort((rows, -scores[rows]))][:top_k]
             found.append([(int(row), float(scores[row])) for row in best])
         return found
@@ -92,7 +128,7 @@ class Bm25Retriever:
     are searched.
     """
 
-    def __init__(self, passages: PassageTable, *, k1: float = 0.9, b: float = 0.4) -> None:
+    def __init__(self, passages: PassageTable, *, k1: float = _K1, b: float = _B) -> None:
         self.passages = passages
         everything = passages.rows(range(len(passages)))
         self.bm25 = Bm25([f"{passage.title} {passage.text}" for passage in everything], k1=k1, b=b)

@@ -1,16 +1,22 @@
-"""Question in, hits out: an index version together with the encoder that made it."""
+"""Question in, hits out: an index version together with the encoder that made it.
+
+A search is ``dense`` (the encoder's vectors), ``bm25`` (words), or ``hybrid``: both lists, fused.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import lru_cache
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from invar_ray.answering.bm25 import FOLDER, Bm25
 from invar_ray.answering.duplicates import distinct
 from invar_ray.answering.filters import Mask, Where, allowed_rows
+from invar_ray.answering.fusion import fuse_lists, fusion_depth
 from invar_ray.errors import MixedArtifactsError, RequestError
 from invar_ray.index.blocks import Vectors, read_vectors
 from invar_ray.index.faiss_index import Index, build_faiss, load_index
@@ -18,7 +24,7 @@ from invar_ray.index.probes import check_probes
 from invar_ray.models.base import BaseOpener
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder
 from invar_ray.models.precision import Precision, made_in
-from invar_ray.schema import Hit, Passage, from_table
+from invar_ray.schema import Hit, Mode, Passage, from_table
 from invar_ray.store.artifacts import Artifact, open_artifact
 
 
@@ -69,7 +75,8 @@ class Retriever:
         encoder: made the index (checked by :func:`open_retriever`).
         index: rows = ``passages``.
         version: fingerprint of the index artifact.
-        collapse: what searches do that do not say it themselves, see :meth:`retrieve`.
+        bm25: of the same passages; ``None``: the index has none, and every search is dense.
+        mode, collapse: what searches do that do not say it themselves, see :meth:`retrieve`.
     """
 
     def __init__(
@@ -79,12 +86,16 @@ class Retriever:
         passages: Passages,
         version: str,
         *,
+        bm25: Bm25 | None = None,
+        mode: Mode = "dense",
         collapse: bool = False,
     ) -> None:
         self.encoder = encoder
         self.index = index
         self.passages = passages
         self.version = version
+        self.bm25 = bm25
+        self.mode: Mode = mode if bm25 is not None else "dense"
         self.collapse = collapse
 
     @property
@@ -112,6 +123,7 @@ class Retriever:
         top_k: int,
         *,
         where: Where | None = None,
+        mode: Mode | None = None,
         collapse: bool | None = None,
     ) -> list[list[Hit]]:
         """The best passages for each question, best first; ties keep the index's order.
@@ -120,36 +132,71 @@ class Retriever:
             questions: texts; many at once cost less than one by one.
             top_k: how many for each.
             where: only passages that meet these conditions.
+            mode: how to search; ``None``: as the retriever was told to.
             collapse: of passages with nearly the same text keep the best, and fill up with the next
                 ones; ``None``: as the retriever was told to.
 
         Raises:
-            RequestError: if ``top_k`` is below 1 or a condition names no column.
+            RequestError: ``top_k`` is below 1, a condition names no column, or ``mode`` asks for
+                BM25 and the index has none.
         """
-        if top_k < 1:
-            raise RequestError(f"top_k is {top_k}", expected="1 or more")
+        mode = mode or self.mode
         if not questions:
             return []
-        return self.retrieve_vectors(
-            self.encoder.encode_queries(questions), top_k, where=where, collapse=collapse
-        )
+        queries = None if mode == "bm25" else self.encoder.encode_queries(questions)
+        return self.search(questions, queries, top_k, where=where, mode=mode, collapse=collapse)
 
-    def retrieve_vectors(
+    def search(
         self,
-        queries: Vectors,
+        questions: Sequence[str],
+        queries: Vectors | None,
         top_k: int,
         *,
         where: Where | None = None,
+        mode: Mode = "dense",
         collapse: bool | None = None,
     ) -> list[list[Hit]]:
-        """As :meth:`retrieve`, for [N, D] query vectors, which this index's own encoder made."""
+        """As :meth:`retrieve`, for questions that are encoded already.
+
+        Args:
+            questions: their texts, which ``dense`` does not look at.
+            queries: their [N, D] vectors by this index's own encoder, which ``bm25`` does not look
+                at.
+            top_k, where, mode, collapse: see :meth:`retrieve`.
+        """
+        if top_k < 1:
+            raise RequestError(f"top_k is {top_k}", expected="1 or more")
+        if mode != "dense" and self.bm25 is None:
+            raise RequestError(
+                f"index {self.version} has no BM25, mode is {mode!r}",
+                expected="mode 'dense'",
+                action="build the index again with this version (python -m jobs.reindex)",
+            )
         allowed = None if where is None else self.passages.allowed(where)
+
+        def lists(numbers: Sequence[int], depth: int) -> list[list[Hit]]:
+            texts = [questions[number] for number in numbers]
+            vectors = None if queries is None else queries[list(numbers)]
+            deep = fusion_depth(depth) if mode == "hybrid" else depth
+            if mode == "dense":
+                return self._dense(vectors, deep, allowed)
+            by_words = self._words(texts, deep, allowed)
+            if mode == "bm25":
+                return by_words
+            pairs = zip(self._dense(vectors, deep, allowed), by_words, strict=True)
+            return [fuse_lists(dense, bm25, depth) for dense, bm25 in pairs]
+
         if not (self.collapse if collapse is None else collapse):
-            return self._search(queries, top_k, allowed)
-        results: list[list[Hit]] = [[] for _ in queries]
-        waiting, depth = list(range(len(queries))), 2 * top_k
+            return lists(range(len(questions)), top_k)
+        return self._distinct(lists, len(questions), top_k)
+
+    def _distinct(
+        self, lists: Callable[[Sequence[int], int], list[list[Hit]]], count: int, top_k: int
+    ) -> list[list[Hit]]:
+        results: list[list[Hit]] = [[] for _ in range(count)]
+        waiting, depth = list(range(count)), 2 * top_k
         while waiting:
-            found = dict(zip(waiting, self._search(queries[waiting], depth, allowed), strict=True))
+            found = dict(zip(waiting, lists(waiting, depth), strict=True))
             for number, hits in found.items():
                 kept = [hits[position] for position in distinct(hits, top_k)]
                 results[number] = [
@@ -164,34 +211,41 @@ class Retriever:
             depth = min(2 * depth, self.index.size)
         return results
 
-    def _search(self, queries: Vectors, top_k: int, allowed: Mask | None) -> list[list[Hit]]:
+    def _dense(self, queries: Vectors | None, top_k: int, allowed: Mask | None) -> list[list[Hit]]:
+        if queries is None:
+            raise ValueError("a dense search needs vectors")
         scores, rows = self.index.search(queries, top_k, allowed=allowed)
-        results = []
-        for question_scores, question_rows in zip(scores, rows, strict=True):
-            kept = [
-                (float(score), int(row))
-                for score, row in zip(question_scores, question_rows, strict=True)
-                if row >= 0
-            ]
-            found = self.passages.rows([row for _, row in kept])
-            results.append(
+        return [
+            self._hits(
                 [
-                    Hit(
-                        passage_id=passage.id,
-                        document_id=passage.document_id,
-                        rank=rank,
-                        score=score,
-                        title=passage.title,
-                        text=passage.text,
-                        uri=passage.uri,
-                        place=passage.place,
-                    )
-                    for rank, ((score, _), passage) in enumerate(
-                        zip(kept, found, strict=True), start=1
-                    )
+                    (int(row), float(score))
+                    for score, row in zip(question_scores, question_rows, strict=True)
+                    if row >= 0
                 ]
             )
-        return results
+            for question_scores, question_rows in zip(scores, rows, strict=True)
+        ]
+
+    def _words(self, texts: Sequence[str], top_k: int, allowed: Mask | None) -> list[list[Hit]]:
+        if self.bm25 is None:
+            raise ValueError("this retriever has no BM25")
+        return [self._hits(found) for found in self.bm25.search(texts, top_k, allowed=allowed)]
+
+    def _hits(self, found: Sequence[tuple[int, float]]) -> list[Hit]:
+        passages = self.passages.rows([row for row, _ in found])
+        return [
+            Hit(
+                passage_id=passage.id,
+                document_id=passage.document_id,
+                rank=rank,
+                score=score,
+                title=passage.title,
+                text=passage.text,
+                uri=passage.uri,
+                place=passage.place,
+            )
+            for rank, ((_, score), passage) in enumerate(zip(found, passages, strict=True), start=1)
+        ]
 
 
 def open_retriever(
@@ -202,6 +256,7 @@ def open_retriever(
     device: str = "cpu",
     open_base_tree: BaseOpener | None = None,
     memory_map: bool = False,
+    mode: Mode = "dense",
     collapse: bool = False,
 ) -> Retriever:
     """Load an index version and the encoder that its manifest names.
@@ -216,7 +271,8 @@ def open_retriever(
         open_base_tree: see :func:`invar_ray.models.encoder.open_encoder`; it should give the base
             in the index's precision.
         memory_map: see :func:`invar_ray.index.faiss_index.open_index`.
-        collapse: see :class:`Retriever`.
+        mode, collapse: see :class:`Retriever`; an index without BM25 is searched densely, and one
+            line on standard error says so.
 
     Raises:
         ArtifactError: if an artifact is missing, incomplete or damaged.
@@ -243,19 +299,55 @@ def open_retriever(
     if precision not in (None, made) and spec.kind != "coarse" and open_base_tree is None:
         del encoder  # two of them need not fit
         encoder = open_encoder(spec, artifact.store, precision=precision, device=device)
-    return Retriever(encoder, index, rows, artifact.fingerprint, collapse=collapse)
+    bm25 = open_bm25(artifact)
+    if bm25 is None and mode != "dense":
+        print(
+            f"{artifact.ref} has no BM25: it is searched by its vectors alone (python -m "
+            "jobs.reindex makes one that has)",
+            file=sys.stderr,
+            flush=True,
+        )
+    return Retriever(
+        encoder, index, rows, artifact.fingerprint, bm25=bm25, mode=mode, collapse=collapse
+    )
+
+
+def open_bm25(index: Artifact) -> Bm25 | None:
+    """The BM25 of an index artifact; ``None`` where it has none (an older one, or too large).
+
+    Raises:
+        MixedArtifactsError: it is of other passages than the index.
+    """
+    if not any(name.startswith(f"{FOLDER}/") for name in index.manifest.files):
+        return None
+    bm25 = Bm25.open(index.path(FOLDER))
+    if bm25.size != index.info["rows"]:
+        raise MixedArtifactsError(
+            f"{index.uri} holds {index.info['rows']} vectors, its BM25 {bm25.size} passages",
+            action="reindex (python -m jobs.reindex)",
+        )
+    return bm25
 
 
 def open_exact_retriever(
-    index_uri: str, *, precision: Precision | None = None, device: str = "cpu"
+    index_uri: str,
+    *,
+    precision: Precision | None = None,
+    device: str = "cpu",
+    mode: Mode = "dense",
 ) -> Retriever:
     """As :func:`open_retriever`, but every vector is compared: what an approximate index is
     measured against.
     """
-    opened = open_retriever(index_uri, precision=precision, device=device)
+    opened = open_retriever(index_uri, precision=precision, device=device, mode=mode)
     _, matrix = read_vectors(open_artifact(index_uri, "index").parent("vectors"))
     return Retriever(
-        opened.encoder, Index(build_faiss(matrix, "Flat")), opened.passages, opened.version
+        opened.encoder,
+        Index(build_faiss(matrix, "Flat")),
+        opened.passages,
+        opened.version,
+        bm25=opened.bm25,
+        mode=mode,
     )
 
 

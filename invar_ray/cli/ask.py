@@ -48,6 +48,7 @@ def ask_here(
         generator=generator,
         untrained=untrained,
         k=top_k or config.serve.top_k,
+        mode=config.search.mode,
     )
     answers = rag.generator_artifact
     by = "the base, not trained to" if answers is None else answers.ref

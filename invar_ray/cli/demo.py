@@ -51,9 +51,7 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
         pipeline.executor.connect()
         try:
             served = time.monotonic()
-            url = start_service(
-                pipeline.index, pipeline.generator, config.serve, log_level="WARNING"
-            )
+            url = start_service(pipeline.index, pipeline.generator, config, log_level="WARNING")
             print(f"question: {asked}", flush=True)
             answer = ask_service(url, asked, None, None)
             seconds = {**report.seconds, "serve and answer": round(time.monotonic() - served, 2)}

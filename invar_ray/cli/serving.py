@@ -7,7 +7,7 @@ from dataclasses import asdict
 from typing import Any
 
 from invar_ray.answering.current import current_index, fits_generator, newest_generator
-from invar_ray.config import Config, ServeConfig
+from invar_ray.config import Config
 from invar_ray.errors import MissingArtifactError, MixedArtifactsError
 from invar_ray.executor import OnRay
 from invar_ray.models.encoder import EncoderSpec
@@ -45,16 +45,16 @@ def serve_until_stopped(
             action="train it (invar-ray train), or name one with --generator",
         )
     with OnRay(config.scale) as executor:
-        args = _service_args(index, generator, config.serve)
+        args = _service_args(index, generator, config)
         _service().check_start(args, config.serve.host, config.serve.port, joins=executor.joins)
         executor.connect()
-        start_service(index, generator, config.serve, blocking=True)
+        start_service(index, generator, config, blocking=True)
 
 
 def start_service(
     index: Artifact,
     generator: Artifact,
-    serve: ServeConfig,
+    config: Config,
     *,
     blocking: bool = False,
     log_level: str = "INFO",
@@ -66,16 +66,16 @@ def start_service(
         MixedArtifactsError: if they have different bases.  ResourceError: if it does not start.
     """
     address: str = _service().start(
-        _service_args(index, generator, serve),
-        host=serve.host,
-        port=serve.port,
+        _service_args(index, generator, config),
+        host=config.serve.host,
+        port=config.serve.port,
         blocking=blocking,
         log_level=log_level,
     )
     return address
 
 
-def _service_args(index: Artifact, generator: Artifact, serve: ServeConfig) -> Any:
+def _service_args(index: Artifact, generator: Artifact, config: Config) -> Any:
     encoder = EncoderSpec.from_json(index.info["encoder"])
     if not fits_generator(index, generator):
         raise MixedArtifactsError(
@@ -88,7 +88,7 @@ def _service_args(index: Artifact, generator: Artifact, serve: ServeConfig) -> A
     # An adapter that was not trained here says nothing of an answer's length: the service's default
     # holds.
     length = {name: generator.info[name] for name in ("max_new_tokens",) if name in generator.info}
-    settings = asdict(serve)  # by the names of AppArgs
+    settings = asdict(config.serve) | asdict(config.search)  # by the names of AppArgs
     del settings["host"], settings["port"]
     return _service().AppArgs(
         index_uri=index.uri, generator_uri=generator.uri, **settings, **length

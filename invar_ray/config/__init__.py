@@ -21,7 +21,7 @@ from invar_ray.config.experimental import (
 )
 from invar_ray.config.fields import METADATA_NAME, PASSAGE_FIELDS
 from invar_ray.config.load import config_keys, load_config, recipe_names, to_dict
-from invar_ray.config.measuring import EvaluationConfig, IndexConfig
+from invar_ray.config.measuring import EvaluationConfig, IndexConfig, SearchConfig
 from invar_ray.config.models import CoarseConfig, LoraConfig, ModelConfig
 from invar_ray.config.run import Config
 from invar_ray.config.scale import ScaleConfig, ServeConfig
@@ -47,6 +47,7 @@ __all__ = [
     "QuestionsConfig",
     "RetrieverConfig",
     "ScaleConfig",
+    "SearchConfig",
     "ServeConfig",
     "StorageConfig",
     "TinyConfig",

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from invar_ray.config.fields import FORBID, EncoderName, NoneTwice, PositiveShare
+from invar_ray.schema import Mode
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,18 @@ class IndexConfig:
     """For ``auto``: longest search of one query on one core, as the planner predicts it; ``null``
     is 50.
     """
+
+
+@dataclass(frozen=True)
+class SearchConfig:
+    """How questions are searched: for stage 2, in the report's row ``both``, and when served."""
+
+    __pydantic_config__: ClassVar[ConfigDict] = FORBID
+
+    mode: Mode = "hybrid"
+    """``dense`` by the stage-1 vectors, ``bm25`` by words, ``hybrid`` by both, their lists fused
+    (measured in docs/log.md); a request to the service may say otherwise.
+    Science."""
 
 
 SystemName = Literal[
@@ -87,7 +100,7 @@ class EvaluationConfig:
         "stage1_rewrites",
         "both",
     )
-    """Rows of the report, in their order.  ``*_bm25`` fuses with BM25 (reciprocal ranks);
+    """Rows of the report, in their order.  ``*_bm25`` fuses with BM25 (a hybrid search);
     ``*_rewrites`` fuses with two rewrites made at query time by rule, the rival that needs no
-    training; ``both`` adds stage 2.
+    training; ``both`` searches as ``search.mode`` says and adds stage 2.
     """

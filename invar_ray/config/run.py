@@ -10,7 +10,7 @@ from pydantic import ConfigDict
 from invar_ray.config.corpus import CorpusConfig, QuestionsConfig, RewritesConfig, StorageConfig
 from invar_ray.config.experimental import ExperimentalConfig
 from invar_ray.config.fields import FORBID, RunName
-from invar_ray.config.measuring import EvaluationConfig, IndexConfig
+from invar_ray.config.measuring import EvaluationConfig, IndexConfig, SearchConfig
 from invar_ray.config.models import CoarseConfig, ModelConfig
 from invar_ray.config.scale import ScaleConfig, ServeConfig
 from invar_ray.config.training import GeneratorConfig, RetrieverConfig
@@ -43,6 +43,8 @@ class Config:
     generator: GeneratorConfig = field(default_factory=GeneratorConfig)
     """Stage 2."""
     index: IndexConfig = field(default_factory=IndexConfig)
+    """The index."""
+    search: SearchConfig = field(default_factory=SearchConfig)
     """Search."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     """Measures."""

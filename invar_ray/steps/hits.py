@@ -1,6 +1,6 @@
 """Questions to hits: the ``hits`` artifact, materialised once for stage 2 and for every table.
 
-Three ways to make one: a search in an index, BM25, and the fusion of two other systems' lists.
+Two ways to make one: a search in an index, by its vectors or with its BM25, and BM25 alone.
 
 ``hits.parquet``: a row per question with its wordings, answers and gold documents, and for each
 wording the passages found.
@@ -16,19 +16,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from invar_ray.answering.bm25 import Bm25Retriever
-from invar_ray.answering.fusion import RANK_CONSTANT, fuse_hits, query_rewrites
+from invar_ray.answering.fusion import fuse_hits, query_rewrites
 from invar_ray.answering.retriever import Passages, open_exact_retriever, open_retriever
 from invar_ray.config import Config
 from invar_ray.console import Progress
-from invar_ray.errors import MixedArtifactsError
 from invar_ray.evaluation.measure import FoundFamily
 from invar_ray.executor import Executor, Work
 from invar_ray.models.precision import Precision, inference_device
-from invar_ray.schema import Example, Hit
+from invar_ray.schema import Example, Hit, Mode
 from invar_ray.steps.questions import load_examples, load_wordings
 from invar_ray.store.artifacts import Artifact, Building, Plan
 
-VERSION = 4
+VERSION = 5
 _QUESTIONS_PER_BATCH = 64
 HIT_TYPE = pa.struct(
     [
@@ -64,16 +63,20 @@ class SearchMode:
             query time.
         exact: compare with every vector, whatever the index's kind.
         precision: encode the questions in this precision; ``None`` in the index's.
+        mode: by vectors, by words, or both.
     """
 
     num_rewrites: int = 0
     exact: bool = False
     precision: Precision | None = None
+    mode: Mode = "dense"
 
     @property
     def label(self) -> str:
         """For people: what is not as usual, each after a comma."""
-        parts = []
+        parts: list[str] = []
+        if self.mode != "dense":
+            parts.append(self.mode)
         if self.num_rewrites:
             parts.append("rewrites fused")
         if self.exact:
@@ -140,6 +143,7 @@ def build(
         arguments={
             "index_uri": index.uri,
             "top_k": top_k,
+            "mode": mode.mode,
             "precision": mode.precision,
             "device": inference_device(scale),
             "num_rewrites": mode.num_rewrites,
@@ -215,9 +219,10 @@ class SearchBlock:
         num_rewrites: int = 0,
         seed: int = 0,
         exact: bool = False,
+        mode: Mode = "dense",
     ) -> None:
         opened = open_exact_retriever if exact else open_retriever
-        self._retriever = opened(index_uri, precision=precision, device=device)
+        self._retriever = opened(index_uri, precision=precision, device=device, mode=mode)
         self._top_k = top_k
         self._num_rewrites = num_rewrites
         self._seed = seed
@@ -268,38 +273,3 @@ def build_bm25(building: Building, passages: Artifact, questions: Artifact) -> N
         families,
         [[[plain_hit(h) for h in found] for found in family] for family in hits],
     )
-
-
-def fused_plan(name: str, parts: Sequence[Artifact], split: str, top_k: int) -> Plan:
-    """The reciprocal rank fusion of several systems' hits for the same questions."""
-    settings = {"split": split, "top_k": top_k, "rank_constant": RANK_CONSTANT}
-    parents = {f"hits/{number}": part for number, part in enumerate(parts)}
-    return Plan("hits", f"{name}-{split}", settings, parents, VERSION)
-
-
-def build_fused(building: Building, parts: Sequence[Artifact]) -> None:
-    """Fuse, wording by wording.
-
-    Raises:
-        MixedArtifactsError: the parts are hits of different questions.
-    """
-    loaded = [load_hits(part) for part in parts]
-    first = loaded[0]
-    for part, families in zip(parts, loaded, strict=True):
-        if [(f.question_id, f.wordings) for f in families] != [
-            (f.question_id, f.wordings) for f in first
-        ]:
-            raise MixedArtifactsError(
-                f"{part.uri} holds hits of other questions than {parts[0].uri}",
-                action="search the same questions in both indexes",
-            )
-    top_k = building.plan.config["top_k"]
-    fused = [
-        [
-            [plain_hit(hit) for hit in fuse_hits(lists, top_k)]
-            for lists in zip(*(families.hits for families in same), strict=True)
-        ]
-        for same in zip(*loaded, strict=True)
-    ]
-    examples = [Example(f.question_id, f.wordings[0], f.answers, f.positive_ids) for f in first]
-    write_hits(building, examples, {f.question_id: f.wordings for f in first}, fused)

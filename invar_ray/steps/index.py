@@ -1,14 +1,18 @@
-"""Vectors to what is searched: the ``index`` artifact."""
+"""Vectors to what is searched: the ``index`` artifact, with BM25 of the same passages beside it."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import pyarrow.parquet as pq
+
+from invar_ray.answering.bm25 import FOLDER, MOST_PASSAGES, Bm25
 from invar_ray.config import Config
 from invar_ray.index.build import Limits, build_index, index_settings
 from invar_ray.store.artifacts import Artifact, Building, Plan
+from invar_ray.text.words import terms
 
-VERSION = 2
+VERSION = 3
 
 
 def plan(config: Config, vectors: Artifact, passages: Artifact, name: str) -> Plan:
@@ -30,7 +34,7 @@ def build(
     *,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Plan, train, fill and measure it, see :func:`invar_ray.index.build.build_index`.
+    """Plan, train, fill and measure it, see :func:`invar_ray.index.build.build_index`; then BM25.
 
     Args:
         building: gets it.
@@ -49,3 +53,20 @@ def build(
         workers=config.scale.cpu_workers or 1,
         say=say,
     )
+    write_bm25(building, passages, say)
+
+
+def write_bm25(
+    building: Building, passages: Artifact, say: Callable[[str], None] = lambda line: None
+) -> None:
+    """BM25 over title and text of every passage, into the folder ``bm25`` of an index; none where
+    there are too many passages, or not one word.
+    """
+    count = building.info["rows"]
+    if count > MOST_PASSAGES:
+        say(f"  no BM25: {count:,} passages, above {MOST_PASSAGES:,}; searches are dense")
+        return
+    table = pq.read_table(passages.path("passages.parquet"), columns=["title", "text"])
+    texts = [f"{row['title']} {row['text']}" for row in table.to_pylist()]
+    if any(terms(text) for text in texts):
+        Bm25(texts).save(building.path / FOLDER)

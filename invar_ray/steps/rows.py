@@ -47,6 +47,8 @@ class _Graph(Protocol):
     def retriever(self) -> Artifact: ...
     @property
     def generator(self) -> Artifact: ...
+    @property
+    def served(self) -> SearchMode: ...
 
     def cut(self, label: str, config: Config) -> Artifact: ...
     def spec_of(self, adapter: Artifact) -> EncoderSpec: ...
@@ -99,14 +101,10 @@ def _hits_of(graph: _Graph, system: str) -> Artifact:
             hits.bm25_plan(graph.passages, graph.questions, "dev", top_k),
             lambda building: hits.build_bm25(building, graph.passages, graph.questions),
         )
-    if fused == "bm25":
-        parts = _hits_of(graph, encoder), _hits_of(graph, "bm25")
-        return graph.step(
-            f"hits of {SYSTEM_NAMES[system]} fused",
-            hits.fused_plan(system, parts, "dev", top_k),
-            lambda building: hits.build_fused(building, parts),
-        )
-    mode = SearchMode(num_rewrites=QUERY_REWRITES) if fused == "rewrites" else PLAIN
+    mode = {
+        "bm25": SearchMode(mode="hybrid"),
+        "rewrites": SearchMode(num_rewrites=QUERY_REWRITES),
+    }.get(fused, graph.served if system == "both" else PLAIN)
     return graph.hits(_index_named(graph, encoder), "dev", mode)
 
 

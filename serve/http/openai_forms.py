@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from invar_ray.errors import RequestError
+from invar_ray.schema import Mode
 from serve.http.conditions import Conditions
 from serve.http.openai_neutral import check_parts, check_texts, without_neutral
 from serve.http.protocol import AnswerResponse, clean_text
@@ -94,6 +95,9 @@ class ChatRequest(BaseModel):
         Conditions(),
         description="Only passages that meet these conditions are found; an extension "
         "(`extra_body`).",
+    )
+    mode: Mode | None = Field(
+        None, description="How to search: `dense`, `bm25` or `hybrid`; an extension (`extra_body`)."
     )
 
     @model_validator(mode="before")

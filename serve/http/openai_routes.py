@@ -70,7 +70,7 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         """
         start, context = (
             time.perf_counter(),
-            request.scope["invar_context"].narrowed(body.where.to_where()),
+            request.scope["invar_context"].narrowed(body.where.to_where(), body.mode),
         )
         _known(body.model, CHAT_MODEL)
         text, notes = body.question()

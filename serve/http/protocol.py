@@ -5,7 +5,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from invar_ray.schema import Citation, Hit
+from invar_ray.schema import Citation, Hit, Mode
 from serve.errors import Fault, openai_type
 from serve.http.conditions import Conditions
 from serve.http.limits import SERVICE
@@ -39,6 +39,11 @@ class _Request(BaseModel):
         Conditions(),
         description="Only passages that meet these conditions are found; a key may be bound to "
         "conditions of its own, which hold as well.",
+    )
+    mode: Mode | None = Field(
+        None,
+        description="Search by the encoder's vectors (`dense`), by words (`bm25`) or by both "
+        "(`hybrid`); null takes the service's default.",
     )
 
     @field_validator("question")
@@ -95,6 +100,13 @@ class StabilityRequest(_Request):
     max_new_tokens: int | None = Field(None, strict=True, description="Longest answer in tokens.")
 
 
+SCORE = (
+    "By the mode of the search: the cosine with the question in [-1, 1] (`dense`), BM25's score "
+    "(`bm25`), or both scaled and weighted, in [0, 1] (`hybrid`)."
+)
+MODE = Field(description="How the passages were searched.")
+
+
 class PassageOut(BaseModel):
     """A retrieved passage."""
 
@@ -102,7 +114,7 @@ class PassageOut(BaseModel):
         description="The [n] by which an answer cites it; 1-based position in the list."
     )
     rank: int = Field(description="Rank in the retriever's list; 1 is the best.")
-    score: float = Field(description="Cosine similarity with the question, in [-1, 1].")
+    score: float = Field(description=SCORE)
     passage_id: str
     document_id: str
     title: str
@@ -172,6 +184,7 @@ class RetrieveResponse(BaseModel):
 
     question: str
     passages: list[PassageOut]
+    mode: Mode = MODE
     partial: bool = Field(
         False,
         description="True where a shard of the index did not answer: passages may be missing.",
@@ -193,6 +206,7 @@ class RetrieveResponse(BaseModel):
         return cls(
             question=question,
             passages=PassageOut.all_of(found),
+            mode=found.mode,
             partial=bool(found.missing_shards),
             missing_shards=list(found.missing_shards),
             timings=timings,
@@ -218,6 +232,7 @@ class AnswerResponse(BaseModel):
     passages: list[PassageOut] = Field(
         description="The passages that the model was given, in its order."
     )
+    mode: Mode = MODE
     notes: list[str] = Field(
         description="What the reader must know, e.g. passages left out for lack of room."
     )
@@ -250,6 +265,7 @@ class AnswerResponse(BaseModel):
             passages=[
                 PassageOut.of(number, hit) for number, hit in enumerate(answer.hits, start=1)
             ],
+            mode=found.mode,
             notes=list(answer.notes),
             partial=bool(found.missing_shards),
             missing_shards=list(found.missing_shards),
@@ -308,6 +324,7 @@ class StabilityResponse(BaseModel):
         "null without answers."
     )
     wordings: list[WordingOut] = Field(description="The question as asked, then its rewordings.")
+    mode: Mode = MODE
     timings: dict[str, float] = Field(description="Seconds, by step.")
     versions: dict[str, str] = VERSIONS
     request_id: str
@@ -324,6 +341,7 @@ class StabilityResponse(BaseModel):
             overlap=mean_overlap(wordings, top_k),
             agreement=share_equal(replies) if replies else None,
             wordings=[WordingOut.of(each, anchor, top_k) for each in wordings],
+            mode=anchor.found.mode,
             timings=timings,
             versions={**anchor.found.versions, **(anchor.reply.versions if anchor.reply else {})},
             request_id=request_id,

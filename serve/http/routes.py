@@ -42,7 +42,7 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
     async def retrieve(body: RetrieveRequest, request: Request) -> RetrieveResponse:
         start, context = (
             time.perf_counter(),
-            request.scope["invar_context"].narrowed(body.where.to_where()),
+            request.scope["invar_context"].narrowed(body.where.to_where(), body.mode),
         )
         question, top_k = limits.check_question(body.question), limits.check_top_k(body.top_k)
         note_for_audit(request, question, audit_text)
@@ -64,7 +64,7 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
     async def answer(body: AnswerRequest, request: Request) -> Response:
         start, context = (
             time.perf_counter(),
-            request.scope["invar_context"].narrowed(body.where.to_where()),
+            request.scope["invar_context"].narrowed(body.where.to_where(), body.mode),
         )
         question, top_k = limits.check_question(body.question), limits.check_top_k(body.top_k)
         max_new_tokens = limits.check_max_new_tokens(body.max_new_tokens)
@@ -86,6 +86,7 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
                 )  # a question that cannot be answered is refused, not streamed
                 found_out = {
                     "passages": [passage.model_dump() for passage in PassageOut.all_of(found)],
+                    "mode": found.mode,
                     "missing_shards": list(found.missing_shards),
                     "versions": found.versions,
                     "request_id": context.request_id,
@@ -116,7 +117,7 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
     async def stability(body: StabilityRequest, request: Request) -> StabilityResponse:
         start, context = (
             time.perf_counter(),
-            request.scope["invar_context"].narrowed(body.where.to_where()),
+            request.scope["invar_context"].narrowed(body.where.to_where(), body.mode),
         )
         question, top_k = limits.check_question(body.question), limits.check_top_k(body.top_k)
         rewrites, length = (

@@ -13,7 +13,9 @@ import threading
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Any
 
+from invar_ray.config import SearchConfig
 from invar_ray.errors import MixedArtifactsError
+from invar_ray.schema import Mode
 from serve.records import GeneratorStatus, Question, Reply
 from serve.replicas.generator import TransformersEngine
 from serve.replicas.retriever import RetrieverReplica
@@ -31,19 +33,17 @@ class SharedBase:
     Args:
         device: where it runs.
         precision: ``fp32`` or ``bf16``.
-        memory_map, collapse: see :func:`invar_ray.answering.retriever.open_retriever`.
+        search: ``memory_map``, ``mode``, ``collapse``, see
+            :func:`invar_ray.answering.retriever.open_retriever`.
     """
 
     def __init__(
         self,
         device: str = "cpu",
         precision: str = "fp32",
-        *,
-        memory_map: bool = False,
-        collapse: bool = False,
+        **search: Any,
     ) -> None:
-        self._device, self._precision = device, precision
-        self._memory_map, self._collapse = memory_map, collapse
+        self._device, self._precision, self._search = device, precision, search
         self._lock = threading.Lock()
         self._base: Any = None
         self._fingerprint = ""
@@ -63,8 +63,7 @@ class SharedBase:
             uri,
             device=self._device,
             open_base_tree=self._tree if shares else None,
-            memory_map=self._memory_map,
-            collapse=self._collapse,
+            **self._search,
         )
 
     def generator(self, uri: str) -> Generator:
@@ -106,7 +105,7 @@ class ColocatedReplica(RetrieverReplica):
 
     Args:
         generator_uri: generator artifact.
-        device, precision, memory_map, collapse: see :class:`SharedBase`.
+        device, precision, memory_map, mode, collapse: see :class:`SharedBase`.
         max_batch_size, batch_wait_s, meter, tracer: of both.
         retriever: see :class:`~serve.replicas.retriever.RetrieverReplica`.
     """
@@ -120,12 +119,13 @@ class ColocatedReplica(RetrieverReplica):
         batch_wait_s: float = 0.005,
         *,
         memory_map: bool = False,
+        mode: Mode = SearchConfig.mode,
         collapse: bool = False,
         meter: Meter | None = None,
         tracer: Tracer | None = None,
         **retriever: Any,
     ) -> None:
-        shared = SharedBase(device, precision, memory_map=memory_map, collapse=collapse)
+        shared = SharedBase(device, precision, memory_map=memory_map, mode=mode, collapse=collapse)
         super().__init__(
             shared.retriever, max_batch_size, batch_wait_s, meter=meter, tracer=tracer, **retriever
         )

@@ -8,13 +8,17 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
 from invar_ray.answering.filters import Where
+from invar_ray.answering.fusion import fusion_depth
+from invar_ray.config import SearchConfig
 from invar_ray.errors import ConfigError, InvarError, RequestError
+from invar_ray.schema import Mode
 from invar_ray.text.tokens import text_ids
 from serve.errors import OutOfTime, plain
 from serve.records import Embedded, Found, Prepared, ReplicaStatus, Vectors
@@ -29,7 +33,6 @@ if TYPE_CHECKING:  # imports torch: only replicas pay for that
 
 logger = logging.getLogger("ray.serve")
 RetrieverLoader = Callable[[str], "Retriever"]
-Request = tuple[str | Vectors, int, Where | None]
 _SLICE_CHARS = 2048
 _UNCUT = 1 << 20  # tokens: longer than any text that a request can bring
 PROBE = "is anyone there?"
@@ -38,12 +41,32 @@ PROBE = "is anyone there?"
 loading = threading.Lock()
 
 
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A search as a shard is asked for it.
+
+    Attributes:
+        question: the text.
+        top_k: how many passages.
+        where: only passages that meet these conditions.
+        mode: how to search; ``None``: as the retriever was told to.
+        vector: [D] of the question, made by another shard's encoder.
+    """
+
+    question: str
+    top_k: int
+    where: Where | None = None
+    mode: Mode | None = None
+    vector: Vectors | None = None
+
+
 def load_retriever(
     uri: str,
     device: str = "cpu",
     precision: Precision | None = None,
     memory_map: bool = False,
     collapse: bool = False,
+    mode: Mode = SearchConfig.mode,
 ) -> Retriever:
     """The retriever of an index artifact; it is refused unless its encoder reproduces the index's
     probe texts.
@@ -53,7 +76,12 @@ def load_retriever(
     from invar_ray.answering.retriever import open_retriever
 
     return open_retriever(
-        uri, device=device, precision=precision, memory_map=memory_map, collapse=collapse
+        uri,
+        device=device,
+        precision=precision,
+        memory_map=memory_map,
+        mode=mode,
+        collapse=collapse,
     )
 
 
@@ -111,26 +139,27 @@ class RetrieverReplica:
 
     async def retrieve(
         self,
-        question: str | Vectors,
+        question: str,
         top_k: int,
         left_s: float,
         trace: dict[str, str],
         where: Where | None = None,
+        mode: Mode | None = None,
+        vector: Vectors | None = None,
     ) -> Found:
-        """The best passages for a question, or for a [D] vector that another shard's encoder made.
-
-        Args:
-            where: only passages that meet these conditions.
+        """The best passages for a question; where another shard's encoder made its ``vector``, the
+        lists of a hybrid search apart.  For the arguments see :class:`Request`.
 
         Raises:
-            RequestError: a condition names no column of the passages.
+            RequestError: a condition names no column of the passages, or ``mode`` asks for BM25 and
+                the index has none.
             ServiceError: 504 if it is not done in ``left_s`` seconds.
         """
         start = time.perf_counter()
         with self._tracer.span("search", trace, top_k=top_k, shard=self._shard):
             try:
                 found = await asyncio.wait_for(
-                    self._search((question, top_k, where)), max(0.0, left_s)
+                    self._search(Request(question, top_k, where, mode, vector)), max(0.0, left_s)
                 )
             except TimeoutError:
                 raise OutOfTime("the search took longer than the request may", 1.0) from None
@@ -161,37 +190,55 @@ class RetrieverReplica:
         return await self._worker.run(self.search, requests)
 
     def search(self, requests: Sequence[Request]) -> list[Found | Exception]:
-        """Passages for each (question or vector, top_k, conditions): all encoded together, all from
-        one version.
+        """Passages for each request: all encoded together, all from one version.
 
-        Requests of the same conditions are searched together.  In the place of a request whose
-        conditions name no column stands the error: the others of the batch are answered.
+        Requests of the same conditions and mode are searched together.  In the place of a request
+        that cannot be searched so stands the error: the others of the batch are answered.
         """
         retriever = self._loaded()
         versions = dict(retriever.versions)
-        texts = [question for question, _, _ in requests if isinstance(question, str)]
-        encoded = iter(retriever.encoder.encode_queries(texts)) if texts else iter(())
-        queries = np.stack(
-            [
-                next(encoded) if isinstance(question, str) else question
-                for question, _, _ in requests
-            ]
-        )
-        groups: dict[Where | None, list[int]] = {}
-        for number, (_, _, where) in enumerate(requests):
-            groups.setdefault(where, []).append(number)
+        modes = [each.mode or retriever.mode for each in requests]
+        vectors = [each.vector for each in requests]
+        bare = [
+            number
+            for number, (mode, vector) in enumerate(zip(modes, vectors, strict=True))
+            if vector is None and mode != "bm25"
+        ]
+        if bare:
+            encoded = retriever.encoder.encode_queries([requests[n].question for n in bare])
+            for number, vector in zip(bare, encoded, strict=True):
+                vectors[number] = vector
+        groups: dict[tuple[Where | None, Mode, bool], list[int]] = {}
+        for number, (each, mode) in enumerate(zip(requests, modes, strict=True)):
+            apart = mode == "hybrid" and each.vector is not None
+            groups.setdefault((each.where, mode, apart), []).append(number)
         found: dict[int, Found | Exception] = {}
-        for where, numbers in groups.items():
-            most = max(requests[number][1] for number in numbers)
+        for (where, mode, apart), numbers in groups.items():
+            most = max(requests[number].top_k for number in numbers)
+            kinds: list[Mode] = ["dense", "bm25"] if apart else [mode]
+            texts = [requests[number].question for number in numbers]
+            made = [vector for n in numbers if (vector := vectors[n]) is not None]
+            depth = fusion_depth(most) if apart else most
             try:
-                hits = retriever.retrieve_vectors(queries[numbers], most, where=where)
+                lists = [
+                    retriever.search(
+                        texts, np.stack(made) if made else None, depth, where=where, mode=kind
+                    )
+                    for kind in kinds
+                ]
             except RequestError as error:
                 found |= dict.fromkeys(numbers, error)
                 continue
-            for number, each in zip(numbers, hits, strict=True):
-                if each:
-                    self._meter.record("invar_top_score", each[0].score)
-                found[number] = Found(tuple(each[: requests[number][1]]), versions)
+            for number, *hits in zip(numbers, *lists, strict=True):
+                if hits[0] and (apart or mode == "dense"):
+                    self._meter.record("invar_top_score", hits[0][0].score)
+                cut = depth if apart else requests[number].top_k
+                found[number] = Found(
+                    tuple(hits[0][:cut]),
+                    versions,
+                    mode=mode,
+                    by_words=tuple(hits[1]) if apart else (),
+                )
         return [found[number] for number in range(len(requests))]
 
     def _seen(self, size: int, waiting: int) -> None:
@@ -294,7 +341,7 @@ class RetrieverReplica:
         def search_old(queries: Sequence[str], top_k: int) -> Any:
             # In the thread that serves: a tokenizer does not bear two threads.
             return asyncio.run_coroutine_threadsafe(
-                self._worker.run(old.retrieve, queries, top_k), loop
+                self._worker.run(partial(old.retrieve, mode="dense"), queries, top_k), loop
             ).result(120)
 
         return retriever, compare(retriever, old, search_old, self._allowed_drop)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 from invar_ray.errors import ArtifactError
@@ -73,11 +74,12 @@ def measure(
 def compare(
     new: Retriever, old: Retriever, search_old: Search, allowed_drop: float
 ) -> dict[str, float]:
-    """Search both indexes for their own probes.
+    """Search both indexes for their own probes, by vectors: words would find a probe's passage
+    whatever is wrong with the vectors.
 
     Args:
         new, old: the index to be served, and the one that is.
-        search_old: searches the old one; it may be busy serving.
+        search_old: searches the old one by vectors; it may be busy serving.
         allowed_drop: by how much recall and overlap may be lower than the old index's.
 
     Returns:
@@ -89,7 +91,7 @@ def compare(
     """
     probes = probe_queries(new)
     depth = _depth(new)
-    fresh, fresh_ids = measure(probes, new.retrieve, depth)
+    fresh, fresh_ids = measure(probes, partial(new.retrieve, mode="dense"), depth)
     known, _ = measure(probe_queries(old), search_old, _depth(old))
     old_ids = [
         [hit.passage_id for hit in hits]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,6 +52,28 @@ def test_scores_are_the_formulas(texts: list[list[str]], query: list[str]) -> No
     for row, score in found:
         assert score == pytest.approx(wanted[row], rel=1e-5)
     assert [score for _, score in found] == sorted((score for _, score in found), reverse=True)
+
+
+def test_a_saved_one_is_mapped_and_finds_the_same(tmp_path: Path) -> None:
+    texts = [f"{'cat ' * (n % 4)}dog number {n}" for n in range(40)]
+    made = Bm25(texts)
+    made.save(tmp_path / "bm25")
+    assert not [file for file in tmp_path.rglob("*") if file.suffix in {".pkl", ".pickle"}]
+    opened = Bm25.open(tmp_path / "bm25")
+    assert opened.size == 40
+    for top_k in (1, 3, 17, 40):
+        assert opened.search(["cat 7", "DOG", "zebra"], top_k) == [
+            found[:top_k] for found in made.search(["cat 7", "DOG", "zebra"], 40)
+        ]
+
+
+def test_only_allowed_rows_are_found() -> None:
+    bm25 = Bm25(["a cat", "the dog", "a cat", "A CAT!"])
+    allowed = np.array([False, True, True, True])
+    assert [row for row, _ in bm25.search(["cat"], 1, allowed=allowed)[0]] == [2]
+    assert bm25.search(["cat"], 9, allowed=~np.array([1, 0, 1, 1], bool))[0] == []
+    with pytest.raises(RequestError, match="filter has shape"):
+        bm25.search(["cat"], 1, allowed=allowed[:2])
 
 
 def test_ties_go_by_row_and_what_shares_no_word_is_left_out() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from invar_ray.answering.fusion import fuse_hits, query_rewrites
+from invar_ray.answering.fusion import fuse_hits, fuse_lists, query_rewrites
 from invar_ray.questions.rules import comparison_key
 from invar_ray.schema import Hit
 
@@ -46,6 +46,22 @@ def test_ties_go_by_best_rank_then_by_list() -> None:
 
 def test_a_repeated_passage_counts_once_at_its_best_rank() -> None:
     assert fuse_hits([hits("aab")], 5)[0].score == pytest.approx(1 / 61)
+
+
+def scored(**scores: float) -> list[Hit]:
+    return [Hit(name, name, n, score) for n, (name, score) in enumerate(scores.items(), start=1)]
+
+
+def test_hybrid_scores_by_hand() -> None:
+    # Cosines 0.8 .. 0.4 become 1 .. 0; BM25's 10 and 5 become 1 and 0.5.
+    found = fuse_lists(scored(a=0.8, b=0.5, c=0.4), scored(b=10.0, d=5.0), 10)
+    wanted = {"b": 0.4 * 0.25 + 0.6, "a": 0.4, "d": 0.3, "c": 0.0}
+    assert {hit.passage_id: hit.score for hit in found} == pytest.approx(wanted)
+    assert [hit.passage_id for hit in found] == list(wanted)
+    assert [hit.rank for hit in found] == [1, 2, 3, 4]
+    assert fuse_lists(scored(a=0.8), [], 3)[0].score == pytest.approx(0.4)
+    assert [hit.passage_id for hit in fuse_lists([], scored(a=3.0, b=3.0), 1)] == ["a"]
+    assert fuse_lists([], [], 3) == []
 
 
 def test_rewrites_depend_on_the_wording_alone_and_add_no_noise() -> None:

@@ -13,13 +13,17 @@ import pyarrow.parquet as pq
 import pytest
 from typer.testing import CliRunner
 
+from invar_ray.answering.bm25 import Bm25Retriever
 from invar_ray.answering.duplicates import distinct, shingles, similarity
 from invar_ray.answering.filters import Where, allowed_rows
+from invar_ray.answering.fusion import fuse_lists
 from invar_ray.answering.retriever import Passages, Retriever, open_retriever
 from invar_ray.cli.main import app
 from invar_ray.errors import RequestError
+from invar_ray.index.build import build_index
 from invar_ray.index.faiss_index import Index, build_faiss
-from invar_ray.schema import PASSAGE_SCHEMA, Hit, Passage, to_table
+from invar_ray.schema import PASSAGE_SCHEMA, Hit, Mode, Passage, to_table
+from invar_ray.store.artifacts import Plan
 from invar_ray.store.published import open_published
 from serve.replicas.retriever import load_retriever
 from tests.support import ISLANDS, World, world
@@ -92,10 +96,71 @@ def test_search_of_one_tenant(small: World) -> None:
 def test_mapped_retriever_finds_the_same(small: World) -> None:
     questions = [f"Who built the lighthouse of {name}?" for name in ISLANDS]
     loaded, mapped = (
-        open_retriever(small.base_index.uri),
+        open_retriever(small.base_index.uri, mode="hybrid"),
         load_retriever(small.base_index.uri, memory_map=True),
     )
     assert loaded.retrieve(questions, 3) == mapped.retrieve(questions, 3)
+
+
+# Modes
+
+
+def ids(hits: list[Hit]) -> list[str]:
+    return [hit.passage_id for hit in hits]
+
+
+def test_hybrid_fuses_the_list_by_vectors_with_the_list_by_words(small: World) -> None:
+    retriever = open_retriever(small.base_index.uri, mode="hybrid")
+    questions = [f"What grows on the terraces of {name}?" for name in ISLANDS[:4]]
+    dense, by_words, hybrid = (
+        retriever.retrieve(questions, 20, mode=mode) for mode in ("dense", "bm25", "hybrid")
+    )
+    assert hybrid == retriever.retrieve(questions, 20), "what it was opened with"
+    assert dense == open_retriever(small.base_index.uri).retrieve(questions, 20)
+    baseline = Bm25Retriever(Passages(small.passages)).retrieve(questions, 20)
+    assert [ids(hits) for hits in by_words] == [ids(hits) for hits in baseline]
+    deep = [retriever.retrieve(questions, 100, mode=mode) for mode in ("dense", "bm25")]
+    for number, hits in enumerate(hybrid):
+        assert ids(hits) == ids(fuse_lists(deep[0][number], deep[1][number], 20))
+        assert [hit.rank for hit in hits] == list(range(1, 21))
+    assert [ids(hits) for hits in hybrid] not in ([ids(h) for h in dense], baseline)
+
+
+def test_conditions_and_duplicates_hold_in_every_mode(small: World) -> None:
+    retriever = open_retriever(small.base_index.uri)
+    question = "Who built the lighthouse of Kelda?"
+    documents = [f"doc-{name.lower()}" for name in ISLANDS[:3]]
+    modes: tuple[Mode, ...] = ("dense", "bm25", "hybrid")
+    for mode in modes:
+        where = Where.of({"document_id": documents})
+        (some,) = retriever.retrieve([question], 50, where=where, mode=mode)
+        assert {hit.document_id for hit in some} == set(documents)
+        (best, *_), *_ = retriever.retrieve([question], 1, mode=mode)
+        without = Where.of(without=[best.passage_id])
+        (others,) = retriever.retrieve([question], 50, where=without, mode=mode)
+        assert best.passage_id not in ids(others)
+        (apart,) = retriever.retrieve([question], 6, mode=mode, collapse=True)
+        assert distinct(apart, 6) == list(range(6))
+
+
+def test_an_index_without_bm25_is_searched_densely_and_says_so_once(
+    small: World, capsys: pytest.CaptureFixture[str]
+) -> None:
+    old = small.get(
+        Plan(
+            "index",
+            "old",
+            {},
+            {"passages": small.passages, "vectors": small.base_index.parent("vectors")},
+        ),
+        lambda made: build_index(made, small.base_index.parent("vectors"), small.passages, "Flat"),
+    )
+    retriever = open_retriever(old.uri, mode="hybrid")
+    assert capsys.readouterr().err.count("has no BM25") == 1
+    assert retriever.retrieve(["a"], 3) == open_retriever(small.base_index.uri).retrieve(["a"], 3)
+    with pytest.raises(RequestError, match="no BM25, mode is 'hybrid'"):
+        retriever.retrieve(["a"], 3, mode="hybrid")
+    assert not capsys.readouterr().err
 
 
 # Near-duplicates

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from invar_ray.answering.fusion import fuse_hits, query_rewrites
-from invar_ray.errors import MixedArtifactsError
+from invar_ray.answering.retriever import open_retriever
+from invar_ray.config import SearchConfig
 from invar_ray.evaluation.measure import (
     Answered,
     FoundFamily,
@@ -19,18 +21,18 @@ from invar_ray.evaluation.measure import (
     retrieval_columns,
 )
 from invar_ray.evaluation.scoring import answer_rule
+from invar_ray.executor import Here
 from invar_ray.models.precision import Precision
+from invar_ray.pipeline import Pipeline
 from invar_ray.schema import Hit
 from invar_ray.steps.answers import System, answer_tasks
 from invar_ray.steps.hits import (
     SearchBlock,
     SearchMode,
     bm25_plan,
-    fused_plan,
     load_hits,
 )
 from invar_ray.steps.hits import build_bm25 as build_bm25_hits
-from invar_ray.steps.hits import build_fused as build_fused_hits
 from invar_ray.steps.hits import plan as hits_plan
 from invar_ray.steps.passages import load_documents
 from invar_ray.steps.questions import load_examples, load_wordings
@@ -130,21 +132,15 @@ def test_answers_by_hand() -> None:
     assert probability(Answered("x", False, None, (), (), 0.1)) is None
 
 
-def made(small: World, name: str) -> Artifact:
+def made(small: World) -> Artifact:
     plan = bm25_plan(small.passages, small.questions, "dev", 5)
-    bm25 = small.get(
-        plan, lambda building: build_bm25_hits(building, small.passages, small.questions)
-    )
-    if name == "bm25":
-        return bm25
-    parts = [bm25, bm25]
     return small.get(
-        fused_plan(name, parts, "dev", 3), lambda building: build_fused_hits(building, parts)
+        plan, lambda building: build_bm25_hits(building, small.passages, small.questions)
     )
 
 
 def test_bm25_finds_the_islands(small: World) -> None:
-    families = load_hits(made(small, "bm25"))
+    families = load_hits(made(small))
     examples, wordings = (
         load_examples(small.questions, "dev"),
         load_wordings(small.questions, "dev"),
@@ -156,24 +152,21 @@ def test_bm25_finds_the_islands(small: World) -> None:
     assert all(len(found) == 5 for f in families for found in f.hits)
 
 
-def test_a_list_fused_with_itself_stays(small: World) -> None:
-    alone, fused = load_hits(made(small, "bm25")), load_hits(made(small, "twice"))
-    for one, both in zip(alone, fused, strict=True):
-        assert [[h.passage_id for h in found[:3]] for found in one.hits] == [
-            [h.passage_id for h in found] for found in both.hits
-        ]
+def test_hits_of_a_hybrid_search_are_those_that_a_service_would_find(small: World) -> None:
+    index, wordings = small.base_index, ["What grows on the terraces of Kelda?"]
+    block = SearchBlock(index.uri, 6, "fp32", mode="hybrid")
+    (found,) = block({"block": 0, "wordings": [wordings]})["hits"][0]
+    (served,) = open_retriever(index.uri, mode="hybrid").retrieve(wordings, 6)
+    assert [hit["passage_id"] for hit in found] == [hit.passage_id for hit in served]
 
 
-def test_hits_of_other_questions_are_not_fused(small: World) -> None:
-    dev = made(small, "bm25")
-    train = small.get(
-        bm25_plan(small.passages, small.questions, "train", 5),
-        lambda building: build_bm25_hits(building, small.passages, small.questions),
-    )
-    with pytest.raises(MixedArtifactsError, match="other questions"):
-        small.get(
-            fused_plan("mixed", [dev, train], "dev", 3), lambda b: build_fused_hits(b, [dev, train])
-        )
+def test_stage_two_and_its_row_read_what_is_served(small: World) -> None:
+    """``search.mode`` decides the hits of readings and of the row ``both``, and no other's."""
+    config = replace(small.config, search=SearchConfig(mode="dense"))
+    for run, mode in ((small, "hybrid"), (Pipeline(config, quiet=True, executor=Here()), "dense")):
+        assert run.served == SearchMode(mode=mode)
+        dev = hits_plan(run.config, small.base_index, small.questions, "dev", 5, run.served)
+        assert dev.config["mode"] == mode
 
 
 def test_search_fused_over_rewrites_of_each_wording_alone(small: World) -> None:
@@ -233,12 +226,14 @@ def test_the_mode_is_in_the_fingerprint_only_where_it_acts(small: World) -> None
         SearchMode(3),
         SearchMode(exact=True),
         SearchMode(precision="bf16"),
+        SearchMode(mode="bm25"),
+        SearchMode(mode="hybrid"),
     ]
     assert len({plan(mode) for mode in modes}) == len(modes)
 
 
 def test_gold_documents_make_the_oracle_rows(small: World, tmp_path: Path) -> None:
-    bm25 = made(small, "bm25")
+    bm25 = made(small)
     families = load_hits(bm25)[:2]
     gold = {name for family in families for name in family.positive_ids}
     documents = load_documents(small.passages, gold)

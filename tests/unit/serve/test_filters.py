@@ -75,6 +75,17 @@ def test_conditions_narrow_what_is_found(live: Live) -> None:
     assert ask(live, top_k=4, where={})["passages"] == ask(live, top_k=4)["passages"]
 
 
+def test_keys_and_conditions_hold_in_every_mode(live: Live) -> None:
+    for mode in ("dense", "bm25", "hybrid"):
+        found = ask(live, who="land", top_k=4, mode=mode)
+        assert found["mode"] == mode
+        assert set(titles(found)) <= LAND
+        assert "Ferry" not in titles(ask(live, top_k=4, mode=mode, where={"without": ["Ferry:0"]}))
+        wordings = ask(live, "/v1/stability", "land", rewrites=2, mode=mode)
+        assert wordings["mode"] == mode
+        assert all(set(titles(each)) <= LAND for each in wordings["wordings"])
+
+
 def test_answers_streams_wordings_and_chat_keep_to_them(live: Live) -> None:
     where = {"equals": {"tenant": "land"}}
     answer = ask(live, "/v1/answer", where=where)

@@ -18,6 +18,7 @@ import numpy as np
 import openai
 import pytest
 
+from invar_ray.config import SearchConfig
 from serve.http.keys import ApiKey
 from serve.http.protocol import AnswerResponse, StabilityResponse
 from tests.serving import LIMITS, TEXTS, Artifacts, Live, fault, shared_artifacts
@@ -126,6 +127,54 @@ def test_of_several_messages_the_last_is_searched_with(client: openai.OpenAI) ->
     assert completion.invar["answer"] == chat(client).invar["answer"]
     with pytest.raises(openai.BadRequestError, match="last message is of the assistant"):
         chat(client, messages=messages[:3])
+
+
+def test_a_request_chooses_how_it_is_searched(live: Live, client: openai.OpenAI) -> None:
+    found = {
+        mode: live("POST", "/v1/retrieve", json={"question": FERRY, "mode": mode}).json()
+        for mode in (None, "dense", "bm25", "hybrid")
+    }
+    assert found[None]["mode"] == SearchConfig.mode
+    assert found[None]["passages"] == found[SearchConfig.mode]["passages"]
+    assert len({found[mode]["passages"][0]["score"] for mode in ("dense", "bm25", "hybrid")}) == 3
+    assert chat(client, extra_body={"mode": "bm25"}).invar["mode"] == "bm25"
+    fault(
+        live("POST", "/v1/retrieve", json={"question": FERRY, "mode": "fuzzy"}),
+        422,
+        "invalid_request",
+    )
+
+
+def test_an_index_without_bm25_is_searched_densely(artifacts: Artifacts) -> None:
+    old = Live(artifacts, shards=[artifacts.other_index_uri])
+    try:
+        assert old("POST", "/v1/retrieve", json={"question": FERRY}).json()["mode"] == "dense"
+        refused = old("POST", "/v1/answer", json={"question": FERRY, "mode": "hybrid"})
+        assert "has no BM25" in fault(refused, 400, "invalid_request")
+    finally:
+        old.close()
+
+
+def test_shards_are_joined_before_their_lists_are_fused(live: Live, artifacts: Artifacts) -> None:
+    parts = Live(artifacts, shards=[artifacts.left_index_uri, artifacts.right_index_uri])
+    old = Live(artifacts, shards=[artifacts.other_index_uri, artifacts.right_index_uri])
+    question = {"question": "In which season does the harbour trade barley?", "top_k": 4}
+    try:
+        for mode in ("dense", "hybrid"):
+            whole = live("POST", "/v1/retrieve", json=question | {"mode": mode}).json()
+            joined = parts("POST", "/v1/retrieve", json=question | {"mode": mode}).json()
+            assert joined["mode"] == mode
+            assert [p["title"] for p in joined["passages"]] == [
+                p["title"] for p in whole["passages"]
+            ]
+        best = parts("POST", "/v1/retrieve", json=question | {"mode": "bm25"}).json()
+        assert best["passages"][0]["title"] == "Harbour"
+        mixed = old("POST", "/v1/retrieve", json=question).json()
+        assert mixed["mode"] == "dense", "a shard without BM25 makes all of them dense"
+        assert not mixed["partial"]
+    finally:
+        parts.close()
+        old.close()
 
 
 def test_errors_are_those_that_the_client_knows(

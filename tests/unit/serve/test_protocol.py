@@ -19,7 +19,7 @@ import pytest
 import serve.http.pages
 from invar_ray.answering.filters import Where
 from invar_ray.errors import ConfigError, RequestError
-from invar_ray.schema import Answer, Citation, Hit
+from invar_ray.schema import Answer, Citation, Hit, Mode
 from serve.app import build_app
 from serve.args import AppArgs
 from serve.errors import Overloaded
@@ -55,12 +55,13 @@ class Backend:
         left_s: float,
         trace: dict[str, str],
         where: Where | None = None,
+        mode: Mode | None = None,
     ) -> Found:
         if self.gate is not None:
             await self.gate.wait()
         if self.error is not None:
             raise self.error
-        return Found(HITS[:top_k], {"index": "i1"})
+        return Found(HITS[:top_k], {"index": "i1"}, mode=mode or "dense")
 
     async def answer(self, question: Question) -> Reply:
         hit = question.hits[0]
