@@ -191,38 +191,42 @@ def read_answer(question: str, prompt: AnswerPrompt, generation: Generation) -> 
     """An answer from what the model wrote: its text, and citations of passages that were really in
     the prompt.
 
-    Where a model cites nothing, the passages that hold the answer's text are cited for it, with
-    ``source="matched"``.  Where it cites only passages without that text, and another one has it,
-    the first such one is cited instead, in the same way and with a note.
+    The text decides where it can: of the passages that the model cited those count in which the
+    answer stands (title or text); where it stands in none of them but in another, the first such
+    one is cited, with ``source="matched"`` and one note.  Where the model cited nothing, all that
+    hold the answer are; where it stands nowhere, the model's own citations stay.
     """
     parsed = parse_answer(generation.text, len(prompt.hits))
     notes = list(prompt.notes)
     # A refusal cites nothing; only numbers that stand for no passage are worth a word.
     unknown = [number for number in parsed.removed_citations if not 1 <= number <= len(prompt.hits)]
-    if unknown:
-        marks = ", ".join(f"[{number}]" for number in dict.fromkeys(unknown))
-        notes.append(f"removed {marks}: the prompt had {len(prompt.hits)} passages")
     if generation.finish == "length":
         notes.append(f"the answer was cut at {generation.num_tokens} tokens")
     citations: tuple[Citation, ...] = ()
+    moved = False
     if not parsed.refused:
-        source = "generated"
-        numbers = list(dict.fromkeys(parsed.numbers))
+        cited = list(dict.fromkeys(parsed.numbers))
         holding = [
-            n
-            for n, shown in enumerate(prompt.shown, start=1)
-            if contains_answer(shown, [parsed.text])
-        ]
-        if not numbers:
-            source, numbers = "matched", holding
-        elif holding and not set(numbers) & set(holding):
-            marks = ", ".join(f"[{number}]" for number in numbers)
-            notes.append(
-                f"the model cited {marks}, where the answer does not stand; it stands in "
-                f"[{holding[0]}]"
+            number
+            for number, (hit, shown) in enumerate(
+                zip(prompt.hits, prompt.shown, strict=True), start=1
             )
-            source, numbers = "matched", holding[:1]
+            if contains_answer(f"{hit.title}\n{shown}", [parsed.text])
+        ]
+        kept = [number for number in cited if number in holding]
+        if kept or not holding:
+            source, numbers = "generated", kept or cited
+        else:
+            moved = bool(cited or unknown)
+            source, numbers = "matched", holding[:1] if moved else holding
+        if moved:
+            notes.append(
+                f"the model cited {_marks([*cited, *unknown])}; the answer stands in "
+                f"{_marks(numbers)}"
+            )
         citations = tuple(_citation(n, prompt.hits[n - 1], source) for n in numbers)
+    if unknown and not moved:
+        notes.append(f"removed {_marks(unknown)}: the prompt had {len(prompt.hits)} passages")
     return Answer(
         question=question,
         text=parsed.text,
@@ -233,6 +237,10 @@ def read_answer(question: str, prompt: AnswerPrompt, generation: Generation) -> 
         refused=parsed.refused,
         removed_citations=len(unknown),
     )
+
+
+def _marks(numbers: Sequence[int]) -> str:
+    return ", ".join(f"[{number}]" for number in dict.fromkeys(numbers))
 
 
 def _citation(number: int, hit: Hit, source: str) -> Citation:

@@ -79,11 +79,7 @@ def print_answer(answer: Mapping[str, Any]) -> None:
     passages = {passage["passage_id"]: passage for passage in answer["passages"]}
     for citation in answer["citations"]:
         passage = passages.get(citation["passage_id"], {})
-        how = (
-            ""
-            if citation["source"] == "generated"
-            else " (the answer stands in it; the model did not cite it)"
-        )
+        how = "" if citation["source"] == "generated" else " (by the answer's text)"
         print(f"  [{citation['number']}] {_where(citation)}{how}: {_beginning(passage)}")
     if not answer["citations"]:
         print("  no citation; the passages were:")

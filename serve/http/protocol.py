@@ -153,8 +153,8 @@ class CitationOut(BaseModel):
     document_id: str
     title: str
     source: str = Field(
-        description="`generated`: the model cited it; `matched`: the model cited nothing and the "
-        "answer stands in it."
+        description="`generated`: the model cited it; `matched`: the model cited nothing, or "
+        "passages without the answer, and the answer stands in this one."
     )
     place: str = Field(
         "", description="File and place in it, such as `manual.pdf, page 3`; may be empty."

@@ -230,7 +230,7 @@ class RetrieverReplica:
                 found |= dict.fromkeys(numbers, error)
                 continue
             for number, *hits in zip(numbers, *lists, strict=True):
-                if hits[0] and (apart or mode == "dense"):
+                if hits[0] and mode != "bm25":
                     self._meter.record("invar_top_score", hits[0][0].score)
                 cut = depth if apart else requests[number].top_k
                 found[number] = Found(

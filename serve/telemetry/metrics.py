@@ -76,7 +76,13 @@ CATALOG = {
             (),
             (1, 5, 10, 50, 100, 500, 1000),
         ),
-        Metric("invar_top_score", "histogram", "Cosine of the best passage.", (), _SHARES),
+        Metric(
+            "invar_top_score",
+            "histogram",
+            "Score of the best passage, in [0, 1]: see PassageOut.",
+            (),
+            _SHARES,
+        ),
         Metric(
             "invar_answers_total", "counter", "Answers, by whether the model refused.", ("refused",)
         ),

@@ -55,8 +55,6 @@ export function showAnswer(reply, found, written) {
   $("answer").replaceChildren(...body(reply, written));
   const notes = reply.notes.map(note => make("li", {}, sentence(note)));
   if (reply.partial) notes.unshift(make("li", { class: "warning" }, `A part of the index did not answer (shard ${reply.missing_shards.join(", ")}): passages may be missing.`));
-  if (reply.citations.some(citation => citation.source === "matched"))
-    notes.push(make("li", {}, "The model did not cite these passages itself: the answer stands in them word for word."));
   $("notes").replaceChildren(...notes);
   showMeasures(reply);
 }
