@@ -312,7 +312,7 @@ def test_shards_find_what_one_index_finds_and_say_when_one_is_missing(
     sharded = Live(artifacts, shards=[artifacts.left_index_uri, artifacts.right_index_uri])
     try:
         for question in (FERRY, "What grows in the orchard?", "Who kept the light?"):
-            # BM25 weighs words by their frequency in a shard: only cosines compare to the last digit.
+            # BM25 weighs words by their frequency in a shard: only cosines are equal.
             body = {"question": question, "top_k": 4, "mode": "dense"}
             one = live("POST", "/v1/retrieve", json=body).json()
             both = sharded("POST", "/v1/retrieve", json=body).json()
