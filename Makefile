@@ -51,8 +51,19 @@ $(STAMP):
 demo: $(STAMP) ## corpus to served answer on this machine, nothing else needed (TORCH=cpu for the small torch wheel)
 	@$(BIN)/invar-ray demo
 
+PYTEST = $(BIN)/python -m pytest -m "not slow and not gpu and not realdata" --durations=25
+
+# Unit tests keep one core busy and the others wait a lot: at the same time they take little more than half.
+# With PYTEST_ARGS one process runs what they name.
 test: $(STAMP) ## every test that needs no GPU, no network and no data of yours
-	@$(BIN)/python -m pytest -m "not slow and not gpu and not realdata" --durations=25 $(PYTEST_ARGS)
+ifeq ($(PYTEST_ARGS),)
+	@log=$$(mktemp); $(PYTEST) tests/distributed tests/e2e tests/ray > $$log 2>&1 & others=$$!; \
+	$(PYTEST) tests/unit; unit=$$?; \
+	echo "tests/unit ended with $$unit; waiting for tests/distributed, tests/e2e and tests/ray"; \
+	wait $$others; status=$$?; cat $$log; rm -f $$log; exit $$((unit + status))
+else
+	@$(PYTEST) $(PYTEST_ARGS)
+endif
 
 coverage: $(STAMP) ## the tests again, and the share of lines and branches that they run (runs/coverage/index.html)
 	@rm -f .coverage .coverage.*

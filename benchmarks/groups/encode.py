@@ -24,13 +24,13 @@ from invar_ray.models.encoder import coarse_spec, llm_spec, open_encoder
 from invar_ray.store.artifacts import Store
 
 BATCH = 32
-SHARD_ROWS = 128
+SHARD_ROWS = 64
 _PEER = "sentence-transformers"
 
 
 def contests(full: bool, folder: Path) -> list[Contest]:
     """MiniLM, SmolLM2's shape, the pipeline."""
-    few, some, rows = (128, 24, 512) if not full else (500, 96, 5000)
+    few, some, rows = (96, 16, 256) if not full else (500, 96, 5000)
     large = write_smollm2_shape(folder / "smollm2")
     minilm = [
         Side(OURS, "encode:ours", {"base": "", "precision": "fp32", "count": few}),
