@@ -41,12 +41,12 @@ def run_job(doc: str, body: Callable[..., None], options: Mapping[str, str] | No
         own |= {key: value for key, separator, value in given if separator and key in own}
         overrides = [text for text in arguments.overrides if text.partition("=")[0] not in own]
         config = load_config(arguments.config, overrides)
-        _warn_of_a_store_in_the_upload(config.storage.root_uri, Path.cwd())
+        warn_of_a_store_in_the_upload(config.storage.root_uri, Path.cwd())
         with Pipeline(config) as pipeline:
             body(pipeline, own) if options else body(pipeline)
 
 
-def _warn_of_a_store_in_the_upload(root_uri: str, folder: Path) -> None:
+def warn_of_a_store_in_the_upload(root_uri: str, folder: Path) -> None:
     """Ray unpacks ``ray job submit --working-dir`` into a folder of its own, on each node, that it
     clears at will.
     """

@@ -135,7 +135,7 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
             if refresh is not None:
                 record["negatives_version"] = refresh.version
             record["padding_share"] = 1.0 - averaged["tokens"] / record.pop("padded_tokens")
-            fault = _fault(record)
+            fault = fault_of(record)
             if fault is not None:
                 if rank == 0:
                     fault += (
@@ -270,7 +270,7 @@ def _flush(trackers: list[Tracker]) -> None:
         tracker.flush()
 
 
-def _fault(record: dict[str, Any]) -> str | None:
+def fault_of(record: dict[str, Any]) -> str | None:
     """What is not a finite number in a step's record, the same on every rank."""
     bad = [name for name, value in record.items() if not math.isfinite(value)]
     return f"step {record['step']}: {', '.join(bad)} not a finite number" if bad else None

@@ -13,10 +13,8 @@ from invar_ray.pipeline import Pipeline
 from invar_ray.steps.verify import verify_index
 from invar_ray.store.artifacts import resolve_uri
 from tests.support import small_config
+from tests.unit.conftest import S3
 from tests.unit.index.test_incremental import changed, corpus
-from tests.unit.store.test_published_s3 import endpoint, place, pytestmark, root
-
-__all__ = ["endpoint", "pytestmark", "root"]
 
 
 def put(uri: str, rows: list[dict[str, Any]]) -> None:
@@ -27,14 +25,14 @@ def put(uri: str, rows: list[dict[str, Any]]) -> None:
 
 
 def test_two_versions_on_an_object_store(
-    root: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    uri = place(root, "corpus.jsonl.zst")
+    uri = s3("reindex/corpus.jsonl.zst")
     config = small_config(
         tmp_path,
         f"corpus.uri={uri}",
-        f"storage.root_uri={place(root, 'store')}",
+        f"storage.root_uri={s3('reindex/store')}",
         "scale.shard_rows=100",
     )
     put(uri, corpus())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.entry import _warn_of_a_store_in_the_upload
+from jobs.entry import warn_of_a_store_in_the_upload
 
 UPLOAD = Path("/tmp/ray/session_x/runtime_resources/working_dir_files/_ray_pkg_0123456789abcdef")
 
@@ -23,7 +23,7 @@ UPLOAD = Path("/tmp/ray/session_x/runtime_resources/working_dir_files/_ray_pkg_0
 def test_a_relative_store_inside_an_upload_is_named(
     root_uri: str, folder: Path, warns: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    _warn_of_a_store_in_the_upload(root_uri, folder)
+    warn_of_a_store_in_the_upload(root_uri, folder)
     said = capsys.readouterr()
     assert said.out == ""
     assert ("storage.root_uri=runs/demo is relative" in said.err) == warns

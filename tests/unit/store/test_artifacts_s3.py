@@ -4,13 +4,10 @@ would be.
 
 from __future__ import annotations
 
-import socket
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pyarrow import fs
 
 from invar_ray.errors import (
     ArtifactError,
@@ -19,48 +16,16 @@ from invar_ray.errors import (
     MissingArtifactError,
 )
 from invar_ray.store.artifacts import MANIFEST, Artifact, Building, Plan, Store, open_artifact
-
-pytestmark = pytest.mark.skipif(
-    not hasattr(fs, "S3FileSystem"), reason="this pyarrow has no S3FileSystem"
-)
+from tests.unit.conftest import S3
 
 PLAN = Plan("vectors", "demo", {"encoder": "abc"})
-BUCKET = "invar"
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    boto3 = pytest.importorskip("boto3")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-        }.items():
-            patch.setenv(name, value)
-        server.start()
-        try:
-            boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}").create_bucket(Bucket=BUCKET)
-            yield f"127.0.0.1:{port}"
-        finally:
-            server.stop()
 
 
 @pytest.fixture
-def store(endpoint: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any) -> Store:
+def store(s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: Any) -> Store:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     place = request.node.name
-    return Store(
-        f"s3://{BUCKET}/{place}/runs?endpoint_override={endpoint}&scheme=http&region=us-east-1"
-    )
+    return Store(s3(f"{place}/runs"))
 
 
 def fill(building: Building) -> None:
@@ -153,7 +118,7 @@ def test_deleted_manifest_makes_it_incomplete(store: Store) -> None:
         open_artifact(artifact.uri)
 
 
-def test_bucket_that_is_not_there(endpoint: str) -> None:
-    store = Store(f"s3://nowhere/runs?endpoint_override={endpoint}&scheme=http&region=us-east-1")
+def test_bucket_that_is_not_there(s3: S3) -> None:
+    store = Store(s3("runs", "nowhere"))
     with pytest.raises(ArtifactError, match="nowhere"):
         store.get_or_build(PLAN, lambda building: None)

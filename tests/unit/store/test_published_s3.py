@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import socket
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -16,42 +14,12 @@ from invar_ray.store.conditional import create_if_absent, replace
 from invar_ray.store.garbage import collect
 from invar_ray.store.published import Published, open_published
 from tests.publishing import make_generation, make_index
-
-pytestmark = pytest.mark.skipif(
-    not hasattr(fs, "S3FileSystem"), reason="this pyarrow has no S3FileSystem"
-)
-BUCKET = "invar"
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server_module = pytest.importorskip("moto.server", reason="moto[server] is not installed")
-    boto3 = pytest.importorskip("boto3")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=port, verbose=False)
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "testing",
-            "AWS_SECRET_ACCESS_KEY": "testing",
-            "AWS_DEFAULT_REGION": "us-east-1",
-            "AWS_EC2_METADATA_DISABLED": "true",
-            "NO_PROXY": "127.0.0.1",
-            "no_proxy": "127.0.0.1",
-        }.items():
-            patch.setenv(name, value)
-        server.start()
-        try:
-            boto3.client("s3", endpoint_url=f"http://127.0.0.1:{port}").create_bucket(Bucket=BUCKET)
-            yield f"127.0.0.1:{port}"
-        finally:
-            server.stop()
+from tests.unit.conftest import S3
 
 
 @pytest.fixture
-def root(endpoint: str, request: Any) -> str:
-    return f"s3://{BUCKET}/{request.node.name}?endpoint_override={endpoint}&scheme=http&region=us-east-1"
+def root(s3: S3, request: Any) -> str:
+    return s3(request.node.name)
 
 
 def place(root: str, name: str) -> str:
@@ -140,8 +108,8 @@ def test_publishers_at_once(root: str) -> None:
     assert winner.index == (indexes[1 + outcomes.index(2)].ref,)
 
 
-def test_bucket_that_is_not_there(endpoint: str) -> None:
-    uri = f"s3://nowhere/x/record?endpoint_override={endpoint}&scheme=http&region=us-east-1"
+def test_bucket_that_is_not_there(s3: S3) -> None:
+    uri = s3("x/record", "nowhere")
     with pytest.raises(
         ArtifactError, match=r"cannot write s3://nowhere/x/record.*check the bucket"
     ):

@@ -13,7 +13,7 @@ import pytest
 from invar_ray.config import load_config
 from invar_ray.errors import ConfigError, ResourceError
 from invar_ray.training.tracking import check_trackers, open_trackers
-from invar_ray.training.worker import _fault
+from invar_ray.training.worker import fault_of
 
 
 def scalars(folder: Path) -> dict[tuple[str, int], float]:
@@ -69,6 +69,8 @@ def test_trackers_are_scale_and_checked() -> None:
 
 
 def test_a_fault_names_what_is_not_finite() -> None:
-    assert _fault({"step": 3, "loss": 1.0, "gradient_norm": 0.5}) is None
-    bad = _fault({"step": 3, "loss": float("nan"), "gradient_norm": float("inf"), "accuracy": 1.0})
+    assert fault_of({"step": 3, "loss": 1.0, "gradient_norm": 0.5}) is None
+    bad = fault_of(
+        {"step": 3, "loss": float("nan"), "gradient_norm": float("inf"), "accuracy": 1.0}
+    )
     assert bad == "step 3: loss, gradient_norm not a finite number"
