@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from statistics import fmean
 from typing import Any
 
@@ -28,6 +28,7 @@ from invar_ray.models.base import (
     open_generator,
 )
 from invar_ray.models.generator import Generator
+from invar_ray.models.precision import Precision, made_in, torch_dtype
 from invar_ray.pipeline import Pipeline
 from invar_ray.questions.rules import RuleRewriter
 from invar_ray.schema import Answer, Example, Hit, Mode
@@ -93,7 +94,7 @@ class Rag:
         return open_retriever(
             self.index.uri,
             device=self._device,
-            open_base_tree=None if alone else self._tree,
+            open_base_tree=None if alone else partial(self._tree, made_in(self.index)),
             mode=self.mode,
         )
 
@@ -113,9 +114,16 @@ class Rag:
                     expected="a generator, trained by the run that cut its passages",
                     action="train it (invar-ray train generator), or name one",
                 )
-            made = open_base_generator(base, self.index.store, _BASE_CONTEXT, device=self._device)
+            made = open_base_generator(
+                base,
+                self.index.store,
+                _BASE_CONTEXT,
+                precision=made_in(self.index),
+                device=self._device,
+            )
         else:
-            made = open_generator(self._generator.uri, open_base_tree=self._tree)
+            tree = partial(self._tree, made_in(self._generator))
+            made = open_generator(self._generator.uri, open_base_tree=tree)
         return made
 
     def search(self, question: str, k: int | None = None) -> list[Hit]:
@@ -173,14 +181,14 @@ class Rag:
         pairs = [overlap_at_k(a, b, depth) for a, b in itertools.combinations(ids, 2)]
         return Stability(fmean(pairs) if pairs else 1.0, wordings, tuple(map(tuple, found)))
 
-    def _tree(self, base: BaseRef, store: Store) -> tuple[Any, Any]:
+    def _tree(self, precision: Precision, base: BaseRef, store: Store) -> tuple[Any, Any]:
         """Model and tokenizer; retriever and generator share the tensors of one base."""
-        source = base.folder_or_name(store)
-        if base.fingerprint not in self._bases:
-            self._bases[base.fingerprint] = load_causal_lm(
-                source, revision=base.revision, device=self._device
+        source, key = base.folder_or_name(store), f"{base.fingerprint} {precision}"
+        if key not in self._bases:
+            self._bases[key] = load_causal_lm(
+                source, revision=base.revision, dtype=torch_dtype(precision), device=self._device
             )
-        shared = share_base(self._bases[base.fingerprint])
+        shared = share_base(self._bases[key])
         return shared, load_tokenizer(source, base.revision)
 
 

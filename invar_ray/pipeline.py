@@ -22,6 +22,7 @@ from invar_ray.executor import Executor, OnRay
 from invar_ray.models.base import (
     BUILTIN_RETRIEVER,
     BaseRef,
+    layer_sizes,
     load_tokenizer,
     resolve_base,
     resolve_retriever_base,
@@ -33,6 +34,7 @@ from invar_ray.steps import (
     hits,
     index,
     passages,
+    precision,
     questions,
     readings,
     report,
@@ -50,7 +52,7 @@ class Pipeline:
     """All artifacts of a run, made on demand.
 
     Args:
-        config: the run.
+        config: the run; its precision may be ``auto``.
         quiet: print nothing.
         executor: where the work is done; by default here and on Ray, see
             :class:`invar_ray.executor.OnRay`.
@@ -61,7 +63,7 @@ class Pipeline:
     def __init__(
         self, config: Config, *, quiet: bool = False, executor: Executor | None = None
     ) -> None:
-        self.config = config
+        self._asked = config
         self.store = Store(config.storage.root_uri)
         self.executor = executor if executor is not None else OnRay(config.scale)
         self.seconds: dict[str, float] = {}
@@ -81,25 +83,39 @@ class Pipeline:
         self.executor.close()
 
     @cached_property
+    def config(self) -> Config:
+        """The run, its precision decided: before anything is named by it, once for a store."""
+        if self._asked.model.precision != "auto":
+            return self._asked
+        sizes, use_gpu = layer_sizes(self.base, self.store), self._asked.scale.use_gpu
+        decided, _ = self.store.get_or_build(
+            precision.plan(), lambda to: precision.build(to, sizes, use_gpu=use_gpu), alone=True
+        )
+        taken = precision.taken_in(decided)
+        self._say(f"precision auto: {taken}, and stays so in this store: {decided.info['because']}")
+        return replace(self._asked, model=replace(self._asked.model, precision=taken))
+
+    @cached_property
     def base(self) -> BaseRef:
         """The generator's base, resolved (a built-in one is written out); passages are cut in its
         tokens.
         """
-        return resolve_base(self.config.model, self._built("base model", self.config.model.base))
+        model = self._asked.model
+        return resolve_base(model, self._built("base model", model.base))
 
     @cached_property
     def retriever_base(self) -> BaseRef:
         """The retriever's base: the generator's, unless ``model.retriever_base`` names another."""
-        name = self.config.model.retriever_base
-        if name in (None, self.config.model.base):
+        name = self._asked.model.retriever_base
+        if name in (None, self._asked.model.base):
             return self.base
         return resolve_retriever_base(name, self._built("retriever's base", name))
 
     def _built(self, label: str, name: str) -> Artifact | None:
         if name not in BUILTIN_RETRIEVER:
             return None
-        plan = base.plan(self.config, name)
-        return self.step(label, plan, lambda to: base.build(to, self.config, name))
+        plan = base.plan(self._asked, name)
+        return self.step(label, plan, lambda to: base.build(to, self._asked, name))
 
     @property
     def bare_spec(self) -> EncoderSpec:

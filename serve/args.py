@@ -85,8 +85,10 @@ class AppArgs(Limits):
     num_cpus_per_replica: float = Field(
         0.5, ge=0, description="CPU share of a retriever or generator replica."
     )
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="Of both models; bf16 is for GPUs."
+    precision: Literal["fp32", "bf16"] | None = Field(
+        None,
+        description="Of both models; by default the one that each was made in, as its manifest "
+        "says.",
     )
     num_cpus_per_ingress: float = Field(0.1, ge=0, description="CPU share of an HTTP replica.")
     max_batch_size: int = Field(8, ge=1, description="Questions that a replica handles together.")

@@ -28,10 +28,12 @@ class ModelConfig:
     ModernBERT, e5, bge ..) or of another causal LM. An encoder pools as it was made to, ends texts
     its own way, and ``pooling`` is not looked at. [ours]
     """
-    precision: Literal["fp32", "bf16"] = "fp32"
-    """Precision of training and encoding; fp32 on CPU (bf16 is about ten times slower there).  It
-    enters the adapters' fingerprints; vectors of either precision agree within the tolerance of an
-    index's probes."""
+    precision: Literal["auto", "fp32", "bf16"] = "fp32"
+    """Precision of training (master weights stay in fp32), encoding and answering, on any device.
+    ``auto`` is bf16 where training has GPUs, else what this machine multiplies faster: measured
+    once (processors with avx512_bf16 or AMX: bf16, some four times), printed, and kept with the
+    store. What came of it enters fingerprints; indexes and adapters record it and are read in it.
+    """
     pooling: Literal["last", "mean"] = "last"
     """How a causal LM's token states become one vector: the last token's (published) or their mean
     (for the embedded base).

@@ -105,6 +105,11 @@ def _retriever_faults(config: Config) -> list[str]:
             "scale.zero_stage: 3 cannot shard a base in 4 bits; use 2 with "
             "experimental.model.quantize"
         )
+    if config.model.precision != "fp32" and config.scale.zero_stage == 0:
+        faults.append(
+            "scale.zero_stage: 0 keeps no moments of a parameter in bf16, so that no checkpoint "
+            "could be written; use 1, or model.precision fp32"
+        )
     if config.experimental.model.quantize and not config.scale.use_gpu:
         faults.append(
             "experimental.model.quantize: needs GPUs; set scale.use_gpu to true, or "

@@ -29,7 +29,7 @@ from transformers.utils.hub import cached_file
 from invar_ray.config import ModelConfig
 from invar_ray.errors import ModelError
 from invar_ray.models.pooling import Pooling
-from invar_ray.models.precision import torch_dtype
+from invar_ray.models.precision import made_in, torch_dtype
 from invar_ray.models.quantized import Quantize, check_quantize, quantization
 from invar_ray.models.trunk import is_causal, switch_dropout_off
 from invar_ray.store.artifacts import Artifact, Store, digest, open_artifact
@@ -305,6 +305,17 @@ def _load(
     return model
 
 
+def layer_sizes(ref: BaseRef, store: Store) -> tuple[int, int]:
+    """Sizes of a resolved base's hidden states and inside its MLP, without its weights.
+
+    Raises:
+        ModelError: if its description cannot be loaded.
+    """
+    found = _description(ref.folder_or_name(store), ref.revision)
+    width = int(found.hidden_size)
+    return width, int(getattr(found, "intermediate_size", 4 * width))
+
+
 def hidden_size(ref: BaseRef, store: Store) -> int:
     """H of a resolved base, without its weights.
 
@@ -340,7 +351,7 @@ one.
 def open_generator(
     generator_uri: str,
     *,
-    precision: str = "fp32",
+    precision: str | None = None,
     device: str = "cpu",
     open_base_tree: BaseOpener | None = None,
 ) -> Any:
@@ -348,7 +359,8 @@ def open_generator(
 
     Args:
         generator_uri: artifact of kind ``generator``; base and settings come from its manifest.
-        precision: of the weights, ``fp32`` or ``bf16``, on any device.
+        precision: of the weights, ``fp32`` or ``bf16``, on any device; ``None`` takes the one that
+            it was trained in.
         device: where it runs.
         open_base_tree: opens the base, on its device and in its precision (the two arguments are
             not looked at); ``None`` loads it for this generator alone.
@@ -367,7 +379,8 @@ def open_generator(
     artifact.verify()
     base = BaseRef(**artifact.info["base"])
     if open_base_tree is None:
-        model, tokenizer = open_base(base, artifact.store, torch_dtype(precision), device=device)
+        dtype = torch_dtype(precision or made_in(artifact))
+        model, tokenizer = open_base(base, artifact.store, dtype, device=device)
     else:
         model, tokenizer = open_base_tree(base, artifact.store)
     # Merged, a token takes fewer products; a tree that others share must stay as it is.

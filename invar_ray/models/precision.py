@@ -4,6 +4,7 @@ it is asked for.
 
 from __future__ import annotations
 
+import time
 from typing import Literal
 
 import torch
@@ -14,7 +15,8 @@ from invar_ray.store.artifacts import Artifact
 
 Precision = Literal["fp32", "bf16"]
 
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+_MEASURE_S = 0.3  # of each precision
 
 
 def torch_dtype(precision: str) -> torch.dtype:
@@ -23,9 +25,10 @@ def torch_dtype(precision: str) -> torch.dtype:
     Raises:
         ModelError: there is no such precision.
     """
-    if precision not in _DTYPES:
-        raise ModelError(f"there is no precision {precision!r}", expected=" or ".join(_DTYPES))
-    return _DTYPES[precision]
+    for name, dtype in _DTYPES.items():
+        if name == precision:
+            return dtype
+    raise ModelError(f"there is no precision {precision!r}", expected=" or ".join(_DTYPES))
 
 
 def inference_device(scale: ScaleConfig) -> str:
@@ -34,24 +37,64 @@ def inference_device(scale: ScaleConfig) -> str:
 
 
 def inference_precision(config: Config, kind: str = "llm") -> Precision:
-    """What a run encodes and answers in: ``model.precision`` on GPUs, fp32 on CPUs and for the
-    ``coarse`` encoder.
+    """What a run encodes and answers in: ``model.precision``; fp32 for the ``coarse`` encoder.
+    What was taken is recorded with the vectors; see :func:`made_in`.
 
-    A recipe that trains in bf16 on GPUs may embed on CPUs, most of which multiply bf16 some ten
-    times slower than fp32. Whoever wants bf16 on a CPU asks for it in so many words
-    (``open_encoder(.., precision="bf16")``).  What was taken is recorded with the vectors; see
-    :func:`made_in`.
+    Raises:
+        ModelError: ``auto`` was not resolved.
     """
-    return (
-        config.model.precision
-        if kind != "coarse" and config.scale.embed_gpus_per_worker > 0
-        else "fp32"
-    )
+    precision = config.model.precision
+    if kind == "coarse":
+        return "fp32"
+    if precision == "auto":
+        raise ModelError(
+            "model.precision is auto, which a Pipeline resolves",
+            expected="fp32 or bf16",
+            action="take the config of the Pipeline",
+        )
+    return precision
+
+
+def multiplication_rates(width: int, inner: int) -> dict[Precision, float]:
+    """GFLOP/s of one core in each precision, on products of a layer's forward and backward pass.
+
+    Args:
+        width: of the model's hidden states.
+        inner: of its MLP.
+
+    Takes about a second; processor time is counted, so that other work on the machine does not.
+    """
+    flops = 6 * width * inner
+    rows = max(64, min(1024, round(4e9 / flops)))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return {
+            name: rows * flops / _fastest_pass(rows, width, inner, dtype) / 1e9
+            for name, dtype in _DTYPES.items()
+        }
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _fastest_pass(rows: int, width: int, inner: int, dtype: torch.dtype) -> float:
+    """Seconds of the fastest of some passes, the first one left out."""
+    x, weight = torch.ones(rows, width, dtype=dtype), torch.ones(inner, width, dtype=dtype)
+    fastest, begin, passes = float("inf"), time.thread_time(), 0
+    while passes < 2 or time.thread_time() - begin < _MEASURE_S:
+        started = time.thread_time()
+        y = x @ weight.T  # forward
+        y @ weight  # the input's gradient
+        y.T @ x  # a weight's
+        passes += 1
+        if passes > 1:
+            fastest = min(fastest, max(1e-9, time.thread_time() - started))
+    return fastest
 
 
 def made_in(artifact: Artifact) -> Precision:
-    """The precision that the vectors of a ``vectors`` or ``index`` artifact were made in: the one
-    to read them in.
+    """The precision that a ``vectors`` or ``index`` artifact, or an adapter, was made in: the one
+    to read it in.
 
     Artifacts from before it was recorded are fp32.
     """

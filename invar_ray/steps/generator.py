@@ -51,6 +51,7 @@ def build(
         train(building, config, "generator", inputs, readings.store.root_uri)
     building.info |= {
         "base": reference,
+        "precision": config.model.precision,
         "max_context": config.generator.max_tokens,
         "max_new_tokens": config.generator.max_new_tokens,
     }

@@ -41,6 +41,7 @@ from invar_ray.evaluation.trec import file_name, write_qrels, write_run
 from invar_ray.evaluation.variance import known
 from invar_ray.executor import Executor
 from invar_ray.models.base import BaseRef
+from invar_ray.models.precision import inference_precision
 from invar_ray.steps.answers import AnswerTask, System, answer_all, answer_tasks
 from invar_ray.steps.hits import load_hits
 from invar_ray.steps.passages import load_documents
@@ -106,6 +107,7 @@ def plan(config: Config, systems: Sequence[System], changes: Sequence[Change] = 
             },
             "systems": [system.name for system in systems],
             "max_tokens": config.generator.max_tokens,
+            "precision": inference_precision(config),
         },
         parents=parents,
         version=VERSION,

@@ -67,7 +67,7 @@ def build(
         train(building, config, "retriever", inputs, trainset.store.root_uri, mine)
     if mine is not None:
         _tidy(building, trainset.store)
-    building.info |= {"encoder": spec.to_json()}
+    building.info |= {"encoder": spec.to_json(), "precision": config.model.precision}
 
 
 def encoder_of(adapter: Artifact) -> EncoderSpec:

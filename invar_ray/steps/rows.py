@@ -27,8 +27,8 @@ WINDOW_TOKENS = 64
 class _Graph(Protocol):
     """What the rows ask of :class:`invar_ray.pipeline.Pipeline`, which says what each is."""
 
-    config: Config
-
+    @property
+    def config(self) -> Config: ...
     @property
     def base(self) -> BaseRef: ...
     @property

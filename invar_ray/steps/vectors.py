@@ -70,7 +70,10 @@ def plan(
     return Plan(
         kind="vectors",
         name=name,
-        config={"encoder": spec.fingerprint},
+        config={
+            "encoder": spec.fingerprint,
+            "precision": inference_precision(config, spec.kind),
+        },
         parents=parents,
         version=VERSION,
     )
@@ -95,12 +98,6 @@ def build(
     """
     started, cpu = time.monotonic(), time.process_time()
     precision = inference_precision(config, spec.kind)
-    if spec.kind != "coarse" and precision != config.model.precision:
-        print(
-            f"  embedding on CPUs, so in {precision} (model.precision is {config.model.precision})",
-            file=sys.stderr,
-            flush=True,
-        )
     if spec.kind == "coarse":
         _warn_of_language(config, passages, spec)
     layout = make_layout(building, config, passages, spec)

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from invar_ray.config import SearchConfig
@@ -25,6 +26,8 @@ from serve.telemetry.tracing import Tracer
 if TYPE_CHECKING:  # imports torch: only replicas pay for that
     from invar_ray.answering.retriever import Retriever
     from invar_ray.models.generator import Generator
+    from invar_ray.models.precision import Precision
+    from invar_ray.store.artifacts import Artifact
 
 
 class SharedBase:
@@ -32,7 +35,7 @@ class SharedBase:
 
     Args:
         device: where it runs.
-        precision: ``fp32`` or ``bf16``.
+        precision: ``fp32`` or ``bf16``; ``None``: as each artifact was made.
         search: ``memory_map``, ``mode``, ``collapse``, see
             :func:`invar_ray.answering.retriever.open_retriever`.
     """
@@ -40,12 +43,12 @@ class SharedBase:
     def __init__(
         self,
         device: str = "cpu",
-        precision: str = "fp32",
+        precision: Precision | None = None,
         **search: Any,
     ) -> None:
         self._device, self._precision, self._search = device, precision, search
         self._lock = threading.Lock()
-        self._base: Any = None
+        self._bases: dict[str, Any] = {}  # one, unless they were made in two precisions
         self._fingerprint = ""
 
     def retriever(self, uri: str) -> Retriever:
@@ -58,22 +61,31 @@ class SharedBase:
         from invar_ray.answering.retriever import open_retriever
         from invar_ray.store.artifacts import open_artifact
 
-        shares = open_artifact(uri, "index").info["encoder"]["kind"] == "llm"
+        index = open_artifact(uri, "index")
+        shares = index.info["encoder"]["kind"] == "llm"
         return open_retriever(
             uri,
             device=self._device,
-            open_base_tree=self._tree if shares else None,
+            precision=self._precision,
+            open_base_tree=self._opener(index) if shares else None,
             **self._search,
         )
 
     def generator(self, uri: str) -> Generator:
         """The generator of a generator artifact; errors as :meth:`retriever`."""
         from invar_ray.models.base import open_generator
+        from invar_ray.store.artifacts import open_artifact
 
-        generator: Generator = open_generator(uri, open_base_tree=self._tree)
+        opener = self._opener(open_artifact(uri, "generator"))
+        generator: Generator = open_generator(uri, open_base_tree=opener)
         return generator
 
-    def _tree(self, ref: Any, store: Any) -> tuple[Any, Any]:
+    def _opener(self, artifact: Artifact) -> Callable[[Any, Any], tuple[Any, Any]]:
+        from invar_ray.models.precision import made_in
+
+        return partial(self._tree, self._precision or made_in(artifact))
+
+    def _tree(self, precision: Precision, ref: Any, store: Any) -> tuple[Any, Any]:
         """A module tree over the shared tensors, and a tokenizer of its own (a tokenizer does not
         bear two threads).
         """
@@ -83,21 +95,21 @@ class SharedBase:
 
         source = ref.folder_or_name(store)
         with self._lock:
-            if self._base is None:
-                self._base = load_causal_lm(
-                    source,
-                    revision=ref.revision,
-                    dtype=torch_dtype(self._precision),
-                    device=self._device,
-                )
-                self._fingerprint = ref.fingerprint
+            self._fingerprint = self._fingerprint or ref.fingerprint
             if ref.fingerprint != self._fingerprint:
                 raise MixedArtifactsError(
                     f"the artifact's base is {ref.fingerprint}, this replica's {self._fingerprint}",
                     expected="an index and a generator of one base",
                     action="serve them in the split topology, or reindex with the generator's base",
                 )
-            return share_base(self._base), load_tokenizer(source, ref.revision)
+            if precision not in self._bases:
+                self._bases[precision] = load_causal_lm(
+                    source,
+                    revision=ref.revision,
+                    dtype=torch_dtype(precision),
+                    device=self._device,
+                )
+            return share_base(self._bases[precision]), load_tokenizer(source, ref.revision)
 
 
 class ColocatedReplica(RetrieverReplica):
@@ -114,7 +126,7 @@ class ColocatedReplica(RetrieverReplica):
         self,
         generator_uri: str,
         device: str = "cpu",
-        precision: str = "fp32",
+        precision: Precision | None = None,
         max_batch_size: int = 8,
         batch_wait_s: float = 0.005,
         *,

@@ -63,7 +63,7 @@ class AnswerEngine(Protocol):
         ...
 
 
-def load_generator(uri: str, device: str = "cpu", precision: Precision = "fp32") -> Generator:
+def load_generator(uri: str, device: str = "cpu", precision: Precision | None = None) -> Generator:
     """The generator of a generator artifact."""
     from invar_ray.models.base import open_generator
 

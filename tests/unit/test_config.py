@@ -63,7 +63,7 @@ DIFFER: dict[str, dict[str, Any]] = {
     "demo": {
         "questions": {"train_limit": 1000, "dev_limit": 400},
         "rewrites": {"provider": "given", "num_windows": 0},
-        "model": SMALL | {"base": "builtin:smollm2", "retriever_layers": 4},
+        "model": SMALL | {"base": "builtin:smollm2", "precision": "auto", "retriever_layers": 4},
         "retriever": {
             "lora": LORA,
             "optimizer": {"learning_rate": 2e-3, "warmup_steps": 6},
@@ -128,7 +128,7 @@ DIFFER: dict[str, dict[str, Any]] = {
         "storage": {"root_uri": "runs/smollm2"},
         "corpus": {"uri": "corpus.jsonl.gz"},
         "questions": {"train_uri": "train.jsonl.gz", "dev_uri": "dev.jsonl.gz"},
-        "model": {"base": "builtin:smollm2"},
+        "model": {"base": "builtin:smollm2", "precision": "auto"},
         "retriever": {"steps": 2000, "global_batch_size": 64},
         "generator": {"steps": 2000},
         "scale": {"num_workers": 1, "checkpoint_every": 200},
@@ -152,7 +152,12 @@ DIFFER["minilm"] = _demo | {
     "name": "minilm",
     "storage": {"root_uri": "runs/minilm"},
     "model": SMALL
-    | {"base": "builtin:smollm2", "retriever_base": "builtin:minilm", "passage_max_tokens": 160},
+    | {
+        "base": "builtin:smollm2",
+        "precision": "auto",
+        "retriever_base": "builtin:minilm",
+        "passage_max_tokens": 160,
+    },
     "retriever": _demo["retriever"]
     | {
         "lora": {key: value for key, value in LORA.items() if key != "target_modules"},

@@ -357,30 +357,21 @@ def test_generators_answer_in_the_precision_asked_for(small: World) -> None:
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["base", "stage 2"])
-def test_evaluation_answers_on_gpus_in_the_models_precision(
-    small: World, monkeypatch: pytest.MonkeyPatch, trained: bool
-) -> None:
+def test_evaluation_answers_in_the_models_precision(small: World, trained: bool) -> None:
     uri = generator_of(small).uri if trained else ""
-    config = replace(
+    full = replace(
         small.config,
-        model=replace(small.config.model, precision="bf16"),
         generator=replace(small.config.generator, max_tokens=64, max_new_tokens=4),
     )
-    on_gpus = replace(config, scale=replace(config.scale, embed_gpus_per_worker=1.0))
-    # Stands for the GPU: all else is what an actor with one does.
-    monkeypatch.setattr(
-        answering,
-        "inference_device",
-        lambda scale: "cpu:0" if scale.embed_gpus_per_worker else "cpu",
-    )
+    half = replace(full, model=replace(full.model, precision="bf16"))
     row = {"block": 0, "questions": ["Who built the lighthouse of Garsa?"], "hits": [[]]}
     found = {}
-    for name, settings in {"cpu": config, "gpu": on_gpus}.items():
+    for name, settings in {"fp32": full, "bf16": half}.items():
         block = answering.AnswerBlock(small.store.root_uri, asdict(small.base), uri, settings)
         found[name] = block._generator.model.dtype, block(row)["answers"][0]["confidence"]
-    assert [found[name][0] for name in ("cpu", "gpu")] == [torch.float32, torch.bfloat16]
-    assert found["cpu"][1] != found["gpu"][1]
-    assert found["cpu"][1] == pytest.approx(found["gpu"][1], abs=0.5)
+    assert [found[name][0] for name in found] == [torch.float32, torch.bfloat16]
+    assert found["fp32"][1] != found["bf16"][1]
+    assert found["fp32"][1] == pytest.approx(found["bf16"][1], abs=0.5)
 
 
 def test_layers_below_the_first_get_no_adapter_and_no_gradient(tmp_path: Path) -> None:

@@ -320,13 +320,15 @@ def test_there_is_no_other_precision(small: World) -> None:
         open_encoder(small.base_spec, small.store, precision="fp16")
 
 
-def test_a_run_infers_in_its_models_precision_on_gpus_and_in_fp32_on_cpus() -> None:
+def test_a_run_infers_in_its_models_precision_on_any_device() -> None:
     config = replace(Config(), model=ModelConfig(precision="bf16"))
     on_gpus = replace(config, scale=replace(config.scale, embed_gpus_per_worker=1.0))
-    assert (inference_precision(config), inference_device(config.scale)) == ("fp32", "cpu")
+    assert (inference_precision(config), inference_device(config.scale)) == ("bf16", "cpu")
     assert (inference_precision(on_gpus), inference_device(on_gpus.scale)) == ("bf16", "cuda")
     assert inference_precision(on_gpus, "coarse") == "fp32"
     assert inference_precision(replace(on_gpus, model=ModelConfig())) == "fp32"
+    with pytest.raises(ModelError, match="a Pipeline resolves"):
+        inference_precision(replace(config, model=ModelConfig(precision="auto")))
 
 
 # Descriptions
