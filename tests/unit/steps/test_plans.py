@@ -212,7 +212,7 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("model.query_prefix", "query: ", BASE_ENCODER),
     ("model.passage_max_tokens", 64, BASE_ENCODER),
     ("model.projection_dim", 32, AFTER_RETRIEVER),
-    ("model.precision", "bf16", AFTER_RETRIEVER),
+    ("model.precision", "bf16", BASE_ENCODER),
     ("experimental.coarse.document_weight", 0.5, AFTER_TRAINSET),
     ("retriever.num_hard_negatives", 3, AFTER_TRAINSET),
     ("experimental.retriever.mining_depth", 9, AFTER_TRAINSET),
