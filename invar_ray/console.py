@@ -1,72 +1,241 @@
-"""One line of progress now and then: done, rate, time left.  Works in terminals and in job logs
-alike.
+"""What a run says: one line a finished step, how far the run is and how long it will still take.
+
+On a terminal the last line moves; in a file or a job's log nothing does, and a long step says where
+it stands every half minute.  What only helps to find a fault is said with ``-v``
+(:func:`detail`).  Workers of a local Ray hand their lines to the driver, which knows the run
+(:func:`from_worker`); what else they print, Ray's own notices above all, is shown with ``-v`` only.
 """
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
+import threading
 import time
 import warnings
+from collections.abc import Iterable
+from typing import Any
 
+_VERBOSE = "INVAR_VERBOSE"
 _QUIET = {
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
+_LOG_EVERY_S = 30.0
+_WORKER_EVERY_S = 1.0
+_WORTH_A_LINE_S = 1.0
+"""A step that took less is counted, and printed with ``-v`` only."""
+_AS_LINE, _AS_PROGRESS = "invar-says ", "invar-progress "
+
+in_worker = False
+"""Set in the processes of a local Ray: what they say goes to the driver."""
+
+
+def set_verbose() -> None:
+    """Say everything, in this process and in those that it starts."""
+    os.environ[_VERBOSE] = "1"
+
+
+def is_verbose() -> bool:
+    """Whether everything is said."""
+    return os.environ.get(_VERBOSE) == "1"
+
+
+def say(text: str) -> None:
+    """A line on standard error, above the one that moves."""
+    if in_worker:
+        print(f"{_AS_LINE}{text}", flush=True)
+    else:
+        run.line(text)
+
+
+def detail(text: str) -> None:
+    """A line that only helps to find a fault, or to tune a run."""
+    if is_verbose():
+        say(text)
+
+
+def from_worker(line: str) -> None:
+    """A line that a worker of a local Ray printed: its progress, something to say, or noise."""
+    if line.startswith(_AS_PROGRESS):
+        run.progress(**json.loads(line.removeprefix(_AS_PROGRESS)))
+    elif line.startswith(_AS_LINE):
+        run.line(line.removeprefix(_AS_LINE))
+    else:
+        detail(f"  worker: {line}")
 
 
 def quieten_libraries() -> None:
     """For entry points: no progress bars and notices of other libraries between a run's own lines.
     It imports none of them: they read the environment when they are imported.
     """
+    if is_verbose():
+        return
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     if "transformers" in sys.modules:  # too late for the environment
         notices = sys.modules["transformers"].utils.logging
         notices.disable_progress_bar()
         notices.set_verbosity_error()
-    for place in ("pypdf", "DeepSpeed"):  # they speak of every oddity that they mend
-        logging.getLogger(place).setLevel(logging.CRITICAL)
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it speaks of every oddity that it mends
+    # DeepSpeed sets its own level when it is imported; a filter stays.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning)
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
+def duration(seconds: float) -> str:
+    """``40 s``, ``3 min`` or ``2 h 10 min``."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+class Run:
+    """The steps of a run, of which some are done: what is said about them.
+
+    There is one a process (:data:`run`); its methods may be called from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._live: Any = None
+        self.expect(())
+
+    def expect(self, steps: Iterable[tuple[str, float]]) -> None:
+        """What will be done: (label, seconds that it may take); replaces what was expected."""
+        with self._lock:
+            self._left = dict(steps)
+            self._total, self._done = len(self._left), 0
+            self._took = self._guessed = 0.0
+            self._label, self._started, self._share = "", time.monotonic(), 0.0
+            self._said = time.monotonic()
+
+    def begin(self, label: str) -> None:
+        """A step begins."""
+        with self._lock:
+            self._label, self._share = label, 0.0
+            self._started = self._said = time.monotonic()
+            detail(f"{label} ...")
+            self._show("")
+
+    def end(self, label: str, note: str = "", *, reused: bool = False) -> None:
+        """A step is done; ``note`` is said with ``-v``, ``reused``: it stood already."""
+        with self._lock:
+            seconds = 0.0 if reused else time.monotonic() - self._started
+            guess = self._left.pop(label, None)
+            self._done += guess is not None
+            if guess is not None and not reused:
+                self._took, self._guessed = self._took + seconds, self._guessed + guess
+            self._label = ""
+            if is_verbose() or (seconds >= _WORTH_A_LINE_S and not reused):
+                count = f"[{self._done:>2}/{self._total}] " if guess is not None else ""
+                what = "stands" if reused else duration(seconds)
+                text = f"{count}{label}: {what}{f' -> {note}' if note and is_verbose() else ''}"
+                left = self.seconds_left()
+                self.line(f"{text:<66} {f'about {duration(left)} left' if left else ''}".rstrip())
+            self._hide()
+
+    def progress(self, label: str, done: int, total: int, unit: str, note: str = "") -> None:
+        """How far the present step is."""
+        with self._lock:
+            self._share = done / total if total else 0.0
+            of = f"/{total:,}" if total else ""
+            text = f"{label}: {done:,}{of} {unit}{f', {note}' if note else ''}"
+            self._show(text)
+            now = time.monotonic()
+            if not _is_terminal() and now - self._said >= _LOG_EVERY_S and done < (total or done):
+                self._said = now
+                left = self.seconds_left()
+                self.line(f"  {text}{f'; about {duration(left)} left in all' if left else ''}")
+
+    def seconds_left(self) -> float:
+        """Of all steps that are expected, by how long those took that are done; 0: not known."""
+        with self._lock:
+            left = dict(self._left)
+            now = left.pop(self._label, 0.0) if self._label else 0.0
+            speed = self._took / self._guessed if self._guessed else 1.0
+            passed = time.monotonic() - self._started
+            if now and self._share > 0:
+                here = passed / self._share * (1 - self._share)
+            else:
+                here = max(0.0, speed * now - passed)
+            return here + speed * sum(left.values())
+
+    def line(self, text: str) -> None:
+        """A line that stays."""
+        with self._lock:
+            if self._live is not None:
+                self._live.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, file=sys.stderr, flush=True)
+
+    def stop(self) -> None:
+        """Leave the terminal as it was: something failed, or asks for it."""
+        with self._lock:
+            self._hide()
+
+    def _show(self, text: str) -> None:
+        """The line that moves, on a terminal; rich is imported only there."""
+        if not _is_terminal():
+            return
+        if self._live is None:
+            from rich.console import Console
+            from rich.live import Live
+
+            self._live = Live(console=Console(stderr=True), transient=True, refresh_per_second=4)
+            self._live.start()
+        left = self.seconds_left()
+        parts = [f"[{self._done + 1}/{self._total}] " if self._total else "", text or self._label]
+        parts.append(f"   about {duration(left)} left in all" if left else "")
+        from rich.text import Text
+
+        self._live.update(Text("".join(parts), overflow="ellipsis", no_wrap=True, style="dim"))
+
+    def _hide(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+
+run = Run()
+
+
+def _is_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+
+
 class Progress:
-    """Prints ``label: done/total unit, rate, ETA`` at most every ``every_s`` seconds, and once at
-    the end.
+    """How far a piece of work is: said by :data:`run` here, handed to the driver in a worker.
 
     Args:
         label: what is going on.
         total: how much there is; 0 if unknown.
         unit: of what.
-        done: how much stood before (resumed work does not count for the rate).
+        done: how much stood before.
     """
 
-    def __init__(
-        self, label: str, total: int, unit: str, *, done: int = 0, every_s: float = 5.0
-    ) -> None:
-        self.label, self._total, self._unit, self._every_s = label, total, unit, every_s
-        self._done = self._start_done = done
-        self._start = self._last = time.monotonic()
+    def __init__(self, label: str, total: int, unit: str, *, done: int = 0) -> None:
+        self.label, self._total, self._unit, self._done = label, total, unit, done
+        self._last = float("-inf")
 
     def advance(self, count: int, note: str = "") -> None:
         """``count`` more are done."""
         self._done += count
+        values = {
+            "label": self.label,
+            "done": self._done,
+            "total": self._total,
+            "unit": self._unit,
+            "note": note,
+        }
         now = time.monotonic()
-        if now - self._last >= self._every_s or (self._total and self._done >= self._total):
+        if not in_worker:
+            run.progress(**values)  # type: ignore[arg-type]
+        elif now - self._last >= _WORKER_EVERY_S or self._done >= self._total:
             self._last = now
-            self._print(now, note)
-
-    def _print(self, now: float, note: str) -> None:
-        elapsed = max(now - self._start, 1e-9)
-        rate = (self._done - self._start_done) / elapsed
-        of = f"/{self._total:,}" if self._total else ""
-        parts = [f"{self.label}: {self._done:,}{of} {self._unit}", f"{rate:,.1f} {self._unit}/s"]
-        if self._total and rate > 0:
-            left = (self._total - self._done) / rate
-            parts.append(f"ETA {left:.0f} s" if left > 0 else f"took {elapsed:.0f} s")
-        if note:
-            parts.append(note)
-        print("  " + ", ".join(parts), file=sys.stderr, flush=True)
+            print(f"{_AS_PROGRESS}{json.dumps(values)}", flush=True)

@@ -317,7 +317,7 @@ def _one_error(error: BaseException, label: str) -> InvarError:
     ]
     return ResourceError(
         f"{label} failed: {(raised or lines[-1:])[0].strip()}",
-        action="see the workers' log above; a re-run keeps what is finished and goes on from there",
+        action="run it again with -v to see the workers' log; what is finished stands",
     )
 
 

@@ -7,7 +7,7 @@ missing, and nothing else.  The demo, the jobs and the command line all call it.
 from __future__ import annotations
 
 import contextlib
-import sys
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,10 +15,11 @@ from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 
+from invar_ray import console
 from invar_ray.config import Config
 from invar_ray.errors import ArtifactError
 from invar_ray.evaluation.report import Report, read_report, write_report
-from invar_ray.executor import Executor, OnRay
+from invar_ray.executor import Executor, Here, OnRay
 from invar_ray.models.base import (
     BUILTIN_RETRIEVER,
     BaseRef,
@@ -28,6 +29,7 @@ from invar_ray.models.base import (
     resolve_retriever_base,
 )
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec
+from invar_ray.outline import Goal, outline
 from invar_ray.steps import (
     base,
     generator,
@@ -349,20 +351,76 @@ class Pipeline:
         started, cpu = time.monotonic(), time.process_time()
 
         def timed(building: Building) -> None:
-            self._say(f"{label} ...")
+            if not self._quiet:
+                console.run.begin(label)
             body(building)
 
-        artifact, reused = self.store.get_or_build(plan, timed, resumable=resumable, alone=True)
-        if reused:
-            if label not in self.reused:
-                self.reused.append(label)
-                self._say(f"{label}: re-used {artifact.ref}")
-        else:
+        try:
+            made = self.store.get_or_build(plan, timed, resumable=resumable, alone=True)
+        except BaseException:
+            console.run.stop()
+            raise
+        artifact, reused = made
+        if not reused:
             self.seconds[label] = round(time.monotonic() - started, 2)
             self.cpu_seconds[label] = round(time.process_time() - cpu, 2)
-            self._say(f"{label}: {self.seconds[label]:.1f} s -> {artifact.ref}")
+        elif label in self.seconds or label in self.reused:
+            return artifact  # asked for again
+        else:
+            self.reused.append(label)
+        if not self._quiet:
+            console.run.end(label, artifact.ref, reused=reused)
         return artifact
+
+    def announce(self, goal: Goal) -> None:
+        """Read corpus and questions, then say what is to be done on the way to a goal, and how long
+        it may take.
+        """
+        self.check_questions()
+        counts = [len(questions.load_examples(self.questions, split)) for split in ("train", "dev")]
+        bases = self.retriever_base, self.base
+        size = self.passages.info["passages"]
+        steps = outline(self.config, bases, self.store, goal, size, *counts)
+        standing = _standing(self.config, goal)
+        missing = [(label, seconds) for label, seconds in steps if label not in standing]
+        console.run.expect(missing)
+        if missing and not self._quiet:
+            seconds = sum(seconds for _, seconds in missing)
+            told = f"{len(missing)} steps, about {console.duration(seconds)} on two idle cores"
+            if len(missing) < len(steps):
+                told += f"; {len(steps) - len(missing)} more stand from an earlier run"
+            self._say(f"{told}:")
+            slow = [f"{label} {console.duration(s)}" for label, s in missing if s >= 10]
+            self._say(
+                textwrap.fill(", ".join(slow), 96, initial_indent="  ", subsequent_indent="  ")
+            )
 
     def _say(self, text: str) -> None:
         if not self._quiet:
-            print(text, file=sys.stderr, flush=True)
+            console.say(text)
+
+
+class _Missing(Exception):
+    """An artifact is not there."""
+
+
+class _Dry(Pipeline):
+    """Opens what stands and makes nothing."""
+
+    def step(
+        self, label: str, plan: Plan, body: Callable[[Building], None], *, resumable: bool = False
+    ) -> Artifact:
+        """The artifact of a plan, where it stands."""
+        found = self.store.find(plan)
+        if found is None:
+            raise _Missing
+        self.reused.append(label)
+        return found
+
+
+def _standing(config: Config, goal: Goal) -> list[str]:
+    """Labels of the steps before the first that is missing."""
+    dry = _Dry(config, quiet=True, executor=Here())
+    with contextlib.suppress(_Missing):
+        getattr(dry, goal)
+    return dry.reused

@@ -8,13 +8,17 @@ import math
 import os
 import shutil
 import signal
+import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
+from invar_ray import console
 from invar_ray.config import ScaleConfig
 from invar_ray.errors import ResourceError
 
@@ -46,6 +50,7 @@ def quieten_worker() -> None:
     place = "ray.train.v2._internal.execution"
     logging.getLogger(f"{place}.controller.placement_group_cleaner").setLevel(logging.ERROR)
     logging.getLogger(f"{place}.context").setLevel(logging.WARNING)
+    console.in_worker = True
 
 
 @contextlib.contextmanager
@@ -123,6 +128,13 @@ class RaySession:
         # Ray takes the machine's outer address on Linux, and its ports let whoever reaches them run
         # code. This is its switch for other systems, where it stays on loopback.
         ray_constants.ENABLE_RAY_CLUSTER = False
+        with _no_notices_of_the_core():
+            self._init_local()
+        # What workers print goes through the console instead of Ray's own printer.
+        global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
+        global_worker_stdstream_dispatcher.add_handler("invar_ray", _hear)
+
+    def _init_local(self) -> None:
         ray.init(
             address="local",  # never one that somebody else left an address of
             num_cpus=_local_cpus(self._scale),
@@ -132,6 +144,7 @@ class RaySession:
             _temp_dir=self._folder,
             runtime_env={
                 "env_vars": _WORKER_ENV
+                | ({"INVAR_VERBOSE": "1"} if console.is_verbose() else {})
                 | ({} if self._scale.use_gpu else {"DS_ACCELERATOR": "cpu"}),
                 "worker_process_setup_hook": "invar_ray.session.quieten_worker",
             },
@@ -143,9 +156,37 @@ class RaySession:
         if self._started or self._folder is not None:
             ray.shutdown()
             self._started = False
+        global_worker_stdstream_dispatcher.remove_handler("invar_ray")
         if self._folder is not None:
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
+
+
+@contextlib.contextmanager
+def _no_notices_of_the_core() -> Iterator[None]:
+    """Start Ray so that its C++ side writes no notices between a run's lines: with its level set,
+    which it reports itself, on the standard error that is turned away for that long.  What fails is
+    raised, and stands in Ray's own files.
+    """
+    if console.is_verbose():
+        yield
+        return
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
+    sys.stderr.flush()
+    kept = os.dup(2)
+    try:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
+def _hear(batch: dict[str, Any]) -> None:
+    """Lines of one worker, as Ray's log monitor hands them on."""
+    for line in batch["lines"]:
+        console.from_worker(line)
 
 
 def _local_cpus(scale: ScaleConfig) -> int:

@@ -5,19 +5,21 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+import textwrap
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from invar_ray import console
 from invar_ray.cli.ask import ask_service, print_answer
 from invar_ray.cli.serving import start_service, stop_service
 from invar_ray.config import Config
 from invar_ray.corpus.sources import BUILTIN_FACTS
 from invar_ray.evaluation.metrics import OVERLAP_K
-from invar_ray.evaluation.page import findings
-from invar_ray.evaluation.report import write_report
+from invar_ray.evaluation.page import headline
+from invar_ray.evaluation.report import Row, write_report
 from invar_ray.evaluation.tables import render_tables
 from invar_ray.pipeline import Pipeline
 from invar_ray.steps.questions import load_examples
@@ -40,22 +42,21 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
     """
     started = time.monotonic()
     with Pipeline(config) as pipeline:
+        pipeline.announce("report")
         report = pipeline.run()
         Published(pipeline.store).publish([pipeline.index], verify=False)
         folder = (
             Path(pipeline.store.root) if pipeline.store.is_local else Path("runs") / config.name
         )
-        print(f"\n{render_tables(report.rows, OVERLAP_K)}\n")
-        print("".join(f"{text}\n" for text in findings(report, OVERLAP_K)))
         asked = question or _default_question(pipeline)
         pipeline.executor.connect()
         try:
             served = time.monotonic()
-            url = start_service(pipeline.index, pipeline.generator, config, log_level="WARNING")
-            print(f"question: {asked}", flush=True)
+            console.run.begin("serve and answer")
+            url = start_service(pipeline.index, pipeline.generator, config, log_level="ERROR")
             answer = ask_service(url, asked, None, None)
+            console.run.end("serve and answer")
             seconds = {**report.seconds, "serve and answer": round(time.monotonic() - served, 2)}
-            print_answer(answer)
             written = write_report(
                 replace(report, seconds=seconds, answer=_for_report(asked, answer)),
                 folder / "report.json",
@@ -65,20 +66,29 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
                 if pipeline.store.is_local
                 else pipeline.report.uri
             )
-            print(f"\nreport: {pipeline.report.path('report.html')}\nnumbers: {written}")
-            if pipeline.reused:
-                print(
-                    f"re-used {len(pipeline.reused)} artifacts of an earlier run: "
-                    f"{', '.join(pipeline.reused)}"
-                )
-            print(f"took {time.monotonic() - started:.0f} s")
+            print(f"\n{render_tables(_main_rows(report.rows), OVERLAP_K)}\n")
+            print("\n".join(textwrap.fill(text, 100) for text in headline(report, OVERLAP_K)[-1:]))
+            print(f"\nquestion: {asked}")
+            print_answer(answer)
+            print(f"\nreport: {pipeline.report.path('report.html')}; numbers: {written}")
+            stands = len(pipeline.reused)
+            print(
+                f"took {console.duration(time.monotonic() - started)}"
+                + (f"; {stands} steps stand from an earlier run" if stands else "")
+            )
             if keep:
                 print(f"\nserving at {url} until Ctrl-C", flush=True)
                 while True:
                     time.sleep(1)
         finally:
             stop_service()
-    print(f"everything is shut down\n\n{what_next(config, report_uri)}")
+    print(f"everything is shut down; {what_next(config, report_uri)}")
+
+
+def _main_rows(rows: Sequence[Row]) -> list[Row]:
+    """The rows that fit a screen; the report has all."""
+    shown = ("BM25", "MiniLM", "base", "stage 1", "both stages")
+    return [row for row in rows if row.system in shown]
 
 
 def _default_question(pipeline: Pipeline) -> str:

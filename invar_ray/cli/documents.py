@@ -2,31 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import shlex
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
+from invar_ray.answering.bm25 import Bm25
+from invar_ray.answering.current import current_index
+from invar_ray.answering.retriever import open_retriever
 from invar_ray.config import Config
 from invar_ray.corpus.readlog import ReadLog, echo_lines
-from invar_ray.errors import DataError
+from invar_ray.errors import ArtifactError, DataError
 from invar_ray.models.encoder import EncoderSpec, llm_spec
 from invar_ray.pipeline import Pipeline
 from invar_ray.questions.asking import ask_for_questions
 from invar_ray.questions.llm import ChatEndpoint
 from invar_ray.questions.making import (
     MadeQuestion,
+    findable,
     make_questions,
     split_by_document,
     without_clashes,
 )
 from invar_ray.steps.passages import load_documents, load_skipped, read_corpus
-from invar_ray.store.artifacts import Artifact, open_artifact
+from invar_ray.store.artifacts import Artifact, Store, open_artifact
 from invar_ray.store.published import Published
+
+_FOUND_AMONG = 5
+"""A question is kept if its document is among so many."""
 
 
 def index_documents(config: Config, adapter_uri: str | None, options: str = "") -> Artifact:
@@ -64,6 +73,7 @@ def index_documents(config: Config, adapter_uri: str | None, options: str = "") 
         )
     if adapter is None:
         _say("the base finds passages without having been trained on these documents")
+        options += "--untrained "
     _say(f"\nask:    invar-ray ask {options}{shlex.quote(_some_question(passages))}")
     corpus = shlex.quote(config.corpus.uri)
     _say(
@@ -99,16 +109,23 @@ def write_questions(
     """
     log = ReadLog(echo=True)
     texts: dict[str, str] = {}
+    titles: dict[str, str] = {}
+    asked: set[str] = set()
     found: list[MadeQuestion] = []
     for document in read_corpus(config, log):
         if endpoint is None:
             made = make_questions(document, most=per_document, seed=config.seed)
         else:
             made = ask_for_questions(document, endpoint, most=per_document, seed=config.seed)
-        if made:
-            texts[document.id] = document.text
+        texts[document.id], titles[document.id] = document.text, document.title
+        asked.update([document.id] if made else [])
         found += made
-    kept = without_clashes(found)
+    unlike = without_clashes(found)
+    kept = findable(unlike, _searches(config, titles, texts))
+    if len(kept) < len(unlike):
+        lost = next(each for each in unlike if each not in kept).example.question
+        _say(f"left out {len(unlike) - len(kept)} questions that do not find their document")
+        _say(f"  (first: {lost})")
     if len(kept) < 2:
         raise DataError(
             f"{config.corpus.uri} gave {len(kept)} questions",
@@ -131,7 +148,7 @@ def write_questions(
             f"{file}: {len(part):,} questions "
             f"({', '.join(f'{count} {kind}' for kind, count in kinds)})"
         )
-    if len(texts) == 1:
+    if len(asked) == 1:
         _say(
             "only one document gave questions: dev is its last part, so the dev figures will "
             "flatter"
@@ -146,6 +163,31 @@ def write_questions(
         f"questions.dev_uri={shlex.quote(str(files[1]))} storage.root_uri={root}\n"
     )
     return files
+
+
+def _searches(
+    config: Config, titles: Mapping[str, str], texts: Mapping[str, str]
+) -> list[Callable[[list[str]], list[list[str]]]]:
+    """What looks for the documents of questions: BM25, and the retriever of the corpus's index
+    where it has one.
+    """
+    ids = list(texts)
+    words = Bm25([f"{titles[name]} {texts[name]}" for name in ids])
+
+    def by_words(questions: list[str]) -> list[list[str]]:
+        return [[ids[row] for row, _ in found] for found in words.search(questions, _FOUND_AMONG)]
+
+    searches: list[Callable[[list[str]], list[list[str]]]] = [by_words]
+    with contextlib.suppress(ArtifactError):  # nothing is indexed yet
+        index = current_index(Store(config.storage.root_uri), config.corpus.uri)
+        retriever = open_retriever(index.uri)
+        searches.append(
+            lambda questions: [
+                [hit.document_id for hit in hits]
+                for hits in retriever.retrieve(questions, _FOUND_AMONG)
+            ]
+        )
+    return searches
 
 
 def choose_adapter(pipeline: Pipeline, wanted: str | None) -> Artifact | None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shlex
+import sys
+import textwrap
 from functools import partial
 from typing import Annotated, Any
 
@@ -14,7 +16,8 @@ from invar_ray import __version__
 from invar_ray.cli.errors import explain_errors
 from invar_ray.cli.versions import versions_app
 from invar_ray.config import Config, load_config
-from invar_ray.errors import ResourceError
+from invar_ray.console import set_verbose
+from invar_ray.errors import DataError, ResourceError
 
 app = typer.Typer(
     help="Invariant retrieval-augmented generation on Ray: index, train, evaluate, serve, ask.",
@@ -37,7 +40,12 @@ Overrides = Annotated[
 @app.callback(invoke_without_command=True)
 def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Say everything, Ray's and workers' lines too.")
+    ] = False,
 ) -> None:
+    if verbose:
+        set_verbose()
     if version:
         print(__version__)
         raise typer.Exit
@@ -59,8 +67,18 @@ def demo(
     run_demo(load_config(config, ["serve.port=0", *(overrides or [])]), question, keep=keep)
 
 
+def _corpus_is_there(corpus: str, *_: Any, **__: Any) -> None:
+    if "://" not in corpus and not corpus.startswith("builtin:"):
+        place = os.path.expanduser(corpus)
+        if not os.path.exists(place):
+            raise DataError(
+                f"no file or folder {corpus}",
+                action="check the path; relative paths start where you run the command",
+            )
+
+
 @app.command()
-@explain_errors
+@partial(explain_errors, early=_corpus_is_there)
 def index(
     corpus: Annotated[str, typer.Argument(help="File, folder or URI of documents.")],
     overrides: Overrides = None,
@@ -83,7 +101,7 @@ def index(
 
 
 @app.command()
-@explain_errors
+@partial(explain_errors, early=_corpus_is_there)
 def questions(
     corpus: Annotated[str, typer.Argument(help="File, folder or URI of documents.")],
     overrides: Overrides = None,
@@ -136,6 +154,7 @@ def train(
     if stage not in {"retriever", "generator", "both"}:
         raise typer.BadParameter(f"{stage!r} is not a stage: retriever, generator or both")
     with Pipeline(load_config(config, overrides or [])) as pipeline:
+        pipeline.announce("retriever" if stage == "retriever" else "generator")
         if stage in {"retriever", "both"}:
             print(pipeline.retriever.uri)
         if stage in {"generator", "both"}:
@@ -149,10 +168,14 @@ def evaluate(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
     """Evaluate the systems that evaluation.systems names; print the tables and where the report
     is.
     """
+    from invar_ray.evaluation.page import headline
+    from invar_ray.evaluation.report import read_report
     from invar_ray.pipeline import Pipeline
 
     with Pipeline(load_config(config, overrides or [])) as pipeline:
+        pipeline.announce("report")
         print(pipeline.report.path("table.txt").read_text(encoding="utf-8"))
+        print("\n".join(headline(read_report(pipeline.report.path("report.json")))))
         print(f"{pipeline.report.uri}\n{pipeline.report.path('report.html')}")
         if written := pipeline.keep_numbers():
             print(written)
@@ -182,7 +205,10 @@ def gate(
         float | None, typer.Option(help="Against the baseline; default: not significant.")
     ] = None,
     k: Annotated[int, typer.Option(help="k of recall@k and overlap@k.")] = 5,
-    system: Annotated[str, typer.Option(help="The candidate's row.")] = "stage 1",
+    system: Annotated[
+        str | None,
+        typer.Option(help="The candidate's row; default: the trained one that finds most."),
+    ] = None,
     baseline_system: Annotated[
         str | None, typer.Option(help="The baseline's row, if another.")
     ] = None,
@@ -191,7 +217,7 @@ def gate(
     """Hold a candidate's report against limits and a baseline: exit 0 if it may be promoted, 1 with
     reasons if not.
     """
-    from invar_ray.evaluation.gate import Limits, run_gate
+    from invar_ray.evaluation.gate import Limits, best_system, run_gate
     from invar_ray.evaluation.per_question import open_report
 
     limits = Limits(
@@ -203,11 +229,14 @@ def gate(
         max_recall_drop,
         max_exact_match_drop,
     )
+    measured = open_report(candidate)
+    chosen = system or best_system(measured[0], k)
+    print(f"judged: {chosen}")
     checks = run_gate(
         open_report(baseline),
-        open_report(candidate),
+        measured,
         limits,
-        system=system,
+        system=chosen,
         baseline_system=baseline_system,
         dataset=dataset,
     )
@@ -285,7 +314,10 @@ def export(
         str | None, typer.Option(help="URI of a report, for the model card's tables.")
     ] = None,
     merged: Annotated[
-        bool, typer.Option("--merged", help="Write base and adapter as one model, too.")
+        bool,
+        typer.Option(
+            "--merged", help="Base and adapter as one model, too; for sentence-transformers."
+        ),
     ] = False,
     push: Annotated[
         str | None, typer.Option(help="Upload it to this repository of a hub, owner/name.")
@@ -301,7 +333,9 @@ def export(
     from invar_ray.training.export import export_adapter, open_adapter, push_folder
 
     measured = open_artifact(report, "report") if report else None
-    made = export_adapter(open_adapter(adapter), Path(folder), report=measured, merged=merged)
+    made = export_adapter(
+        open_adapter(adapter), Path(folder), report=measured, merged=merged, name=push
+    )
     print(made.folder)
     if made.merged is not None:
         print(f"{made.merged} (lowest cosine with the unmerged outputs {made.lowest_cosine:.7f})")
@@ -382,6 +416,31 @@ def ask(
     print_answer(answer)
 
 
+@app.command("config")
+@explain_errors
+def show_config(
+    overrides: Overrides = None,
+    config: Recipe = DEFAULT,
+    key: Annotated[
+        str | None, typer.Option(help="Only settings whose name holds this, e.g. retriever.")
+    ] = None,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Only what differs from the defaults.")
+    ] = False,
+) -> None:
+    """List settings: name, value of this recipe, default where it differs, and meaning."""
+    from invar_ray.config.load import explain_settings
+
+    for setting in explain_settings(load_config(config, overrides or [])):
+        differs = setting.value != setting.default
+        if (key is None or key in setting.key) and (differs or not changed):
+            default = f"   (default {json.dumps(setting.default)})" if differs else ""
+            print(f"{setting.key} = {json.dumps(setting.value)}{default}")
+            print(
+                textwrap.fill(setting.meaning, 96, initial_indent="    ", subsequent_indent="    ")
+            )
+
+
 @app.command()
 @explain_errors
 def doctor(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
@@ -403,7 +462,10 @@ def doctor(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
 
 
 def main() -> None:
-    """Entry point of the ``invar-ray`` script."""
+    """Entry point of the ``invar-ray`` script; ``-v`` may stand anywhere."""
+    if options := {"-v", "--verbose"} & set(sys.argv[1:]):
+        set_verbose()
+        sys.argv = [argument for argument in sys.argv if argument not in options]
     app()
 
 

@@ -9,7 +9,7 @@ from typing import Any
 from invar_ray.answering.current import current_index, fits_generator, newest_generator
 from invar_ray.config import Config
 from invar_ray.errors import MissingArtifactError, MixedArtifactsError
-from invar_ray.executor import OnRay
+from invar_ray.executor import OnRay, one_error
 from invar_ray.models.encoder import EncoderSpec
 from invar_ray.store.artifacts import Artifact, Store, open_artifact
 
@@ -65,13 +65,15 @@ def start_service(
     Raises:
         MixedArtifactsError: if they have different bases.  ResourceError: if it does not start.
     """
-    address: str = _service().start(
-        _service_args(index, generator, config),
-        host=config.serve.host,
-        port=config.serve.port,
-        blocking=blocking,
-        log_level=log_level,
-    )
+    args = _service_args(index, generator, config)
+    with one_error("starting the service"):
+        address: str = _service().start(
+            args,
+            host=config.serve.host,
+            port=config.serve.port,
+            blocking=blocking,
+            log_level=log_level,
+        )
     return address
 
 

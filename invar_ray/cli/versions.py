@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from invar_ray.cli.errors import explain_errors
+from invar_ray.errors import MissingArtifactError
 
 versions_app = typer.Typer(
     help="Published versions of an index: publish, list, rollback, gc.", no_args_is_help=True
@@ -65,8 +66,13 @@ def show(root: Root, name: Name = "main") -> None:
     from invar_ray.store.artifacts import Store
     from invar_ray.store.published import Published
 
-    published = Published(Store(root), name)
+    store = Store(root)
+    published = Published(store, name)
     newest = published.current()
+    if newest is None and not store.exists():
+        raise MissingArtifactError(
+            f"there is no store at {root}", action="check the path, or run invar-ray index first"
+        )
     if newest is None:
         print(f"nothing has been published at {published.uri}")
         return

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import difflib
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, fields, is_dataclass
+import inspect
+import itertools
+import textwrap
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -74,6 +79,57 @@ def load_config(recipe: str = "tiny", overrides: Sequence[str] = ()) -> Config:
             action="correct them all and run again; every field is explained in invar_ray/config/",
         )
     return config
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A setting as :func:`explain_settings` lists it.
+
+    Attributes:
+        key: with its sections, e.g. ``retriever.steps``.
+        value: in this config.
+        default: of the class, before any recipe.
+        meaning: its docstring, on one line.
+    """
+
+    key: str
+    value: Any
+    default: Any
+    meaning: str
+
+
+def explain_settings(config: Config) -> list[Setting]:
+    """Every setting of a config with its meaning and default, in the order of the classes."""
+    return list(_settings_of(config, Config(), ""))
+
+
+def _settings_of(section: Any, default: Any, prefix: str) -> Iterator[Setting]:
+    meanings = _meanings(section.__class__)
+    for entry in fields(section):
+        value, usual = getattr(section, entry.name), getattr(default, entry.name)
+        if is_dataclass(value):
+            yield from _settings_of(value, usual, f"{prefix}{entry.name}.")
+        else:
+            meaning = meanings.get(entry.name, "")
+            yield Setting(f"{prefix}{entry.name}", to_plain(value), to_plain(usual), meaning)
+
+
+@cache
+def _meanings(section: type[Any]) -> dict[str, str]:
+    """Name of a field -> the docstring that stands below it in the source."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    found = {}
+    for entry, text in itertools.pairwise(body.body):
+        match entry, text:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=said)):
+                found[name] = " ".join(str(said).split())
+    return found
+
+
+def to_plain(value: Any) -> Any:
+    """A field's value as JSON has it."""
+    return list(value) if isinstance(value, tuple) else value
 
 
 def to_dict(config: Any) -> dict[str, Any]:

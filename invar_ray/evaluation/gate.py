@@ -16,6 +16,8 @@ from invar_ray.evaluation.per_question import Comparison, QuestionTable, compare
 from invar_ray.evaluation.report import Report
 from invar_ray.evaluation.tables import Row, finite, print_name
 
+_TRAINED = ("stage 1", "both stages")
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -115,6 +117,27 @@ def run_gate(
                 action="evaluate with it",
             )
     return checks
+
+
+def best_system(report: Report, k: int) -> str:
+    """The trained row that finds most among the first ``k``; of equals the one that also answers.
+
+    Raises:
+        DataError: the report has no trained row.
+    """
+    trained = [row for row in report.rows if row.system.startswith(_TRAINED)]
+    rows = [row for row in trained if finite(row.metrics.get(f"recall_at_{k}")) is not None]
+    if not rows:
+        raise DataError(
+            f"the report has no trained system with recall@{k}",
+            expected="a row of stage 1 or of both stages",
+            action="name a row with --system",
+        )
+
+    def worth(row: Row) -> tuple[float, bool]:
+        return row.metrics[f"recall_at_{k}"] or 0.0, row.system == "both stages"
+
+    return max(rows, key=worth).system
 
 
 def _loss(entry: Comparison, allowed: float | None, is_overlap: bool) -> Check:

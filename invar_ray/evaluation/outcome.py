@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -48,12 +48,14 @@ class Outcome:
         tables: values of every question, a table a row.
         comparisons: paired differences.
         details: for the plots; kind -> system -> value.
+        meta: where it comes from: model, recipe, date, command.
     """
 
     rows: Sequence[Row]
     tables: Sequence[QuestionTable]
     comparisons: Sequence[Comparison]
     details: Mapping[str, Mapping[str, Any]]
+    meta: Mapping[str, Any] = field(default_factory=dict)
 
 
 def compare_systems(tables: Sequence[QuestionTable], overlap_k: int, seed: int) -> list[Comparison]:
@@ -100,6 +102,7 @@ def write_outcome(outcome: Outcome, folder: Path, *, overlap_k: int) -> Report:
         tuple(outcome.rows),
         comparisons=tuple(comparison_rows(outcome.comparisons)),
         details=outcome.details,
+        meta=outcome.meta,
     )
     write_report(report, folder / "report.json")
     write_questions(outcome.tables, folder / QUESTIONS_FILE)

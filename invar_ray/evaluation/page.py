@@ -22,6 +22,7 @@ CAUSES = {
     "index": "approximate index",
     "precision": "precision",
 }
+ORIGIN = ("model", "recipe", "date", "command")
 LOWER_IS_BETTER = ("flip_rate", "removed_citations", "calibration_error", "change_by", "_std")
 
 
@@ -35,6 +36,76 @@ def retrieval_columns(k: int) -> list[str]:
 def answer_columns() -> list[str]:
     """Columns of the answer table."""
     return [*ANSWER_METRICS, "citation_precision", "citation_recall", "removed_citations"]
+
+
+EXPLAINED = {
+    "recall": "share of questions whose document is among the first k",
+    "worst recall": "the same, counted only where every wording of the question finds it",
+    "overlap": "of the first k of two wordings, how much is shared (0 to 1): higher is steadier",
+    "between questions": "the same for different questions: high means everything looks alike",
+    "mrr": "1 / rank of the document, mean",
+    "ndcg": "like mrr, softer",
+    "map": "like ndcg, all k",
+    "answer recall": "share of questions with a passage among the first 5 that holds the answer",
+    "change by": "1 - overlap when only this changes: lower is steadier",
+    "exact match": "share of answers equal to a right one",
+    "f1": "words shared with a right answer",
+    "accuracy": "share of answers that hold a right one",
+    "flip rate": "share of questions right in one wording and wrong in another",
+    "abstained": "share of questions that the model refused",
+    "calibration error": "how far confidence is from the share that is right",
+    "citation precision": "share of citations that point to the right document",
+    "citation recall": "share of questions whose right document is cited",
+    "removed citations": "marks that pointed to no passage, per answer",
+}
+"""What a column means, by the beginning of its printed name; the longest that fits counts."""
+
+
+def headline(report: Report, k: int = 5) -> list[str]:
+    """What a reader wants first: how often things are found, by stage 1, the base, MiniLM and BM25,
+    how steadily, how many answers are right, and what that means.
+    """
+    rows = {row.system: row.metrics for row in report.rows}
+
+    def told(metric: str, names: Sequence[str], form: str) -> str:
+        values = [(name, finite(rows.get(name, {}).get(metric))) for name in names]
+        return ", ".join(f"{name} {value:{form}}" for name, value in values if value is not None)
+
+    found = ("stage 1", "base", "MiniLM", "BM25")
+    lines = [
+        (f"Document among the first {k}", told(f"recall_at_{k}", found, ".0%")),
+        ("In every wording", told(f"worst_recall_at_{k}", found, ".0%")),
+        (f"Shared by the first {k} of two wordings", told(f"overlap_at_{k}", found, ".2f")),
+        ("Right answers", told("exact_match", ("both stages", "stage 1", "base"), ".0%")),
+    ]
+    return [f"{title}: {text}." for title, text in lines if text] + [*_meaning(report, k)]
+
+
+def _meaning(report: Report, k: int) -> Iterable[str]:
+    entry = next(
+        (
+            c
+            for c in report.comparisons
+            if (c["first"], c["second"], c["metric"]) == ("base", "stage 1", f"recall_at_{k}")
+        ),
+        None,
+    )
+    if entry is None:
+        return
+    points = f"{entry['low'] * 100:+.0f} to {entry['high'] * 100:+.0f} points, 95 % interval"
+    if entry["low"] > 0:
+        yield f"Training made the retriever better than its base ({points})."
+    elif entry["high"] < 0:
+        yield (
+            f"Training made the retriever WORSE than its base ({points}). To do: train longer "
+            "(retriever.steps), at a lower retriever.optimizer.learning_rate, or on more "
+            "questions; until then index with the base (invar-ray index --adapter base)."
+        )
+    else:
+        yield (
+            f"Training shows no difference to the base ({points}). To do: more dev questions "
+            "(questions.dev_limit) to see one, or more retriever.steps to make one."
+        )
 
 
 def findings(report: Report, k: int = 5) -> list[str]:
@@ -92,7 +163,8 @@ def render_comparisons(comparisons: Sequence[Comparison]) -> str:
 def render_markdown(report: Report, overlap_k: int = 5) -> str:
     """The report's tables as Markdown."""
     retrieval, answers = _split(report.rows)
-    parts = ["# Report", "", *(f"- {text}" for text in findings(report, overlap_k)), ""]
+    said = (*headline(report, overlap_k), *findings(report, overlap_k))
+    parts = ["# Report", "", _origin(report), "", *(f"- {text}" for text in said), ""]
     if retrieval:
         shown = _shown(retrieval, retrieval_columns(overlap_k))
         parts += [
@@ -132,20 +204,21 @@ def render_html(report: Report, overlap_k: int = 5) -> str:
     names = dict.fromkeys(row.system for row in (*retrieval, *answers))
     colours = {name: number % 10 for number, name in enumerate(names)}
     details = report.details
-    body = [f"<h1>Report</h1><p class=lead>{escape(_datasets(report.rows))}</p>"]
-    if found := findings(report, overlap_k):
+    body = [f"<h1>Report</h1><p class=lead>{escape(_origin(report))}</p>"]
+    if found := headline(report, overlap_k):
         body.append(
             "<ul class=findings>" + "".join(f"<li>{escape(text)}</li>" for text in found) + "</ul>"
         )
     if retrieval:
         body.append(_section("Retrieval", _count(retrieval, "num_families")))
-        body.append(_html_table(retrieval, _shown(retrieval, retrieval_columns(overlap_k))))
+        body.append(_html_table(_once(retrieval), _shown(retrieval, retrieval_columns(overlap_k))))
         body += _recall_figure(details.get("recall_curve", {}), colours)
         body += _variance_figures(retrieval, overlap_k, colours)
         body += _shift_figure(details.get("rank_shifts", {}), colours)
     if answers:
         body.append(_section("Answers", _count(answers, "num_answered")))
         body.append(_html_table(answers, _shown(answers, answer_columns())))
+        body += _side_by_side(details.get("answers", {}))
         body += _calibration_figure(details.get("calibration", {}), colours)
         body += _latency(details.get("seconds_per_answer", {}))
     if report.comparisons:
@@ -199,8 +272,45 @@ def _count(rows: Sequence[Row], name: str) -> str:
     )
 
 
-def _datasets(rows: Sequence[Row]) -> str:
-    return "Dev questions: " + ", ".join(dict.fromkeys(row.dataset for row in rows))
+def _origin(report: Report) -> str:
+    """Model, recipe, questions, date and command, as far as the report has them."""
+    datasets = ", ".join(dict.fromkeys(row.dataset for row in report.rows))
+    parts = [f"{name} {report.meta[name]}" for name in ORIGIN if report.meta.get(name)]
+    return " · ".join([f"Dev questions: {datasets}", *parts])
+
+
+def _once(rows: Sequence[Row]) -> list[Row]:
+    """Without the row of both stages, which retrieves as stage 1 does."""
+    names = {row.system for row in rows}
+    return [row for row in rows if row.system != "both stages" or "stage 1" not in names]
+
+
+def _side_by_side(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
+    """A table a question: what each system answered."""
+    if not answers:
+        return []
+    parts = [_section("Answers side by side", "The question as asked; right answers are marked.")]
+    for number, first in enumerate(next(iter(answers.values()))):
+        lines = []
+        for system, entries in answers.items():
+            if number < len(entries):
+                entry = entries[number]
+                mark = " class='text best'" if entry["right"] else " class=text"
+                text = escape(str(entry["text"])) or "<i>nothing</i>"
+                lines.append(f"<tr><th scope=row>{escape(system)}</th><td{mark}>{text}</td></tr>")
+        gold = escape(" / ".join(first["gold"]))
+        caption = f"{escape(str(first['question']))} <small>right: {gold}</small>"
+        parts.append(
+            f"<div class=wide><table class=answers><caption>{caption}</caption>"
+            f"<tbody>{''.join(lines)}</tbody></table></div>"
+        )
+    return parts
+
+
+def _meant(title: str) -> str:
+    """What a column of this title means; empty where nothing is known."""
+    fits = [name for name in EXPLAINED if title.startswith(name)]
+    return EXPLAINED[max(fits, key=len)] if fits else ""
 
 
 def _section(title: str, text: str) -> str:
@@ -213,7 +323,13 @@ def _html_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
         print_name(name).replace("overlap between questions", "between questions")
         for name in columns
     )
-    head = "".join(f"<th>{escape(title)}</th>" for title in titles)
+    shown = list(titles)
+    head = "".join(f'<th title="{escape(_meant(title))}">{escape(title)}</th>' for title in shown)
+    meanings = "".join(
+        f"<dt>{escape(title)}</dt><dd>{escape(meant)}</dd>"
+        for title in shown
+        if (meant := _meant(title))
+    )
     lines = []
     for row in rows:
         cells = []
@@ -227,7 +343,9 @@ def _html_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
             mark = " class=best" if value == best[name] else ""
             cells.append(f"<td{mark}>{value:.3f}{small}</td>")
         lines.append(f"<tr><th scope=row>{escape(row.system)}</th>{''.join(cells)}</tr>")
-    return f"<div class=wide><table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    table = f"<div class=wide><table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
+    words = f"<details open><summary>What the columns mean</summary><dl>{meanings}</dl></details>"
+    return table + (words if meanings else "")
 
 
 def _best(rows: Sequence[Row], name: str) -> float | None:

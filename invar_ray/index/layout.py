@@ -4,7 +4,6 @@ version before, or a compact version of both.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from invar_ray import console
 from invar_ray.config import Config
 from invar_ray.errors import ArtifactError
 from invar_ray.index.shards import Rows, ShardTask, input_hash
@@ -78,7 +78,7 @@ def make_layout(
             passages,
         )
     if reason:
-        print(f"  full reindex: {reason}", file=sys.stderr, flush=True)
+        console.say(f"  full reindex: {reason}")
     found = np.full(count, -1, np.int64)
     names: list[str] = []
     size = dead = 0
@@ -126,7 +126,7 @@ def _say_what_is_used(earlier: Artifact, *, used: int, fresh: int, append: bool)
             else "it holds too many that are no longer needed: all are written anew"
         )
         line = f"{used:,} vectors of {earlier.ref} are used again, {fresh:,} to embed; {how}"
-    print(f"  {line}", file=sys.stderr, flush=True)
+    (console.say if used else console.detail)(f"  {line}")
 
 
 def _task(start: int, rows: Rows, found: Rows, contents: list[bytes]) -> ShardTask:

@@ -59,6 +59,9 @@ FORMATS = {
 }
 """Format -> reader of one file; ``beir`` is a folder and has its own."""
 
+_CARRIERS = ("squad", "hotpotqa")
+"""Formats whose files hold the documents too."""
+
 
 @dataclass(frozen=True)
 class Benchmark:
@@ -109,6 +112,30 @@ def read_benchmark(
             f"no benchmark format {format!r}", expected=f"auto, beir, {', '.join(FORMATS)}"
         )
     return _collect(uri, format, items, skip_unusable)
+
+
+def carried_documents(uri: str) -> list[Document] | None:
+    """The documents of a benchmark file that brings its own, such as SQuAD's, or of a local folder
+    of such files; ``None`` for anything else.
+
+    Raises:
+        DataError: as :func:`read_benchmark`.
+    """
+    place = Path(uri).expanduser()
+    files = sorted(place.iterdir()) if place.is_dir() else [place]
+    if not all(file.name.endswith((".json", ".json.gz")) and file.is_file() for file in files):
+        return None
+    documents: dict[str, Document] = {}
+    for file in files:
+        try:
+            format = detect_format(str(file))
+        except DataError:
+            return None
+        if format not in _CARRIERS:
+            return None
+        found = read_benchmark(str(file), format, skip_unusable=True).documents
+        documents |= {document.id: document for document in found}
+    return list(documents.values()) or None
 
 
 def convert_benchmark(

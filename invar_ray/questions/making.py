@@ -1,5 +1,4 @@
-"""Training questions for a corpus that has none, by rule: from plain sentences, definitions and
-headings.
+"""Training questions for a corpus that has none, by rule: from plain sentences and definitions.
 
 A sentence with a span of a known type (a year, a date, a number of things, a name ..) becomes the
 question for that span: ``The harbour was dug in 1841.`` gives
@@ -12,10 +11,10 @@ questions anywhere. Rules are for English. [ours]
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
-from invar_ray.questions.cloze import plain_sentences, questions_of, says_something
+from invar_ray.questions.cloze import plain_sentences, questions_of
 from invar_ray.questions.lexicon import FUNCTION_WORDS
 from invar_ray.questions.rules import comparison_key
 from invar_ray.schema import Document, Example
@@ -32,8 +31,7 @@ class MadeQuestion:
     Attributes:
         example: what a reader of questions gets; ``positive_ids`` is the document.
         answer_type: ``year``, ``date``, ``number``, ``percentage``, ``money``, ``agent``, ``name``,
-            ``place``, ``subject``, ``definition``, ``section`` or, from a language model,
-            ``model``.
+            ``place``, ``subject``, ``definition`` or, from a language model, ``model``.
         start: character offset of its sentence in the document's text.
     """
 
@@ -75,6 +73,25 @@ def without_clashes(made: Iterable[MadeQuestion]) -> list[MadeQuestion]:
         if len(answers) == 1:
             kept.append(same[0])
     return kept
+
+
+def findable(
+    made: Sequence[MadeQuestion], searches: Sequence[Callable[[list[str]], list[list[str]]]]
+) -> list[MadeQuestion]:
+    """The questions whose document at least one of the searches finds: a question that could be
+    about any of them teaches nothing.
+
+    Args:
+        made: questions.
+        searches: texts to the ids of the documents that are found for each.
+    """
+    texts = [question.example.question for question in made]
+    found = [search(texts) for search in searches] if texts else []
+    return [
+        question
+        for number, question in enumerate(made)
+        if any(question.example.positive_ids[0] in ids[number] for ids in found)
+    ]
 
 
 def split_by_document(
@@ -133,12 +150,6 @@ def _drafts(document: Document) -> Iterator[MadeQuestion]:
             if made is not None and key not in taken:
                 taken.add(key)
                 yield made
-    for start, heading, sentence in _sections(document):
-        wording = f'What does "{document.title}" say about {heading}?'
-        made = _made(document, "section", sentence, [wording, f"{document.title} {heading}"], start)
-        if made is not None and comparison_key(wording) not in taken:
-            taken.add(comparison_key(wording))
-            yield made
 
 
 def _made(
@@ -156,22 +167,3 @@ def _made(
         tuple(dict.fromkeys(rewrites)),
     )
     return MadeQuestion(example, kind, start)
-
-
-def _sections(document: Document) -> Iterator[tuple[int, str, str]]:
-    """Start, heading and first sentence of each section, where heading and title say something."""
-    if not document.places or not says_something(document.title):
-        return
-    ends = [place.start for place in document.places[1:]] + [len(document.text)]
-    for place, stop in zip(document.places, ends, strict=True):
-        heading = place.label.strip('"')
-        if (
-            not place.label.startswith('"')
-            or not says_something(heading)
-            or heading == document.title
-        ):
-            continue
-        for start, sentence in plain_sentences(document.text[place.start : stop]):
-            if len(sentence.split()) <= 20:
-                yield place.start + start, heading, sentence
-            break

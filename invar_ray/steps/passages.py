@@ -8,7 +8,6 @@ the next version compares with), ``skipped.txt`` where something of the corpus w
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import pyarrow.parquet as pq
 from transformers import PreTrainedTokenizerBase
 
+from invar_ray import console
 from invar_ray.config import Config
 from invar_ray.console import Progress
 from invar_ray.corpus.readers import read_documents
@@ -24,6 +24,7 @@ from invar_ray.corpus.sources import source_digest
 from invar_ray.errors import DataError
 from invar_ray.executor import Executor
 from invar_ray.models.base import BaseRef
+from invar_ray.questions.benchmarks import carried_documents
 from invar_ray.schema import (
     DIGEST_SCHEMA,
     DOCUMENT_SCHEMA,
@@ -168,7 +169,7 @@ def build(
         }
         building.info["changes"] = {"since": before.ref, **changes}
         listed = ", ".join(f"{count:,} {name}" for name, count in changes.items())
-        print(f"  documents since {before.ref}: {listed}", file=sys.stderr, flush=True)
+        console.say(f"  documents since {before.ref}: {listed}")
 
 
 class _Cutter:
@@ -247,6 +248,9 @@ def read_corpus(config: Config, log: ReadLog) -> Iterator[Document]:
     below it.
     """
     corpus = config.corpus
+    carried = carried_documents(corpus.uri) if corpus.format == "auto" else None
+    if carried is not None:
+        return iter(carried[: corpus.limit])
     return read_documents(
         corpus.uri,
         corpus.format,

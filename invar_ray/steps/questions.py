@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import random
-import sys
 from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Literal
 
 import pyarrow.parquet as pq
 
+from invar_ray import console
 from invar_ray.config import Config
 from invar_ray.corpus.readers import read_examples
 from invar_ray.corpus.sources import source_digest
@@ -108,12 +108,10 @@ def build(building: Building, config: Config) -> None:
             expected="other questions to train on than to report on",
         )
     if leaking:
-        print(
+        console.say(
             f"  dropped {len(leaking)} of {len(train)} training questions: a wording of theirs is "
             "one of a dev "
-            f"question's (first: {min(leaking)})",
-            file=sys.stderr,
-            flush=True,
+            f"question's (first: {min(leaking)})"
         )
     building.info["dropped_for_leaking"] = len(leaking)
     if config.questions.near_duplicates is not None:
@@ -216,13 +214,11 @@ def _warn_of_language(examples: Sequence[Example]) -> None:
     """One line if questions that rules rewrite are not English."""
     share = english_share([example.question for example in examples])
     if examples and share < _ENGLISH_SHARE:
-        print(
+        console.say(
             f"  warning: {1 - share:.0%} of the questions do not look English, and the rules for "
             "rewrites write English: they leave out other alphabets and frame the rest in English. "
             "To do: rewrites.provider=endpoint (a model), file or given, with wordings in their "
-            "language",
-            file=sys.stderr,
-            flush=True,
+            "language"
         )
 
 
@@ -253,12 +249,10 @@ def _near_duplicates(
     (building.path / CONTAMINATION).write_text(text, encoding="utf-8")
     building.info["dropped_as_near_duplicates"] = len(found)
     if found:
-        print(
+        console.say(
             f"  dropped {len(found)} of {len(families[0])} training questions as near duplicates "
             "of dev questions "
-            f"(first: {pairs[0]['train_question']!r}, of {pairs[0]['dev_question']!r})",
-            file=sys.stderr,
-            flush=True,
+            f"(first: {pairs[0]['train_question']!r}, of {pairs[0]['dev_question']!r})"
         )
     return {pair.train for pair in found}
 

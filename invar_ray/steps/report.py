@@ -7,8 +7,10 @@ that each system found, from nothing (closed book) and from the gold passages (o
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -47,13 +49,14 @@ from invar_ray.steps.hits import load_hits
 from invar_ray.steps.passages import load_documents
 from invar_ray.store.artifacts import Artifact, Building, Plan
 
-VERSION = 6
+VERSION = 7
 _NOT_IN_PLAN = {
     "num_rewrites",  # it is in the questions
     "systems",  # they are in the hits
     "answer_batch_size",  # scale
 }
 _WORST_QUESTIONS = 8
+_SHOWN_ANSWERS = 12
 SYSTEM_NAMES = {
     "bm25": "BM25",
     "minilm": "MiniLM",
@@ -221,6 +224,16 @@ class _Rows:
         ]
         bins = calibration_bins([p for p, _ in said], [right or 0.0 for _, right in said])
         error = expected_calibration_error(bins)
+        told = [
+            {
+                "question": family.wordings[0],
+                "gold": list(family.answers),
+                "text": answer.text or ("(refused)" if answer.refused else ""),
+                "right": bool(right),
+            }
+            for family, answer, right in zip(families, anchors, columns["exact_match"], strict=True)
+        ]
+        self._note("answers", task.label, told[:_SHOWN_ANSWERS])
         extra = {"num_answered": float(len(families))}
         if error is not None:
             extra["calibration_error"] = error
@@ -261,11 +274,21 @@ class _Rows:
             bounds = {key: (interval.low, interval.high) for key, interval in intervals.items()}
             rows.append(Row(name, self.dataset, metrics | self.extra[name], bounds))
         comparisons = compare_systems(tables, OVERLAP_K, self.config.seed)
-        return Outcome(rows, tables, comparisons, self.details)
+        return Outcome(rows, tables, comparisons, self.details, _origin(self.config))
 
     def _note(self, kind: str, name: str, value: Any) -> None:
         if value:
             self.details.setdefault(kind, {})[name] = value
+
+
+def _origin(config: Config) -> dict[str, str]:
+    """Where a report comes from, for its page."""
+    return {
+        "model": config.model.base,
+        "recipe": config.name,
+        "date": datetime.now(UTC).date().isoformat(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
+    }
 
 
 def _ranked(family: FoundFamily) -> RankedFamily:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
 import time
 from dataclasses import replace
 
@@ -24,6 +23,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from invar_ray import console
 from invar_ray.config import Config
 from invar_ray.console import Progress
 from invar_ray.errors import ResourceError
@@ -109,11 +109,7 @@ def build(
     done = _finished_shards(filesystem, prefix, layout, (spec.fingerprint, precision))
     todo = [task for task in layout.tasks if task.start not in done]
     if done:
-        print(
-            f"  {len(done)} of {len(layout.tasks)} shards stand from an earlier run",
-            file=sys.stderr,
-            flush=True,
-        )
+        console.say(f"  {len(done)} of {len(layout.tasks)} shards stand from an earlier run")
     standing = sum(len(task.rows) for task in layout.tasks) - sum(len(task.rows) for task in todo)
     progress = Progress("embed", layout.rows_to_write, "passages", done=standing)
     usage = Usage()
@@ -148,7 +144,7 @@ def build(
         "usage": usage.to_json(),
     }
     for line in usage.table(time.monotonic() - started):
-        print(f"  {line}", file=sys.stderr, flush=True)
+        console.detail(f"  {line}")
 
 
 def _warn_of_language(config: Config, passages: Artifact, spec: EncoderSpec) -> None:
@@ -166,12 +162,10 @@ def _warn_of_language(config: Config, passages: Artifact, spec: EncoderSpec) -> 
         why = f"{1 - english:.0%} of the passages do not look English, and it knows English alone"
     else:
         return
-    print(
+    console.say(
         f"  warning: the teacher (coarse.model={config.coarse.model}) cannot judge this corpus: "
         f"{why}. Stage 1 would learn its errors. To do: set coarse.model to a sentence encoder for "
-        "the corpus's language, or retriever.alignment_weight=0",
-        file=sys.stderr,
-        flush=True,
+        "the corpus's language, or retriever.alignment_weight=0"
     )
 
 

@@ -16,7 +16,6 @@ import fcntl
 import json
 import os
 import shutil
-import sys
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
@@ -28,6 +27,7 @@ from urllib.parse import urlsplit, urlunsplit
 
 from pyarrow import fs
 
+from invar_ray import console
 from invar_ray.errors import (
     ArtifactError,
     CorruptArtifactError,
@@ -199,6 +199,10 @@ class Store:
         """The artifact of a kind that was made last, of those for which ``where`` holds."""
         return next(filter(where, reversed(self.list(kind))), None)
 
+    def exists(self) -> bool:
+        """Whether anything is at the root."""
+        return bool(self.filesystem.get_file_info(self.root).type != fs.FileType.NotFound)
+
     def being_made(self, *kinds: str) -> tuple[str, ...]:
         """Which artifacts of these kinds another process is making in a local store right now, as
         ``kind-fingerprint``; none in a remote store, which has no locks.
@@ -367,11 +371,7 @@ class Store:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                print(
-                    f"  another run is making {plan.ref}: waiting for it",
-                    file=sys.stderr,
-                    flush=True,
-                )
+                console.say(f"  another run is making {plan.ref}: waiting for it")
                 fcntl.flock(lock, fcntl.LOCK_EX)
             yield
 
@@ -409,10 +409,9 @@ def check_trained(root_uri: str, kind: str) -> None:
     """
     store = Store(root_uri)
     if not store.list(kind):
-        there = store.filesystem.get_file_info(store.root).type != fs.FileType.NotFound
         raise MissingArtifactError(
             f"storage.root_uri is {store.root_uri}, "
-            f"{f'which holds no {kind}' if there else 'and nothing is there'}",
+            f"{f'which holds no {kind}' if store.exists() else 'and nothing is there'}",
             expected="the store of a finished run",
             action="correct storage.root_uri, or make one with invar-ray demo or invar-ray train",
         )

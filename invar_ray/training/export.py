@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,28 +17,25 @@ from torch.nn.functional import cosine_similarity
 
 from invar_ray import __version__
 from invar_ray.errors import DataError, MixedArtifactsError, ModelError, ResourceError
-from invar_ray.evaluation.report import (
-    RETRIEVAL_METRICS,
-    VARIANCE_METRICS,
-    read_report,
-    render_table,
-)
-from invar_ray.evaluation.tables import ANSWER_METRICS, print_name
 from invar_ray.models.adapters import load_adapter
 from invar_ray.models.base import BaseRef, open_base
 from invar_ray.models.batching import pad_right
 from invar_ray.models.encoder import (
-    PROJECTION_FILE,
     BiEncoder,
     EncoderSpec,
     load_projection,
     open_trunk,
     query_ids,
 )
+from invar_ray.models.trunk import trunk
 from invar_ray.store.artifacts import Artifact, open_artifact
 from invar_ray.text.tokens import text_ids
+from invar_ray.training.card import MERGED, model_card
 
-MERGED = "merged"
+_PACKAGE = "sentence_transformers.models"
+_POOLING_MODES = (
+    "cls_token mean_tokens max_tokens mean_sqrt_len_tokens weightedmean_tokens lasttoken".split()
+)
 MIN_COSINE = 1.0 - 1e-6  # unit vectors within 1.4e-3; merging in float32 stays within some 1e-5
 _PROBES = (
     "Who keeps the light on the northern island?",
@@ -66,7 +62,12 @@ class Exported:
 
 
 def export_adapter(
-    adapter: Artifact, folder: Path, *, report: Artifact | None = None, merged: bool = False
+    adapter: Artifact,
+    folder: Path,
+    *,
+    report: Artifact | None = None,
+    merged: bool = False,
+    name: str | None = None,
 ) -> Exported:
     """Write an adapter for use outside of this project.
 
@@ -75,8 +76,9 @@ def export_adapter(
         folder: new or empty.  It gets the PEFT files, ``README.md`` (a model card), ``training/``
             (log, losses) and, with a report, ``evaluation/`` (report, table, pictures).
         report: a ``report`` artifact that the adapter is part of.
-        merged: write ``merged/`` too: the base with the update folded in, for ``from_pretrained``
-            alone.
+        merged: write ``merged/`` too: the base with the update folded in.  Of a retriever it is a
+            folder for sentence-transformers.
+        name: on the hub, ``owner/name``, for the card; ``None`` takes the folder's.
 
     Raises:
         DataError: ``folder`` is not empty.  MixedArtifactsError: the report is of another adapter.
@@ -110,7 +112,10 @@ def export_adapter(
     if merged:
         place = folder / MERGED
         lowest = _merge(adapter, place)
-    (folder / "README.md").write_text(_card(adapter, report, folder, lowest), encoding="utf-8")
+    card = model_card(adapter, report, folder, lowest, name or folder.name)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+    for path in folder.rglob("*"):  # weights come out of private temporary files
+        path.chmod(0o755 if path.is_dir() else 0o644)
     return Exported(folder, place, lowest)
 
 
@@ -197,40 +202,105 @@ def _merge(adapter: Artifact, place: Path) -> float:
             expected=f"{MIN_COSINE:.6f} or more",
             action="use the adapter unmerged",
         )
-    whole.save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    if (source / PROJECTION_FILE).is_file():
-        save_file({"weight": load_projection(source)}, str(place / PROJECTION_FILE))
-    elif adapter.manifest.kind == "retriever" and _spec(adapter).kind == "encoder":
-        _describe_for_others(place, _spec(adapter), int(whole.config.hidden_size))
+    if adapter.manifest.kind == "retriever":
+        _write_sentence_transformer(trunk(whole), tokenizer, _spec(adapter), source, place)
+    else:
+        whole.save_pretrained(place)
+        tokenizer.save_pretrained(place)
     return lowest
 
 
-def _describe_for_others(place: Path, spec: EncoderSpec, width: int) -> None:
-    """What sentence-transformers and servers of embeddings read beside an encoder's weights."""
-    ways = {"mean": "mean_tokens", "cls": "cls_token", "last": "lasttoken"}
-    package = "sentence_transformers.models"
-    names = (("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize"))
-    files: dict[str, Any] = {
-        "modules.json": [
-            {"idx": number, "name": str(number), "path": path, "type": f"{package}.{name}"}
-            for number, (path, name) in enumerate(names)
+def _write_sentence_transformer(
+    model: Any, tokenizer: Any, spec: EncoderSpec, source: Path, place: Path
+) -> None:
+    """The retriever as sentence-transformers, vLLM and text-embeddings-inference read it: a model
+    without a head, and a file for each thing that :class:`BiEncoder` does after it.
+    """
+    model.save_pretrained(place)
+    tokenizer.chat_template = None  # a retriever does not chat
+    tokenizer.save_pretrained(place)
+    if spec.kind == "llm":  # an encoder's own frame is all that it adds
+        _end_in_eos(place / "tokenizer.json", tokenizer.eos_token, int(tokenizer.eos_token_id))
+    modes = {"last": "lasttoken", "mean": "mean_tokens", "cls": "cls_token"}
+    width = int(model.config.hidden_size)
+    pooling = {f"pooling_mode_{mode}": mode == modes[spec.pooling] for mode in _POOLING_MODES}
+    parts: list[tuple[str, dict[str, Any]]] = [
+        ("Pooling", {"word_embedding_dimension": width, **pooling, "include_prompt": True})
+    ]
+    if spec.projection_dim is not None:
+        parts.append(
+            (
+                "Dense",
+                {
+                    "in_features": width,
+                    "out_features": spec.projection_dim,
+                    "bias": False,
+                    "activation_function": "torch.nn.modules.linear.Identity",
+                },
+            )
+        )
+    parts.append(("Normalize", {}))
+    modules = [{"idx": 0, "name": "0", "path": "", "type": f"{_PACKAGE}.Transformer"}]
+    for number, (name, settings) in enumerate(parts, start=1):
+        folder = f"{number}_{name}"
+        (place / folder).mkdir()
+        _write_json(place / folder / "config.json", settings)
+        if name == "Dense":
+            weights = {"linear.weight": load_projection(source)}
+            save_file(weights, str(place / folder / "model.safetensors"))
+        modules.append(
+            {"idx": number, "name": str(number), "path": folder, "type": f"{_PACKAGE}.{name}"}
+        )
+    _write_json(place / "modules.json", modules)
+    _write_json(
+        place / "sentence_bert_config.json",
+        {"max_seq_length": spec.passage_max_tokens, "do_lower_case": False},
+    )
+    prompts = {"query": spec.query_prefix, "document": spec.passage_prefix}
+    _write_json(
+        place / "config_sentence_transformers.json",
+        {"prompts": prompts, "default_prompt_name": None, "similarity_fn_name": "cosine"},
+    )
+
+
+def _end_in_eos(file: Path, token: str, number: int) -> None:
+    """Let the tokenizer itself append the end token, which truncation keeps, as
+    :func:`invar_ray.models.encoder.query_ids` does.
+    """
+    values = json.loads(file.read_text(encoding="utf-8"))
+    end = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": token, "type_id": 0}},
         ],
-        "1_Pooling/config.json": {
-            "word_embedding_dimension": width,
-            **{f"pooling_mode_{name}": way == spec.pooling for way, name in ways.items()},
-        },
-        "sentence_bert_config.json": {
-            "max_seq_length": max(spec.query_max_tokens, spec.passage_max_tokens),
-            "do_lower_case": False,
-        },
-        "config_sentence_transformers.json": {
-            "prompts": {"query": spec.query_prefix, "document": spec.passage_prefix},
-        },
+        "pair": [
+            {"Sequence": {"id": "A", "type_id": 0}},
+            {"SpecialToken": {"id": token, "type_id": 0}},
+            {"Sequence": {"id": "B", "type_id": 1}},
+            {"SpecialToken": {"id": token, "type_id": 1}},
+        ],
+        "special_tokens": {token: {"id": token, "ids": [number], "tokens": [token]}},
     }
-    for name, content in files.items():
-        (place / name).parent.mkdir(exist_ok=True)
-        (place / name).write_text(json.dumps(content, indent=2), encoding="utf-8")
+    before = values.get("post_processor")
+    if before is not None and before["type"] == "TemplateProcessing":
+        first = before["single"][0].get("SpecialToken")
+        if first is not None:  # a start token stays
+            for key in ("single", "pair"):
+                end[key].insert(0, {"SpecialToken": first})  # type: ignore[attr-defined]
+            end["special_tokens"] |= before["special_tokens"]
+        before = None
+    elif before is not None and before["type"] == "Sequence":
+        kept = [each for each in before["processors"] if each["type"] != "TemplateProcessing"]
+        before = {"type": "Sequence", "processors": [*kept, end]}
+    elif before is not None:
+        before = {"type": "Sequence", "processors": [before, end]}
+    values["post_processor"] = before or end
+    _write_json(file, values)
+
+
+def _write_json(path: Path, values: Any) -> None:
+    path.write_text(json.dumps(values, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
 @torch.inference_mode()
@@ -271,134 +341,3 @@ def _copy(artifact: Artifact, folder: Path, names: tuple[str, ...]) -> None:
         if name in artifact.manifest.files:
             folder.mkdir(exist_ok=True)
             shutil.copy(artifact.path(name), folder / name)
-
-
-def _card(adapter: Artifact, report: Artifact | None, folder: Path, lowest: float | None) -> str:
-    kind = adapter.manifest.kind
-    description = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-    base = str(description["base_model_name_or_path"])
-    stage = "stage 1, the retriever" if kind == "retriever" else "stage 2, the generator"
-    lines = [
-        "---",
-        "library_name: peft",
-        *([] if base.startswith("builtin:") else [f"base_model: {base}"]),
-    ]
-    lines += ["tags:", "- retrieval-augmented-generation", "- lora", "---", ""]
-    lines += [f"# {adapter.manifest.name}: {stage}", ""]
-    lines += [
-        f"A LoRA adapter (rank {description['r']}, alpha {description['lora_alpha']}) for "
-        f"`{base}`, trained with",
-        f"invar_ray {__version__} after Invar-RAG (arXiv 2411.07021).",
-        f"Artifact `{adapter.ref}`, {adapter.manifest.created}.",
-        "",
-    ]
-    if base.startswith("builtin:"):
-        lines += [
-            "The base is embedded in invar_ray: outside of it use merged weights (`export "
-            "--merged`).",
-            "",
-        ]
-    lines += ["## Use", ""]
-    if kind == "retriever":
-        spec = _spec(adapter)
-        end = " and the end token" if spec.kind == "llm" else ""
-        states = {"mean": "mean of the token states", "last": "last token state"}
-        lines += [
-            f"Query: `{spec.query_prefix}{{question}}`{end}, at most "
-            f"{spec.query_max_tokens} tokens.",
-            f"Passage: `{spec.passage_prefix}{{title}} {{text}}`{end}, at most "
-            f"{spec.passage_max_tokens}.",
-            f"Vector: {states.get(spec.pooling, 'first token state')}"
-            + (" of `.model`" if spec.kind == "llm" else "")
-            + (
-                f", then `{PROJECTION_FILE}` ({spec.projection_dim} values)"
-                if spec.projection_dim
-                else ""
-            )
-            + ", L2 norm 1. Score: cosine.",
-        ]
-    else:
-        lines += [
-            f"At most {adapter.info['max_context']} tokens of context, "
-            f"{adapter.info['max_new_tokens']} new ones."
-        ]
-    if lowest is not None:
-        lines += [
-            "",
-            f"`{MERGED}/` holds base and adapter in one; lowest cosine with the unmerged outputs "
-            f"{lowest:.7f}.",
-        ]
-    lines += [
-        "",
-        "## Data",
-        "",
-        *_data(adapter),
-        "",
-        "## Training",
-        "",
-        *_settings(adapter.manifest.config),
-    ]
-    final = adapter.info.get("final")
-    if final:
-        lines += [
-            "",
-            f"After {adapter.info['steps']} steps:",
-            "",
-            "| measure | last step |",
-            "|---|---|",
-        ]
-        lines += [
-            f"| {print_name(name)} | {value:.4g} |"
-            for name, value in final.items()
-            if name != "step"
-        ]
-    if (folder / "training" / "losses.png").exists():
-        lines += ["", "![losses](training/losses.png)"]
-    lines += ["", "## Evaluation", ""]
-    if report is None:
-        lines.append("Not measured: no report was given to the export.")
-    else:
-        rows = read_report(report.path("report.json")).rows
-        for title, names in (
-            ("Recall", RETRIEVAL_METRICS),
-            ("Variance", VARIANCE_METRICS),
-            ("Answers", ANSWER_METRICS),
-        ):
-            held = [
-                name for name in names if any(row.metrics.get(name) is not None for row in rows)
-            ]
-            if held:
-                lines += [f"### {title}", "", render_table(rows, held, markdown=True), ""]
-        lines += [f"![{name}](evaluation/{name}.png)" for name in ("recall", "variance")
-                  if (folder / "evaluation" / f"{name}.png").exists()]  # fmt: skip
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _data(adapter: Artifact) -> list[str]:
-    """A line for each ancestor that says something about data."""
-    lines: list[str] = []
-    open_, seen = [adapter], {adapter.ref}
-    while open_:
-        artifact = open_.pop(0)
-        for role, ref in artifact.manifest.parents.items():
-            if ref in seen:
-                continue
-            seen.add(ref)
-            parent = artifact.parent(role)
-            open_.append(parent)
-            numbers = {
-                key: value for key, value in parent.info.items() if isinstance(value, (int, str))
-            }
-            told = ", ".join(f"{key.replace('_', ' ')} {value}" for key, value in numbers.items())
-            lines.append(f"- `{ref}`" + (f": {told}" if told else ""))
-    return lines or ["- no parents recorded"]
-
-
-def _settings(config: Mapping[str, Any], prefix: str = "") -> list[str]:
-    lines: list[str] = []
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            lines += _settings(value, f"{prefix}{key}.")
-        else:
-            lines.append(f"- {prefix}{key}: {value}")
-    return lines

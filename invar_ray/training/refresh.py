@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -22,6 +21,7 @@ from typing import Any, Protocol
 import ray
 from torch import Tensor
 
+from invar_ray import console
 from invar_ray.config import Config
 from invar_ray.models.encoder import EncoderSpec
 from invar_ray.store.artifacts import Artifact, Building, Plan, Store
@@ -177,12 +177,10 @@ class Refresh:
                 and time.monotonic() - told > _TELL_S
             ):
                 told = time.monotonic()
-                print(
+                console.say(
                     f"  step {step}: waiting for negatives since {told - started:.0f} s (the job "
                     "needs "
-                    f"{self._config.scale.cpus_per_worker} CPUs beside the training)",
-                    file=sys.stderr,
-                    flush=True,
+                    f"{self._config.scale.cpus_per_worker} CPUs beside the training)"
                 )
             if not answer.get("waiting"):
                 break
@@ -229,12 +227,10 @@ class Refresh:
             dropped = ", ".join(
                 f"{count:,} {rule}" for rule, count in answer["mining"]["dropped"].items()
             )
-            print(
+            console.say(
                 f"  step {step}: negatives of version {found['version']} (adapter of step "
                 f"{found['step']}, "
                 f"{answer['passages']:,} passages in {answer['seconds']:.0f} s): "
                 f"{answer['mining']['kept']:,} kept, "
-                f"{answer['changed_share']:.0%} of them new; dropped: {dropped}",
-                file=sys.stderr,
-                flush=True,
+                f"{answer['changed_share']:.0%} of them new; dropped: {dropped}"
             )

@@ -15,6 +15,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from invar_ray import console
 from invar_ray.config import Config, to_dict
 from invar_ray.console import Progress
 from invar_ray.store.artifacts import Store
@@ -98,6 +99,8 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
     if resumed is not None:
         engine.load_state(resumed.engine)
     first, log = (resumed.step, resumed.log) if resumed is not None else (0, [])
+    if first and rank == 0:
+        console.say(f"  going on from step {first} of {stage.steps}, where the last run stopped")
     best = resumed.best if resumed is not None else None
     refresh = _open_refresh(stage, payload, rank, resumed)
     patience = config.experimental.retriever.heldout_patience
@@ -210,10 +213,7 @@ def _resume(run: str, unrecorded: Sequence[str]) -> Checkpoint | None:
                 SafetensorError,
             ) as error:
                 # its upload was cut off
-                print(
-                    f"{uri} is not whole ({type(error).__name__}); trying the one before",
-                    flush=True,
-                )
+                console.say(f"  {uri} is not whole ({type(error).__name__}); trying the one before")
     return None
 
 

@@ -157,3 +157,21 @@ def test_losses_take_plain_tensors() -> None:
     assert invariance_loss(same).loss == 0
     with pytest.raises(ValueError, match="3 candidates for 4 rows"):
         contrastive_loss(cosines[:, :, :3])
+
+
+def test_langchain_finds_what_a_search_finds(rag: invar_ray.Rag) -> None:
+    pytest.importorskip("langchain_core")
+    from langchain_core.vectorstores import InMemoryVectorStore
+
+    from invar_ray.langchain import InvarEmbeddings, InvarRetriever
+
+    question = "Who built the lighthouse of Arvon?"
+    found = InvarRetriever(rag=rag, k=4).invoke(question)
+    hits = rag.search(question, 4)
+    assert [(d.id, d.page_content) for d in found] == [(h.passage_id, h.text) for h in hits]
+    assert found[0].metadata["title"] == hits[0].title
+    store = InMemoryVectorStore(InvarEmbeddings(rag))
+    store.add_texts([hit.text for hit in hits])
+    [(best, score)] = store.similarity_search_with_score(hits[2].text, k=1)
+    assert best.page_content in {hit.text for hit in hits}
+    assert score <= 1.0001

@@ -20,6 +20,7 @@ from invar_ray.questions.asking import ask_for_questions
 from invar_ray.questions.llm import ChatEndpoint
 from invar_ray.questions.making import (
     MadeQuestion,
+    findable,
     make_questions,
     split_by_document,
     without_clashes,
@@ -131,14 +132,19 @@ def test_a_title_stands_in_for_the_context() -> None:
     assert answer == "1841"
 
 
-def test_sections_ask_by_their_heading() -> None:
-    text = "Leave\n\nParental leave\n\nRequests are sent in May."
-    places = (Place(0, '"Leave"'), Place(7, '"Parental leave"'))
-    assert made_of(text, "Leave rules", places)["section"] == (
-        'What does "Leave rules" say about Parental leave?',
-        "Requests are sent in May.",
-    )
-    assert "section" not in made_of(text, "Leave rules", (Place(0, "page 1"),))
+def test_nobody_asks_what_a_page_says_about_a_heading() -> None:
+    places = (Place(0, '"Leave"'), Place(20, '"Navigation"'))
+    text = "# Leave\n\nThirty days a year.\n\n## Navigation\n\nThe home page is here."
+    assert "section" not in made_of(text, "Leave rules", places)
+
+
+def test_a_question_stays_if_one_of_the_searches_finds_its_document() -> None:
+    made = make_questions(Document("a", "Arvon", "The harbour was dug in 1841."), most=4, seed=0)
+    assert made
+    lost, found = (lambda texts: [["b"]] * len(texts)), (lambda texts: [["b", "a"]] * len(texts))
+    assert findable(made, [lost]) == []
+    assert findable(made, [lost, found]) == made
+    assert findable([], [lost]) == []
 
 
 @pytest.fixture(scope="module")

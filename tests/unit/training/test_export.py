@@ -8,6 +8,7 @@ import base64
 import json
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import AutoModel, AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from invar_ray.cli.main import app
 from invar_ray.errors import DataError, MixedArtifactsError, ModelError, ResourceError
 from invar_ray.evaluation.report import Report, Row, write_report
-from invar_ray.models.encoder import EncoderSpec, open_encoder
+from invar_ray.models.encoder import PROJECTION_FILE, EncoderSpec, llm_spec, open_encoder
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.training import export
 from invar_ray.training.export import export_adapter, open_adapter, push_folder
@@ -71,15 +74,81 @@ def test_peft_loads_it_and_gives_the_same_states(
     peft_model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), made.folder
     )
-    whole = AutoModelForCausalLM.from_pretrained(made.merged, dtype=torch.float32)
+    whole = AutoModel.from_pretrained(made.merged, dtype=torch.float32)
     bare = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    for model in (peft_model.get_base_model(), whole):
-        torch.testing.assert_close(encode(model.model), torch.from_numpy(wanted), rtol=0, atol=1e-5)
+    for model in (peft_model.get_base_model().model, whole):
+        torch.testing.assert_close(encode(model), torch.from_numpy(wanted), rtol=0, atol=1e-5)
     assert (encode(bare.model) - torch.from_numpy(wanted)).abs().max() > 1e-2, (
         "the adapter changes nothing"
     )
     assert made.lowest_cosine is not None
     assert made.lowest_cosine > 0.99999
+
+
+@pytest.mark.parametrize("projection", [None, 24])
+def test_sentence_transformers_gives_the_same_vectors(
+    world: support.World, tmp_path: Path, projection: int | None
+) -> None:
+    sentence_transformers = pytest.importorskip("sentence_transformers")
+    small = support.World(
+        tmp_path / "world", "model.query_prefix='Find: '", "model.pooling=last", "seed=3"
+    )
+    if projection is None:
+        adapter = small.adapter
+    else:
+        adapter = _with_projection(small, projection)
+    made = export_adapter(adapter, tmp_path / "out", merged=True)
+    assert made.merged is not None
+    model = sentence_transformers.SentenceTransformer(str(made.merged), device="cpu")
+    assert model.tokenizer.chat_template is None
+    ours = open_encoder(EncoderSpec.from_json(adapter.info["encoder"]), small.store)
+    texts = ["Who keeps the light?", "in the north sound", "a word " * 400]
+    pairs = [("", text) for text in texts]
+    for wanted, found in (
+        (ours.encode_queries(texts[:2]), model.encode_query(texts[:2])),
+        (ours.encode_passages(pairs), model.encode_document(texts)),
+    ):
+        cosines = (torch.from_numpy(wanted) * torch.as_tensor(found)).sum(dim=1)
+        assert cosines.min() >= 0.9999, cosines
+        assert abs(float(torch.as_tensor(found).norm(dim=1).max()) - 1) < 1e-4
+    assert wanted.shape[1] == (projection or wanted.shape[1])
+
+
+def _with_projection(small: support.World, width: int) -> Artifact:
+    plan = Plan("retriever", "projected", {"width": width}, {"base": small.base_artifact})
+
+    def body(building: Building) -> None:
+        support.write_adapter(building.path / "adapter", small.base, small.store, 5)
+        weight = torch.randn(width, small.base_encoder.dimension)
+        save_file({"weight": weight}, building.path / "adapter" / PROJECTION_FILE)
+        model = replace(small.config.model, projection_dim=width)
+        spec = llm_spec(model, small.base, (plan.ref, plan.fingerprint))
+        building.info["encoder"] = spec.to_json()
+
+    return small.get(plan, body)
+
+
+def test_the_layout_is_the_one_that_servers_read(world: support.World, tmp_path: Path) -> None:
+    """Names and keys as vLLM (modules.json, 1_Pooling) and text-embeddings-inference publish them;
+    neither is run here.
+    """
+    merged = export_adapter(world.adapter, tmp_path / "out", merged=True).merged
+    assert merged is not None
+    modules = json.loads((merged / "modules.json").read_text())
+    assert [(m["idx"], m["path"], m["type"]) for m in modules] == [
+        (0, "", "sentence_transformers.models.Transformer"),
+        (1, "1_Pooling", "sentence_transformers.models.Pooling"),
+        (2, "2_Normalize", "sentence_transformers.models.Normalize"),
+    ]
+    pooling = json.loads((merged / "1_Pooling" / "config.json").read_text())
+    assert pooling["pooling_mode_mean_tokens"] is True
+    assert pooling["pooling_mode_lasttoken"] is False
+    config = json.loads((merged / "config.json").read_text())
+    assert config["architectures"] == ["LlamaModel"]
+    with safe_open(merged / "model.safetensors", "pt") as weights:
+        assert not [name for name in weights.keys() if name.startswith(("model.", "lm_head"))]  # noqa: SIM118
+    for path in (merged, *merged.rglob("*"), merged.parent / "README.md"):
+        assert oct(path.stat().st_mode & 0o777) == ("0o755" if path.is_dir() else "0o644"), path
 
 
 def test_the_card_tells_data_settings_and_measures(
@@ -88,7 +157,7 @@ def test_the_card_tells_data_settings_and_measures(
     card = (
         export_adapter(world.adapter, tmp_path / "out", report=report).folder / "README.md"
     ).read_text("utf-8")
-    assert card.startswith("---\nlibrary_name: peft\n")
+    assert card.startswith("---\nlibrary_name: peft\nlicense: other\n")
     for expected in (
         "arXiv 2411.07021",
         world.adapter.ref,
@@ -257,7 +326,7 @@ def test_a_retriever_of_the_first_layers_is_exported_as_such(tmp_path: Path) -> 
         [[*small.tokenizer("in the north sound")["input_ids"], small.tokenizer.eos_token_id]]
     )
 
-    merged = AutoModelForCausalLM.from_pretrained(made.merged, dtype=torch.float32).model
+    merged = AutoModel.from_pretrained(made.merged, dtype=torch.float32)
     assert len(merged.layers) == 2
     # PEFT on the whole base: the adapter lies on the first two layers only, and their states are
     # the same.

@@ -1,0 +1,118 @@
+"""What a run will do and how long that may take, before it does it.
+
+The seconds are those of two idle cores, by the arithmetic of the models and what the demo took
+there (docs/log.md); :mod:`invar_ray.console` corrects them by how long the first steps take.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from transformers import AutoConfig
+
+from invar_ray.answering.fusion import QUERY_REWRITES
+from invar_ray.config import Config
+from invar_ray.models.base import BaseRef
+from invar_ray.steps.hits import SearchMode
+from invar_ray.steps.report import SYSTEM_NAMES
+from invar_ray.store.artifacts import Store
+
+Goal = Literal["retriever", "generator", "report"]
+
+_CPU_FLOPS, _GPU_FLOPS = 0.2e12, 40e12
+_START_RAY_S, _START_TRAINING_S = 8.0, 25.0
+_QUERY_TOKENS, _PASSAGE_SHARE = 16, 0.65
+"""Tokens of a usual question, and how full passages are of ``chunk_tokens``."""
+
+
+def outline(
+    config: Config,
+    bases: tuple[BaseRef, BaseRef],
+    store: Store,
+    goal: Goal,
+    passages: int,
+    train: int,
+    dev: int,
+) -> list[tuple[str, float]]:
+    """The steps on the way to a goal after corpus and questions have been read: (label, seconds).
+
+    Args:
+        config: the run.
+        bases: of the retriever and of the generator, resolved.
+        store: where they may lie.
+        goal: the last artifact.
+        passages, train, dev: how many passages and questions there are.
+    """
+    inner, deep, _ = _weights(bases[0], store)
+    depth = config.model.retriever_layers or deep
+    layer, layers, head = _weights(bases[1], store)
+    scale = config.scale
+    flops = _GPU_FLOPS if scale.use_gpu else _CPU_FLOPS
+    tokens = config.corpus.chunk_tokens * _PASSAGE_SHARE
+    encoder = 2 * inner * depth
+    embed = _START_RAY_S + passages * tokens * encoder / flops
+    teacher = _START_RAY_S + passages * tokens * 2 * 1.8e6 * 6 / flops
+    wordings = 1 + config.rewrites.num_rewrites
+
+    def search(questions: int, wordings: int) -> float:
+        return 4.0 + questions * wordings * _QUERY_TOKENS * encoder / flops
+
+    stage1, stage2 = config.retriever, config.generator
+    row = wordings * _QUERY_TOKENS + tokens * (
+        1 + config.rewrites.num_windows + stage1.num_hard_negatives
+    )
+    reading = min(stage2.max_tokens, stage2.top_k * tokens + 60)
+    answer = 2 * (layer * layers + head)
+    steps = [
+        ("embed passages (minilm)", teacher),
+        ("index (minilm)", 0.5),
+        ("embed passages (base)", embed),
+        ("index (base)", 0.5),
+        ("training set", search(train, 1)),
+        (
+            "stage 1: retriever",
+            _START_TRAINING_S + stage1.steps * stage1.global_batch_size * row * 3 * encoder / flops,
+        ),
+    ]
+    if goal == "retriever":
+        return steps
+    steps += [("embed passages (retriever)", embed), ("index (retriever)", 0.5)]
+    trains = goal == "generator" or (
+        "both" in config.evaluation.systems and config.evaluation.num_answers > 0
+    )
+    if trains:
+        steps += [
+            ("hits of train questions in the retriever index", search(train, 1)),
+            ("readings of train questions", 2.0),
+            (
+                "stage 2: generator",
+                _START_TRAINING_S
+                + stage2.steps * stage2.global_batch_size * reading * 2.5 * answer / flops,
+            ),
+        ]
+    if goal == "generator":
+        return steps
+    asked = 1 + config.evaluation.num_rewrites
+    for name in config.evaluation.systems:
+        encoder_name, _, fused = name.partition("_")
+        index = {"stage1": "retriever", "both": "retriever"}.get(encoder_name, encoder_name)
+        if fused == "bm25":
+            steps.append((f"hits of {SYSTEM_NAMES[name]} fused", 1.0))
+        elif encoder_name == "bm25":
+            steps.append(("hits of dev questions by BM25", 1.0))
+        else:
+            label = f"hits of dev questions in the {index} index"
+            more = QUERY_REWRITES if fused else 0
+            label += SearchMode(num_rewrites=more).label if more else ""
+            steps.append((label, search(dev, asked * (1 + more))))
+    prompts = config.evaluation.num_answers * (3 + config.evaluation.answer_wordings)
+    steps.append(("report", 15.0 + prompts * reading * answer / flops))
+    return list(dict(steps).items())
+
+
+def _weights(base: BaseRef, store: Store) -> tuple[float, int, float]:
+    """Weights of a layer, number of layers, and weights of the head."""
+    shape = AutoConfig.from_pretrained(base.folder_or_name(store), revision=base.revision)
+    width, inner = int(shape.hidden_size), int(getattr(shape, "intermediate_size", 0))
+    layers = int(getattr(shape, "num_hidden_layers", 1))
+    return 2.7 * width**2 + 3.0 * width * inner, layers, float(width * shape.vocab_size)
