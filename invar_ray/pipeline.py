@@ -16,7 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from invar_ray import console
-from invar_ray.config import Config
+from invar_ray.config import Config, arm_config
 from invar_ray.errors import ArtifactError
 from invar_ray.evaluation.report import Report, read_report, write_report
 from invar_ray.executor import Executor, Here, OnRay
@@ -46,6 +46,7 @@ from invar_ray.steps import (
     vectors,
 )
 from invar_ray.steps.hits import PLAIN, SearchMode
+from invar_ray.steps.retriever import STARTER
 from invar_ray.store.artifacts import Artifact, Building, Plan, Store, open_artifact
 from invar_ray.store.earlier import earlier_passages
 
@@ -72,6 +73,7 @@ class Pipeline:
         self.cpu_seconds: dict[str, float] = {}
         self.reused: list[str] = []
         self._quiet = quiet
+        self._arm: str | None = None
 
     def __enter__(self) -> Pipeline:
         return self
@@ -166,6 +168,39 @@ class Pipeline:
         """
         return self.index_of("base", self.bare_spec, None)
 
+    @cached_property
+    def init(self) -> Artifact | None:
+        """The adapter that stage 1 starts from, if any."""
+        named = self.config.retriever.init
+        if named is None:
+            return None
+        return self.starter if named == STARTER else open_artifact(named, "retriever")
+
+    @cached_property
+    def starter(self) -> Artifact:
+        """The adapter that comes with the package."""
+        plan = retriever.starter_plan(self.retriever_base)
+        return self.step(
+            "starter",
+            plan,
+            lambda to: retriever.build_starter(to, self.config, self.retriever_base),
+        )
+
+    @cached_property
+    def mined_index(self) -> Artifact:
+        """What negatives are mined from: the index of the encoder that stage 1 starts from."""
+        return self.base_index if self.init is None else self.index_with(self.init)
+
+    def arm(self, name: str) -> Pipeline:
+        """The run of one of ``evaluation.arms``: another stage 1 over the same data, its steps told
+        under its name.
+        """
+        other = Pipeline(arm_config(self.config, name), quiet=self._quiet, executor=self.executor)
+        other._arm = name
+        other.seconds, other.cpu_seconds = self.seconds, self.cpu_seconds
+        other.reused = self.reused
+        return other
+
     def check_questions(self) -> None:
         """Refuse questions that the corpus cannot answer, before anything is embedded for them.
 
@@ -185,7 +220,7 @@ class Pipeline:
         parents = (
             self.passages,
             self.questions,
-            self.base_index,
+            self.mined_index,
             self.coarse_index.parent("vectors"),
         )
         plan = trainset.plan(self.config, *parents)
@@ -194,11 +229,11 @@ class Pipeline:
     @cached_property
     def retriever(self) -> Artifact:
         """The stage-1 adapter."""
-        parents = self.config, self.retriever_base, self.trainset
+        parents = self.config, self.retriever_base, self.trainset, self.init
         return self.step(
             "stage 1: retriever",
-            retriever.plan(*parents),
-            lambda to: retriever.build(to, *parents, executor=self.executor),
+            retriever.plan(*parents, arm=self._arm),
+            lambda to: retriever.build(to, *parents, arm=self._arm, executor=self.executor),
         )
 
     @cached_property
@@ -274,11 +309,16 @@ class Pipeline:
             return self.base_index
         if wanted.encoder == "retriever":
             return self.index
+        if wanted.encoder == "starter":
+            return self.index_with(self.starter)
         return self.index_with(open_artifact(wanted.encoder, "retriever"))
 
     def index_with(self, adapter: Artifact) -> Artifact:
         """An index of this run's passages under a given stage-1 adapter."""
-        return self.index_of("retriever", self.spec_of(adapter), adapter)
+        name = "starter" if adapter.manifest.name == "starter" else "retriever"
+        if "arm" in adapter.info:
+            name = "arm"
+        return self.index_of(name, self.spec_of(adapter), adapter)
 
     def spec_of(self, adapter: Artifact) -> EncoderSpec:
         """The encoder of a stage-1 adapter, its vectors cut where the config says so."""
@@ -349,6 +389,7 @@ class Pipeline:
     ) -> Artifact:
         """The artifact of a plan: opened where it stands, else made, with its times kept."""
         started, cpu = time.monotonic(), time.process_time()
+        label = label if self._arm is None else f"{self._arm}: {label}"
 
         def timed(building: Building) -> None:
             if not self._quiet:

@@ -10,7 +10,7 @@ from invar_ray.errors import InvarError, MissingArtifactError, MixedArtifactsErr
 from invar_ray.store.artifacts import Artifact, Store
 from invar_ray.store.published import Published
 
-_SERVED = {"base", "retriever"}
+_SERVED = {"base", "retriever", "starter"}
 """Names of indexes that are meant to be asked; MiniLM's is a baseline."""
 
 

@@ -202,6 +202,8 @@ def choose_adapter(pipeline: Pipeline, wanted: str | None) -> Artifact | None:
     bare = llm_spec(pipeline.config.model, pipeline.retriever_base)
 
     def fits(artifact: Artifact) -> bool:
+        if "arm" in artifact.info:  # of a report, to be compared with
+            return False
         spec = EncoderSpec.from_json(artifact.info["encoder"])
         same = (
             replace(

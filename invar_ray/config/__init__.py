@@ -20,7 +20,7 @@ from invar_ray.config.experimental import (
     TinyConfig,
 )
 from invar_ray.config.fields import METADATA_NAME, PASSAGE_FIELDS
-from invar_ray.config.load import config_keys, load_config, recipe_names, to_dict
+from invar_ray.config.load import arm_config, config_keys, load_config, recipe_names, to_dict
 from invar_ray.config.measuring import EvaluationConfig, IndexConfig, SearchConfig
 from invar_ray.config.models import CoarseConfig, LoraConfig, ModelConfig
 from invar_ray.config.run import Config
@@ -52,6 +52,7 @@ __all__ = [
     "StorageConfig",
     "TinyConfig",
     "RewritesConfig",
+    "arm_config",
     "config_keys",
     "load_config",
     "recipe_names",

@@ -88,7 +88,7 @@ def known_only(
         path = f"{prefix}{key}"
         if path not in known:
             faults.append(f"{path}: unknown key{_hint(path, known)}")
-        elif isinstance(value, Mapping):
+        elif isinstance(value, Mapping) and any(name.startswith(f"{path}.") for name in known):
             kept[key] = known_only(value, known, f"{path}.", faults)
         else:
             kept[key] = value

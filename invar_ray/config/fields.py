@@ -63,8 +63,10 @@ def _metadata_name(name: str) -> str:
 
 
 def _encoder(value: str) -> str:
-    if value not in {"retriever", "base", "minilm"} and "/" not in value:
-        raise ValueError("expected retriever, base, minilm, or the URI of a stage-1 adapter")
+    if value not in {"retriever", "base", "minilm", "starter"} and "/" not in value:
+        raise ValueError(
+            "expected retriever, base, minilm, starter, or the URI of a stage-1 adapter"
+        )
     return value
 
 

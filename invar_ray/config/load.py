@@ -21,6 +21,8 @@ from invar_ray.config.faults import explain_invalid, known_only
 from invar_ray.config.run import Config, cross_checks
 from invar_ray.errors import ConfigError
 
+ARM_SECTIONS = {"model", "retriever", "experimental"}
+"""What one of ``evaluation.arms`` may change: all that makes a stage 1 from the same data."""
 _ADAPTER: TypeAdapter[Config] = TypeAdapter(Config)
 
 
@@ -71,6 +73,8 @@ def load_config(recipe: str = "tiny", overrides: Sequence[str] = ()) -> Config:
         # The rest is checked with the defaults of those.
         config = _ADAPTER.validate_python(_without(values, invalid, ""))
     faults += [fault for fault in cross_checks(config) if not any(key in fault for key in invalid)]
+    for name in config.evaluation.arms:
+        faults += _arm_faults(config, name, known)
     if faults:
         listing = "\n".join(f"  - {fault}" for fault in faults)
         raise ConfigError(
@@ -130,6 +134,27 @@ def _meanings(section: type[Any]) -> dict[str, str]:
 def to_plain(value: Any) -> Any:
     """A field's value as JSON has it."""
     return list(value) if isinstance(value, tuple) else value
+
+
+def arm_config(config: Config, name: str) -> Config:
+    """The run of one of ``evaluation.arms``: another stage 1 over the same data."""
+    values = _merged(asdict(config), config.evaluation.arms[name])
+    values["evaluation"]["arms"] = {}
+    return _ADAPTER.validate_python(values)
+
+
+def _arm_faults(config: Config, name: str, known: Sequence[str]) -> list[str]:
+    faults: list[str] = []
+    change, at = config.evaluation.arms[name], f"evaluation.arms.{name}"
+    if other := sorted(set(change) - ARM_SECTIONS):
+        return [f"{at}: changes {', '.join(other)}, expected {', '.join(sorted(ARM_SECTIONS))}"]
+    known_only(change, known, "", faults)
+    if not faults:
+        try:
+            faults = cross_checks(arm_config(config, name))
+        except ValidationError as error:
+            faults = [f"{key}: {said}" for key, said in explain_invalid(error, known).items()]
+    return [f"{at}.{fault}" for fault in faults]
 
 
 def to_dict(config: Any) -> dict[str, Any]:

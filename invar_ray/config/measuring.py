@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Annotated, ClassVar, Literal
+from dataclasses import dataclass, field
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from invar_ray.config.fields import FORBID, EncoderName, NoneTwice, PositiveShare
+from invar_ray.config.fields import FORBID, EncoderName, NoneTwice, PositiveShare, RunName
 from invar_ray.schema import Mode
 
 
@@ -27,7 +27,8 @@ class IndexConfig:
     encoder: EncoderName = "retriever"
     """What ``jobs.reindex`` embeds with: the base with this run's stage-1 adapter (``retriever``,
     trained where it is missing), the bare base (``base``), MiniLM (``minilm``, the coarse encoder),
-    or the base with a stage-1 adapter that stands already: its URI."""
+    the base with the adapter that comes with the package (``starter``) or with a stage-1 adapter
+    that stands already: its URI."""
     recall_target: PositiveShare | None = None
     """Least recall@10 against exact search, on sampled vectors, in (0, 1]; an index below it is not
     published. ``null`` is 0.95 for ``auto``, and measures nothing for an explicit factory.
@@ -104,3 +105,6 @@ class EvaluationConfig:
     ``*_rewrites`` fuses with two rewrites made at query time by rule, the rival that needs no
     training; ``both`` searches as ``search.mode`` says and adds stage 2.
     """
+    arms: dict[RunName, dict[str, dict[str, Any]]] = field(default_factory=dict)
+    """Other stage 1s beside this one, each a row ``stage 1, NAME`` with the same data: what it
+    changes of the sections ``model``, ``retriever`` and ``experimental``."""

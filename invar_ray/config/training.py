@@ -31,6 +31,11 @@ class RetrieverConfig:
 
     __pydantic_config__: ClassVar[ConfigDict] = FORBID
 
+    init: str | None = None
+    """What training starts from: ``builtin:starter`` (made for the first four layers of
+    ``builtin:smollm2``, docs/starter.md), the URI of a ``retriever`` artifact, or ``null``, a
+    fresh adapter.  Negatives are mined with it. [ours]
+    """
     lora: LoraConfig = field(default_factory=LoraConfig)
     """The ``retriever`` adapter."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)

@@ -26,6 +26,8 @@ RETRIEVAL_PAIRS = (
     ("MiniLM", "stage 1"),
     ("BM25", "stage 1"),
 )
+ARM, FUSED = "stage 1, ", ("stage 1, rewrites fused",)
+"""How the rows of ``evaluation.arms`` begin, and the one that begins so and is none."""
 ANSWER_PAIRS = (
     ("stage 1", "both stages"),
     ("base", "both stages"),
@@ -70,7 +72,8 @@ def compare_systems(tables: Sequence[QuestionTable], overlap_k: int, seed: int) 
     )
     answers = ("exact_match", "f1", "accuracy", "flip_rate", "abstained")
     found = []
-    for pairs, metrics in ((RETRIEVAL_PAIRS, retrieval), (ANSWER_PAIRS, answers)):
+    arms = [(name, "stage 1") for name in by_name if name.startswith(ARM) and name not in FUSED]
+    for pairs, metrics in (((*RETRIEVAL_PAIRS, *arms), retrieval), (ANSWER_PAIRS, answers)):
         for first, second in pairs:
             if first in by_name and second in by_name:
                 found += compare_tables(by_name[first], by_name[second], metrics, seed=seed)

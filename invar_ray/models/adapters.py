@@ -16,9 +16,15 @@ from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import (
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora.layer import Linear as PeftLinear
 from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -89,6 +95,34 @@ def _layers(base: PreTrainedModel, first: int, count: int | None) -> list[int] |
     return list(range(first, last))
 
 
+def copy_adapter(model: PeftModel, folder: Path) -> None:
+    """Give a fresh adapter the weights of a PEFT folder, to be trained on.
+
+    Raises:
+        ModelError: if the folder is no PEFT folder, or its adapter has another rank, scale or other
+            layers.
+    """
+    _check_folder(folder)
+    values = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    wanted = model.peft_config[_NAME]
+    pairs = {
+        "rank": (values.get("r"), wanted.r),
+        "alpha": (values.get("lora_alpha"), wanted.lora_alpha),
+        "target_modules": (sorted(values.get("target_modules", ())), sorted(wanted.target_modules)),
+    }
+    other = {name: pair for name, pair in pairs.items() if pair[0] != pair[1]}
+    if other:
+        raise ModelError(
+            f"the adapter in {folder} has another shape than the one to be trained: "
+            + ", ".join(f"lora.{name} is {pair[1]}" for name, pair in other.items()),
+            expected=", ".join(f"lora.{name}={pair[0]}" for name, pair in other.items()),
+            action="set retriever.lora as it was when the adapter was trained",
+        )
+    _same_names(model, folder)
+    state = load_file(folder / "adapter_model.safetensors")
+    set_peft_model_state_dict(model, state, adapter_name=_NAME)
+
+
 def load_adapter(base: PreTrainedModel, folder: Path, *, merge: bool = False) -> PreTrainedModel:
     """``base`` with the adapter of ``folder``, for inference.
 
@@ -141,14 +175,7 @@ def load_merged(
 
 
 def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
-    for name in (
-        "adapter_config.json",
-        "adapter_model.safetensors",
-    ):  # never adapter_model.bin: it is a pickle
-        if not (folder / name).is_file():
-            raise ModelError(
-                f"{folder} has no {name}", expected="a PEFT folder with safetensors weights"
-            )
+    _check_folder(folder)
     try:
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
     except (ValueError, RuntimeError) as error:
@@ -160,6 +187,15 @@ def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return _fused(model)
+
+
+def _check_folder(folder: Path) -> None:
+    # Never adapter_model.bin: it is a pickle.
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise ModelError(
+                f"{folder} has no {name}", expected="a PEFT folder with safetensors weights"
+            )
 
 
 class _FusedLinear(PeftLinear):

@@ -53,6 +53,7 @@ VERSION = 7
 _NOT_IN_PLAN = {
     "num_rewrites",  # it is in the questions
     "systems",  # they are in the hits
+    "arms",
     "answer_batch_size",  # scale
 }
 _WORST_QUESTIONS = 8

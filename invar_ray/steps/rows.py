@@ -50,6 +50,7 @@ class _Graph(Protocol):
     @property
     def served(self) -> SearchMode: ...
 
+    def arm(self, name: str) -> _Graph: ...
     def cut(self, label: str, config: Config) -> Artifact: ...
     def spec_of(self, adapter: Artifact) -> EncoderSpec: ...
     def hits(self, index: Artifact, split: str, mode: SearchMode = PLAIN) -> Artifact: ...
@@ -62,7 +63,7 @@ class _Graph(Protocol):
 def systems(graph: _Graph) -> list[System]:
     """The systems that ``evaluation.systems`` names, with what each retrieves and who answers."""
     evaluation = graph.config.evaluation
-    return [
+    rows = [
         System(
             SYSTEM_NAMES[name],
             _hits_of(graph, name),
@@ -72,6 +73,12 @@ def systems(graph: _Graph) -> list[System]:
         for name in evaluation.systems
         if name != "both" or evaluation.num_answers > 0
     ]
+    arms = [
+        System(f"{SYSTEM_NAMES['stage1']}, {name}", arm.hits(arm.index, "dev"), None)
+        for name in evaluation.arms
+        for arm in [graph.arm(name)]
+    ]
+    return _after(rows, SYSTEM_NAMES["stage1"], arms)
 
 
 def changes(graph: _Graph) -> list[Change]:
@@ -82,6 +89,12 @@ def changes(graph: _Graph) -> list[Change]:
         for cause in graph.config.experimental.evaluation.causes
         if name in {"base", "stage1"} and (changed := _changed_hits(graph, name, cause)) is not None
     ]
+
+
+def _after(rows: list[System], name: str, others: list[System]) -> list[System]:
+    """``others`` behind the row of that name, or at the end."""
+    at = next((i + 1 for i, row in enumerate(rows) if row.name == name), len(rows))
+    return [*rows[:at], *others, *rows[at:]]
 
 
 def dataset_name(config: Config) -> str:

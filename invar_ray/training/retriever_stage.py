@@ -18,18 +18,19 @@ from invar_ray.losses.gather import gather_rows
 from invar_ray.losses.gradcache import RepresentationCache
 from invar_ray.losses.masks import contrastive_allowed, copies_allowed
 from invar_ray.losses.matryoshka import size_weights, unit_prefix
-from invar_ray.models.adapters import new_adapter
+from invar_ray.models.adapters import copy_adapter, new_adapter
 from invar_ray.models.base import name_and_revision
 from invar_ray.models.batching import pad_right
 from invar_ray.models.encoder import (
     PROJECTION_FILE,
     BiEncoder,
     EncoderSpec,
+    load_projection,
     open_trunk,
     passage_ids,
     query_ids,
 )
-from invar_ray.store.artifacts import Store
+from invar_ray.store.artifacts import Store, open_artifact
 from invar_ray.training.batches import StepPlan, Trainset
 from invar_ray.training.objective import Rows, objective
 from invar_ray.training.stage import (
@@ -76,6 +77,8 @@ class RetrieverStage:
             module = BiEncoder(
                 self._adapted.get_base_model(), self.spec.pooling, config.model.projection_dim
             )
+        if "init" in inputs:
+            self._start_from(inputs["init"], module)
         self.module: nn.Module = module
         self._dimension = module.dimension
 
@@ -230,6 +233,13 @@ class RetrieverStage:
                 for column in range(len(plan.slots))
             ],
         }
+
+    def _start_from(self, uri: str, module: BiEncoder) -> None:
+        folder = open_artifact(uri, "retriever").path("adapter")
+        copy_adapter(self._adapted, folder)
+        if module.projection is not None:
+            with torch.no_grad():
+                module.projection.weight.copy_(load_projection(folder))
 
     def save(self, parameters: dict[str, Tensor], folder: Path) -> None:
         """See :class:`Stage`; an optional projection goes beside the PEFT folder's files."""

@@ -593,10 +593,11 @@ def test_config_keys_are_all_keys_of_all_sections() -> None:
     } <= set(keys)
 
 
-def test_there_are_at_most_100_settings_beside_the_experimental_ones() -> None:
+def test_there_are_at_most_110_settings_beside_the_experimental_ones() -> None:
+    # 98 when the house was cleared; docs/design/config.md says what each since then is for.
     keys = config_keys()
     settings = [key for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
-    assert len([key for key in settings if not key.startswith("experimental.")]) <= 100
+    assert len([key for key in settings if not key.startswith("experimental.")]) <= 110
 
 
 def test_to_dict_is_what_json_gives_back() -> None:

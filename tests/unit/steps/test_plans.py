@@ -75,6 +75,7 @@ class Planner(Pipeline):
             how = (
                 "rewrites" if plan.config.get("num_rewrites") else "",
                 "exact" if plan.config.get("exact") else "",
+                mode if (mode := plan.config.get("mode", "dense")) != "dense" else "",
             )
             key = " ".join([key, *filter(None, (*how, plan.config.get("precision")))])
         if (
@@ -90,6 +91,8 @@ class Planner(Pipeline):
             info["encoder"] = llm_spec(
                 self.config.model, self.retriever_base, (plan.ref, plan.fingerprint)
             ).to_json()
+        if plan.kind in {"vectors", "index"} and plan.name != "minilm":
+            info["precision"] = self.config.model.precision
         return self.store.note(plan, info)
 
 
@@ -145,27 +148,27 @@ ALL = {
     "index retriever",
     "trainset",
     "retriever",
-    "hits retriever-train",
+    "hits retriever-train hybrid",
     "hits retriever-dev",
     "hits base-dev",
     "hits minilm-dev",
     "hits bm25-dev",
-    "hits minilm_bm25-dev",
-    "hits stage1_bm25-dev",
+    "hits minilm-dev hybrid",
+    "hits retriever-dev hybrid",
     "hits retriever-dev rewrites",
     "readings",
     "generator",
     "report",
 }
 REWRITES = {"hits retriever-dev rewrites"}
-FUSED = {"hits minilm_bm25-dev", "hits stage1_bm25-dev"}
+FUSED = {"hits minilm-dev hybrid", "hits retriever-dev hybrid"}
 AFTER_RETRIEVER = {
     "retriever",
     "vectors retriever",
     "index retriever",
-    "hits retriever-train",
+    "hits retriever-train hybrid",
     "hits retriever-dev",
-    "hits stage1_bm25-dev",
+    "hits retriever-dev hybrid",
     "hits retriever-dev rewrites",
     "readings",
     "generator",
@@ -185,7 +188,7 @@ COARSE_ENCODER = AFTER_TRAINSET | {
     "vectors minilm",
     "index minilm",
     "hits minilm-dev",
-    "hits minilm_bm25-dev",
+    "hits minilm-dev hybrid",
 }
 
 
@@ -233,7 +236,7 @@ CHANGES: list[tuple[str, Any, set[str]]] = [
     ("generator.distractor_share", 0.3, {"generator", "report"}),
     ("experimental.generator.vary_windows", False, {"generator", "report"}),
     ("generator.max_new_tokens", 8, {"generator", "report"}),
-    ("generator.top_k", 2, {"hits retriever-train", "readings", "generator", "report"}),
+    ("generator.top_k", 2, {"hits retriever-train hybrid", "readings", "generator", "report"}),
     ("index.num_lists_searched", 5, set()),  # Flat has no lists
     (
         "evaluation.top_k",
@@ -298,7 +301,8 @@ def other(value: Any, kind: Any) -> Any:
         return value + 1
     if isinstance(value, str):
         options = [option for option in getattr(kind, "__args__", ()) if isinstance(option, str)]
-        return next((option for option in options if option != value), f"{value}-other")
+        # auto is resolved before anything is named.
+        return next((o for o in options if o not in {value, "auto"}), f"{value}-other")
     if isinstance(value, tuple):
         return (*value[:-1], other(value[-1], None)) if value else (1,)
     return "other"
@@ -342,6 +346,9 @@ CONDITIONAL = {
     "experimental.evaluation.causes": "adds searches, below",
     "model.base": "a name or a folder, below",
     "model.retriever_base": "a folder, below",
+    "search.mode": "searches of its own, below",
+    "retriever.init": "an adapter, in test_starter",
+    "evaluation.arms": "adds rows, in test_arms",
     "corpus.distractors": "needs the questions, below",
     "corpus.max_malformed_share": "whether there is a result, never which",
     "index.encoder": "which of the indexes jobs.reindex makes; each has its own encoder",
@@ -414,17 +421,24 @@ def test_causes_of_variance_are_searches_of_their_own(
     assert {"hits base-dev exact", "hits retriever-dev exact"} <= approximate.keys()
 
 
+def test_the_mode_of_search_decides_what_stage_2_reads(plans: Plans) -> None:
+    after = plans(changed(plans.config, ["search", "mode"], "dense"))
+    assert "hits retriever-train" in after.keys() - plans.first.keys()
+    other = {key for key in plans.first if key in after and after[key] != plans.first[key]}
+    assert other == {"readings", "generator", "report"}
+
+
 def test_without_a_system_the_report_is_another(plans: Plans) -> None:
     config = changed(plans.config, ["evaluation", "systems"], ("base", "stage1", "both"))
     after = plans(config)
-    assert not {"hits minilm-dev", "hits bm25-dev", *FUSED} & after.keys()
+    assert not {"hits minilm-dev", "hits bm25-dev", "hits minilm-dev hybrid"} & after.keys()
     assert after["report"] != plans.first["report"]
     assert after["generator"] == plans.first["generator"]
 
 
 def test_without_answers_no_generator_is_trained(plans: Plans) -> None:
     after = plans(changed(plans.config, ["evaluation", "num_answers"], 0))
-    assert not {"generator", "readings", "hits retriever-train"} & after.keys()
+    assert not {"generator", "readings", "hits retriever-train hybrid"} & after.keys()
     assert after["retriever"] == plans.first["retriever"]
 
 
