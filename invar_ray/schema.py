@@ -186,7 +186,12 @@ class Answer:
             removed, ...
         confidence: mean log-probability of the answer's tokens (nats); ``None`` where the engine
             gives none.
-        refused: True where the model said that the passages do not answer.
+        refused: True where the model said that the passages do not answer, or it was not sure
+            enough.
+        low_confidence: it was not sure enough: ``text`` is the refusal, ``guess`` what it wrote.
+        guess: what the model wrote where that is not the answer; else empty.
+        probability: that what it wrote is right, calibrated; ``None`` where the generator was not
+            calibrated.
         removed_citations: how often it cited a number that no passage of the prompt has; those
             marks are gone.
     """
@@ -199,6 +204,9 @@ class Answer:
     confidence: float | None = None
     refused: bool = False
     removed_citations: int = 0
+    low_confidence: bool = False
+    guess: str = ""
+    probability: float | None = None
     timings: dict[str, float] = field(default_factory=dict)
 
 

@@ -7,13 +7,14 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
+from invar_ray.answering.certainty import Certainty, signs_of
 from invar_ray.errors import RequestError
 from invar_ray.models.generator import Generation
 from invar_ray.schema import Answer, Citation, Hit
 from invar_ray.text.answers import contains_answer
-from invar_ray.text.prompts import fit_prompt, format_answer_prompt, parse_answer
+from invar_ray.text.prompts import REFUSAL, fit_prompt, format_answer_prompt, parse_answer
 
 STOP_STRINGS = ("\n\n", "\nQuestion:", "\nPassages:")
 """Where an answer ends even if the model goes on: base models like to invent a next question."""
@@ -170,6 +171,7 @@ def answer_batch(
         build_prompt(generator, question, hits, max_new_tokens=max_new_tokens)
         for question, hits in zip(questions, hits_per_question, strict=True)
     ]
+    certainty = certainty_of(generator)
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index].text))
     answers: dict[int, Answer] = {}
     for first in range(0, len(order), batch_size):
@@ -182,12 +184,22 @@ def answer_batch(
         )
         share = (time.perf_counter() - start) / len(batch)
         for index, generation in zip(batch, generations, strict=True):
-            answer = read_answer(questions[index], prompts[index], generation)
+            answer = read_answer(questions[index], prompts[index], generation, certainty)
             answers[index] = replace(answer, timings={"generate_s": share})
     return [answers[index] for index in range(len(prompts))]
 
 
-def read_answer(question: str, prompt: AnswerPrompt, generation: Generation) -> Answer:
+def certainty_of(generator: Any) -> Certainty | None:
+    """What a generator's manifest says of its certainty; ``None``: it never abstains by itself."""
+    return Certainty.of(getattr(generator, "certainty", None))
+
+
+def read_answer(
+    question: str,
+    prompt: AnswerPrompt,
+    generation: Generation,
+    certainty: Certainty | None = None,
+) -> Answer:
     """An answer from what the model wrote: its text, and citations of passages that were really in
     the prompt.
 
@@ -195,8 +207,18 @@ def read_answer(question: str, prompt: AnswerPrompt, generation: Generation) -> 
     answer stands (title or text); where it stands in none of them but in another, the first such
     one is cited, with ``source="matched"`` and one note.  Where the model cited nothing, all that
     hold the answer are; where it stands nowhere, the model's own citations stay.
+
+    With a ``certainty``, an answer that is less likely right than its threshold becomes a refusal
+    that keeps it as a guess.
     """
     parsed = parse_answer(generation.text, len(prompt.hits))
+    signs = (
+        None
+        if certainty is None or parsed.refused
+        else signs_of(question, prompt.hits, prompt.shown, parsed.text, generation)
+    )
+    probability = None if certainty is None or signs is None else certainty.probability(signs)
+    unsure = certainty is not None and probability is not None and probability < certainty.threshold
     notes = list(prompt.notes)
     # A refusal cites nothing; only numbers that stand for no passage are worth a word.
     unknown = [number for number in parsed.removed_citations if not 1 <= number <= len(prompt.hits)]
@@ -204,7 +226,7 @@ def read_answer(question: str, prompt: AnswerPrompt, generation: Generation) -> 
         notes.append(f"the answer was cut at {generation.num_tokens} tokens")
     citations: tuple[Citation, ...] = ()
     moved = False
-    if not parsed.refused:
+    if not parsed.refused and not unsure:
         cited = list(dict.fromkeys(parsed.numbers))
         holding = [
             number
@@ -229,13 +251,16 @@ def read_answer(question: str, prompt: AnswerPrompt, generation: Generation) -> 
         notes.append(f"removed {_marks(unknown)}: the prompt had {len(prompt.hits)} passages")
     return Answer(
         question=question,
-        text=parsed.text,
+        text=REFUSAL if unsure else parsed.text,
         citations=citations,
         hits=prompt.hits,
         notes=tuple(notes),
         confidence=generation.confidence,
-        refused=parsed.refused,
+        refused=parsed.refused or unsure,
         removed_citations=len(unknown),
+        low_confidence=unsure,
+        guess=parsed.text if unsure else "",
+        probability=probability,
     )
 
 

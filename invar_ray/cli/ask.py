@@ -60,6 +60,9 @@ def ask_here(
         "passages": [asdict(hit) for hit in found.hits],
         "notes": list(found.notes),
         "refused": found.refused,
+        "low_confidence": found.low_confidence,
+        "guess": found.guess,
+        "probability": found.probability,
     }
 
 
@@ -76,6 +79,8 @@ def print_answer(answer: Mapping[str, Any]) -> None:
     passage's beginning.
     """
     print(f"answer: {answer['answer'] or '(the model wrote nothing)'}")
+    if answer.get("low_confidence"):
+        print(f"  not sure enough; its guess ({answer['probability']:.0%}): {answer['guess']}")
     passages = {passage["passage_id"]: passage for passage in answer["passages"]}
     for citation in answer["citations"]:
         passage = passages.get(citation["passage_id"], {})

@@ -140,6 +140,10 @@ class ExperimentalGenerator:
     """Share of examples that hold only distractors and whose target is the answer all the same,
     without a citation, as in RAFT: the model learns the corpus by heart.  0 because a system that
     cites should not answer from memory, and because the same prompts teach to refuse. [ours]"""
+    abstention_risk: PositiveShare | None = 0.1
+    """Most wrong answers among those given, as a share: the generator is calibrated on train
+    questions with and without their documents, and what is less likely right than the threshold
+    found so becomes a refusal.  ``null``: it is not calibrated. [ours]"""
 
 
 @dataclass(frozen=True)

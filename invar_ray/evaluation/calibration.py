@@ -63,3 +63,33 @@ def expected_calibration_error(bins: Sequence[Bin]) -> float | None:
     if not total:
         return None
     return sum(entry.count * abs(entry.accuracy - entry.confidence) for entry in bins) / total
+
+
+@dataclass(frozen=True, slots=True)
+class RiskPoint:
+    """Of answers with at least this probability.
+
+    Attributes:
+        threshold: the least probability.
+        coverage: the share of questions that is answered.
+        risk: the share of wrong answers among those.
+    """
+
+    threshold: float
+    coverage: float
+    risk: float
+
+
+def risk_coverage(probabilities: Sequence[float], right: Sequence[bool]) -> list[RiskPoint]:
+    """The risk at every threshold that makes a difference, the highest threshold first.
+
+    Source: El-Yaniv and Wiener, "On the Foundations of Noise-free Selective Classification", JMLR
+    2010.
+    """
+    order = sorted(zip(probabilities, right, strict=True), key=lambda pair: -pair[0])
+    points, wrong = [], 0
+    for count, (probability, is_right) in enumerate(order, start=1):
+        wrong += not is_right
+        if count == len(order) or order[count][0] < probability:  # ties are answered together
+            points.append(RiskPoint(probability, count / len(order), wrong / count))
+    return points

@@ -55,6 +55,8 @@ class Answered:
         shown: documents of the passages in its prompt, without repeats.
         seconds: its even share of its batch's time.
         removed: citations that pointed nowhere and were removed.
+        probability: that ``text`` is right, calibrated, if known.
+        unsure: too unsure to be given: a service refuses, with ``text`` as its guess.
     """
 
     text: str
@@ -64,6 +66,8 @@ class Answered:
     shown: tuple[str, ...]
     seconds: float
     removed: int = 0
+    probability: float | None = None
+    unsure: bool = False
 
 
 def ranked_documents(family: FoundFamily) -> list[list[str]]:
@@ -163,7 +167,7 @@ def answer_columns(
             "exact_match": score.exact_match,
             "f1": score.f1,
             "accuracy": score.accuracy,
-            "abstained": float(anchor.refused),
+            "abstained": float(anchor.refused or anchor.unsure),
             "flip_rate": flip_rate([right]),
             "citation_precision": fmean(name in gold for name in anchor.cited)
             if anchor.cited and gold
@@ -179,7 +183,9 @@ def answer_columns(
 
 
 def probability(answer: Answered) -> float | None:
-    """What a generator's confidence says as a probability: the geometric mean of its tokens'
-    probabilities.
+    """That an answer is right, as its generator has it: calibrated, else the geometric mean of its
+    tokens' probabilities.
     """
+    if answer.probability is not None:
+        return answer.probability
     return None if answer.confidence is None else math.exp(min(0.0, answer.confidence))

@@ -220,6 +220,7 @@ def render_html(report: Report, overlap_k: int = 5) -> str:
         body.append(_html_table(answers, _shown(answers, answer_columns())))
         body += _side_by_side(details.get("answers", {}))
         body += _calibration_figure(details.get("calibration", {}), colours)
+        body += _risk_figure(details.get("risk_coverage", {}), colours)
         body += _latency(details.get("seconds_per_answer", {}))
     if report.comparisons:
         body.append(
@@ -445,6 +446,23 @@ def _calibration_figure(
     )
     text = "on the diagonal, confidence is the chance to be right (exact match)"
     return [_figure("Calibration:", text, chart, shown, colours)]
+
+
+def _risk_figure(
+    curves: Mapping[str, Sequence[Mapping[str, float]]], colours: Mapping[str, int]
+) -> list[str]:
+    shown = {name: curves[name] for name in ("base", "stage 1", "both stages") if name in curves}
+    if not shown:
+        return []
+    points = {
+        name: [(point["coverage"], point["risk"]) for point in curve]
+        for name, curve in shown.items()
+    }
+    chart = line_chart(
+        points, colours, x_label="share of questions answered", y_label="share of these wrong"
+    )
+    text = "what answering only the questions that it is surest of would cost and spare"
+    return [_figure("Risk and coverage:", text, chart, shown, colours)]
 
 
 def _latency(seconds: Mapping[str, Mapping[str, float]]) -> list[str]:

@@ -387,6 +387,7 @@ def open_generator(
     adapted = load_adapter(model, artifact.path("adapter"), merge=open_base_tree is None)
     generator = Generator(adapted, tokenizer, artifact.info["max_context"])
     generator.version = artifact.fingerprint
+    generator.certainty = artifact.info.get("certainty")
     return generator
 
 

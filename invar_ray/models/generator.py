@@ -100,6 +100,9 @@ class Generator:
             positions.
         version: a name or fingerprint that answers of a service carry.
 
+    ``certainty`` is what :class:`invar_ray.answering.certainty.Certainty` reads; ``None`` unless
+    the generator was calibrated.
+
     Raises:
         ModelError: if model, tokenizer and ``max_context`` do not fit each other.
     """
@@ -128,6 +131,7 @@ class Generator:
                 action="use the tokenizer that belongs to the model",
             )
         self.model, self.tokenizer, self.version = model.eval(), tokenizer, version
+        self.certainty: dict[str, Any] | None = None
         self.max_context: int = int(context)
         pad = tokenizer.pad_token_id
         self._pad_id: int = pad if pad is not None else self._eos_ids[0]

@@ -125,8 +125,10 @@ class AnswerBlock:
         )
         found = [
             {
-                "text": answer.text,
-                "refused": answer.refused,
+                "text": answer.guess or answer.text,
+                "refused": answer.refused and not answer.low_confidence,
+                "probability": answer.probability,
+                "unsure": answer.low_confidence,
                 "confidence": answer.confidence,
                 "cited": list(dict.fromkeys(citation.document_id for citation in answer.citations)),
                 "shown": list(dict.fromkeys(hit.document_id for hit in answer.hits)),
@@ -220,6 +222,8 @@ def _answer_with(
                 tuple(answer["shown"]),
                 float(answer["seconds"]),
                 int(answer["removed"]),
+                answer["probability"],
+                bool(answer["unsure"]),
             )
             for answer in row["answers"]
         ]

@@ -19,7 +19,11 @@ import numpy as np
 
 from invar_ray.config import Config, to_dict
 from invar_ray.errors import DataError
-from invar_ray.evaluation.calibration import calibration_bins, expected_calibration_error
+from invar_ray.evaluation.calibration import (
+    calibration_bins,
+    expected_calibration_error,
+    risk_coverage,
+)
 from invar_ray.evaluation.details import RankedFamily, rank_shifts, recall_curve, worst_questions
 from invar_ray.evaluation.measure import (
     Answered,
@@ -239,6 +243,8 @@ class _Rows:
         if error is not None:
             extra["calibration_error"] = error
         self._note("calibration", task.label, [asdict(entry) for entry in bins])
+        curve = risk_coverage([p for p, _ in said], [right == 1.0 for _, right in said])
+        self._note("risk_coverage", task.label, [asdict(point) for point in curve])
         seconds = [answer.seconds for texts in answers for answer in texts]
         shares = zip(("p50", "p95"), np.quantile(seconds, [0.5, 0.95]).tolist(), strict=True)
         self._note("seconds_per_answer", task.label, {"mean": fmean(seconds)} | dict(shares))
@@ -333,6 +339,8 @@ def _write_answers(
                     "texts": [answer.text for answer in texts],
                     "refused": [answer.refused for answer in texts],
                     "confidences": [answer.confidence for answer in texts],
+                    "probabilities": [answer.probability for answer in texts],
+                    "unsure": [answer.unsure for answer in texts],
                     "cited": [list(answer.cited) for answer in texts],
                     "shown": [list(answer.shown) for answer in texts],
                     "removed_citations": [answer.removed for answer in texts],

@@ -18,6 +18,10 @@ from serve.http.protocol import AnswerResponse, clean_text
 CHAT_MODEL, EMBEDDING_MODEL, PASSAGE_MODEL = "invar-rag", "invar-encoder", "invar-encoder-passage"
 
 
+LOW_CONFIDENCE = "\n\n(Not sure: the passages may not answer this question.)"
+"""Ends a chat's answer that the service's own route would refuse as too unsure."""
+
+
 class TextPart(BaseModel):
     """A piece of a message; only text is understood."""
 

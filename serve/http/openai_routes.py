@@ -18,6 +18,7 @@ from serve.http.limits import Limits
 from serve.http.openai_forms import (
     CHAT_MODEL,
     EMBEDDING_MODEL,
+    LOW_CONFIDENCE,
     PASSAGE_MODEL,
     ChatMessage,
     ChatRequest,
@@ -112,7 +113,10 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
                 model=CHAT_MODEL,
                 system_fingerprint=_fingerprint(answer),
                 choices=[
-                    Choice(message=ChatMessage(content=reply.text), finish_reason=_finish(reply))
+                    Choice(
+                        message=ChatMessage(content=f"{reply.text}{_doubt(reply)}"),
+                        finish_reason=_finish(reply),
+                    )
                 ],
                 usage=Usage.of(reply.prompt_tokens, reply.completion_tokens),
                 invar=answer,
@@ -144,6 +148,8 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
                         yield chunk({"content": item})
                     else:
                         answer = whole(item)
+                        if _doubt(item):
+                            yield chunk({"content": _doubt(item)})
                         more = {
                             "invar": answer.model_dump(),
                             "system_fingerprint": _fingerprint(answer),
@@ -217,6 +223,11 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         raise UnknownModel("there is no such model here; GET /v1/models lists them")
 
     return routes
+
+
+def _doubt(reply: Reply) -> str:
+    """What follows the model's own text where it was not sure enough to answer."""
+    return LOW_CONFIDENCE if reply.answer.low_confidence else ""
 
 
 def _finish(reply: Reply) -> Any:

@@ -223,10 +223,22 @@ class AnswerResponse(BaseModel):
         description="The answer without its citation marks.", examples=["Mara Lindqvist"]
     )
     refused: bool = Field(
-        description="True where the model said that the passages do not answer the question."
+        description="True where the passages do not answer the question: the model said so, or it "
+        "was not sure enough."
+    )
+    low_confidence: bool = Field(
+        False,
+        description="True where the model was not sure enough: `answer` is a refusal, and `guess` "
+        "holds what it wrote.",
+    )
+    guess: str = Field("", description="What the model wrote where that is not the answer.")
+    probability: float | None = Field(
+        None,
+        description="That what the model wrote is right, calibrated on train questions; null where "
+        "its generator was not calibrated.",
     )
     confidence: float | None = Field(
-        description="Mean log-probability of the answer's tokens, in nats."
+        description="Mean log-probability of the written tokens, in nats; not calibrated."
     )
     citations: list[CitationOut]
     passages: list[PassageOut] = Field(
@@ -260,6 +272,9 @@ class AnswerResponse(BaseModel):
             question=answer.question,
             answer=answer.text,
             refused=answer.refused,
+            low_confidence=answer.low_confidence,
+            guess=answer.guess,
+            probability=answer.probability,
             confidence=answer.confidence,
             citations=[CitationOut.of(citation) for citation in answer.citations],
             passages=[

@@ -163,7 +163,7 @@ class TransformersEngine:
         """Replies in order; a question that cannot be answered gets its error, and does not harm
         the others.
         """
-        from invar_ray.answering.rag import build_prompt, read_answer
+        from invar_ray.answering.rag import build_prompt, certainty_of, read_answer
         from invar_ray.models.generator import Task
 
         results: dict[int, Reply | Exception] = {}
@@ -182,7 +182,7 @@ class TransformersEngine:
                 rows.append(row)
             except RequestError as error:
                 results[row] = error
-        start = time.perf_counter()
+        start, certainty = time.perf_counter(), certainty_of(self._generator)
         generations = self._generator.run([task for _, task in prompts])
         seconds = time.perf_counter() - start
         versions = {"generator": str(self._generator.version)}
@@ -190,7 +190,7 @@ class TransformersEngine:
             if generation.finish == "cancelled":
                 results[row] = OutOfTime("the answer took longer than the request may", 1.0)
                 continue
-            answer = read_answer(batch[row].question.text, prompt, generation)
+            answer = read_answer(batch[row].question.text, prompt, generation, certainty)
             results[row] = Reply(
                 answer=replace(answer, timings={"generate_s": seconds}),
                 text=generation.text,

@@ -3,6 +3,7 @@
 import { $, make, marked, nameOf, percent, seconds, sentence } from "./text.js";
 
 const MARK = /\[\s*\d+(?:\s*[,;\-\u2013]\s*\d+)*\s*\]/g;
+export const SCORES = { dense: "cosine", bm25: "BM25", hybrid: "score" };
 const reduced = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
 // While the model writes: its text as it comes. Numbers are links only once the service has checked them.
@@ -11,11 +12,11 @@ export function showText(text) {
   $("answer").replaceChildren(text);
 }
 
-export function showPassages(found) {
-  $("passages").replaceChildren(...found.map(passage => card(passage)));
+export function showPassages(found, mode) {
+  $("passages").replaceChildren(...found.map(passage => card(passage, mode)));
 }
 
-function card(passage, state = "", answer = "") {
+function card(passage, mode, state = "", answer = "") {
   const tags = { cited: "cited", matched: "holds the answer", unread: "not read: no room in the prompt" };
   const item = make(
     "li",
@@ -31,7 +32,7 @@ function card(passage, state = "", answer = "") {
   );
   const meter = make("span", { class: "meter", "aria-hidden": "true" }, make("span"));
   meter.firstChild.style.width = percent(Math.max(0, Math.min(1, passage.score))).replace(" ", "");
-  const foot = make("footer", {}, make("span", { class: "score" }, "cosine ", make("b", {}, passage.score.toFixed(3))), meter);
+  const foot = make("footer", {}, make("span", { class: "score" }, `${SCORES[mode] ?? "score"} `, make("b", {}, passage.score.toFixed(3))), meter);
   const where = passage.place || passage.uri;
   if (where && where !== nameOf(passage)) foot.append(make("span", { class: "place" }, where));
   item.append(foot);
@@ -48,7 +49,7 @@ export function showAnswer(reply, found, written) {
       const read = given.get(passage.passage_id);
       const source = cited.get(passage.passage_id)?.source;
       const state = !read ? "unread" : source === "matched" ? "matched" : source ? "cited" : "";
-      return card({ ...passage, number: read?.number }, state, reply.answer);
+      return card({ ...passage, number: read?.number }, reply.mode, state, reply.guess || reply.answer);
     }),
   );
   $("answer").className = "text" + (reply.refused ? " refused" : reply.answer ? "" : " nothing");
@@ -60,6 +61,10 @@ export function showAnswer(reply, found, written) {
 }
 
 function body(reply, written) {
+  if (reply.low_confidence) {
+    const sure = reply.probability === null ? "" : `, right with ${percent(reply.probability)}`;
+    return ["Not sure enough to answer from these passages.", make("span", { class: "guess" }, `Its guess${sure}: ${reply.guess || "nothing"}`)];
+  }
   if (reply.refused) return [reply.answer];
   if (!reply.answer) return ["The model wrote no answer. The passages that were found are listed all the same."];
   const byNumber = new Map(reply.citations.map(citation => [citation.number, citation]));
@@ -138,8 +143,8 @@ function showMeasures(reply) {
   first.style.flexGrow = share;
   second.style.flexGrow = 1 - share;
   const facts = [fact("search", seconds(search)), fact("answer", seconds(write)), fact("in all", seconds(total))];
-  if (reply.confidence !== null && reply.answer)
-    facts.push(fact("certainty", percent(Math.exp(reply.confidence)), `Geometric mean of the probabilities of the answer's tokens (mean log-probability ${reply.confidence.toFixed(2)})`));
+  if (reply.probability !== null && (!reply.refused || reply.low_confidence))
+    facts.push(fact("certainty", percent(reply.probability), "How likely it is right, as calibrated on train questions with and without their documents"));
   $("timings").replaceChildren(...facts);
   showVersions(reply);
   $("measures").hidden = false;

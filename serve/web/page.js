@@ -93,7 +93,7 @@ async function ask() {
     for await (const { name, data } of events("v1/answer", { ...asked, stream: true }, mine.signal)) {
       if (name === "passages") {
         found = data.passages;
-        showPassages(found);
+        showPassages(found, data.mode);
         showText("");
         $("result").hidden = false;
         say(`${plural(found.length, "passage")} found, the answer is being written …`);
@@ -132,7 +132,8 @@ function stopped(written) {
 }
 
 function finish(reply) {
-  if (reply.refused) say("The passages do not answer this question, says the model.");
+  if (reply.low_confidence) say("The model is not sure enough to answer from these passages.");
+  else if (reply.refused) say("The passages do not answer this question, says the model.");
   else if (!reply.answer) say("Passages were found, but no answer was written.");
   else say(`Answered, with ${plural(reply.citations.length, "citation")}.`, ` ${reply.answer}`);
   if (reply.citations.length) light(reply.citations[0].passage_id, false);

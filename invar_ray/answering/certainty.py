@@ -1,0 +1,159 @@
+"""How likely an answer is right, from how it came about; and when it is better not to give it.
+
+A generator is sure of wrong answers, too: the probability of its tokens says how fluent the answer
+is.  Together with what stands in the passages it separates better.  A logistic regression, fitted
+on train questions with and without their documents, makes one probability of these signs, and a
+threshold on it keeps the share of wrong answers among those given below a stated risk.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from invar_ray.evaluation.calibration import risk_coverage
+from invar_ray.models.generator import Generation
+from invar_ray.questions.lexicon import FUNCTION_WORDS, STOP_WORDS
+from invar_ray.schema import Hit
+from invar_ray.text.answers import contains_answer
+from invar_ray.text.words import words
+
+SIGNS = ("mean_logprob", "least_logprob", "question_in_passage", "answer_in_passage", "echo")
+_STEM = 5
+"""Words that agree in so many first letters count as one: "painted" and "painting"."""
+_COMMON = FUNCTION_WORDS | STOP_WORDS
+_FLOOR = -6.0  # nats: below it, a token's probability says no more
+_RIDGE, _ROUNDS = 1.0, 50
+Signs = tuple[float, ...]
+
+
+def signs_of(
+    question: str, hits: Sequence[Hit], shown: Sequence[str], answer: str, generation: Generation
+) -> Signs | None:
+    """What an answer's certainty is read from, in the order of :data:`SIGNS`; ``None`` where the
+    engine gives no probabilities.
+
+    Args:
+        question: as asked.
+        hits: the passages of the prompt.
+        shown: their texts as they stand in it.
+        answer: what was written, without marks.
+        generation: the same with its tokens' log-probabilities.
+    """
+    logprobs = [max(_FLOOR, value) for value in generation.token_logprobs]
+    if not logprobs:
+        return None
+    texts = [f"{hit.title}\n{text}" for hit, text in zip(hits, shown, strict=True)]
+    holding = [text for text in texts if contains_answer(text, [answer])]
+    asked = _stems(question)
+    read = [_stems(text) for text in holding or texts]
+    covered = max((len(asked & stems) / len(asked) for stems in read), default=0.0) if asked else 0
+    said = _stems(answer)
+    return (
+        sum(logprobs) / len(logprobs),
+        min(logprobs),
+        float(covered),
+        float(bool(holding)),
+        float(bool(said) and said <= asked),
+    )
+
+
+def _stems(text: str) -> set[str]:
+    return {word[:_STEM] for word in words(text) if word not in _COMMON}
+
+
+@dataclass(frozen=True)
+class Certainty:
+    """A fitted model of :data:`SIGNS`, as a generator's manifest keeps it.
+
+    Attributes:
+        weights: one a sign, of its own unit.
+        bias: added to the weighted sum.
+        threshold: least probability of an answer that is given.
+        risk: the share of wrong answers among those given that it was chosen for.
+        measured_risk, coverage: that share, and the share of questions answered, on the questions
+            that it was fitted on.
+        questions: how many these were.
+    """
+
+    weights: Signs
+    bias: float
+    threshold: float
+    risk: float
+    measured_risk: float
+    coverage: float
+    questions: int
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any] | None) -> Certainty | None:
+        """From the ``certainty`` of a generator's manifest; ``None`` where it has none."""
+        return None if kept is None else cls(**{**kept, "weights": tuple(kept["weights"])})
+
+    def to_json(self) -> dict[str, Any]:
+        """What :meth:`of` reads."""
+        return asdict(self)
+
+    def probability(self, signs: Signs) -> float:
+        """That an answer with these signs is right, in (0, 1)."""
+        total = self.bias + sum(w * sign for w, sign in zip(self.weights, signs, strict=True))
+        return 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, total))))
+
+
+def fit(signs: Sequence[Signs], right: Sequence[bool], risk: float) -> Certainty | None:
+    """Fit the weights, then choose the threshold that answers most at ``risk``.
+
+    Args:
+        signs: of answers to questions whose answer is known.
+        right: whether each was.
+        risk: most wrong answers among those given, as a share.  Where no threshold keeps to it, the
+            one with the least risk is taken.
+
+    Returns:
+        ``None`` where all answers are right, or none is: nothing can be learnt.
+
+    Source: Platt, "Probabilistic Outputs for Support Vector Machines", 1999 (a logistic regression
+    on scores); El-Yaniv and Wiener, "On the Foundations of Noise-free Selective Classification",
+    JMLR 2010 (risk and coverage).  The signs are [ours].
+    """
+    if len(set(right)) < 2:
+        return None
+    values = np.asarray(signs, np.float64)
+    mean, scale = values.mean(axis=0), np.maximum(values.std(axis=0), 1e-6)
+    weights, bias = _logistic((values - mean) / scale, np.asarray(right, np.float64))
+    weights = weights / scale
+    made = Certainty(
+        tuple(weights.tolist()), float(bias - weights @ mean), 0.0, risk, 0.0, 0.0, len(right)
+    )
+    curve = risk_coverage([made.probability(each) for each in signs], right)
+    kept = [point for point in curve if point.risk <= risk]
+    best = (
+        max(kept, key=lambda point: point.coverage)
+        if kept
+        else min(curve, key=lambda point: (point.risk, -point.coverage))
+    )
+    return Certainty(
+        made.weights, made.bias, best.threshold, risk, best.risk, best.coverage, len(right)
+    )
+
+
+def _logistic(
+    values: npt.NDArray[np.float64], right: npt.NDArray[np.float64]
+) -> tuple[npt.NDArray[np.float64], float]:
+    """Ridge logistic regression by Newton's method."""
+    inputs = np.column_stack([values, np.ones(len(values))])
+    penalty = np.diag([_RIDGE] * values.shape[1] + [0.0])
+    weights = np.zeros(inputs.shape[1])
+    for _ in range(_ROUNDS):
+        guess = 1.0 / (1.0 + np.exp(-np.clip(inputs @ weights, -30, 30)))
+        gradient = inputs.T @ (guess - right) + penalty @ weights
+        curvature = (inputs * (guess * (1 - guess))[:, None]).T @ inputs + penalty
+        step = np.linalg.solve(curvature + 1e-9 * np.eye(len(weights)), gradient)
+        weights -= step
+        if np.abs(step).max() < 1e-9:
+            break
+    return weights[:-1], float(weights[-1])

@@ -1,0 +1,129 @@
+"""How sure an answer is: its signs, the fit, the threshold, and what becomes of an unsure one."""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+
+import pytest
+
+from invar_ray.answering.certainty import SIGNS, Certainty, Signs, fit, signs_of
+from invar_ray.answering.rag import build_prompt, read_answer
+from invar_ray.evaluation.calibration import RiskPoint, risk_coverage
+from invar_ray.models.generator import Generation
+from invar_ray.schema import Hit
+from invar_ray.text.prompts import REFUSAL
+
+HITS = [
+    Hit("p1", "d1", 1, 0.9, "Las Meninas", "A painting by Diego Velázquez, kept in the Prado."),
+    Hit("p2", "d2", 2, 0.8, "The Kiss", "A painting by Gustav Klimt in Vienna."),
+]
+TEXTS = [hit.text for hit in HITS]
+
+
+def written(text: str, *logprobs: float) -> Generation:
+    return Generation(text, list(logprobs), len(logprobs), "eos")
+
+
+def test_signs_by_hand() -> None:
+    asked = "Who painted Las Meninas?"
+    sure = signs_of(asked, HITS, TEXTS, "Diego Velázquez", written("x", -0.1, -0.3))
+    # "painted" and "painting" are one word; all three of the question's stand in the first passage.
+    assert dict(zip(SIGNS, sure or (), strict=True)) == pytest.approx(
+        {
+            "mean_logprob": -0.2,
+            "least_logprob": -0.3,
+            "question_in_passage": 1.0,
+            "answer_in_passage": 1.0,
+            "echo": 0.0,
+        }
+    )
+    other = signs_of("Who painted Water Lilies?", HITS, TEXTS, "Water Lilies", written("x", -99.0))
+    assert other == (-6.0, -6.0, pytest.approx(1 / 3), 0.0, 1.0)
+    assert signs_of(asked, HITS, TEXTS, "x", written("x")) is None, (
+        "an engine without probabilities"
+    )
+    assert signs_of("?", [], [], "", written("", -1.0)) == (-1.0, -1.0, 0.0, 0.0, 0.0)
+
+
+def test_risk_and_coverage_by_hand() -> None:
+    curve = risk_coverage([0.9, 0.8, 0.8, 0.1], [True, False, True, False])
+    assert curve == [
+        RiskPoint(0.9, 0.25, 0.0),
+        RiskPoint(0.8, 0.75, pytest.approx(1 / 3)),
+        RiskPoint(0.1, 1.0, 0.5),
+    ]
+    assert risk_coverage([], []) == []
+
+
+def examples(count: int, seed: int) -> tuple[list[Signs], list[bool]]:
+    """Right answers are somewhat likelier and mostly stand in a passage."""
+    rng = random.Random(seed)
+    signs: list[Signs] = []
+    right = [rng.random() < 0.5 for _ in range(count)]
+    for is_right in right:
+        mean = rng.gauss(-0.2 if is_right else -0.6, 0.2)
+        held = float(rng.random() < (0.95 if is_right else 0.5))
+        signs.append((mean, 2 * mean, rng.random() * (1.0 if is_right else 0.6), held, 0.0))
+    return signs, right
+
+
+def test_the_threshold_keeps_to_the_risk_on_new_questions_and_is_calibrated() -> None:
+    signs, right = examples(600, 0)
+    made = fit(signs, right, 0.1)
+    assert made is not None
+    assert made.measured_risk <= 0.1
+    assert made.questions == 600
+    fresh, truth = examples(4000, 1)
+    sure = [made.probability(each) for each in fresh]
+    given = [is_right for p, is_right in zip(sure, truth, strict=True) if p >= made.threshold]
+    assert 0.0 < 1 - sum(given) / len(given) < 0.14
+    assert len(given) / len(fresh) == pytest.approx(made.coverage, abs=0.06)
+    assert sum(sure) / len(sure) == pytest.approx(sum(truth) / len(truth), abs=0.04)
+    strict = fit(signs, right, 0.02)
+    assert strict is not None
+    assert strict.threshold > made.threshold
+    assert strict.coverage < made.coverage
+
+
+def test_what_cannot_be_learnt_and_what_cannot_be_kept() -> None:
+    signs, _ = examples(10, 0)
+    assert fit(signs, [True] * 10, 0.1) is None
+    assert fit([], [], 0.1) is None
+    same = [(-1.0, -1.0, 0.5, 1.0, 0.0)] * 4
+    hopeless = fit(same, [True, False, False, False], 0.1)
+    assert hopeless is not None
+    assert hopeless.measured_risk == 0.75, "the least that there is, said as it is"
+
+
+def test_it_survives_the_manifest() -> None:
+    made = fit(*examples(60, 3), 0.1)
+    assert made is not None
+    assert Certainty.of(json.loads(json.dumps(made.to_json()))) == made
+    assert Certainty.of(None) is None
+
+
+class Counting:
+    max_context = 500
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
+
+def test_an_unsure_answer_becomes_a_refusal_that_keeps_its_guess() -> None:
+    # The probability is that of the mean token: e ** mean / (1 + e ** mean).
+    certainty = Certainty((1.0, 0.0, 0.0, 0.0, 0.0), 0.0, 0.4, 0.1, 0.1, 0.5, 9)
+    prompt = build_prompt(Counting(), "Who painted Las Meninas?", HITS, max_new_tokens=9)  # type: ignore[arg-type]
+    sure = read_answer("q", prompt, written("Diego Velázquez [1]", -0.1), certainty)
+    assert (sure.text, sure.refused, sure.low_confidence) == ("Diego Velázquez", False, False)
+    assert sure.probability == pytest.approx(1 / (1 + math.exp(0.1)))
+    assert sure.guess == ""
+    unsure = read_answer("q", prompt, written("Gustav Klimt [2]", -2.0), certainty)
+    assert (unsure.text, unsure.refused, unsure.low_confidence) == (REFUSAL, True, True)
+    assert unsure.guess == "Gustav Klimt"
+    assert unsure.citations == ()
+    refused = read_answer("q", prompt, written(REFUSAL, -9.0), certainty)
+    assert (refused.refused, refused.low_confidence, refused.probability) == (True, False, None)
+    plain = read_answer("q", prompt, written("Gustav Klimt [2]", -2.0))
+    assert (plain.text, plain.low_confidence, plain.probability) == ("Gustav Klimt", False, None)
