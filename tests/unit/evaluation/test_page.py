@@ -95,6 +95,7 @@ def outcome() -> Outcome:
             "rank_shifts": rank_shifts(families),
             "worst_questions": worst_questions(families, 5, 2),
             "calibration": bins,
+            "risk_coverage": [{"threshold": 0.9, "coverage": 0.5, "risk": 0.1}],
             "seconds_per_answer": {"mean": 0.1, "p50": 0.1, "p95": 0.2},
         }.items():
             details.setdefault(kind, {})[system] = made
@@ -120,7 +121,7 @@ def test_the_page_escapes_everything_and_asks_for_nothing(tmp_path: Path) -> Non
         "Questions that change most",
     ):
         assert title in tags.text, title
-    assert sum(tag == "svg" for tag, _ in tags.found) == 4
+    assert sum(tag == "svg" for tag, _ in tags.found) == 5
     assert read_report(tmp_path / "report.json").rows == list(report.rows)
 
 

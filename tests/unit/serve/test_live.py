@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import math
 import socket
 import threading
 import time
@@ -18,9 +19,13 @@ import numpy as np
 import openai
 import pytest
 
+from invar_ray.answering.certainty import SIGNS, Certainty
 from invar_ray.config import SearchConfig
+from invar_ray.text.prompts import REFUSAL
 from serve.http.keys import ApiKey
+from serve.http.openai_forms import LOW_CONFIDENCE
 from serve.http.protocol import AnswerResponse, StabilityResponse
+from serve.replicas.generator import TransformersEngine, load_generator
 from tests.serving import LIMITS, TEXTS, Artifacts, Live, fault, shared_artifacts
 
 FERRY = "When does the ferry leave?"
@@ -175,6 +180,42 @@ def test_shards_are_joined_before_their_lists_are_fused(live: Live, artifacts: A
     finally:
         parts.close()
         old.close()
+
+
+def test_what_it_is_not_sure_of_is_refused_and_said_everywhere(
+    live: Live, artifacts: Artifacts
+) -> None:
+    never = Certainty((0.0,) * len(SIGNS), -3.0, 0.5, 0.1, 0.0, 0.0, 80)
+
+    def unsure(uri: str) -> Any:
+        generator = load_generator(uri)
+        generator.certainty = never.to_json()
+        return generator
+
+    doubting = Live(artifacts, engine=TransformersEngine(artifacts.generator_uri, unsure))
+    try:
+        body = {"question": FERRY}
+        given = live("POST", "/v1/answer", json=body).json()
+        assert (given["low_confidence"], given["guess"], given["probability"]) == (False, "", None)
+        refused = doubting("POST", "/v1/answer", json=body).json()
+        assert (refused["answer"], refused["refused"]) == (REFUSAL, True)
+        assert refused["low_confidence"]
+        assert refused["guess"] == given["answer"]
+        assert refused["probability"] == pytest.approx(1 / (1 + math.exp(3)))
+        assert refused["citations"] == []
+        assert refused["passages"] == given["passages"]
+        streamed = events(doubting("POST", "/v1/answer", json=body | {"stream": True}).text)
+        whole = next(data for name, data in streamed if name == "answer")
+        assert (whole["answer"], whole["guess"]) == (REFUSAL, refused["guess"])
+        said = doubting("POST", "/v1/stability", json=body | {"rewrites": 1}).json()
+        assert [wording["refused"] for wording in said["wordings"]] == [True, True]
+        other = openai.OpenAI(base_url=f"{doubting.url}/v1", api_key="unused", max_retries=0)
+        plain = chat(other).choices[0].message.content
+        assert plain.endswith(LOW_CONFIDENCE)
+        chunks = chat(other, stream=True)
+        assert plain == "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    finally:
+        doubting.close()
 
 
 def test_errors_are_those_that_the_client_knows(
