@@ -209,8 +209,8 @@ def write_faulty(folder: Path) -> dict[str, str]:
         "bad/broken.docx": docx_bytes()[:-600],
         "bad/old.docx": b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1 rest",
         "bad/bomb.docx": docx_bomb(70),
-        "bad/latin.txt": "f\u00fcr".encode("latin-1"),
-        "bad/rows.jsonl": b'{"id": "r1", "text": "A sound row about larches."}\n{"id": \n{"id": 7, "text": ""}\n',  # noqa: E501
+        "bad/noise.txt": bytes(range(1, 256)),
+        "bad/rows.jsonl": b'{"id": "r1", "text": "A sound row about larches."}\n{"id": \n{"id": 7}\n',  # noqa: E501
         "bad/cut.jsonl.gz": gzip.compress(os.urandom(4000))[:-100],
         "bad/no.parquet": b"PAR1 no",
     }
@@ -221,19 +221,19 @@ def write_faulty(folder: Path) -> dict[str, str]:
     os.mkfifo(folder / "bad" / "pipe.txt")
     return {
         "bad/locked.pdf": "is encrypted. To do: save it without a password.",
-        "bad/scan.pdf": "holds no text on its 1 pages (a scan?). To do: run it through OCR",
+        "bad/scan.pdf": "holds no text on its 1 pages (a scan?). To do: pip install",
         "bad/cut.pdf": "cannot be read as PDF (",
         "bad/empty.txt": "is empty. To do: remove it.",
         "bad/blank.md": "holds no text. To do: remove it.",
         "bad/large.txt": "has 50.0 MB or more, above the limit of 32 MB. To do: split it, or raise "
         "corpus.max_file_mb.",
         "bad/binary.txt": "is not text, it holds zero bytes (a binary file). To do: remove it",
-        "bad/program.bin": "nothing here reads ending .bin. To do: convert to one of .jsonl,",
+        "bad/program.bin": "nothing here reads ending .bin. To do: convert to one of .txt,",
         "bad/broken.docx": "cannot be read as Word file (BadZipFile",
         "bad/old.docx": "is encrypted, or an old .doc file under a new name. To do: save it as "
         ".docx",
         "bad/bomb.docx": "would unpack to 71 MB in",
-        "bad/latin.txt": "is not UTF-8 text (byte 0xfc at offset 1). To do: convert it to UTF-8",
+        "bad/noise.txt": "is not UTF-8 text (byte 0x80 at offset 127), nor in an encoding",
         "bad/rows.jsonl": "(first: bad/rows.jsonl, line 2: malformed JSON",
         "bad/cut.jsonl.gz": "cannot be read beyond line",
         "bad/no.parquet": "cannot be read as Parquet (",

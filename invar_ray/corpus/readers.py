@@ -2,9 +2,10 @@
 
 =========  =========================================================================================
 documents  ``.jsonl(.gz|.zst)`` and ``.parquet``, a document a row with ``text`` and perhaps ``id``
-           (or ``_id``), ``title, uri``; ``.tsv(.gz|.zst)`` as DPR's ``psgs_w100``; ``.txt``,
-           ``.md``, ``.html``, ``.pdf`` and ``.docx`` files, one document each; folders of all
-           these, BEIR's too; ``builtin:facts``
+           (or ``_id``), ``title, uri``; ``.tsv(.gz|.zst)`` as DPR's ``psgs_w100``; ``.csv`` and
+           ``.json`` lists with such rows; every other kind of
+           :data:`invar_ray.corpus.storage.ENDINGS`, a document a file; folders of all these,
+           BEIR's too; ``builtin:facts``
 questions  ``.jsonl(.gz)`` with ``id, question, answers[], positive_ids[]`` and maybe
            ``rewrites[]``; ``builtin:facts``
 =========  =========================================================================================
@@ -21,8 +22,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from invar_ray.corpus.readlog import ReadLog
-from invar_ray.corpus.rowfiles import Row, read_rows_of
-from invar_ray.corpus.rows import json_row, string, string_list
+from invar_ray.corpus.rowfiles import Row, has_text_rows, read_rows_of
+from invar_ray.corpus.rows import id_string, json_row, string, string_list
 from invar_ray.corpus.storage import ROW_FORMATS, InputFile, corpus_files, find_files, read_lines
 from invar_ray.corpus.whole import read_whole
 from invar_ray.errors import DataError
@@ -116,7 +117,8 @@ def read_examples(
     skipped = 0
     for file, number, row in itertools.chain.from_iterable(map(_json_rows, files)):
         place = f"{file.uri}, line {number}"
-        if skip_unusable and (_is_unanswered(row.get("answers")) or row.get("id") in seen):
+        taken = str(row.get("id")) in seen
+        if skip_unusable and (_is_unanswered(row.get("answers")) or taken):
             skipped += 1
             continue
         example = _example(row, place)
@@ -186,6 +188,7 @@ def _documents(
     quarantine = log.quarantine if log is not None else None
     empty = True
     if log is not None:
+        log.say()
         log.start(len(files))
     for at, file in enumerate(files):
         rows = bad = 0
@@ -215,8 +218,12 @@ def _documents(
             log.skip(_brief(error, file))
         if log is not None:
             if first is not None:
-                log.skip(f"{bad} of {rows} rows of {file.name} (first: {_brief(first, file)})")
+                log.skip(
+                    f"{bad} of {rows} rows of {file.name} (first: {_brief(first, file)})", files=0
+                )
             log.read()
+    if log is not None:
+        log.say()
     if quarantine is not None:
         quarantine.check(at_end=True, strict=strict)
     if empty:
@@ -237,7 +244,7 @@ def _brief(error: DataError, file: InputFile) -> str:
 def _of_file(
     file: InputFile, max_bytes: int, log: ReadLog | None, metadata: Sequence[str]
 ) -> Iterator[Row]:
-    if file.format in ROW_FORMATS:
+    if file.format in ROW_FORMATS or (file.format in {"csv", "json"} and has_text_rows(file)):
         yield from read_rows_of(file, max_bytes, metadata)
     else:
         yield Row(1, file.uri, read_whole(file, max_bytes, log))
@@ -261,10 +268,10 @@ def _example(row: dict[str, Any], place: str) -> Example:
             action="remove it",
         )
     return Example(
-        id=string(row, "id", place, filled=True),
+        id=id_string(row, "id", place),
         question=string(row, "question", place, filled=True),
         answers=answers,
-        positive_ids=string_list(row, "positive_ids", place),
+        positive_ids=string_list(row, "positive_ids", place, ids=True),
         rewrites=string_list(row, "rewrites", place) if row.get("rewrites") is not None else (),
     )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from invar_ray.console import Progress
 from invar_ray.errors import DataError
 
 _SHOWN = 20
+_NAMED = re.compile(r"\S(?:.*?\S)?\.\w{1,8}(?=[ :])")
 _FEW_ROWS = 1000
 
 
@@ -74,20 +76,28 @@ class ReadLog:
         quarantine: takes malformed rows, also those of a file that was named itself.
 
     Attributes:
-        lines: what was left out, why, and what to do; in reading order.
+        lines: what was left out or guessed, why, and what to do; in reading order.
+        files: how many files were left out.
     """
 
     def __init__(self, *, echo: bool = False, quarantine: Quarantine | None = None) -> None:
         self.lines: list[str] = []
+        self.files = 0
         self.quarantine = quarantine
         self._echo = echo
+        self._said = 0
         self._progress: Progress | None = None
 
-    def skip(self, line: str) -> None:
-        """Something is left out."""
+    def skip(self, line: str, files: int = 1) -> None:
+        """Something is left out: so many whole files, or (0) a part of one."""
         self.lines.append(line)
+        self.files += files
+
+    def say(self) -> None:
+        """Print what has come since the last time, if lines are printed at all."""
         if self._echo:
-            echo_lines(self.lines, first=len(self.lines) - 1)
+            echo_lines(self.lines[self._said :])
+        self._said = len(self.lines)
 
     def start(self, files: int) -> None:
         """Reading of so many files begins."""
@@ -100,16 +110,24 @@ class ReadLog:
             self._progress.advance(files)
 
 
-def echo_lines(lines: list[str], first: int = 0) -> None:
-    """Print ``lines`` from number ``first`` on, of all of them the first 20, and where to find the
-    others.
+def echo_lines(lines: list[str]) -> None:
+    """Print lines, those that differ in the file's name alone as one, of all of them the first 20;
+    and where to find the others.
     """
-    for number in range(first, len(lines)):
-        if number < _SHOWN:
-            print(f"  left out: {lines[number]}", file=sys.stderr, flush=True)
-        elif number == _SHOWN:
+    groups: dict[str, list[str]] = {}
+    for line in lines:
+        # "NAME.pdf is encrypted. To do: ..": the name ends where an ending does.
+        match = _NAMED.match(line)
+        groups.setdefault(line[match.end() :] if match else line, []).append(line)
+    for number, (rest, alike) in enumerate(groups.items()):
+        if number == _SHOWN:
             print(
                 "  left out: more; all of them are in skipped.txt of the passages artifact",
                 file=sys.stderr,
                 flush=True,
             )
+            return
+        first = alike[0].removesuffix(rest)
+        line = alike[0] if len(alike) == 1 else f"{len(alike)} files (first: {first}){rest}"
+        what = "note" if "(a guess)" in line or "read by OCR" in line else "left out"
+        print(f"  {what}: {line}", file=sys.stderr, flush=True)

@@ -12,8 +12,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from invar_ray.corpus.formats.parsed import clean_text
-from invar_ray.corpus.rows import json_row, metadata, string
-from invar_ray.corpus.storage import InputFile, read_lines
+from invar_ray.corpus.formats.plain import csv_rows, decoded
+from invar_ray.corpus.json_places import json_entries
+from invar_ray.corpus.rows import id_string, json_row, metadata, string
+from invar_ray.corpus.storage import InputFile, read_bytes, read_lines
 from invar_ray.corpus.whole import too_large
 from invar_ray.errors import DataError
 from invar_ray.schema import Document, Place
@@ -54,8 +56,47 @@ def read_rows_of(file: InputFile, max_bytes: int, kept: Sequence[str] = ()) -> I
         yield from _parquet(file, max_bytes, kept)
     elif file.format == "tsv":
         yield from _tsv(file, max_bytes, kept)
+    elif file.format == "csv":
+        yield from _csv(file, kept)
+    elif file.format == "json":
+        for number, (place, row) in enumerate(json_entries(file), start=1):
+            try:
+                yield Row(number, place, _document(row, place, file, "entry", number, kept))
+            except DataError as error:
+                yield Row(number, place, error, str(row)[:_EXCERPT])
     else:
         yield from _jsonl(file, max_bytes, kept)
+
+
+def has_text_rows(file: InputFile) -> bool:
+    """Whether a CSV or JSON file holds a document a row: a column, or in its first entry a field,
+    ``text``.
+    """
+    try:
+        if file.format == "csv":
+            return "text" in _csv_table(file)[0]
+        first = next(iter(json_entries(file)), None)
+    except DataError:
+        return False  # its parser says what is wrong
+    return first is not None and isinstance(first[1].get("text"), str)
+
+
+def _csv(file: InputFile, kept: Sequence[str]) -> Iterator[Row]:
+    names, *rows = _csv_table(file)
+    for number, cells in enumerate(rows, start=2):
+        place = f"{file.uri}, row {number}"
+        try:
+            if len(cells) != len(names):
+                raise DataError(f"{place}: {len(cells)} columns", expected=f"{len(names)}")
+            row = dict(zip(names, cells, strict=True))
+            yield Row(number, place, _document(row, place, file, "row", number, kept))
+        except DataError as error:
+            yield Row(number, place, error, str(cells)[:_EXCERPT])
+
+
+def _csv_table(file: InputFile) -> list[list[str]]:
+    text, _ = decoded(read_bytes(file), file.uri)
+    return csv_rows(text) or [[]]
 
 
 def _jsonl(file: InputFile, max_bytes: int, kept: Sequence[str]) -> Iterator[Row]:
@@ -154,12 +195,12 @@ def _document(
 ) -> Document:
     own = f"#{mark}{number}"
     id_name = "id" if "id" in row or "_id" not in row else "_id"  # BEIR's name for it
+    title = clean_text(string(row, "title", place)) if row.get("title") is not None else ""
+    text = "" if row.get("text", "") is None else clean_text(string(row, "text", place))
     return Document(
-        id=clean_text(string(row, id_name, place, filled=True))
-        if id_name in row
-        else f"{file.name}{own}",
-        title=clean_text(string(row, "title", place)) if "title" in row else "",
-        text=clean_text(string(row, "text", place)),
+        id=id_string(row, id_name, place) if row.get(id_name) is not None else f"{file.name}{own}",
+        title=title,
+        text=text if text.strip() else title,  # what has a title alone is found by it
         uri=clean_text(string(row, "uri", place))
         if row.get("uri") is not None
         else f"{file.uri}{own}",

@@ -49,8 +49,22 @@ def string(row: dict[str, Any], name: str, place: str, *, filled: bool = False) 
     return value
 
 
-def string_list(row: dict[str, Any], name: str, place: str) -> tuple[str, ...]:
-    """The field ``name`` of a row, a list of strings, each once; raises :class:`DataError`."""
+def id_string(row: dict[str, Any], name: str, place: str) -> str:
+    """The field ``name`` of a row, an id: a string with text, or a whole number, as some files have
+    it; raises :class:`DataError`.
+    """
+    value = row.get(name)
+    if isinstance(value, int) and not isinstance(value, bool):
+        return str(value)
+    return clean_text(string(row, name, place, filled=True))
+
+
+def string_list(
+    row: dict[str, Any], name: str, place: str, *, ids: bool = False
+) -> tuple[str, ...]:
+    """The field ``name`` of a row, a list of strings (of ids also whole numbers), each once; raises
+    :class:`DataError`.
+    """
     if name not in row:
         raise DataError(
             f"{place}: the field {name!r} is missing",
@@ -59,6 +73,8 @@ def string_list(row: dict[str, Any], name: str, place: str) -> tuple[str, ...]:
     value = row[name]
     if not isinstance(value, list):
         raise DataError(f"{place}: {name!r} is {kind_of(value)}", expected="a list of strings")
+    if ids:
+        value = [str(each) if type(each) is int else each for each in value]
     for item in value:
         if not isinstance(item, str):
             raise DataError(

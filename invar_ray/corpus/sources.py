@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from dataclasses import astuple
 from functools import cache
+from typing import Any
 
 from pyarrow import fs
 
@@ -52,14 +53,18 @@ def _content(file: InputFile, max_bytes: int | None) -> str:
     if max_bytes is not None and file.size > max_bytes and file.format not in ROW_FORMATS:
         return f"{file.size} bytes"  # it will be left out
     try:
-        return _file_digest(file.filesystem, file.path)
+        return _stream_digest(file.raw_stream())
     except OSError:
         return "unreadable"
 
 
 def _file_digest(filesystem: fs.FileSystem, path: str) -> str:
+    return _stream_digest(filesystem.open_input_stream(path, compression=None))
+
+
+def _stream_digest(opened: Any) -> str:
     hasher = hashlib.sha256()
-    with filesystem.open_input_stream(path, compression=None) as stream:
+    with opened as stream:
         while chunk := stream.read(1 << 20):
             hasher.update(chunk)
     return hasher.hexdigest()[:16]

@@ -10,6 +10,7 @@ import posixpath
 import stat
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs as pafs
@@ -20,26 +21,43 @@ from invar_ray.errors import DataError
 # Endings that say how a file is read; the longest that fits wins.
 ENDINGS = {
     ".jsonl": "jsonl",
-    ".jsonl.gz": "jsonl",
-    ".jsonl.zst": "jsonl",
     ".ndjson": "jsonl",
-    ".ndjson.gz": "jsonl",
-    ".ndjson.zst": "jsonl",
     ".parquet": "parquet",
     ".tsv": "tsv",
-    ".tsv.gz": "tsv",
-    ".tsv.zst": "tsv",
+    ".csv": "csv",
+    ".json": "json",
     ".txt": "text",
+    ".text": "text",
     ".md": "text",
     ".markdown": "text",
+    ".rst": "text",
     ".html": "html",
     ".htm": "html",
     ".xhtml": "html",
+    ".xml": "xml",
+    ".epub": "epub",
     ".pdf": "pdf",
     ".docx": "docx",
+    ".pptx": "pptx",
+    ".xlsx": "xlsx",
+    ".ipynb": "ipynb",
+    **dict.fromkeys(
+        """.py .pyi .js .ts .java .c .h .cc .cpp .hpp .cs .go .rs .rb .php .pl .lua .r .jl .scala
+        .kt .swift .sh .sql .tex .toml .yaml .yml .ini .cfg .log""".split(),
+        "text",
+    ),
+}
+ENDINGS |= {
+    f"{ending}.{packed}": kind
+    for ending, kind in ENDINGS.items()
+    if kind in {"jsonl", "tsv", "csv", "json", "text", "html", "xml"}
+    for packed in ("gz", "zst")
 }
 ROW_FORMATS = frozenset({"jsonl", "parquet", "tsv"})
-"""Formats whose files hold a document a row; any other file is one document."""
+"""Formats whose files hold a document a row (a CSV or JSON file may, too); any other is one
+document.
+"""
+_BENCHMARKS = ROW_FORMATS - {"parquet"} | {"csv", "json"}
 
 
 @dataclass(frozen=True)
@@ -49,7 +67,8 @@ class InputFile:
     Attributes:
         uri: how messages and records name it: the caller's own URI or path, with the place inside a
             folder added.
-        name: path relative to the folder that was given, or the file's own name.
+        name: path relative to the folder that was given, or the file's own name; what cannot be
+            printed in it, and bytes that are not UTF-8, as hexadecimal.
         path: its path for ``filesystem``.
         format: how it is read: a value of :data:`ENDINGS`.
         size: in bytes.
@@ -64,7 +83,16 @@ class InputFile:
 
     def stream(self) -> io.BufferedReader:
         """Open for reading from front to back; ``.gz`` and ``.zst`` are unpacked on the way."""
-        return io.BufferedReader(self.filesystem.open_input_stream(self.path, compression="detect"))
+        packed = {".gz": "gzip", ".zst": "zstd"}.get(posixpath.splitext(self.path)[1].lower())
+        source = self.raw_stream()
+        return io.BufferedReader(pa.CompressedInputStream(source, packed) if packed else source)
+
+    def raw_stream(self) -> Any:
+        """Open for reading as it lies there."""
+        if isinstance(self.filesystem, pafs.LocalFileSystem) and not self.path.isprintable():
+            # pyarrow takes no name that is not UTF-8.
+            return pa.PythonFile(open(self.path, "rb"), mode="r")
+        return self.filesystem.open_input_stream(self.path, compression=None)
 
 
 def find_files(
@@ -105,10 +133,11 @@ def find_files(
             if kind is None:
                 raise DataError(
                     f"{uri}: the file's ending does not say how to read it",
-                    expected=", ".join(ENDINGS),
+                    expected=_wanted("auto"),
                     action="rename it or name its format",
                 )
-            return [InputFile(uri, posixpath.basename(path), path, kind, filesystem, info.size)]
+            name = _printable(posixpath.basename(path))
+            return [InputFile(_printable(uri), name, path, kind, filesystem, info.size)]
         if isinstance(filesystem, pafs.LocalFileSystem):
             entries = list(_walk(path, log, os.path.realpath(exclude) if exclude else ""))
         else:
@@ -121,6 +150,17 @@ def find_files(
             f"{uri} cannot be read ({_first_line(error)})", action="check address and rights"
         ) from error
     return _in_folder(uri, format, path, filesystem, entries, log)
+
+
+def benchmark_files(uri: str) -> list[InputFile]:
+    """The files of questions at ``uri``: the file whatever it is called, or every JSON, JSON lines,
+    TSV and CSV file of the folder; errors as :func:`find_files`.
+    """
+    try:
+        found = [file for file in find_files(uri) if file.format in _BENCHMARKS]
+    except DataError:
+        found = []
+    return found or find_files(uri, "jsonl")
 
 
 def corpus_files(
@@ -202,7 +242,7 @@ def _in_folder(
     found = []
     foreign: dict[str, list[str]] = {}
     for path, size in entries:
-        name = posixpath.relpath(path, folder)
+        name = _printable(posixpath.relpath(path, folder))
         kind = _format_of(name)
         if any(part.startswith((".", "_")) for part in name.split("/")):
             continue
@@ -210,25 +250,46 @@ def _in_folder(
             foreign.setdefault(posixpath.splitext(name)[1].lower(), []).append(name)
         elif format in {"auto", kind}:
             found.append(InputFile(f"{uri.rstrip('/')}/{name}", name, path, kind, filesystem, size))
-    wanted = [ending for ending, kind in ENDINGS.items() if format in {"auto", kind}]
+    wanted = _wanted(format)
     for ending, names in sorted(foreign.items()):
         which = f"{min(names)}" if len(names) == 1 else f"{len(names)} files (first: {min(names)})"
         what = f"ending {ending}" if ending else "a name without ending"
         _left_out(
             log,
-            f"{which}: nothing here reads {what}. To do: convert to one of {', '.join(wanted)}.",
+            f"{which}: nothing here reads {what}. To do: convert to one of {wanted}, or remove.",
+            len(names),
         )
     if not found:
         raise DataError(
             f"the folder {uri} holds no file to read ({len(entries)} entries seen)",
-            expected=f"files ending in {', '.join(wanted)}",
+            expected=f"files ending in {wanted}",
         )
     return sorted(found, key=lambda file: file.name)
 
 
-def _left_out(log: ReadLog | None, line: str) -> None:
+def _wanted(format: str) -> str:
+    """The endings of a format, or the main ones of all."""
+    if format != "auto":
+        return ", ".join(ending for ending, kind in ENDINGS.items() if kind == format)
+    return (
+        ".txt, .md, .rst, .html, .xml, .epub, .pdf, .docx, .pptx, .xlsx, .csv, .tsv, .json, "
+        ".jsonl, .parquet, .ipynb, source text (.py ..); .gz of text"
+    )
+
+
+def _printable(name: str) -> str:
+    """A file's name as text."""
+    if name.isprintable():
+        return name
+    plain = os.fsencode(name).decode("utf-8", "backslashreplace")
+    return "".join(
+        each if each.isprintable() else each.encode("unicode_escape").decode() for each in plain
+    )
+
+
+def _left_out(log: ReadLog | None, line: str, files: int = 1) -> None:
     if log is not None:
-        log.skip(line)
+        log.skip(line, files)
 
 
 def _open_filesystem(uri: str) -> tuple[pafs.FileSystem, str]:
@@ -293,15 +354,19 @@ def _bounded(stream: io.BufferedReader, max_bytes: int | None) -> Iterator[bytes
         yield line
 
 
-def read_bytes(file: InputFile) -> bytes:
-    """A whole file.
+def read_bytes(file: InputFile, max_bytes: int | None = None) -> bytes:
+    """A whole file, unpacked.
+
+    Args:
+        file: to read.
+        max_bytes: a larger one is read one byte further only.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
         with file.stream() as stream:
-            return stream.read()
+            return stream.read(-1 if max_bytes is None else max_bytes + 1)
     except OSError as error:
         raise DataError(
             f"{file.uri} cannot be read ({_reason(error)})", action="check address and rights"

@@ -1,11 +1,18 @@
-"""Files that are one document each: text, Markdown, HTML, PDF and Word."""
+"""Files that are one document each: text of all kinds, web pages, books, PDF, Office files."""
 
 from __future__ import annotations
 
 import posixpath
 
 from invar_ray.corpus.formats.parsed import Parsed
-from invar_ray.corpus.formats.plain import parse_markdown, parse_text
+from invar_ray.corpus.formats.plain import (
+    parse_csv,
+    parse_json,
+    parse_markdown,
+    parse_notebook,
+    parse_restructured,
+    parse_text,
+)
 from invar_ray.corpus.readlog import ReadLog
 from invar_ray.corpus.storage import InputFile, read_bytes
 from invar_ray.errors import DataError
@@ -25,15 +32,18 @@ def read_whole(file: InputFile, max_bytes: int, log: ReadLog | None) -> Document
     """
     if file.size > max_bytes:
         raise too_large(file.uri, file.size, max_bytes)
-    data = read_bytes(file)
+    data = read_bytes(file, max_bytes)
+    if len(data) > max_bytes:  # packed
+        raise too_large(file.uri, len(data), max_bytes)
     if not data:
         raise DataError(f"{file.uri} is empty", action="remove it")
     parsed = _parse(file, data, max_bytes)
     if not parsed.text.strip():
         raise DataError(f"{file.uri} holds no text", action="remove it")
     if parsed.note and log is not None:
-        log.skip(parsed.note.replace(file.uri, file.name))
-    stem = posixpath.basename(file.name).rsplit(".", 1)[0]
+        log.skip(parsed.note.replace(file.uri, file.name), files=0)
+    packed = file.name.removesuffix(".gz").removesuffix(".zst")
+    stem = posixpath.basename(packed).rsplit(".", 1)[0]
     return Document(
         id=file.name,
         title=parsed.title or stem,
@@ -46,21 +56,36 @@ def read_whole(file: InputFile, max_bytes: int, log: ReadLog | None) -> Document
 
 
 def _parse(file: InputFile, data: bytes, max_bytes: int) -> Parsed:
-    """The file by its parser; each is loaded when its first file comes."""
-    if file.format == "pdf":
-        from invar_ray.corpus.formats.pdf import parse_pdf
+    """The file by its parser; each library is loaded when its first file comes."""
+    match file.format:
+        case "pdf":
+            from invar_ray.corpus.formats.pdf import parse_pdf
 
-        return parse_pdf(data, file.uri, max_bytes)
-    if file.format == "docx":
-        from invar_ray.corpus.formats.word import parse_docx
+            return parse_pdf(data, file.uri, max_bytes)
+        case "docx":
+            from invar_ray.corpus.formats.word import parse_docx
 
-        return parse_docx(data, file.uri, max_bytes)
-    if file.format == "html":
-        from invar_ray.corpus.formats.html import parse_html
+            return parse_docx(data, file.uri, max_bytes)
+        case "pptx" | "xlsx":
+            from invar_ray.corpus.formats import office
 
-        return parse_html(data, file.uri)
-    if file.name.lower().endswith((".md", ".markdown")):
+            parse = office.parse_pptx if file.format == "pptx" else office.parse_xlsx
+            return parse(data, file.uri, max_bytes)
+        case "html" | "xml" | "epub":
+            from invar_ray.corpus.formats import html
+
+            if file.format == "epub":
+                return html.parse_epub(data, file.uri, max_bytes)
+            return (html.parse_html if file.format == "html" else html.parse_xml)(data, file.uri)
+        case "csv":
+            return parse_csv(data, file.uri)
+        case "json" | "ipynb":
+            return (parse_json if file.format == "json" else parse_notebook)(data, file.uri)
+    name = file.name.lower().removesuffix(".gz").removesuffix(".zst")
+    if name.endswith((".md", ".markdown")):
         return parse_markdown(data, file.uri)
+    if name.endswith(".rst"):
+        return parse_restructured(data, file.uri)
     return parse_text(data, file.uri)
 
 

@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import ast
 import json
-import posixpath
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -22,6 +21,7 @@ Item = tuple[str, Example | None, Sequence[Document]]
 it.
 """
 
+_ENDING = re.compile(r"(\.(jsonl?|ndjson|tsv|csv|gz|zst))+$", re.IGNORECASE)
 _DESCRIPTION = re.compile(r'\(description (?:"((?:[^"\\]|\\.)*)"|([^()"]+))\)')
 
 
@@ -127,13 +127,15 @@ def squad(file: InputFile) -> Iterator[Item]:
     """SQuAD 1.1 and 2.0; questions of 2.0 that cannot be answered are left out (their answers would
     be blank).
     """
-    for at, article in json_members(file, "data"):
-        title = _text(article, "title", at)
+    for number, (at, article) in enumerate(json_members(file, "data")):
+        title = _title(article)
+        article_id = title or _counted(file, number)
         for p, paragraph in enumerate(_list(article, "paragraphs", at)):
             here = f"{at}.paragraphs[{p}]"
             paragraph = as_object(paragraph, here)
+            name = f"{article_id}/{p}"
             document = Document(
-                f"{title}/{p}", title.replace("_", " "), _text(paragraph, "context", here), file.uri
+                name, title.replace("_", " "), _text(paragraph, "context", here), file.uri
             )
             yield here, None, (document,)
             for q, entry in enumerate(_list(paragraph, "qas", here)):
@@ -156,6 +158,27 @@ def squad(file: InputFile) -> Iterator[Item]:
                     ),
                     (),
                 )
+
+
+def squad_rows(file: InputFile) -> Iterator[Item]:
+    """SQuAD as Hugging Face's datasets export it: a question a line with its ``context``."""
+    known: dict[tuple[str, str], str] = {}
+    counts: dict[str, int] = {}
+    for place, row in json_lines(file):
+        title, context = _title(row), _text(row, "context", place)
+        base = title or _stem(file)
+        if (base, context) not in known:
+            known[base, context] = f"{base}/{counts.get(base, 0)}"
+            counts[base] = counts.get(base, 0) + 1
+        name = known[base, context]
+        document = Document(name, title.replace("_", " "), context, file.uri)
+        answers = _texts(as_object(row.get("answers"), f"{place}, answers"), "text", place)
+        example = (
+            Example(_text(row, "id", place), _text(row, "question", place), answers, (document.id,))
+            if answers  # SQuAD 2.0's that cannot be answered have none
+            else None
+        )
+        yield place, example, (document,)
 
 
 def hotpotqa(file: InputFile) -> Iterator[Item]:
@@ -268,19 +291,13 @@ def beir(uri: str, split: str) -> Iterator[Item]:
     """A BEIR folder: every document, and the queries that the split's qrels judge."""
     root = uri.rstrip("/")
     for place, row in json_lines(_one(f"{root}/corpus.jsonl")):
-        id = _text(row, "_id", place)
-        yield (
-            place,
-            None,
-            (
-                Document(
-                    id,
-                    str(row.get("title") or ""),
-                    _text(row, "text", place),
-                    f"{root}/corpus.jsonl",
-                ),
-            ),
-        )
+        id, title = _text(row, "_id", place), _title(row)
+        text = row.get("text") or title
+        if not isinstance(text, str) or "text" not in row:
+            got = "is missing" if "text" not in row else f"is {kind_of(text)}"
+            raise DataError(f"{place}: 'text' {got}", expected="a string")
+        if text.strip():  # FiQA, SciDocs and others have rows without any; they cannot be found
+            yield place, None, (Document(id, title, text, f"{root}/corpus.jsonl"),)
     names = [split, "test"] if split == "dev" else [split]
     found = next(
         (f"{root}/qrels/{name}.tsv" for name in names if _exists(f"{root}/qrels/{name}.tsv")), None
@@ -344,8 +361,18 @@ def _unquoted(cell: str) -> str:
 
 
 def _counted(file: InputFile, number: int) -> str:
-    """An id for a question that has none: the file's name and its place."""
-    return f"{posixpath.basename(file.name).split('.')[0]}-{number}"
+    """An id for a question that has none: the file's path in its folder and its place in it."""
+    return f"{_stem(file)}-{number}"
+
+
+def _stem(file: InputFile) -> str:
+    return _ENDING.sub("", file.name)
+
+
+def _title(row: dict[str, Any]) -> str:
+    """The title of a document, which may lack one or have null."""
+    value = row.get("title")
+    return "" if value is None else str(value)
 
 
 def _text(row: dict[str, Any], name: str, place: str) -> str:

@@ -10,6 +10,8 @@ triviaqa          ``{"Data": [{QuestionId, Question, Answer: {Value, Aliases[]}}
 popqa             ``.tsv`` with a header that has ``id``, ``question``, ``possible_answers``
 squad             ``{"data": [{title, paragraphs: [{context, qas}]}]}``; its paragraphs are
                   documents
+squad-rows        ``{id, title, context, question, answers: {text[]}}`` a line (SQuAD out of Hugging
+                  Face's datasets); its contexts are documents
 hotpotqa          ``[{_id, question, answer, supporting_facts, context}]``; its contexts are
                   documents
 webquestions      ``[{utterance, targetValue}]`` (the original release)
@@ -36,7 +38,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from invar_ray.corpus.json_places import json_entries, json_lines, malformed, text_of
-from invar_ray.corpus.storage import InputFile, find_files, read_lines
+from invar_ray.corpus.storage import InputFile, benchmark_files, read_lines
 from invar_ray.errors import DataError
 from invar_ray.questions import benchmark_formats as formats
 from invar_ray.questions.benchmark_formats import Item
@@ -50,6 +52,7 @@ FORMATS = {
     "triviaqa": formats.triviaqa,
     "popqa": formats.popqa,
     "squad": formats.squad,
+    "squad-rows": formats.squad_rows,
     "hotpotqa": formats.hotpotqa,
     "webquestions": formats.webquestions,
     "entityquestions": formats.entityquestions,
@@ -105,7 +108,7 @@ def read_benchmark(
         items = formats.beir(uri, split)
     elif format in FORMATS:
         items = itertools.chain.from_iterable(
-            FORMATS[format](file) for file in find_files(uri, "jsonl")
+            FORMATS[format](file) for file in benchmark_files(uri)
         )
     else:
         raise DataError(
@@ -175,7 +178,7 @@ def detect_format(uri: str) -> str:
     if formats.is_beir(uri):
         return "beir"
     # a named file whatever it is called, or the first of a folder
-    file = find_files(uri, "jsonl")[0]
+    file = benchmark_files(uri)[0]
     name = file.name.lower().removesuffix(".gz")
     if name.endswith((".tsv", ".csv")):
         header = next((line for _, line in read_lines(file)), b"")
@@ -194,6 +197,7 @@ def _by_keys(file: InputFile, first: dict[str, Any]) -> str | None:
     wanted = {
         "jsonl": {"id", "question", "answers", "positive_ids"},
         "dpr": {"question", "answers", "positive_ctxs"},
+        "squad-rows": {"question", "answers", "context"},
         "hotpotqa": {"question", "answer", "supporting_facts"},
         "webquestions": {"utterance", "targetValue"},
         "kilt": {"input", "output"},

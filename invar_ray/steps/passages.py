@@ -39,7 +39,7 @@ from invar_ray.store.earlier import DIGESTS, EarlierCut, batched, content_digest
 from invar_ray.store.rowgroups import GroupWriter
 from invar_ray.text.chunking import chunk_document, passages_at
 
-VERSION = 5
+VERSION = 6
 SKIPPED = "skipped.txt"
 QUARANTINE = "quarantine.jsonl"
 _BATCH = 256
@@ -160,7 +160,7 @@ def build(
         "files": len(files),
         "documents": documents.rows,
         "passages": passages.rows,
-        "skipped": len(log.lines),
+        "skipped": log.files,
         "quarantined": quarantine.bad,
     }
     if before is not None:

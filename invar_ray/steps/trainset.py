@@ -27,7 +27,7 @@ from invar_ray.losses.alignment import mean_document_vectors
 from invar_ray.models.encoder import coarse_spec, open_encoder
 from invar_ray.schema import Document, Example, Passage
 from invar_ray.steps.passages import load_documents, load_passages
-from invar_ray.steps.questions import load_examples, load_wordings, refuse_unanswerable
+from invar_ray.steps.questions import answerable, load_examples, load_wordings
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.text.answers import contains_answer
 from invar_ray.text.windows import resize_windows
@@ -73,10 +73,12 @@ def build(
     """Mine negatives, cut windows and take the teacher's vectors.
 
     Raises:
-        DataError: if a training question's positive document is not in the corpus.
+        DataError: if the positive documents of many training questions are not in the corpus.
     """
     documents, rows = load_documents(passages), load_passages(passages)
-    examples, families = load_examples(questions, "train"), load_wordings(questions, "train")
+    families = load_wordings(questions, "train")
+    held = {passage.document_id for passage in rows}
+    examples = answerable(load_examples(questions, "train"), held)
     positives = find_positives(examples, rows)
     _, passage_vectors = read_vectors(teacher)
     document_vectors = mean_by_document(passage_vectors, [passage.document_id for passage in rows])
@@ -178,18 +180,17 @@ def _bm25(rows: Sequence[Passage]) -> Bm25:
 
 
 def find_positives(examples: Sequence[Example], passages: Sequence[Passage]) -> list[int]:
-    """For each example the row of its positive passage: the first of its documents' passages that
-    holds an answer, else the first.
+    """For each example that :func:`answerable` keeps the row of its positive passage: the first of
+    its documents' passages that holds an answer, else the first.
 
     Raises:
-        DataError: if none of its documents is in the corpus.
+        DataError: if too many have no document in the corpus.
     """
     of_document: dict[str, list[int]] = {}
     for row, passage in enumerate(passages):
         of_document.setdefault(passage.document_id, []).append(row)
-    refuse_unanswerable(examples, of_document, "train")
     chosen = []
-    for example in examples:
+    for example in answerable(examples, of_document):
         rows = [
             row for document_id in example.positive_ids for row in of_document.get(document_id, [])
         ]

@@ -9,7 +9,7 @@ import re
 
 from invar_ray.schema import Document
 
-_SEPARATORS = {"line": "\n", "paragraph": "\n\n"}
+_SEPARATORS = {"line": "\n", "paragraph": "\n\n", "row": "\n\n", "item": "\n\n"}
 _NUMBERED = re.compile(r"(\w+) (\d+)")
 _LABEL_CHARS = 80
 

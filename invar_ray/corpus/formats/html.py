@@ -1,4 +1,4 @@
-"""HTML files.  The only file that imports lxml.
+"""Web pages, XML and EPUB books.  The only file that imports lxml.
 
 lxml's HTML parser knows no entity declarations, loads nothing from the network and stops at a depth
 of 256: an HTML file cannot expand.
@@ -6,36 +6,54 @@ of 256: an HTML file cannot expand.
 
 from __future__ import annotations
 
+import io
+import posixpath
 import re
+import zipfile
+from urllib.parse import unquote
 
 from lxml import etree
 
-from invar_ray.corpus.formats.parsed import Parsed, clean_text, one_line
+from invar_ray.corpus.formats.parsed import (
+    Parsed,
+    check_zip,
+    clean_text,
+    one_line,
+    table_lines,
+)
 from invar_ray.errors import DataError
 from invar_ray.schema import Place
 
 _SKIPPED = frozenset(
-    "script style template noscript svg math iframe object nav button select head".split()
+    "script style template noscript svg math iframe object nav button select textarea head".split()
 )
 _BLOCKS = frozenset(
     """address article aside blockquote body caption center dd details dialog div dl dt fieldset figcaption figure
     footer form h1 h2 h3 h4 h5 h6 header hr html legend li main ol p section summary table tbody tfoot thead tr
     ul""".split()
 )
+_ROLES = frozenset("navigation menu menubar search toolbar".split())
+_PILCROWS = frozenset({"¶", "#", "§", "\U0001f517", "\uf0c1"})
+_HIDDEN_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
 _HEADINGS = frozenset("h1 h2 h3 h4 h5 h6".split())
 _DECLARED = re.compile(rb"<meta[^>]+charset\s*=|<\?xml[^>]+encoding\s*=", re.IGNORECASE)
 
 
 def parse_html(data: bytes, place: str) -> Parsed:
-    """The visible text of a page: blocks apart by an empty line, cells of a row by a bar; no
-    scripts, no navigation.
+    """The visible text of a page: blocks apart by an empty line, cells of a row by a bar, beside
+    the names of their columns; no scripts, navigation, menus, or what is hidden by attribute or
+    style.
 
     Its title is ``<title>``, else the first heading; its places are its headings.
 
     Raises:
         DataError: it is no HTML.
     """
-    if b"\x00" in data[:65536] and data[:2] not in {b"\xff\xfe", b"\xfe\xff"}:
+    if b"\x00" in data[:65536] and data[:2] not in {
+        b"\xff\xfe",
+        b"\xfe\xff",
+        b"\x00\x00",
+    }:
         raise DataError(
             f"{place} is not HTML, it holds zero bytes (a binary file)", action="remove it"
         )
@@ -67,6 +85,8 @@ def _encoding(data: bytes) -> str | None:
     """UTF-8 where the bytes are that, else what the page declares (``None``), else Windows-1252 as
     browsers do.
     """
+    if data[:4] in {b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff"}:
+        return "utf-32"
     if data[:2] in {b"\xff\xfe", b"\xfe\xff"}:
         return "utf-16"
     try:
@@ -123,7 +143,13 @@ def _walk(root: etree._Element, writer: _Writer) -> None:
     for event, element in etree.iterwalk(root, events=("start", "end")):
         tag = element.tag if isinstance(element.tag, str) else ""
         if event == "start":
-            if skipping or tag in _SKIPPED or element.get("hidden") is not None:
+            if skipping or _is_hidden(tag, element):
+                skipping += 1
+            elif tag == "table" and not preformatted and (rows := _data_rows(element)):
+                for _, line in table_lines(rows, header=_names_columns(element)):
+                    writer.close()
+                    writer.write(line)
+                writer.close()
                 skipping += 1
             elif preformatted or tag == "pre":
                 preformatted += 1
@@ -144,6 +170,50 @@ def _walk(root: etree._Element, writer: _Writer) -> None:
             writer.write(element.tail)
 
 
+def _is_hidden(tag: str, element: etree._Element) -> bool:
+    if tag in _SKIPPED or element.get("hidden") is not None or element.get("aria-hidden") == "true":
+        return True
+    if element.get("role", "").lower() in _ROLES:
+        return True
+    if tag == "a" and "".join(element.itertext()).strip() in _PILCROWS:
+        return True  # the link beside a heading
+    return _HIDDEN_STYLE.search(element.get("style", "")) is not None
+
+
+def _data_rows(table: etree._Element) -> list[list[str]]:
+    """The cells of a table that holds data: none of a table within or around another, or one that
+    lays out a page (it has headings, or its rows have one cell).
+    """
+    if table.find(".//table") is not None or any(True for _ in table.iterancestors("table")):
+        return []
+    if any(element.tag in _HEADINGS or element.tag == "pre" for element in table.iter()):
+        return []
+    rows = [
+        [one_line(_visible(cell)) for cell in row if cell.tag in {"td", "th"}]
+        for row in table.iter("tr")
+    ]
+    rows = [row for row in rows if any(row)]
+    return rows if len(rows) > 1 and max(map(len, rows)) > 1 else []
+
+
+def _names_columns(table: etree._Element) -> bool | None:
+    """Whether the first row of a table is marked as the names of its columns (``None`` if not)."""
+    first = table.find(".//tr")
+    cells = [cell.tag for cell in first if cell.tag in {"td", "th"}] if first is not None else []
+    return True if len(cells) > 1 and set(cells) == {"th"} else False if cells else None
+
+
+def _visible(element: etree._Element) -> str:
+    parts = [element.text or ""]
+    for child in element:
+        if isinstance(child.tag, str) and not _is_hidden(child.tag, child):
+            space = " " if child.tag in _BLOCKS or child.tag == "br" else ""
+            alt = child.get("alt") or "" if child.tag == "img" else ""
+            parts.append(f"{space}{alt}{_visible(child)}{space}")
+        parts.append(child.tail or "")
+    return "".join(parts)
+
+
 def _open(tag: str, element: etree._Element, writer: _Writer) -> None:
     if tag in _HEADINGS:
         writer.heading(True)
@@ -156,3 +226,95 @@ def _open(tag: str, element: etree._Element, writer: _Writer) -> None:
     if tag == "img":
         writer.write(element.get("alt"))
     writer.write(element.text)
+
+
+def parse_xml(data: bytes, place: str) -> Parsed:
+    """The text of an XML file: an element that holds text itself is a paragraph, with all below it.
+    Its title is the first element ``title``; elements ``title`` and ``head`` are its places.
+
+    Raises:
+        DataError: it is no XML.
+    """
+    root = _xml(data, place)
+    if _local(root) == "html":
+        return parse_html(data, place)
+    writer, title = _Writer(), ""
+    waiting = [root]
+    while waiting:
+        element = waiting.pop()
+        if not isinstance(element.tag, str):
+            continue
+        children = list(element)
+        own = [element.text or "", *(child.tail or "" for child in children)]
+        if any(map(str.strip, own)):
+            is_heading = _local(element) in {"title", "head"}
+            writer.heading(is_heading)
+            text = one_line("".join(element.itertext()))
+            title = title or (text if is_heading else "")
+            writer.write(text)
+            writer.close()
+            writer.heading(False)
+        else:
+            waiting += reversed(children)
+    writer.close()
+    places = tuple(Place(heading.start, f'"{heading.label}"') for heading in writer.places)
+    return Parsed(title, writer.text, places)
+
+
+def parse_epub(data: bytes, place: str, max_bytes: int) -> Parsed:
+    """The text of an EPUB book, its chapters in reading order.  Places are its headings.
+
+    Raises:
+        DataError: it is encrypted, damaged, no book, or unpacks to too much.
+    """
+    try:
+        check_zip(data, place, max_bytes)
+        with zipfile.ZipFile(io.BytesIO(data)) as book:
+            names = book.namelist()
+            if "META-INF/rights.xml" in names:
+                raise DataError(f"{place} is encrypted", action="save it without protection")
+            package = _xml(book.read("META-INF/container.xml"), place).find(".//{*}rootfile")
+            folder = posixpath.dirname(package.get("full-path"))
+            root = _xml(book.read(package.get("full-path")), place)
+            items = {item.get("id"): item.get("href") for item in root.iterfind(".//{*}item")}
+            chapters = [
+                posixpath.normpath(posixpath.join(folder, unquote(items[each.get("idref")])))
+                for each in root.iterfind(".//{*}spine/{*}itemref")
+                if each.get("idref") in items
+            ]
+            parts = [parse_html(book.read(name), place) for name in chapters if name in names]
+            named = root.find(".//{http://purl.org/dc/elements/1.1/}title")
+    except DataError:
+        raise
+    except Exception as error:  # a damaged file makes zipfile and lxml raise nearly anything
+        raise DataError(
+            f"{place} cannot be read as EPUB ({type(error).__name__}: {one_line(str(error))[:120]})",
+            action="save it again",
+        ) from error
+    texts, places, length = [], [], 0
+    for part in parts:
+        if part.text:
+            places += [Place(length + each.start, each.label) for each in part.places]
+            texts.append(part.text)
+            length += len(part.text) + 2
+    title = one_line("".join(named.itertext())) if named is not None else ""
+    return Parsed(title, "\n\n".join(texts), tuple(places))
+
+
+def _xml(data: bytes, place: str) -> etree._Element:
+    parser = etree.XMLParser(
+        resolve_entities=False, no_network=True, load_dtd=False, remove_comments=True, recover=True
+    )
+    try:
+        root = etree.fromstring(data, parser)
+    except (etree.LxmlError, ValueError, LookupError) as error:
+        raise DataError(
+            f"{place} cannot be read as XML ({one_line(str(error))[:120]})", action="save it again"
+        ) from error
+    if root is None:
+        raise DataError(f"{place} is not XML", action="remove it, or give it its true ending")
+    return root
+
+
+def _local(element: etree._Element) -> str:
+    return etree.QName(element).localname.lower() if isinstance(element.tag, str) else ""

@@ -1,16 +1,17 @@
-"""PDF files, page by page.  The only file that imports pypdf."""
+"""PDF files, page by page.  The only file that imports pypdfium2, and rapidocr for scans."""
 
 from __future__ import annotations
 
-import io
+import itertools
 import re
+import threading
+from functools import cache
+from typing import Any
 
-import pypdf
-from pypdf.errors import DependencyError, FileNotDecryptedError, WrongPasswordError
+import pypdfium2 as pdfium
 
-from invar_ray.corpus.formats.parsed import Parsed, clean_text, one_line
+from invar_ray.corpus.formats.parsed import Parsed, clean_text, joined, one_line
 from invar_ray.errors import DataError
-from invar_ray.schema import Place
 
 _LIGATURES = {
     0xFB00: "ff",
@@ -21,20 +22,33 @@ _LIGATURES = {
     0xFB05: "st",
     0xFB06: "st",
 }
-_LIGATURES |= {0xAD: None}  # type: ignore[dict-item]  # soft hyphens
-_HYPHENATED = re.compile(r"(?<=[^\W\d_])-\n(?=[a-z])")
+# A word that a line's end parts.  PDFium writes U+FFFE for the hyphen if it leaves the break out.
+_BROKEN = re.compile(r"(?P<before>[^\s\ufffe]*[^\W\d_])(?:\ufffe|-\n)(?P<after>[^\W\d_]+)")
+_NUMBERS = re.compile(r"(?<=\d)(?:\ufffe|-\n)(?=\d)")
+_LETTERS = re.compile(r"[^\W\d_]+(?:-[^\W\d_]+)*")
+# First parts whose hyphen belongs to the word, unless a suffix follows ("long-er").
+_COMPOUND = frozenset(
+    "well self long short high low half full cross two three four five so".split()
+)
+_SUFFIXES = frozenset("er est ly ness ish en ened ening age ed ing s ty y teen land way".split())
 # What word processors write into the title when nobody did.
 _NO_TITLE = re.compile(
     r"^(microsoft word|untitled|slide \d|powerpoint)|\.(docx?|pptx?|pdf|tex|dvi|indd|odt|rtf)$",
     re.I,
 )
+_PASSWORD, _PROTECTION = 4, 5  # PDFium's error codes
+_LOCK = threading.Lock()  # PDFium is not made for threads
+_OCR_DPI = 200
+_MIN_RECTS, _COLUMN_FILL = 12, 0.6
 
 
 def parse_pdf(data: bytes, place: str, max_chars: int) -> Parsed:
     """The text of a PDF file; its places are the pages that hold text.
 
-    Words that were hyphenated at a line's end are joined.  Pages that cannot be read are left out,
-    with a note.
+    Words that were hyphenated at a line's end are joined, unless the hyphen seems to belong to
+    them.  Columns follow each other, also where the file draws them line by line.  A page without
+    text is read by OCR where the extra ``ocr`` is installed.  Pages that cannot be read are left
+    out, with a note.
 
     Args:
         data: the file.
@@ -44,44 +58,51 @@ def parse_pdf(data: bytes, place: str, max_chars: int) -> Parsed:
     Raises:
         DataError: it needs a password, is damaged, holds no text, or too much.
     """
-    try:
-        reader = pypdf.PdfReader(io.BytesIO(data))
-        if reader.is_encrypted and not reader.decrypt(
-            ""
-        ):  # many files only restrict printing: the password is empty
-            raise _encrypted(place)
-        count = len(reader.pages)
-        title = _title(reader)
-    except (DependencyError, FileNotDecryptedError, WrongPasswordError) as error:
-        raise _encrypted(place) from error
-    except DataError:
-        raise
-    except Exception as error:  # a damaged file makes pypdf raise nearly anything
-        raise DataError(
-            f"{place} cannot be read as PDF ({type(error).__name__}: {one_line(str(error))[:120]})",
-            action="open it in a viewer and save it again",
-        ) from error
-    pieces: list[str] = []
-    places: list[Place] = []
-    failed: list[int] = []
-    length = 0
-    for number in range(count):
+    with _LOCK:
         try:
-            text = clean_text(reader.pages[number].extract_text())
-        except Exception:  # as above; the other pages may be sound
-            failed.append(number + 1)
+            file = pdfium.PdfDocument(data)
+            count, title = len(file), _title(file)
+        except pdfium.PdfiumError as error:
+            if getattr(error, "err_code", None) in {_PASSWORD, _PROTECTION}:
+                raise DataError(
+                    f"{place} is encrypted", action="save it without a password"
+                ) from error
+            raise DataError(
+                f"{place} cannot be read as PDF ({one_line(str(error))[:120]})",
+                action="open it in a viewer and save it again",
+            ) from error
+        try:
+            return _pages(file, place, count, title, max_chars)
+        finally:
+            file.close()
+
+
+def _pages(file: Any, place: str, count: int, title: str, max_chars: int) -> Parsed:
+    texts: list[tuple[str, str]] = []
+    failed: list[int] = []
+    scanned: list[int] = []
+    blank: list[int] = []
+    length = 0
+    for number in range(1, count + 1):
+        try:
+            page = file[number - 1]
+            text = _page_text(page)
+            if not text.strip() and any(page.get_objects(filter=[_IMAGE])):
+                read = _read_scan(page)
+                (blank if read is None else scanned).append(number)
+                text = read or ""
+            page.close()
+        except pdfium.PdfiumError:  # the other pages may be sound
+            failed.append(number)
             continue
-        text = _HYPHENATED.sub("", text.translate(_LIGATURES)).strip()
-        if text:
-            places.append(Place(length, f"page {number + 1}"))
-            pieces.append(text)
-            length += len(text) + 2
+        texts.append((f"page {number}", text))
+        length += len(text)
         if length > max_chars:
             raise DataError(
                 f"{place} unpacks to more than {max_chars:,} characters of text",
                 action="split it, or raise corpus.max_file_mb",
             )
-    if not pieces:
+    if not any(text.strip() for _, text in texts):
         if failed:
             raise DataError(
                 f"{place}: none of its {count} pages can be read",
@@ -89,20 +110,136 @@ def parse_pdf(data: bytes, place: str, max_chars: int) -> Parsed:
             )
         raise DataError(
             f"{place} holds no text on its {count} pages (a scan?)",
-            action="run it through OCR (such as: ocrmypdf)",
+            action="pip install 'invar-ray[ocr]', or run it through OCR (such as: ocrmypdf)",
         )
-    note = (
-        f"{place}: {len(failed)} of {count} pages cannot be read (first: page {failed[0]})"
-        if failed
-        else ""
+    whole = _BROKEN.sub(" ", "\n".join(text for _, text in texts))
+    known = set(_LETTERS.findall(whole.lower()))
+    whole, places = joined([(name, _mended(text, known)) for name, text in texts])
+    notes = [
+        f"{len(pages)} of {count} pages {what} (first: page {pages[0]})"
+        for pages, what in (
+            (failed, "cannot be read"),
+            (scanned, "are scans, read by OCR"),
+            (blank, "are scans: pip install 'invar-ray[ocr]' to read them"),
+        )
+        if pages
+    ]
+    return Parsed(title, whole, places, note=f"{place}: {'; '.join(notes)}" if notes else "")
+
+
+_IMAGE = pdfium.raw.FPDF_PAGEOBJ_IMAGE
+
+
+def _page_text(page: Any) -> str:
+    text_page = page.get_textpage()
+    text = _in_columns(text_page, page.get_width()) or text_page.get_text_range()
+    text_page.close()
+    return text.replace("\r\n", "\n").translate(_LIGATURES)
+
+
+def _in_columns(text_page: Any, width: float) -> str | None:
+    """The text of a page of two columns that the file draws line by line across both; ``None`` for
+    any other page, as the file's own order is then the better one.
+    """
+    count = text_page.count_rects()
+    if count < _MIN_RECTS:
+        return None
+    rects = [text_page.get_rect(number) for number in range(count)]  # left, bottom, right, top
+    gutter = _gutter(rects, width)
+    if gutter is None:
+        return None
+    sides = [0 if right <= gutter else 1 if left >= gutter else None for left, _, right, _ in rects]
+    crossings = sum(
+        one is not None and two is not None and one != two for one, two in itertools.pairwise(sides)
     )
-    return Parsed(title, "\n\n".join(pieces), tuple(places), note=note)
+    if crossings < min(sides.count(0), sides.count(1)):
+        return None  # one column after the other
+    # A line across both columns ends the block above it.
+    block, keyed = 0, []
+    order = sorted(range(count), key=lambda number: -rects[number][3])
+    for number in order:
+        if sides[number] is None:
+            block += 1
+        keyed.append(
+            (block, sides[number] or 0, -round(rects[number][3]), rects[number][0], number)
+        )
+        if sides[number] is None:
+            block += 1
+    return "\n".join(
+        text_page.get_text_bounded(*rects[number]).strip() for *_, number in sorted(keyed)
+    )
 
 
-def _title(reader: pypdf.PdfReader) -> str:
-    title = one_line(str(reader.metadata.title or "")) if reader.metadata else ""
+def _gutter(rects: list[tuple[float, float, float, float]], width: float) -> float | None:
+    """The middle of the white between two columns of running text."""
+    for part in (0.5, 0.48, 0.52, 0.46, 0.54):
+        at = width * part
+        left = [rect for rect in rects if rect[2] <= at]
+        right = [rect for rect in rects if rect[0] >= at]
+        if (
+            min(len(left), len(right)) < len(rects) * 0.3
+            or len(left) + len(right) < len(rects) * 0.8
+        ):
+            continue
+        fills = [
+            sorted(rect[2] - rect[0] for rect in side)[len(side) // 2]
+            / (max(rect[2] for rect in side) - min(rect[0] for rect in side))
+            for side in (left, right)
+        ]
+        if min(fills) >= _COLUMN_FILL:  # else cells of a table
+            return at
+    return None
+
+
+def _mended(text: str, known: set[str]) -> str:
+    """Lines' ends inside words, mended."""
+
+    def one(match: re.Match[str]) -> str:
+        before, after = match.group("before"), match.group("after")
+        hyphen = "-" if _keeps_hyphen(before, after, known) else ""
+        return f"{before}{hyphen}{after}"
+
+    text = _NUMBERS.sub("-", text)
+    text = _BROKEN.sub(one, _BROKEN.sub(one, text))  # twice: a word may be two lines' end
+    return clean_text(text.replace("\ufffe", "-"))
+
+
+def _keeps_hyphen(before: str, after: str, known: set[str]) -> bool:
+    """Whether the hyphen between two parts belongs to the word: by its parts, and by how the
+    document writes the word elsewhere. [ours]
+    """
+    parts = _LETTERS.findall(before)
+    first, second = (parts[-1] if parts else before).lower(), after.lower()
+    if after[0].isupper() or len(first) == 1 or "-" in before or before[-2:].isupper():
+        return True
+    if first + second in known:
+        return False
+    if f"{first}-{second}" in known:
+        return True
+    if first in _COMPOUND and second not in _SUFFIXES:
+        return True
+    return min(len(first), len(second)) > 3 and first in known and second in known
+
+
+def _read_scan(page: Any) -> str | None:
+    """The text of a page's picture; ``None`` without the extra ``ocr``."""
+    engine = _ocr()
+    if engine is None:
+        return None
+    picture = page.render(scale=_OCR_DPI / 72).to_numpy()
+    found = engine(picture)
+    return "\n".join(found.txts or ())
+
+
+@cache
+def _ocr() -> Any:
+    try:
+        import rapidocr
+    except ImportError:
+        return None
+    return rapidocr.RapidOCR(params={"Global.log_level": "critical"})
+
+
+def _title(file: Any) -> str:
+    title = one_line(str(file.get_metadata_dict().get("Title") or ""))
     return "" if _NO_TITLE.search(title) else title
-
-
-def _encrypted(place: str) -> DataError:
-    return DataError(f"{place} is encrypted", action="save it without a password")

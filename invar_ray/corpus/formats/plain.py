@@ -1,34 +1,57 @@
-"""Text and Markdown: the text is the file's, so that lines are places; Markdown's headings are
-too.
+"""Text and what is nearly text.
+
+Of text, Markdown, reStructuredText and source code the text is the file's, so that lines are
+places; headings are too.  Tables, JSON and notebooks become text, an entry a paragraph.
 """
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import re
+from collections.abc import Iterator
+from typing import Any
 
-from invar_ray.corpus.formats.parsed import Parsed, one_line
+from invar_ray.corpus.formats.parsed import Parsed, clean_text, joined, one_line, table_lines
 from invar_ray.errors import DataError
 from invar_ray.schema import Place
 
 _HEADING = re.compile(
     r"^ {0,3}#{1,6}[ \t]+(.+?)[ \t]*#*[ \t]*$|^(?=\S)([^\n]+)\n {0,3}(?:=+|-+)[ \t]*$", re.MULTILINE
 )
+_UNDERLINED = re.compile(
+    r"^(?=\S)(?!([^\w\s])\1+[ \t]*$)([^\n]+)\n([=\-~^\"'`#*+.:_<>])\3{2,}[ \t]*$", re.MULTILINE
+)
 _FENCED = re.compile(r"^ {0,3}(```|~~~).*?(?:^ {0,3}\1[^\n]*$|\Z)", re.MULTILINE | re.DOTALL)
 _FRONT = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*$", re.MULTILINE | re.DOTALL)
 _FRONT_TITLE = re.compile(r"^title:[ \t]*([\"']?)(.+?)\1[ \t]*$", re.MULTILINE)
-_BYTE_ORDER_MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+# UTF-32's little-endian mark starts with that of UTF-16: the longer ones come first.
+_BYTE_ORDER_MARKS = {
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+# What a file that is not UTF-8 may be in; the last sign between two that fit alike is the order.
+_LEGACY = """cp1252 euc_jp cp1250 cp1251 koi8_r cp1253 cp1254 cp1255 cp1256 gb18030 cp932 big5 cp949
+tis_620""".split()
+_DETECT_BYTES = 100_000
+_KANA = re.compile("[\u3041-\u30fe]")
+_MAX_DEPTH = 50
 
 
 def parse_text(data: bytes, place: str) -> Parsed:
-    """A text file: UTF-8, or UTF-16 with a byte order mark.  It has no title of its own."""
-    return Parsed("", _decoded(data, place), unit="line")
+    """A text file (see :func:`decoded`).  It has no title of its own."""
+    text, note = decoded(data, place)
+    return Parsed("", text, unit="line", note=note)
 
 
 def parse_markdown(data: bytes, place: str) -> Parsed:
     """A Markdown file.  Its title is the front matter's, else the first heading.  Markup stays in
     the text.
     """
-    text = _decoded(data, place)
+    text, note = decoded(data, place)
     front = _FRONT.match(text)
     # Blanked, not removed, so that offsets stay: "# ..." in a code block is a comment, and "---"
     # under front matter no underline.
@@ -36,33 +59,201 @@ def parse_markdown(data: bytes, place: str) -> Parsed:
     headings = [
         Place(match.start(), one_line(next(filter(None, match.groups()))))
         for match in _HEADING.finditer(visible)
-    ]  # fmt: skip
+    ]
     titled = front and _FRONT_TITLE.search(front.group(1))
     title = one_line(titled.group(2)) if titled else headings[0].label if headings else ""
-    return Parsed(
-        title,
-        text,
-        tuple(Place(start.start, f'"{start.label}"') for start in headings),
-        unit="line",
+    return Parsed(title, text, _quoted(headings), unit="line", note=note)
+
+
+def parse_restructured(data: bytes, place: str) -> Parsed:
+    """A reStructuredText file: underlined lines are its headings, the first one its title."""
+    text, note = decoded(data, place)
+    headings = [
+        Place(match.start(), one_line(match.group(2))) for match in _UNDERLINED.finditer(text)
+    ]
+    title = headings[0].label if headings else ""
+    return Parsed(title, text, _quoted(headings), unit="line", note=note)
+
+
+def parse_csv(data: bytes, place: str) -> Parsed:
+    """A CSV table: each row is a paragraph, its values beside the names of their columns.
+
+    Raises:
+        DataError: it is no table.
+    """
+    text, note = decoded(data, place)
+    try:
+        rows = csv_rows(text)
+    except csv.Error as error:
+        raise DataError(
+            f"{place} cannot be read as CSV ({error})", action="write it again"
+        ) from error
+    lines = table_lines(rows, header=True)
+    return Parsed("", "\n\n".join(line for _, line in lines), unit="row", note=note)
+
+
+def csv_rows(text: str) -> list[list[str]]:
+    """The rows of a CSV text, whatever parts its cells (comma, semicolon, tab or bar)."""
+    try:
+        dialect: Any = csv.Sniffer().sniff(text[:20_000], delimiters=",;\t|")
+    except csv.Error:
+        dialect = csv.excel
+    limit = csv.field_size_limit(max(len(text), 1))
+    try:
+        return [row for row in csv.reader(io.StringIO(text), dialect) if any(map(str.strip, row))]
+    finally:
+        csv.field_size_limit(limit)
+
+
+def parse_json(data: bytes, place: str) -> Parsed:
+    """A JSON file: each entry of a list (each member of an object) is a paragraph of lines
+    ``name: value``.
+
+    Raises:
+        DataError: it is no JSON, or nested deeper than 50.
+    """
+    value, note = _json(data, place)
+    if isinstance(value, dict):
+        value = [{name: each} for name, each in value.items()]
+    entries = value if isinstance(value, list) else [value]
+    texts = ["\n".join(_leaves(each, place)) for each in entries]
+    return Parsed("", "\n\n".join(filter(None, texts)), unit="item", note=note)
+
+
+def parse_notebook(data: bytes, place: str) -> Parsed:
+    """A Jupyter notebook: its cells, with the text of what they print.  Places are cells.
+
+    Raises:
+        DataError: it is no notebook.
+    """
+    value, note = _json(data, place)
+    cells = value.get("cells") if isinstance(value, dict) else None
+    if cells is None and isinstance(value, dict):  # before version 4
+        cells = [cell for sheet in value.get("worksheets", []) for cell in sheet.get("cells", [])]
+    if not isinstance(cells, list):
+        raise DataError(f"{place} is no notebook (it has no cells)", action="save it again")
+    pieces, title = [], ""
+    for number, cell in enumerate(cells, start=1):
+        cell = cell if isinstance(cell, dict) else {}
+        source = _lines(cell.get("source", cell.get("input")))
+        if not title and cell.get("cell_type") == "markdown":
+            heading = _HEADING.search(source)
+            title = one_line(next(filter(None, heading.groups()))) if heading else ""
+        printed = [_printed(output) for output in cell.get("outputs") or []]
+        pieces.append((f"cell {number}", "\n".join(filter(str.strip, [source, *printed]))))
+    text, places = joined(pieces)
+    return Parsed(title, text, places, note=note)
+
+
+def decoded(data: bytes, place: str) -> tuple[str, str]:
+    """A file's text, and a note if its encoding was guessed.
+
+    UTF-8, or UTF-16 and UTF-32 with a byte order mark; else the likeliest of the older encodings,
+    as charset-normalizer judges.  Invisible characters go (see
+    :func:`invar_ray.corpus.formats.parsed.clean_text`).
+
+    Raises:
+        DataError: it is no text.
+    """
+    encoding = next(
+        (name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8-sig"
     )
-
-
-def _decoded(data: bytes, place: str) -> str:
-    encoding = _BYTE_ORDER_MARKS.get(data[:2], "utf-8-sig")
     if encoding == "utf-8-sig" and b"\x00" in data[:65536]:
         raise DataError(
             f"{place} is not text, it holds zero bytes (a binary file)",
             action="remove it, or give it its true ending",
         )
     try:
-        text = data.decode(encoding)
+        return clean_text(data.decode(encoding)), ""
     except UnicodeDecodeError as error:
+        guess = None if encoding != "utf-8-sig" else _guess(data)
+        if guess is None:
+            raise DataError(
+                f"{place} is not {encoding.removesuffix('-sig').upper()} text "
+                f"(byte {data[error.start]:#04x} at offset {error.start}), nor in an encoding that "
+                "can be told",
+                action="save it as UTF-8",
+            ) from error
+    note = (
+        f"{place} is not UTF-8: read as {guess} (a guess). To do: look at it, or save it as UTF-8."
+    )
+    return clean_text(data.decode(guess, "replace")), note
+
+
+def _guess(data: bytes) -> str | None:
+    from charset_normalizer import from_bytes  # only when such a file comes
+
+    sample = data[:_DETECT_BYTES]
+    if len(sample) > sum(byte >= 32 or byte in b"\t\n\r\f\v\x1b" for byte in sample):
+        return None  # control characters: no text
+    matches = list(from_bytes(sample, cp_isolation=_LEGACY))
+    if not matches:
+        return None
+    least = matches[0].chaos
+    fitting = {
+        name: str(match)
+        for match in matches
+        if match.chaos <= least
+        for name in match.could_be_from_charset
+    }
+    best = matches[0].encoding
+    if best in {"cp949", "big5", "gb18030"} and _KANA.search(fitting.get("euc_jp", "")):
+        return "euc_jp"
+    return "cp1252" if "cp1252" in fitting and best.startswith("cp125") else best
+
+
+def _json(data: bytes, place: str) -> tuple[Any, str]:
+    text, note = decoded(data, place)
+    try:
+        return json.loads(text), note
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data":  # JSON lines under another name
+            lines = [line for line in text.splitlines() if line.strip()]
+            try:
+                return [json.loads(line) for line in lines], note
+            except (json.JSONDecodeError, RecursionError):
+                pass
         raise DataError(
-            f"{place} is not {encoding.removesuffix('-sig').upper()} text "
-            f"(byte {data[error.start]:#04x} at offset {error.start})",
-            action="convert it to UTF-8 (such as: iconv -f latin1 -t utf-8)",
+            f"{place}, line {error.lineno}: malformed JSON ({error.msg})", action="mend the file"
         ) from error
-    return text.replace("\x00", "\ufffd")
+    except RecursionError as error:
+        raise DataError(f"{place}: JSON nested too deep", action="flatten it") from error
+
+
+def _leaves(value: Any, place: str, name: str = "", depth: int = 0) -> Iterator[str]:
+    if depth > _MAX_DEPTH:
+        raise DataError(f"{place}: JSON nested too deep", action="flatten it")
+    if isinstance(value, dict):
+        for key, each in value.items():
+            yield from _leaves(each, place, f"{name}.{key}" if name else str(key), depth + 1)
+    elif isinstance(value, list):
+        if value and not any(isinstance(each, dict | list) for each in value):
+            value = ", ".join(str(each) for each in value)
+            yield f"{name}: {value}" if name else value
+        else:
+            for each in value:
+                yield from _leaves(each, place, name, depth + 1)
+    elif value is not None and str(value).strip():
+        text = clean_text("\n".join(line for line in str(value).splitlines() if line.strip()))
+        yield f"{name}: {text}" if name else text
+
+
+def _lines(value: Any) -> str:
+    """A notebook's text, which is a string or a list of lines."""
+    parts = value if isinstance(value, list) else [value]
+    return clean_text("".join(part for part in parts if isinstance(part, str)))
+
+
+def _printed(output: Any) -> str:
+    if not isinstance(output, dict):
+        return ""
+    data = output.get("data")
+    plain = data.get("text/plain") if isinstance(data, dict) else None
+    return _lines(output.get("text", plain))
+
+
+def _quoted(headings: list[Place]) -> tuple[Place, ...]:
+    return tuple(Place(heading.start, f'"{heading.label}"') for heading in headings)
 
 
 def _blanked(match: re.Match[str]) -> str:

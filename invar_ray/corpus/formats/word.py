@@ -1,36 +1,38 @@
 """Word files (.docx).  The only file that imports docx (python-docx).
 
 A .docx is a zip of XML.  python-docx resolves no entities and lxml keeps its limits on depth and
-text size; what is checked here, before anything is unpacked, is how much the zip says it unpacks to
-(zipfile reads no more than that).
+text size.
 """
 
 from __future__ import annotations
 
 import io
-import zipfile
+from collections.abc import Iterator
+from typing import Any
 
 import docx
-from docx.table import Table
+from docx.oxml import parse_xml
+from docx.oxml.ns import qn
 
-from invar_ray.corpus.formats.parsed import Parsed, one_line
+from invar_ray.corpus.formats.parsed import Parsed, check_zip, one_line, table_lines
 from invar_ray.errors import DataError
 from invar_ray.schema import Place
 
 _OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
-_MAX_PARTS = 10_000
-_XML_TIMES, _ALL_TIMES = 2, 8
-"""How much larger than the largest file its XML parts, and all its parts (pictures too), may
-unpack. [ours]
-"""
+# What wraps text without being part of it: content controls, insertions, smart tags ..
+_DROPPED = frozenset(
+    "del moveFrom rPr pPr rt instrText delText sectPr tblPr tblGrid Fallback".split()
+)
+_SPACES = {"tab": " ", "br": " ", "cr": " ", "noBreakHyphen": "-", "ptab": " "}
 
 
 def parse_docx(data: bytes, place: str, max_bytes: int) -> Parsed:
     """The text of a Word file: paragraphs and, as one paragraph each, the rows of tables, in
-    reading order.
+    reading order; text boxes after their paragraph, footnotes at the end.
 
-    Places are headings; paragraphs (those that hold text) are counted from 1.  Headers, footers,
-    footnotes, comments and text boxes are left out.
+    The XML is walked, so that what wraps text (content controls, tracked insertions, smart tags,
+    nested tables) loses none of it.  Places are headings; paragraphs (those that hold text) are
+    counted from 1.  Deletions, hidden text, headers, footers and comments are left out.
 
     Args:
         data: the file.
@@ -46,7 +48,7 @@ def parse_docx(data: bytes, place: str, max_bytes: int) -> Parsed:
             action="save it as .docx without a password",
         )
     try:
-        _check_size(data, place, max_bytes)
+        check_zip(data, place, max_bytes)
         document = docx.Document(io.BytesIO(data))
         paragraphs = _paragraphs(document)
         title = one_line(document.core_properties.title or "")
@@ -73,42 +75,108 @@ def parse_docx(data: bytes, place: str, max_bytes: int) -> Parsed:
     )
 
 
-def _check_size(data: bytes, place: str, max_bytes: int) -> None:
-    with zipfile.ZipFile(io.BytesIO(data)) as archive:
-        parts = archive.infolist()
-    xml = sum(part.file_size for part in parts if part.filename.endswith((".xml", ".rels")))
-    everything = sum(part.file_size for part in parts)
-    if (
-        len(parts) > _MAX_PARTS
-        or xml > _XML_TIMES * max_bytes
-        or everything > _ALL_TIMES * max_bytes
-    ):
-        raise DataError(
-            f"{place} would unpack to {everything / 2**20:,.0f} MB in {len(parts):,} parts",
-            expected=f"at most {_XML_TIMES} times corpus.max_file_mb of XML and {_ALL_TIMES} times "
-            "in all",
-            action="split it, or raise corpus.max_file_mb if you trust it",
-        )
-
-
 def _paragraphs(document: docx.document.Document) -> list[tuple[str, bool]]:
     """Text and whether it is a heading, of each paragraph that holds text."""
-    found: list[tuple[str, bool]] = []
-    for block in document.iter_inner_content():
-        if isinstance(block, Table):
-            for row in block.rows:
-                cells = [one_line(cell.text) for cell in row.cells]
-                # A merged cell comes once per column that it covers.
-                kept = [
-                    text
-                    for at, text in enumerate(cells)
-                    if text and (at == 0 or text != cells[at - 1])
-                ]
-                if kept:
-                    found.append((" | ".join(kept), False))
-            continue
-        text = one_line(block.text)
-        if text:
-            name = (block.style.name if block.style is not None else None) or ""
-            found.append((text, name == "Title" or name.startswith("Heading")))
-    return found
+    names = {style.style_id: style.name or "" for style in document.styles}
+    walk = _Walk(names)
+    walk.blocks(document.element.body)
+    for relation in document.part.rels.values():
+        if not relation.is_external and relation.reltype.endswith(("/footnotes", "/endnotes")):
+            for note in parse_xml(relation.target_part.blob):
+                if note.get(qn("w:type")) is None:  # not the line above the notes
+                    walk.blocks(note)
+    return [(text, is_heading) for text, is_heading in walk.found if text]
+
+
+def _local(element: Any) -> str:
+    return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
+
+
+class _Walk:
+    """Collects paragraphs from the XML of a Word file."""
+
+    def __init__(self, style_names: dict[str, str]) -> None:
+        self.found: list[tuple[str, bool]] = []
+        self._names = style_names
+
+    def blocks(self, parent: Any) -> None:
+        """Paragraphs and tables below an element, whatever they are wrapped in."""
+        for child in parent:
+            name = _local(child)
+            if name == "p":
+                self.found.append((one_line(self._text(child)), self._is_heading(child)))
+                for box in self._boxes(child):
+                    self.blocks(box)
+            elif name == "tbl":
+                rows, header = self._rows(child)
+                self.found += [(line, False) for _, line in table_lines(rows, header=header)]
+            elif name not in _DROPPED:
+                self.blocks(child)
+
+    def _text(self, element: Any) -> str:
+        """The text of runs below an element, without that of text boxes."""
+        parts: list[str] = []
+        for child in element:
+            name = _local(child)
+            if name == "t":
+                parts.append(child.text or "")
+            elif name in _SPACES:
+                parts.append(_SPACES[name])
+            elif name not in _DROPPED and name != "txbxContent" and not _is_hidden(child):
+                parts.append(self._text(child))
+        return "".join(parts)
+
+    def _boxes(self, element: Any) -> Iterator[Any]:
+        for child in element:
+            if _local(child) == "txbxContent":
+                yield child
+            elif _local(child) not in _DROPPED:
+                yield from self._boxes(child)
+
+    def _is_heading(self, paragraph: Any) -> bool:
+        style = paragraph.find(f"{qn('w:pPr')}/{qn('w:pStyle')}")
+        name = self._names.get(style.get(qn("w:val")), "") if style is not None else ""
+        return name == "Title" or name.lower().startswith("heading")
+
+    def _rows(self, table: Any) -> tuple[list[list[str]], bool | None]:
+        """The cells of a table, one that spans rows in each of them; and whether its first row is
+        marked as names of the columns (``None`` if not).
+        """
+        rows: list[list[str]] = []
+        above: dict[int, str] = {}
+        header = None
+        for row in _within(table, "tr"):
+            marks = row.find(qn("w:trPr"))
+            if marks is not None and marks.find(qn("w:del")) is not None:
+                continue
+            if not rows and marks is not None and marks.find(qn("w:tblHeader")) is not None:
+                header = True
+            cells, column = [], 0
+            for cell in _within(row, "tc"):
+                inside = _Walk(self._names)
+                inside.blocks(cell)
+                text = one_line(" ".join(text for text, _ in inside.found))
+                span, merge = (
+                    cell.find(f"{qn('w:tcPr')}/{qn(name)}") for name in ("w:gridSpan", "w:vMerge")
+                )
+                if merge is not None and merge.get(qn("w:val")) != "restart":
+                    text = text or above.get(column, "")
+                above[column] = text
+                cells.append(text)
+                column += int(span.get(qn("w:val"), 1)) if span is not None else 1
+            rows.append(cells)
+        return rows, header
+
+
+def _within(parent: Any, name: str) -> Iterator[Any]:
+    """The nearest elements of that name below an element, whatever they are wrapped in."""
+    for child in parent:
+        if _local(child) == name:
+            yield child
+        elif _local(child) not in _DROPPED | {"tbl", "tcPr", "trPr"}:
+            yield from _within(child, name)
+
+
+def _is_hidden(run: Any) -> bool:
+    mark = run.find(f"{qn('w:rPr')}/{qn('w:vanish')}") if _local(run) == "r" else None
+    return mark is not None and mark.get(qn("w:val")) not in {"0", "false"}

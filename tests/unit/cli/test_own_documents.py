@@ -109,7 +109,7 @@ def test_a_file_that_was_named_itself_raises(mixed: tuple[Path, dict[str, str]])
         "large.txt",
         "broken.docx",
         "rows.jsonl",
-        "latin.txt",
+        "noise.txt",
     ):
         place = mixed[0] / "bad" / name
         with pytest.raises(DataError) as caught:
@@ -296,7 +296,8 @@ def test_the_passages_artifact_says_what_was_left_out(
     assert artifact.info["source"] == str(mixed[0])
     assert artifact.info["files"] == SOUND_FILES + 1
     assert artifact.info["documents"] == SOUND_DOCUMENTS + 1
-    assert artifact.info["skipped"] == len(load_skipped(artifact)) == len(mixed[1])
+    # A file of which rows are malformed is not left out.
+    assert artifact.info["skipped"] == len(load_skipped(artifact)) - 1 == len(mixed[1]) - 1
     places = [passage.place for passage in load_passages(artifact)]
     for file, place in QUESTIONS.values():
         assert any(found.startswith(f"{file}, ") and place in found for found in places), (

@@ -23,7 +23,7 @@ from invar_ray.questions.benchmarks import (
     read_benchmark,
 )
 from invar_ray.schema import Document, Example
-from invar_ray.steps.questions import read_examples_of, refuse_unanswerable
+from invar_ray.steps.questions import answerable, read_examples_of, refuse_unanswerable
 
 SQUAD = {
     "version": "v2.0",
@@ -153,13 +153,13 @@ FILES: dict[str, tuple[str, str, Example, int]] = {
     "entityquestions": (
         "P19.test.json",
         json.dumps([{"question": "Where was Ada born?", "answers": ["Elvay"]}]),
-        Example("P19-0", "Where was Ada born?", ("Elvay",), ()),
+        Example("P19.test-0", "Where was Ada born?", ("Elvay",), ()),
         0,
     ),
     "nq-open": (
         "NQ-open.dev.jsonl",
         lines({"question": "when is it", "answer": ["in May", "May", "May"]}),
-        Example("NQ-open-0", "when is it", ("in May", "May"), ()),
+        Example("NQ-open.dev-0", "when is it", ("in May", "May"), ()),
         0,
     ),
     "kilt": (
@@ -597,3 +597,78 @@ def test_a_recipe_names_a_benchmark_as_it_is(tmp_path: Path) -> None:
         refuse_unanswerable(dev, {"d"}, "train")
     with pytest.raises(DataError, match="1 of 1 dev questions"):
         refuse_unanswerable(train, {"other"}, "dev")
+
+
+def test_public_sets_with_odd_rows_are_read(tmp_path: Path) -> None:
+    """BEIR with empty texts, null titles and number ids; by both readers alike."""
+    folder = tmp_path / "beir"
+    (folder / "qrels").mkdir(parents=True)
+    rows = [
+        {"_id": 1, "title": None, "text": "The bell is bronze."},
+        {"_id": "2", "title": "Oars", "text": ""},
+        {"_id": "3", "title": "", "text": ""},
+        {"_id": "4", "text": None, "title": "Sails"},
+    ]
+    (folder / "corpus.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "queries.jsonl").write_text('{"_id": 8, "text": "What is the bell made of?"}\n')
+    (folder / "qrels" / "test.tsv").write_bytes(
+        b"\xef\xbb\xbfquery-id\tcorpus-id\tscore\n8\t1\t1\n"
+    )
+    found = read_benchmark(str(folder))
+    texts = {"1": "The bell is bronze.", "2": "Oars", "4": "Sails"}
+    assert {document.id: document.text for document in found.documents} == texts
+    assert [(row.id, row.positive_ids) for row in found.examples] == [("8", ("1",))]
+    plain = {row.id: row.text for row in read_documents(str(folder)) if row.text}
+    assert plain == texts
+
+
+def test_squad_without_titles_and_as_rows(tmp_path: Path) -> None:
+    qas = [{"id": 5, "question": "Who?", "answers": [{"text": "Oda", "answer_start": 0}]}]
+    place = tmp_path / "own.json"
+    place.write_text(
+        json.dumps({"data": [{"paragraphs": [{"context": "Oda keeps it.", "qas": qas}]}]})
+    )
+    found = read_benchmark(str(place))
+    assert [row.positive_ids for row in found.examples] == [("own-0/0",)]
+    assert found.documents[0].title == ""
+    rows = tmp_path / "rows.jsonl"
+    row = {"id": "a", "title": "Lamp", "context": "Oda keeps it.", "question": "Who?"}
+    given = [
+        {**row, "answers": {"text": ["Oda"], "answer_start": [0]}},
+        {**row, "id": "b", "answers": {"text": [], "answer_start": []}},
+    ]
+    rows.write_text("".join(json.dumps(each) + "\n" for each in given))
+    found = read_benchmark(str(rows))
+    assert found.format == "squad-rows"
+    assert [(row.id, row.answers, row.positive_ids) for row in found.examples] == [
+        ("a", ("Oda",), ("Lamp/0",))
+    ]
+    assert len(found.documents) == 1
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json"])
+def test_files_of_one_stem_in_a_folder_lose_no_question(tmp_path: Path, ending: str) -> None:
+    for split in ("train", "dev"):
+        rows = [
+            {"question": f"{split} {n}?", "answer" if ending == "jsonl" else "answers": [f"a{n}"]}
+            for n in range(2)
+        ]
+        text = "\n".join(map(json.dumps, rows)) if ending == "jsonl" else json.dumps(rows)
+        (tmp_path / split).mkdir()
+        (tmp_path / split / f"NQ-open.{ending}").write_text(text)
+    found = read_benchmark(str(tmp_path), skip_unusable=True)
+    assert [row.id for row in found.examples] == [
+        f"{split}/NQ-open-{n}" for split in ("dev", "train") for n in range(2)
+    ]
+
+
+def test_a_few_questions_without_gold_are_said_and_not_trained_on(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    rows = [Example(f"q{n}", "who?", ("x",), ("d",)) for n in range(20)]
+    lost = Example("lost", "who?", ("x",), ("nowhere",))
+    refuse_unanswerable([*rows, lost], {"d"}, "train")
+    assert "1 of 21 train questions have no positive" in capsys.readouterr().err
+    assert answerable([*rows, lost], {"d"}) == rows
+    with pytest.raises(DataError, match="3 of 4 train questions"):
+        answerable([rows[0], lost, lost, lost], {"d"})

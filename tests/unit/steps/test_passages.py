@@ -100,7 +100,7 @@ def test_limit_holds_for_the_builtin_corpus_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["", "   \n "])
 def test_corpus_without_text_is_refused(tmp_path: Path, text: str) -> None:
-    place = write_lines(tmp_path / "empty.jsonl", [{"id": "a", "title": "A", "text": text}])
+    place = write_lines(tmp_path / "empty.jsonl", [{"id": "a", "title": "", "text": text}])
     with pytest.raises(DataError) as caught:
         build(small_config(tmp_path, f"corpus.uri={place}"))
     assert str(caught.value) == (
