@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import re
-import sys
 from pathlib import Path
 
+from invar_ray import console
 from invar_ray.console import Progress
 from invar_ray.errors import DataError
 
@@ -121,13 +121,9 @@ def echo_lines(lines: list[str]) -> None:
         groups.setdefault(line[match.end() :] if match else line, []).append(line)
     for number, (rest, alike) in enumerate(groups.items()):
         if number == _SHOWN:
-            print(
-                "  left out: more; all of them are in skipped.txt of the passages artifact",
-                file=sys.stderr,
-                flush=True,
-            )
+            console.say("  left out: more; all of them are in skipped.txt of the passages artifact")
             return
         first = alike[0].removesuffix(rest)
         line = alike[0] if len(alike) == 1 else f"{len(alike)} files (first: {first}){rest}"
         what = "note" if "(a guess)" in line or "read by OCR" in line else "left out"
-        print(f"  {what}: {line}", file=sys.stderr, flush=True)
+        console.say(f"  {what}: {line}")

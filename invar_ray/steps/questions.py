@@ -188,11 +188,9 @@ def refuse_unanswerable(
     """
     missing = _unanswerable(examples, documents, split)
     if missing:
-        print(
+        console.say(
             f"  warning: {len(missing)} of {len(examples)} {split} questions have no positive "
-            f"document in the corpus (first: {missing[0].id}): not trained on, missed in reports",
-            file=sys.stderr,
-            flush=True,
+            f"document in the corpus (first: {missing[0].id}): not trained on, missed in reports"
         )
 
 
