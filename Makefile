@@ -74,11 +74,12 @@ coverage: $(STAMP) ## the tests again, and the share of lines and branches that 
 	@rm -f .coverage .coverage.*
 	@$(BIN)/python -m pytest -m "not slow and not gpu and not realdata" --cov --cov-report=term --cov-report=html:runs/coverage $(PYTEST_ARGS)
 
-check: $(STAMP) ## format, lint, import contracts, types
+check: $(STAMP) ## format, lint, import contracts, types, the site of docs/
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@$(BIN)/lint-imports
 	@$(BIN)/mypy
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 fix: $(STAMP) ## format and repair what ruff can repair
 	@$(BIN)/ruff format .

@@ -16,6 +16,7 @@ from typing import Any
 
 import ray
 from ray._private import ray_constants
+from ray._private import worker as ray_worker
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
 from invar_ray import console
@@ -133,6 +134,8 @@ class RaySession:
         # What workers print goes through the console instead of Ray's own printer.
         global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
         global_worker_stdstream_dispatcher.add_handler("invar_ray", _hear)
+        # Its reports of actors that died, ours at the end among them, take this way instead.
+        ray_worker.print_to_stdstream = lambda batch, *_, **__: _hear(batch)
 
     def _init_local(self) -> None:
         ray.init(

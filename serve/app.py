@@ -218,10 +218,11 @@ def start(
         else ProxyLocation.EveryNode
     )
     logs = LoggingConfig(log_level=log_level)
+    logging.getLogger("ray.serve").setLevel(log_level)
     serve.start(
         http_options={"host": host, "port": port}, proxy_location=location, logging_config=logs
     )
-    logging.getLogger("ray.serve").setLevel(log_level)
+    logging.getLogger("ray.serve").setLevel(log_level)  # starting it sets its own
     try:
         serve.run(build_app(args), name=name, logging_config=logs)
     except RuntimeError as error:

@@ -76,7 +76,8 @@ class Retriever:
         index: rows = ``passages``.
         version: fingerprint of the index artifact.
         bm25: of the same passages; ``None``: the index has none, and every search is dense.
-        mode, collapse: what searches do that do not say it themselves, see :meth:`retrieve`.
+        mode: how searches look that do not say it themselves, see :meth:`retrieve`.
+        collapse: as ``mode``.
     """
 
     def __init__(

@@ -20,11 +20,15 @@ from invar_ray.corpus.sources import BUILTIN_FACTS
 from invar_ray.evaluation.metrics import OVERLAP_K
 from invar_ray.evaluation.page import headline
 from invar_ray.evaluation.report import Row, write_report
-from invar_ray.evaluation.tables import render_tables
+from invar_ray.evaluation.tables import render_table
 from invar_ray.pipeline import Pipeline
 from invar_ray.steps.questions import load_examples
 from invar_ray.store.published import Published
 
+_COLUMNS = (
+    *("recall_at_1", "recall_at_5", "mrr_at_10", f"overlap_at_{OVERLAP_K}"),
+    *("worst_recall_at_5", "exact_match", "f1"),
+)
 _ASKED = "Who painted Las Meninas?"
 """Of the built-in corpus, where no question is given: about a painting that no training question is
 about.
@@ -66,7 +70,7 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
                 if pipeline.store.is_local
                 else pipeline.report.uri
             )
-            print(f"\n{render_tables(_main_rows(report.rows), OVERLAP_K)}\n")
+            print(f"\n{render_table(_main_rows(report.rows), _COLUMNS, intervals=False)}\n")
             print("\n".join(textwrap.fill(text, 100) for text in headline(report, OVERLAP_K)[-1:]))
             print(f"\nquestion: {asked}")
             print_answer(answer)
