@@ -19,6 +19,7 @@ import platform
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -86,17 +87,17 @@ def main() -> None:
         raise SystemExit(f"failed: {', '.join(failed) or 'nothing was run'}")
 
 
-def _contests(wanted: list[str], full: bool, folder: Path) -> list[Contest]:
-    found: list[Contest] = []
+def _contests(wanted: list[str], full: bool, folder: Path) -> Iterator[Contest]:
+    """Group by group: what a group prepares is made when its turn comes."""
     for group in GROUPS:
         named = [name for name in wanted if name == group or name.startswith(f"{group} ")]
         if wanted and not named:
             continue
         (folder / group).mkdir()
         module = importlib.import_module(f"benchmarks.groups.{group}")
-        contests: list[Contest] = module.contests(full, folder / group)
-        found += [each for each in contests if not named or group in named or each.name in named]
-    return found
+        for contest in module.contests(full, folder / group):
+            if not named or group in named or contest.name in named:
+                yield contest
 
 
 def lines(contest: dict[str, Any]) -> list[str]:
