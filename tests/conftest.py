@@ -8,7 +8,6 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.timeout(UNIT_TIMEOUT_S))
 
 
+@pytest.hookimpl(trylast=True)  # after the fixtures, which may need it to end
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """End the shared Ray with the last test of its folder: unit tests have none."""
+    if nextitem is None or nextitem.get_closest_marker("ray") is None:
+        _RAY.stop()
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") is not None:
         import torch
@@ -93,29 +99,48 @@ def smollm2(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return Smollm2(tmp_path_factory.mktemp("smollm2"))
 
 
-@pytest.fixture(scope="module")
-def local_ray() -> Iterator[Any]:
-    """A local Ray of its own with 4 logical CPUs, shared by the tests of a module; yields the
-    ``ray`` module.
+class _SharedRay:
+    """One local Ray with 4 logical CPUs for the tests of tests/ray; starting one takes seconds."""
 
-    ``ray.shutdown()`` ends exactly this one; a cluster-wide stop would end every Ray of the
-    machine.
-    """
+    folder = ""
+
+    def start(self) -> None:
+        import ray
+
+        if self.folder and ray.is_initialized():
+            return
+        self.stop()
+        # Short, because a socket's path below it must stay under 108 characters.
+        self.folder = tempfile.mkdtemp(prefix="ir", dir="/tmp")
+        ray.init(
+            address="local",
+            num_cpus=4,
+            num_gpus=0,
+            include_dashboard=False,
+            object_store_memory=256 * 1024**2,
+            _temp_dir=self.folder,
+            log_to_driver=False,
+        )
+
+    def stop(self) -> None:
+        """``ray.shutdown()`` ends exactly this one; a cluster-wide stop would end every Ray of the
+        machine.
+        """
+        if self.folder:
+            import ray
+
+            ray.shutdown()
+            shutil.rmtree(self.folder, ignore_errors=True)
+            self.folder = ""
+
+
+_RAY = _SharedRay()
+
+
+@pytest.fixture(scope="module")
+def local_ray() -> Any:
+    """The ``ray`` module, connected to the shared local Ray."""
     import ray
 
-    # Short, because a socket's path below it must stay under 108 characters.
-    folder = tempfile.mkdtemp(prefix="ir", dir="/tmp")
-    ray.init(
-        address="local",
-        num_cpus=4,
-        num_gpus=0,
-        include_dashboard=False,
-        object_store_memory=256 * 1024**2,
-        _temp_dir=folder,
-        log_to_driver=False,
-    )
-    try:
-        yield ray
-    finally:
-        ray.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+    _RAY.start()
+    return ray

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from tests.distributed.launch import launch
+from tests.distributed.small_store import small_store
 
 
 class EngineRuns:
@@ -23,8 +25,9 @@ class EngineRuns:
 
 @pytest.fixture(scope="session")
 def engine_runs(tmp_path_factory: pytest.TempPathFactory) -> EngineRuns:
-    """One process without DeepSpeed, then two ranks with it."""
+    """One process without DeepSpeed and two ranks with it, at the same time."""
     folder = tmp_path_factory.mktemp("engine")
-    launch(folder, 1)
-    launch(folder, 2)
+    small_store(folder / "s")
+    with ThreadPoolExecutor() as pool:
+        list(pool.map(lambda world: launch(folder, world), (1, 2)))
     return EngineRuns(folder)

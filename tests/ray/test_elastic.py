@@ -52,6 +52,7 @@ def cluster() -> Iterator[Any]:
             **_NODE,
         },
     )
+    ray.shutdown()  # of the one that other tests share, if it runs
     ray.init(address=made.address, log_to_driver=False)
     try:
         yield made

@@ -32,6 +32,8 @@ OVERRIDES = (
     "evaluation.num_answers=2",
     "evaluation.answer_wordings=2",
     "scale.embed_workers=1",
+    # Work of both kinds: the 15 questions for training are searched on actors, the 6 others here.
+    "scale.in_process_below=10",
 )
 RETRIEVING = [
     "BM25",
