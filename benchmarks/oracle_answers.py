@@ -27,7 +27,8 @@ from invar_ray.answering.rag import TextGenerator, answer_batch
 from invar_ray.corpus.readers import read_documents, read_examples
 from invar_ray.evaluation.scoring import answer_rule
 from invar_ray.evaluation.significance import paired_cluster_bootstrap
-from invar_ray.models.base import BaseRef, open_base_generator, open_generator
+from invar_ray.models.base import BaseRef
+from invar_ray.models.loading import open_base_generator, open_generator
 from invar_ray.schema import Document, Example, Hit
 from invar_ray.store.artifacts import open_artifact
 

@@ -29,11 +29,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from invar_ray.config import LoraConfig
+from invar_ray.config import LoraConfig, ModelConfig
 from invar_ray.models.adapters import load_adapter, new_adapter, save_adapter, share_base
-from invar_ray.models.base import load_causal_lm
+from invar_ray.models.base import resolve_base
+from invar_ray.models.loading import open_model
 
 WAYS = ("bare", "shared", "copies")
 NAMES = {
@@ -42,6 +43,10 @@ NAMES = {
     "copies": "two copies, an adapter each",
 }
 INPUTS, LENGTH = 6, 128
+
+
+def _loaded(source: str | Path) -> PreTrainedModel:
+    return open_model(resolve_base(ModelConfig(base=str(source)), None), None)[0]
 
 
 def prepare(folder: Path, base: str | None, dtype: torch.dtype) -> Path:
@@ -62,7 +67,7 @@ def prepare(folder: Path, base: str | None, dtype: torch.dtype) -> Path:
         )
         LlamaForCausalLM(shape).to(dtype).save_pretrained(source)
     for seed, name in enumerate(("retriever", "generator"), start=1):
-        model = new_adapter(load_causal_lm(str(source)), LoraConfig(), seed)
+        model = new_adapter(_loaded(str(source)), LoraConfig(), seed)
         draw = torch.Generator().manual_seed(seed)
         state = {
             n: 0.05 * torch.randn(p.shape, generator=draw)
@@ -91,7 +96,7 @@ def states(model: Any, ids: Tensor) -> Tensor:
 def measure(way: str, source: str, folder: Path) -> dict[str, Any]:
     """Load in one way, run both adapters, and say what it took."""
     before = memory()
-    base = load_causal_lm(source)
+    base = _loaded(source)
     if way == "bare":
         trees = [base]
     elif way == "shared":
@@ -101,7 +106,7 @@ def measure(way: str, source: str, folder: Path) -> dict[str, Any]:
     else:
         trees = [
             load_adapter(base, folder / "retriever"),
-            load_adapter(load_causal_lm(source), folder / "generator"),
+            load_adapter(_loaded(source), folder / "generator"),
         ]
     draw = torch.Generator().manual_seed(0)
     texts = [

@@ -22,13 +22,11 @@ from invar_ray.evaluation.variance import overlap_at_k
 from invar_ray.models.adapters import share_base
 from invar_ray.models.base import (
     BaseRef,
-    load_causal_lm,
     load_tokenizer,
-    open_base_generator,
-    open_generator,
 )
 from invar_ray.models.generator import Generator
-from invar_ray.models.precision import Precision, made_in, torch_dtype
+from invar_ray.models.loading import open_base_generator, open_generator, open_model
+from invar_ray.models.precision import Precision, made_in
 from invar_ray.pipeline import Pipeline
 from invar_ray.questions.rules import RuleRewriter
 from invar_ray.schema import Answer, Example, Hit, Mode
@@ -190,9 +188,7 @@ class Rag:
         """Model and tokenizer; retriever and generator share the tensors of one base."""
         source, key = base.folder_or_name(store), f"{base.fingerprint} {precision}"
         if key not in self._bases:
-            self._bases[key] = load_causal_lm(
-                source, revision=base.revision, dtype=torch_dtype(precision), device=self._device
-            )
+            self._bases[key], _ = open_model(base, store, precision, self._device)
         shared = share_base(self._bases[key])
         return shared, load_tokenizer(source, base.revision)
 

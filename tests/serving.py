@@ -24,8 +24,9 @@ from invar_ray.config import Config, ExperimentalConfig, ExperimentalModel, Mode
 from invar_ray.index.build import build_index
 from invar_ray.index.probes import write_probes
 from invar_ray.models.adapters import new_adapter, save_adapter
-from invar_ray.models.base import open_base, resolve_base
+from invar_ray.models.base import resolve_base
 from invar_ray.models.encoder import llm_spec, open_encoder
+from invar_ray.models.loading import open_model
 from invar_ray.schema import Passage, passage_schema, to_table, vector_schema
 from invar_ray.steps.base import build as build_base
 from invar_ray.steps.base import plan as base_plan
@@ -139,7 +140,7 @@ def make_artifacts(folder: Path) -> Artifacts:
         return store.get_or_build(Plan("index", name, {}, parents), body)[0].uri
 
     def generator(building: Any) -> None:
-        model, _ = open_base(base, store)
+        model, _ = open_model(base, store)
         adapted = new_adapter(model, config.generator.lora, seed=0)
         save_adapter(adapted, adapted.state_dict(), building.path / "adapter", base.location)
         building.info |= {"base": asdict(base), "max_context": 160}

@@ -19,7 +19,13 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
-from transformers import BertConfig, BertModel, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from invar_ray.answering.retriever import Passages
 from invar_ray.config import (
@@ -38,7 +44,6 @@ from invar_ray.models.adapters import new_adapter, save_adapter
 from invar_ray.models.base import (
     BaseRef,
     load_tokenizer,
-    open_base,
     resolve_base,
 )
 from invar_ray.models.encoder import (
@@ -49,6 +54,7 @@ from invar_ray.models.encoder import (
     llm_spec,
     open_encoder,
 )
+from invar_ray.models.loading import open_model
 from invar_ray.models.tiny import build_tiny
 from invar_ray.pipeline import Pipeline
 from invar_ray.steps import base as base_step
@@ -292,7 +298,12 @@ class Smollm2:
     @cached_property
     def loaded(self) -> tuple[Any, Any]:
         """Model and tokenizer."""
-        return open_base(self.base, self.store)
+        return open_model(self.base, self.store)
+
+
+def open_folder(folder: Path | str, **options: Any) -> PreTrainedModel:
+    """The causal LM in a folder, or of a hub's name."""
+    return open_model(resolve_base(ModelConfig(base=str(folder)), None), None, **options)[0]
 
 
 def write_adapter(
@@ -301,7 +312,7 @@ def write_adapter(
     """A PEFT folder for ``base`` with random weights (a fresh LoRA adapter alone would change
     nothing).
     """
-    plain = open_base(base, store)[0]
+    plain = open_model(base, store)[0]
     keep_first_layers(plain, num_layers)
     model = new_adapter(plain, LoraConfig(), seed, num_layers=num_layers)
     generator = torch.Generator().manual_seed(seed)

@@ -49,12 +49,13 @@ def _prompts(count: int) -> list[str]:
 
 def ours(base: str, precision: str, batch: int, count: int) -> Callable[[], Measured]:
     """Our generator over the bare base."""
-    from invar_ray.models.base import load_causal_lm, load_tokenizer
+    from invar_ray.config import ModelConfig
+    from invar_ray.models.base import resolve_base
     from invar_ray.models.generator import Generator
-    from invar_ray.models.precision import torch_dtype
+    from invar_ray.models.loading import open_model
 
-    model = load_causal_lm(base, dtype=torch_dtype(precision))
-    generator, prompts = Generator(model, load_tokenizer(base)), _prompts(count)
+    resolved = resolve_base(ModelConfig(base=base), None)
+    generator, prompts = Generator(*open_model(resolved, None, precision)), _prompts(count)
 
     def work() -> Measured:
         tokens = 0

@@ -89,15 +89,15 @@ def untrained_generator(root: str) -> str:
     from invar_ray.answering.current import current_index
     from invar_ray.config import LoraConfig
     from invar_ray.models.adapters import new_adapter, save_adapter
-    from invar_ray.models.base import open_base
     from invar_ray.models.encoder import EncoderSpec
+    from invar_ray.models.loading import open_model
     from invar_ray.store.artifacts import Building, Plan, Store
 
     store = Store(root)
     base = EncoderSpec.from_json(current_index(store).info["encoder"]).base
 
     def build(building: Building) -> None:
-        adapted = new_adapter(open_base(base, store)[0], LoraConfig(), seed=0)
+        adapted = new_adapter(open_model(base, store)[0], LoraConfig(), seed=0)
         save_adapter(adapted, adapted.state_dict(), building.path / "adapter", base.location)
         building.info |= {"base": asdict(base), "max_context": 512}
 

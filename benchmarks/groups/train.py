@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from benchmarks.contest import OURS, Contest, Measured, Side
-from invar_ray.config import Config, LoraConfig, TinyConfig, load_config
+from invar_ray.config import Config, LoraConfig, ModelConfig, TinyConfig, load_config
 from invar_ray.corpus import facts
 from invar_ray.models.tiny import build_tiny
 
@@ -98,9 +98,10 @@ def contrastive(base: str, steps: int) -> Callable[[], Measured]:
     from invar_ray.losses.contrastive import contrastive_loss
     from invar_ray.losses.gradcache import RepresentationCache
     from invar_ray.models.adapters import new_adapter
-    from invar_ray.models.base import load_causal_lm, load_tokenizer
+    from invar_ray.models.base import load_tokenizer, resolve_base
     from invar_ray.models.batching import pad_right
     from invar_ray.models.encoder import BiEncoder
+    from invar_ray.models.loading import open_model
 
     rows, tokenizer = triples(BATCH * steps), load_tokenizer(base)
 
@@ -110,7 +111,8 @@ def contrastive(base: str, steps: int) -> Callable[[], Measured]:
         return cache(*pad_right(ids, int(tokenizer.pad_token_id)))
 
     def work() -> Measured:
-        adapted = new_adapter(load_causal_lm(base), LORA, 0)
+        plain, _ = open_model(resolve_base(ModelConfig(base=base), None), None)
+        adapted = new_adapter(plain, LORA, 0)
         module = BiEncoder(adapted.get_base_model(), "mean")  # type: ignore[arg-type]
         steps_of = _Steps(module)
         for at in range(0, len(rows), BATCH):

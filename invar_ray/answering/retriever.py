@@ -21,8 +21,8 @@ from invar_ray.errors import MixedArtifactsError, RequestError
 from invar_ray.index.blocks import Vectors, read_vectors
 from invar_ray.index.faiss_index import Index, build_faiss, load_index
 from invar_ray.index.probes import check_probes
-from invar_ray.models.base import BaseOpener
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder
+from invar_ray.models.loading import BaseOpener
 from invar_ray.models.precision import Precision, made_in
 from invar_ray.schema import Hit, Mode, Passage, from_table
 from invar_ray.store.artifacts import Artifact, open_artifact

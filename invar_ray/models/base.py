@@ -9,18 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import (
     AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
     AutoTokenizer,
-    PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
@@ -29,10 +24,7 @@ from transformers.utils.hub import cached_file
 from invar_ray.config import ModelConfig
 from invar_ray.errors import ModelError
 from invar_ray.models.pooling import Pooling
-from invar_ray.models.precision import made_in, torch_dtype
-from invar_ray.models.quantized import Quantize, check_quantize, quantization
-from invar_ray.models.trunk import is_causal, switch_dropout_off
-from invar_ray.store.artifacts import Artifact, Store, digest, open_artifact
+from invar_ray.store.artifacts import Artifact, Store, digest
 
 SMOLLM2, TINY, MINILM = "builtin:smollm2", "builtin:tiny", "builtin:minilm"
 BUILTIN = (SMOLLM2, TINY)
@@ -67,14 +59,14 @@ class BaseRef:
         """Whether it is an encoder, and no causal LM."""
         return self.pooling is not None
 
-    def folder_or_name(self, store: Store) -> str:
-        """What ``from_pretrained`` takes, on this node.
+    def folder_or_name(self, store: Store | None) -> str:
+        """What ``from_pretrained`` takes, on this node; the store is that of a built-in base.
 
         Raises:
             ModelError: if the folder's weights are not those that were resolved.  ArtifactError:
                 see :meth:`Store.open`.
         """
-        if self.location.startswith(_ARTIFACT):
+        if store is not None and self.location.startswith(_ARTIFACT):
             return str(store.open(self.location.removeprefix(_ARTIFACT), "model").path())
         folder = Path(self.location)
         if folder.is_dir() and folder_fingerprint(folder) != self.fingerprint:
@@ -203,7 +195,7 @@ def _description(source: str, revision: str | None) -> Any:
     try:
         return AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
-        raise _unresolved(source, error) from error
+        raise unresolved(source, error) from error
 
 
 def load_tokenizer(
@@ -222,7 +214,7 @@ def load_tokenizer(
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
-        raise _unresolved(source, error) from error
+        raise unresolved(source, error) from error
     if ends and tokenizer.eos_token_id is None:
         raise ModelError(
             f"the tokenizer of {source!r} has no end token",
@@ -233,76 +225,6 @@ def load_tokenizer(
     if tokenizer.pad_token_id is None:
         raise ModelError(f"the tokenizer of {source!r} has no padding token")
     return tokenizer
-
-
-def load_causal_lm(
-    source: str,
-    *,
-    revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    quantize: Quantize | None = None,
-    device: str = "cpu",
-) -> PreTrainedModel:
-    """A LLaMA-family causal LM in evaluation mode, in exactly ``dtype`` (weights stored as bf16
-    would otherwise stay so, which is about ten times slower on CPUs).
-
-    Args:
-        source: folder or hub name.
-        revision: commit of a hub name.
-        dtype: of weights and products.
-        quantize: hold the linear weights in 4 bits.
-        device: gets the weights one by one as they are read: the host never holds all of them.
-
-    Raises:
-        ModelError: if it cannot be loaded, or has no ``.model`` that gives hidden states.
-        ResourceError: if ``quantize`` is set and bitsandbytes or a GPU is missing.
-    """
-    model = _load(AutoModelForCausalLM, source, revision, dtype, quantize, device)
-    if not is_causal(model):
-        raise ModelError(
-            f"{source!r} is a {type(model).__name__}",
-            expected="a LLaMA-family causal LM (LLaMA, SmolLM, Mistral, Qwen ..)",
-        )
-    return model.eval()
-
-
-def load_encoder(
-    source: str,
-    *,
-    revision: str | None = None,
-    dtype: torch.dtype = torch.float32,
-    quantize: Quantize | None = None,
-    device: str = "cpu",
-) -> PreTrainedModel:
-    """An encoder in evaluation mode, without its pooler and its dropout; see
-    :func:`load_causal_lm`.
-    """
-    model = _load(AutoModel, source, revision, dtype, quantize, device)
-    if getattr(model, "pooler", None) is not None:
-        setattr(model, "pooler", None)  # noqa: B010  # it makes BERT's own sentence vector, which nothing here reads
-    switch_dropout_off(model)
-    return model.eval()
-
-
-def _load(
-    loader: Any,
-    source: str,
-    revision: str | None,
-    dtype: torch.dtype,
-    quantize: Quantize | None,
-    device: str,
-) -> PreTrainedModel:
-    options: dict[str, Any] = {"revision": revision, "dtype": dtype, "use_safetensors": True}
-    if quantize is not None:
-        check_quantize()
-        options["quantization_config"] = quantization(quantize, dtype)
-    if device != "cpu":
-        options["device_map"] = {"": torch.device(device)}
-    try:
-        model: PreTrainedModel = loader.from_pretrained(source, **options)
-    except (OSError, ValueError) as error:
-        raise _unresolved(source, error) from error
-    return model
 
 
 def layer_sizes(ref: BaseRef, store: Store) -> tuple[int, int]:
@@ -323,89 +245,6 @@ def hidden_size(ref: BaseRef, store: Store) -> int:
         ModelError: if its description cannot be loaded.
     """
     return int(_description(ref.folder_or_name(store), ref.revision).hidden_size)
-
-
-def open_base(
-    uri_or_ref: BaseRef,
-    store: Store,
-    dtype: torch.dtype = torch.float32,
-    quantize: Quantize | None = None,
-    *,
-    device: str = "cpu",
-) -> tuple[PreTrainedModel, Any]:
-    """Model and tokenizer of a resolved base; errors as :func:`load_causal_lm`."""
-    source = uri_or_ref.folder_or_name(store)
-    load = load_encoder if uri_or_ref.is_encoder else load_causal_lm
-    return (
-        load(source, revision=uri_or_ref.revision, dtype=dtype, quantize=quantize, device=device),
-        load_tokenizer(source, uri_or_ref.revision, ends=not uri_or_ref.is_encoder),
-    )
-
-
-BaseOpener = Callable[[BaseRef, Store], tuple[PreTrainedModel, Any]]
-"""Gives a model tree that the caller may put an adapter on, and its tokenizer; :func:`open_base` is
-one.
-"""
-
-
-def open_generator(
-    generator_uri: str,
-    *,
-    precision: str | None = None,
-    device: str = "cpu",
-    open_base_tree: BaseOpener | None = None,
-) -> Any:
-    """The generator of an adapter artifact, ready to answer.
-
-    Args:
-        generator_uri: artifact of kind ``generator``; base and settings come from its manifest.
-        precision: of the weights, ``fp32`` or ``bf16``, on any device; ``None`` takes the one that
-            it was trained in.
-        device: where it runs.
-        open_base_tree: opens the base, on its device and in its precision (the two arguments are
-            not looked at); ``None`` loads it for this generator alone.
-
-    Returns:
-        A :class:`invar_ray.models.generator.Generator` whose ``version`` is the artifact's
-        fingerprint.
-
-    Raises:
-        ArtifactError: if the artifact cannot be used.  ModelError: if its base is gone or changed.
-    """
-    from invar_ray.models.adapters import load_adapter
-    from invar_ray.models.generator import Generator
-
-    artifact = open_artifact(generator_uri, "generator")
-    artifact.verify()
-    base = BaseRef(**artifact.info["base"])
-    if open_base_tree is None:
-        dtype = torch_dtype(precision or made_in(artifact))
-        model, tokenizer = open_base(base, artifact.store, dtype, device=device)
-    else:
-        model, tokenizer = open_base_tree(base, artifact.store)
-    # Merged, a token takes fewer products; a tree that others share must stay as it is.
-    adapted = load_adapter(model, artifact.path("adapter"), merge=open_base_tree is None)
-    generator = Generator(adapted, tokenizer, artifact.info["max_context"])
-    generator.version = artifact.fingerprint
-    generator.certainty = artifact.info.get("certainty")
-    return generator
-
-
-def open_base_generator(
-    base: BaseRef, store: Store, max_context: int, *, precision: str = "fp32", device: str = "cpu"
-) -> Any:
-    """A :class:`invar_ray.models.generator.Generator` of the bare base; errors as
-    :func:`load_causal_lm`.
-
-    Args:
-        base: resolved; below ``store``'s root if it is one of its artifacts.
-        store: of the artifacts.
-        max_context: most tokens of prompt and answer together.
-        precision, device: see :func:`open_generator`.
-    """
-    from invar_ray.models.generator import Generator
-
-    return Generator(*open_base(base, store, torch_dtype(precision), device=device), max_context)
 
 
 def folder_fingerprint(folder: Path) -> str:
@@ -438,7 +277,8 @@ def folder_fingerprint(folder: Path) -> str:
     return digest(json.loads(json.dumps(parts)))
 
 
-def _unresolved(source: str, error: Exception) -> ModelError:
+def unresolved(source: str, error: Exception) -> ModelError:
+    """What to raise where a model cannot be loaded."""
     return ModelError(
         f"cannot load {source!r} ({str(error).splitlines()[0]})",
         expected="a folder with config.json, tokenizer files and safetensors weights, or a hub "

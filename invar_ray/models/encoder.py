@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from invar_ray.config import CoarseConfig, ModelConfig
 from invar_ray.errors import ModelError
 from invar_ray.models.adapters import load_adapter, load_merged
-from invar_ray.models.base import BaseOpener, BaseRef, folder_fingerprint, load_tokenizer, open_base
+from invar_ray.models.base import BaseRef, folder_fingerprint, load_tokenizer
 from invar_ray.models.batching import (
     DEFAULT_TOKENS_PER_BATCH,
     EncodeStats,
@@ -28,6 +28,7 @@ from invar_ray.models.batching import (
     encode_in_batches,
     pad_right,
 )
+from invar_ray.models.loading import BaseOpener, open_model
 from invar_ray.models.minilm import CoarseEncoder, coarse_passage_ids, coarse_tokenizer
 from invar_ray.models.pooling import Pooling, pool
 from invar_ray.models.precision import torch_dtype
@@ -187,14 +188,14 @@ def open_encoder(
         return CoarseEncoder(
             spec.base.location, spec.query_max_tokens, spec.fingerprint, device=device
         )
-    dtype = torch_dtype(precision)
-    model, tokenizer = open_trunk(spec, store, dtype, open_base_tree=open_base_tree)
+    tolerance = MERGE_TOLERANCE[torch_dtype(precision)]
+    model, tokenizer = open_trunk(spec, store, precision, device, open_base_tree=open_base_tree)
     projection: Tensor | None = None
     if spec.adapter is not None:
         folder = store.open(spec.adapter, "retriever").path("adapter")
         if open_base_tree is None:
             check = partial(_sample_vectors, tokenizer=tokenizer, spec=spec)
-            model = load_merged(model, folder, check, MERGE_TOLERANCE[dtype])
+            model = load_merged(model, folder, check, tolerance)
         else:
             model = load_adapter(model, folder)
         if spec.projection_dim is not None:
@@ -212,12 +213,14 @@ def open_encoder(
 def open_trunk(
     spec: EncoderSpec,
     store: Store,
-    dtype: torch.dtype,
-    quantize: Quantize | None = None,
+    precision: str = "fp32",
+    device: str = "cpu",
     *,
+    quantize: Quantize | None = None,
     open_base_tree: BaseOpener | None = None,
 ) -> tuple[PreTrainedModel, Any]:
-    """The base of a retriever, as many layers of it as encode, and its tokenizer.
+    """The base of a retriever, as many layers of it as encode, and its tokenizer; see
+    :func:`invar_ray.models.loading.open_model`.
 
     Raises:
         ModelError: if it cannot be loaded, has fewer layers, or fewer positions than texts may have
@@ -226,7 +229,7 @@ def open_trunk(
     if open_base_tree is not None:
         model, tokenizer = open_base_tree(spec.base, store)
     else:
-        model, tokenizer = open_base(spec.base, store, dtype, quantize)
+        model, tokenizer = open_model(spec.base, store, precision, device, quantize=quantize)
     keep_first_layers(model, spec.num_layers)
     longest = max(spec.query_max_tokens, spec.passage_max_tokens)
     # An encoder has one learned vector for each position: beyond them it stops in the middle.
@@ -265,7 +268,8 @@ def _sample_vectors(
     """[3, H] unit rows of fixed texts, before any projection."""
     rows = passage_ids(tokenizer, [("", text) for text in _MERGE_TEXTS], spec)
     tokens, mask = pad_right(rows, int(tokenizer.pad_token_id))
-    found: Tensor = BiEncoder(model, spec.pooling).eval()(tokens, mask)
+    device = model.device
+    found: Tensor = BiEncoder(model, spec.pooling).eval()(tokens.to(device), mask.to(device))
     return found
 
 

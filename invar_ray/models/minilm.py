@@ -19,6 +19,7 @@ from invar_ray.models.batching import (
     encode_in_batches,
     pad_right,
 )
+from invar_ray.models.loading import load_weights
 from invar_ray.models.pooling import pool
 from invar_ray.models.tiny import minilm_folder
 from invar_ray.text.tokens import text_ids
@@ -43,12 +44,9 @@ class CoarseEncoder:
     ) -> None:
         self._tokenizer = coarse_tokenizer(name)
         try:
-            self._model = AutoModel.from_pretrained(
-                _source(name), dtype=torch.float32, use_safetensors=True
-            )
+            self._model = load_weights(AutoModel, _source(name), torch.float32, device)
         except (OSError, ValueError) as error:
             raise _unresolved(name, error) from error
-        self._model.eval().to(device)
         self._max_tokens = max_tokens
         self.tokens_per_batch = DEFAULT_TOKENS_PER_BATCH
         self.stats = EncodeStats()

@@ -15,7 +15,8 @@ from invar_ray.config import Config
 from invar_ray.console import Progress
 from invar_ray.evaluation.measure import Answered, FoundFamily
 from invar_ray.executor import Executor, Work
-from invar_ray.models.base import BaseRef, open_base_generator, open_generator
+from invar_ray.models.base import BaseRef
+from invar_ray.models.loading import open_base_generator, open_generator
 from invar_ray.models.precision import inference_device, inference_precision
 from invar_ray.schema import Document, Hit
 from invar_ray.steps.hits import HIT_TYPE

@@ -18,7 +18,7 @@ from torch.nn.functional import cosine_similarity
 from invar_ray import __version__
 from invar_ray.errors import DataError, MixedArtifactsError, ModelError, ResourceError
 from invar_ray.models.adapters import load_adapter
-from invar_ray.models.base import BaseRef, open_base
+from invar_ray.models.base import BaseRef
 from invar_ray.models.batching import pad_right
 from invar_ray.models.encoder import (
     BiEncoder,
@@ -27,6 +27,7 @@ from invar_ray.models.encoder import (
     open_trunk,
     query_ids,
 )
+from invar_ray.models.loading import open_model
 from invar_ray.models.trunk import trunk
 from invar_ray.store.artifacts import Artifact, open_artifact
 from invar_ray.text.tokens import text_ids
@@ -187,8 +188,8 @@ def _merge(adapter: Artifact, place: Path) -> float:
 
     def opened() -> tuple[Any, Any]:
         if adapter.manifest.kind == "retriever":
-            return open_trunk(_spec(adapter), adapter.store, torch.float32)
-        return open_base(BaseRef(**adapter.info["base"]), adapter.store)
+            return open_trunk(_spec(adapter), adapter.store)
+        return open_model(BaseRef(**adapter.info["base"]), adapter.store)
 
     plain, tokenizer = opened()
     second, _ = opened()

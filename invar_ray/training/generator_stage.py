@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from invar_ray.config import Config
 from invar_ray.losses.answer import IGNORED, AnswerOutput, answer_loss
 from invar_ray.models.adapters import new_adapter
-from invar_ray.models.base import BaseRef, name_and_revision, open_base
+from invar_ray.models.base import BaseRef, name_and_revision
 from invar_ray.models.batching import length_batches
+from invar_ray.models.loading import open_model
 from invar_ray.store.artifacts import Store
 from invar_ray.training.sequences import (
     PromptAndTarget,
@@ -24,7 +25,7 @@ from invar_ray.training.sequences import (
     segment_inputs,
     tokenize_sequences,
 )
-from invar_ray.training.stage import Chunking, Forward, Metrics, dtype_of, recompute, save_lora
+from invar_ray.training.stage import Chunking, Forward, Metrics, recompute, save_lora
 
 
 class _CausalLm(nn.Module):
@@ -83,8 +84,11 @@ class GeneratorStage:
         self.steps = config.generator.steps
         self.measure_every = 0
         reference = BaseRef(**inputs["base"])
-        base, self.tokenizer = open_base(
-            reference, store, dtype_of(config), config.experimental.model.quantize
+        base, self.tokenizer = open_model(
+            reference,
+            store,
+            config.model.precision,
+            quantize=config.experimental.model.quantize,
         )
         self._base_name, _ = name_and_revision(config.model.base)
         recompute(base, config)

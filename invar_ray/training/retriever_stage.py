@@ -38,7 +38,6 @@ from invar_ray.training.stage import (
     Chunking,
     Forward,
     Metrics,
-    dtype_of,
     recompute,
     save_lora,
 )
@@ -64,7 +63,10 @@ class RetrieverStage:
         self.trainset = self._open_trainset(inputs["trainset"])
         self._measured = self.trainset  # measurements stay comparable when negatives are refreshed
         base, self.tokenizer = open_trunk(
-            self.spec, store, dtype_of(config), config.experimental.model.quantize
+            self.spec,
+            store,
+            config.model.precision,
+            quantize=config.experimental.model.quantize,
         )
         named = config.model.retriever_base or config.model.base
         self._base_name, _ = name_and_revision(named)

@@ -73,12 +73,11 @@ class SharedBase:
 
     def generator(self, uri: str) -> Generator:
         """The generator of a generator artifact; errors as :meth:`retriever`."""
-        from invar_ray.models.base import open_generator
+        from invar_ray.models.loading import open_generator
         from invar_ray.store.artifacts import open_artifact
 
         opener = self._opener(open_artifact(uri, "generator"))
-        generator: Generator = open_generator(uri, open_base_tree=opener)
-        return generator
+        return open_generator(uri, open_base_tree=opener)
 
     def _opener(self, artifact: Artifact) -> Callable[[Any, Any], tuple[Any, Any]]:
         from invar_ray.models.precision import made_in
@@ -90,8 +89,8 @@ class SharedBase:
         bear two threads).
         """
         from invar_ray.models.adapters import share_base
-        from invar_ray.models.base import load_causal_lm, load_tokenizer
-        from invar_ray.models.precision import torch_dtype
+        from invar_ray.models.base import load_tokenizer
+        from invar_ray.models.loading import open_model
 
         source = ref.folder_or_name(store)
         with self._lock:
@@ -103,12 +102,7 @@ class SharedBase:
                     action="serve them in the split topology, or reindex with the generator's base",
                 )
             if precision not in self._bases:
-                self._bases[precision] = load_causal_lm(
-                    source,
-                    revision=ref.revision,
-                    dtype=torch_dtype(precision),
-                    device=self._device,
-                )
+                self._bases[precision], _ = open_model(ref, store, precision, self._device)
             return share_base(self._bases[precision]), load_tokenizer(source, ref.revision)
 
 

@@ -65,10 +65,9 @@ class AnswerEngine(Protocol):
 
 def load_generator(uri: str, device: str = "cpu", precision: Precision | None = None) -> Generator:
     """The generator of a generator artifact."""
-    from invar_ray.models.base import open_generator
+    from invar_ray.models.loading import open_generator
 
-    generator: Generator = open_generator(uri, precision=precision, device=device)
-    return generator
+    return open_generator(uri, precision=precision, device=device)
 
 
 @dataclass(slots=True)

@@ -15,7 +15,7 @@ import invar_ray
 from invar_ray.errors import ArtifactError, MissingArtifactError, RequestError
 from invar_ray.losses import alignment_loss, contrastive_loss, invariance_loss
 from invar_ray.models.adapters import new_adapter, save_adapter
-from invar_ray.models.base import open_base
+from invar_ray.models.loading import open_model
 from invar_ray.store.artifacts import Artifact, Plan
 from invar_ray.store.published import Published
 from tests.support import World
@@ -30,7 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 @pytest.fixture(scope="module")
 def generator(world: World) -> Artifact:
     def body(building: object) -> None:
-        model = new_adapter(open_base(world.base, world.store)[0], world.config.generator.lora, 0)
+        model = new_adapter(open_model(world.base, world.store)[0], world.config.generator.lora, 0)
         folder = building.path / "adapter"  # type: ignore[attr-defined]
         save_adapter(model, model.state_dict(), folder, world.base.location)
         building.info |= {  # type: ignore[attr-defined]

@@ -25,7 +25,7 @@ from invar_ray.models.adapters import (
     save_adapter,
     share_base,
 )
-from invar_ray.models.base import open_base, open_base_generator, open_generator
+from invar_ray.models.loading import open_base_generator, open_generator, open_model
 from invar_ray.models.tiny import build_tiny
 from invar_ray.steps import answers as answering
 from invar_ray.store.artifacts import Artifact, Building, Plan
@@ -41,7 +41,7 @@ def small(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 @pytest.fixture
 def base(small: World) -> PreTrainedModel:
-    return open_base(small.base, small.store)[0]
+    return open_model(small.base, small.store)[0]
 
 
 def logits(model: torch.nn.Module, ids: Tensor = IDS) -> Tensor:

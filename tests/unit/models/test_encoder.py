@@ -25,7 +25,7 @@ from transformers import AutoModel, AutoTokenizer, LlamaModel
 from invar_ray.config import CoarseConfig, Config, ModelConfig
 from invar_ray.errors import ModelError, ResourceError
 from invar_ray.models.adapters import load_adapter, share_base
-from invar_ray.models.base import BaseRef, open_base
+from invar_ray.models.base import BaseRef
 from invar_ray.models.batching import encode_in_batches, length_batches, pad_right
 from invar_ray.models.encoder import (
     BiEncoder,
@@ -38,6 +38,7 @@ from invar_ray.models.encoder import (
     passage_ids,
     query_ids,
 )
+from invar_ray.models.loading import open_model
 from invar_ray.models.minilm import CoarseEncoder
 from invar_ray.models.pooling import pool
 from invar_ray.models.precision import inference_device, inference_precision
@@ -295,7 +296,7 @@ def test_coarse_encoder_that_is_not_there(tmp_path: Path) -> None:
 def test_merged_adapter_equals_the_unmerged_one(small: World) -> None:
     spec = EncoderSpec.from_json(small.adapter.info["encoder"])
     merged = open_encoder(spec, small.store).encode_passages(PASSAGES)
-    model, tokenizer = open_base(small.base, small.store)
+    model, tokenizer = open_model(small.base, small.store)
     unmerged_model = load_adapter(model, small.adapter.path("adapter"))
     unmerged = Encoder(BiEncoder(unmerged_model, spec.pooling), tokenizer, spec).encode_passages(
         PASSAGES
@@ -419,7 +420,7 @@ def projected(small: World) -> tuple[Artifact, EncoderSpec, torch.Tensor]:
 def test_projection_beside_the_adapter_is_used(small: World, precision: str, shared: bool) -> None:
     artifact, spec, weight = projected(small)
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    base = open_base(small.base, small.store, dtype)[0]
+    base = open_model(small.base, small.store, precision)[0]
 
     def tree(ref: BaseRef, store: Store) -> tuple[Any, Any]:
         return share_base(base), small.tokenizer
@@ -435,7 +436,9 @@ def test_projection_beside_the_adapter_is_used(small: World, precision: str, sha
     assert torch.equal(opened.module.projection.weight, weight), "in fp32, whatever the base is in"
 
     model = load_adapter(
-        open_base(small.base, small.store, dtype)[0], artifact.path("adapter"), merge=not shared
+        open_model(small.base, small.store, precision)[0],
+        artifact.path("adapter"),
+        merge=not shared,
     )
     tokens, mask = pad_right(passage_ids(small.tokenizer, PASSAGES, spec), 0)
     with torch.no_grad():

@@ -21,9 +21,10 @@ from invar_ray.config import LoraConfig
 from invar_ray.errors import ModelError
 from invar_ray.executor import Here
 from invar_ray.models.adapters import load_adapter, new_adapter
-from invar_ray.models.base import load_encoder, open_base, resolve_retriever_base
+from invar_ray.models.base import resolve_retriever_base
 from invar_ray.models.batching import pad_right
 from invar_ray.models.encoder import EncoderSpec, llm_spec, open_encoder, query_ids
+from invar_ray.models.loading import open_model
 from invar_ray.pipeline import Pipeline
 from invar_ray.steps import retriever as retriever_step
 from invar_ray.store.artifacts import Artifact, Building, Plan
@@ -119,6 +120,10 @@ def trained(run: Run) -> tuple[Artifact, list[float]]:
     return run.trained(12)
 
 
+def opened(folder: Path) -> Any:
+    return open_model(resolve_retriever_base(str(folder), None), None)[0]
+
+
 def pooled(model: Any, tokenizer: Any, texts: list[str], pooling: str) -> Tensor:
     """[N, H] unit rows by transformers alone."""
     encoded = tokenizer(texts, padding=True, return_tensors="pt")
@@ -144,7 +149,7 @@ def test_from_training_to_the_same_vectors_and_hits(
     # Plain PEFT on a plain AutoModel is what encodes here.
     from peft import PeftModel
 
-    base, tokenizer = open_base(run.retriever_base, run.store)
+    base, tokenizer = open_model(run.retriever_base, run.store)
     plain = PeftModel.from_pretrained(base, str(adapter.path("adapter"))).eval()
     questions = ["Who built the lighthouse of Arvon?", "who"]
     encoder = open_encoder(spec, run.store)
@@ -215,7 +220,7 @@ def test_padding_and_neighbours_do_not_change_a_vector(run: Run) -> None:
 
 
 def test_texts_are_framed_as_the_encoder_s_tokenizer_does(run: Run) -> None:
-    tokenizer = open_base(run.retriever_base, run.store)[1]
+    tokenizer = open_model(run.retriever_base, run.store)[1]
     spec = replace(llm_spec(run.config.model, run.retriever_base), query_max_tokens=6)
     short, cut = query_ids(tokenizer, ["the ferry", "the ferry leaves in the morning"], spec)
     assert (short[0], short[-1], len(short)) == (1, 2, 4)
@@ -250,7 +255,7 @@ def test_an_encoder_pools_and_prefixes_as_it_was_made_to(
     spec = llm_spec(model, base)
     prefixes = ("", "") if described is None else ("ask: ", "text: ")
     assert (spec.query_prefix, spec.passage_prefix) == prefixes
-    plain, tokenizer = open_base(base, run.store)
+    plain, tokenizer = open_model(base, run.store)
     found = open_encoder(spec, run.store).encode_queries(["the ferry", "the harbour freezes"])
     texts = [f"{prefixes[0]}{text}" for text in ("the ferry", "the harbour freezes")]
     expected = pooled(plain, tokenizer, texts, described or "mean")
@@ -270,7 +275,7 @@ def test_first_layers_of_an_encoder(
     assert all(name.startswith(f"{stem}0.") for name in names)
     # Its adapter fits the whole model, too.
     stage.save({n: p.detach() for n, p in stage.module.named_parameters() if n in names}, tmp_path)
-    load_adapter(load_encoder(str(folder)), tmp_path)
+    load_adapter(opened(folder), tmp_path)
     whole = AutoModel.from_pretrained(folder)
     ids, mask = pad_right([[1, 7, 9, 2]], 0)
     with torch.no_grad():
@@ -306,7 +311,7 @@ def test_an_adapter_on_the_wrong_base_is_refused(
 def test_layers_that_an_encoder_lacks_are_named(bert: Path) -> None:
     wrong = LoraConfig(target_modules=("q_proj",))
     with pytest.raises(ModelError, match="dense, key, query, value"):
-        new_adapter(load_encoder(str(bert)), wrong, 0)
+        new_adapter(opened(bert), wrong, 0)
 
 
 def test_what_depends_on_whose_base(run: Run, tmp_path: Path, bert: Path) -> None:

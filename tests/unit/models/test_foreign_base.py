@@ -17,11 +17,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from invar_ray.config import LoraConfig, ModelConfig
 from invar_ray.errors import ModelError
 from invar_ray.models.adapters import new_adapter
-from invar_ray.models.base import load_causal_lm, load_tokenizer, resolve_base
+from invar_ray.models.base import load_tokenizer, resolve_base
 from invar_ray.models.encoder import BiEncoder, llm_spec, open_encoder, passage_ids, query_ids
 from invar_ray.models.generator import Generator
 from invar_ray.store.artifacts import Store
 from tests import support
+from tests.support import open_folder
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_weights_stored_as_bf16_are_loaded_as_float32(folder: Path) -> None:
-    model = load_causal_lm(str(folder))
+    model = open_folder(folder)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
@@ -99,7 +100,7 @@ def test_padding_with_the_end_token_does_not_change_a_vector(folder: Path, tmp_p
 
 def test_both_adapters_fit_it_and_get_gradients(folder: Path) -> None:
     for _ in range(2):
-        adapted = new_adapter(load_causal_lm(str(folder)), LoraConfig(), seed=0)
+        adapted = new_adapter(open_folder(folder), LoraConfig(), seed=0)
         module = BiEncoder(adapted.get_base_model(), "last")
         module(torch.tensor([[0, 5, 1]]), torch.ones(1, 3, dtype=torch.long))[0, 0].backward()
         trained = {
@@ -110,7 +111,7 @@ def test_both_adapters_fit_it_and_get_gradients(folder: Path) -> None:
 
 
 def test_it_generates(folder: Path) -> None:
-    generator = Generator(load_causal_lm(str(folder)), load_tokenizer(str(folder)), 64)
+    generator = Generator(open_folder(folder), load_tokenizer(str(folder)), 64)
     found = generator.generate(["Question: who? Answer:"], max_new_tokens=4)
     assert 1 <= found[0].num_tokens <= 4
 
@@ -121,14 +122,14 @@ def test_folder_without_a_model_and_unknown_names_are_refused(tmp_path: Path) ->
     with pytest.raises(ModelError, match=r"no folder '\./nowhere'"):
         resolve_base(replace(ModelConfig(), base="./nowhere"), None)
     with pytest.raises(ModelError, match="hf download"):
-        load_causal_lm("invar-ray-tests/no-such-model")
+        open_folder("invar-ray-tests/no-such-model")
 
 
 def test_changed_weights_change_the_fingerprint(folder: Path, tmp_path: Path) -> None:
     config = replace(ModelConfig(), base=str(folder))
     before = resolve_base(config, None).fingerprint
     assert resolve_base(config, None).fingerprint == before
-    model = load_causal_lm(str(folder))
+    model = open_folder(folder)
     with torch.no_grad():
         model.lm_head.weight[0, 0] += 1
     model.save_pretrained(tmp_path)

@@ -10,8 +10,14 @@ import pytest
 import torch
 
 from invar_ray.errors import ResourceError
-from invar_ray.models.base import load_causal_lm
 from invar_ray.models.quantized import quantization
+from tests.support import open_folder
+
+
+def described(folder: Path) -> Path:
+    """A folder with what a base is found by; its weights are not reached."""
+    (folder / "config.json").write_text("{}", encoding="utf-8")
+    return folder
 
 
 @pytest.mark.skipif(
@@ -19,7 +25,7 @@ from invar_ray.models.quantized import quantization
 )
 def test_without_bitsandbytes_it_says_what_to_install(tmp_path: Path) -> None:
     with pytest.raises(ResourceError, match="bitsandbytes is not installed") as caught:
-        load_causal_lm(str(tmp_path), quantize="nf4")
+        open_folder(described(tmp_path), quantize="nf4")
     assert "pip install bitsandbytes" in str(caught.value)
     assert "set experimental.model.quantize to null" in str(caught.value)
 
@@ -33,7 +39,7 @@ def test_without_a_gpu_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     monkeypatch.setattr(importlib.util, "find_spec", found)
     with pytest.raises(ResourceError, match="sees no CUDA device"):
-        load_causal_lm(str(tmp_path), quantize="nf4")
+        open_folder(described(tmp_path), quantize="nf4")
 
 
 def test_what_is_asked_for() -> None:

@@ -14,9 +14,10 @@ from torch.nn import functional
 from transformers import AutoTokenizer, LlamaForCausalLM
 
 from invar_ray.errors import ModelError
-from invar_ray.models.base import BaseRef, load_causal_lm, load_tokenizer, open_base, resolve_base
+from invar_ray.models.base import BaseRef, load_tokenizer, resolve_base
+from invar_ray.models.loading import open_model
 from invar_ray.models.tiny import MAX_POSITIONS, build_tiny, minilm_folder
-from tests.support import TINY, World, tiny_base, world
+from tests.support import TINY, World, open_folder, tiny_base, world
 
 TEXT = "The lighthouse of Arvon was built by Ada Morvane after the great storm."
 
@@ -113,7 +114,7 @@ def test_tokenizer_adds_nothing_and_ends_in_sep(base: tuple[LlamaForCausalLM, An
 def test_saved_and_loaded_base_gives_the_same_outputs(
     small: World, base: tuple[LlamaForCausalLM, Any]
 ) -> None:
-    loaded = load_causal_lm(str(small.base_artifact.path()))
+    loaded = open_model(small.base, small.store)[0]
     tokenizer = load_tokenizer(str(small.base_artifact.path()))
     assert not loaded.training
     ids = ids_of(base[1], TEXT)
@@ -131,18 +132,18 @@ def test_saved_and_loaded_base_gives_the_same_outputs(
 
 
 def test_base_loads_in_the_precision_asked_for(small: World) -> None:
-    model, _ = open_base(small.base, small.store, torch.bfloat16)
+    model, _ = open_model(small.base, small.store, "bf16")
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
 def test_base_loads_straight_to_the_device_asked_for(small: World) -> None:
-    here, _ = open_base(small.base, small.store, torch.bfloat16)
-    there, _ = open_base(small.base, small.store, torch.bfloat16, device="meta")
+    here, _ = open_model(small.base, small.store, "bf16")
+    there, _ = open_model(small.base, small.store, "bf16", device="meta")
     assert {(weight.device.type, weight.dtype) for weight in there.parameters()} == {
         ("meta", torch.bfloat16)
     }
     assert {buffer.device.type for buffer in there.buffers()} == {"meta"}
-    again, _ = open_base(small.base, small.store, torch.bfloat16, device="cpu:0")
+    again, _ = open_model(small.base, small.store, "bf16", device="cpu:0")
     for name, weight in [*again.named_parameters(), *again.named_buffers()]:
         wanted = (
             here.get_parameter(name)
@@ -208,12 +209,13 @@ def test_folder_that_is_none_is_refused(small: World, tmp_path: Path) -> None:
 
 
 def test_model_that_cannot_be_loaded_says_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ModelError, match=r"cannot load .*hf download NAME"):
-        load_causal_lm(str(tmp_path))
+        open_folder(tmp_path)
     with pytest.raises(ModelError, match=r"cannot load .*model\.base=builtin:smollm2"):
         load_tokenizer(str(tmp_path))
 
 
 def test_encoder_only_model_is_refused() -> None:
     with pytest.raises(ModelError, match="LLaMA-family causal LM"):
-        load_causal_lm(str(minilm_folder()))
+        open_folder(minilm_folder())
