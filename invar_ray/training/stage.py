@@ -8,12 +8,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-import torch
 from torch import Tensor, nn
 
 from invar_ray.config import Config, OptimizerConfig
 from invar_ray.models.adapters import save_adapter
-from invar_ray.models.precision import torch_dtype
 
 HELDOUT = "heldout_worst_recall_at_5"
 WEIGHT_DECAY = 0.0
@@ -79,11 +77,6 @@ class Stage(Protocol):
     def save(self, parameters: dict[str, Tensor], folder: Path) -> None:
         """Write the adapter from complete parameters (named as in ``module``)."""
         ...
-
-
-def dtype_of(config: Config) -> torch.dtype:
-    """The precision that the base is loaded in."""
-    return torch_dtype(config.model.precision)
 
 
 def recompute(base: Any, config: Config) -> None:

@@ -162,7 +162,7 @@ def test_from_training_to_the_same_vectors_and_hits(
     retriever = open_retriever(run.index_with(adapter).uri)
     passages = retriever.passages.rows([0, 7])
     vectors = encoder.encode_passages([(p.title, p.text) for p in passages])
-    hits = [hit for (hit,) in retriever.retrieve_vectors(vectors, 1)]
+    hits = [hit for (hit,) in retriever.search(["", ""], vectors, 1)]
     assert [hit.passage_id for hit in hits] == [p.id for p in passages]
     np.testing.assert_allclose([hit.score for hit in hits], 1.0, atol=1e-5)
     again = open_encoder(EncoderSpec.from_json(json.loads(json.dumps(spec.to_json()))), run.store)
