@@ -18,9 +18,10 @@ from invar_ray.config import Config, to_dict
 from invar_ray.console import Progress
 from invar_ray.executor import Executor
 from invar_ray.models.adapters import load_adapter
-from invar_ray.models.base import BaseRef, open_base
+from invar_ray.models.base import BaseRef
 from invar_ray.models.generator import Generator
-from invar_ray.models.precision import inference_device, inference_precision, torch_dtype
+from invar_ray.models.loading import open_model
+from invar_ray.models.precision import inference_device, inference_precision
 from invar_ray.schema import Hit
 from invar_ray.steps.readings import READINGS
 from invar_ray.store.artifacts import Artifact, Building, Plan
@@ -89,8 +90,8 @@ def _calibrated(
     if device != "cpu" and not torch.cuda.is_available():
         print("  this process has no GPU: the generator is not calibrated and never abstains")
         return None
-    dtype = torch_dtype(inference_precision(config))
-    model, tokenizer = open_base(base, readings.store, dtype, device=device)
+    precision = inference_precision(config)
+    model, tokenizer = open_model(base, readings.store, precision, device)
     adapted = load_adapter(model, building.path / "adapter", merge=True)
     generator = Generator(adapted, tokenizer, config.generator.max_tokens)
     rows: list[dict[str, Any]] = pq.read_table(readings.path(READINGS)).to_pylist()

@@ -69,14 +69,16 @@ def model_card(
     if kind == "retriever":
         spec = EncoderSpec.from_json(adapter.info["encoder"])
         lines += _snippet(name, lowest is not None)
+        causal = spec.kind == "llm"
+        end = " and the end token" if causal else ""
+        states = {"mean": "mean of the token states", "last": "last token state"}
         lines += [
-            f"Query: `{spec.query_prefix}{{question}}` and the end token, at most "
+            f"Query: `{spec.query_prefix}{{question}}`{end}, at most "
             f"{spec.query_max_tokens} tokens.",
-            f"Passage: `{spec.passage_prefix}{{title}} {{text}}` and the end token, at most "
+            f"Passage: `{spec.passage_prefix}{{title}} {{text}}`{end}, at most "
             f"{spec.passage_max_tokens}.",
-            "Vector:"
-            f" {'mean of the' if spec.pooling == 'mean' else 'last'} token"
-            f"{' states' if spec.pooling == 'mean' else ' state'} of `.model`"
+            f"Vector: {states.get(spec.pooling, 'first token state')}"
+            + (" of `.model`" if causal else "")
             + (
                 f", then `{PROJECTION_FILE}` ({spec.projection_dim} values)"
                 if spec.projection_dim
