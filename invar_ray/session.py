@@ -29,6 +29,9 @@ loaded machines."""
 _LOCAL_CPUS = 4
 """Fewest logical CPUs of a local Ray (Ray schedules by these numbers; they may exceed the machine's
 cores)."""
+TEMP_CHARS = 24
+"""Longest path of the temporary folder: a socket's name may have 107 characters, and Ray adds
+about 80."""
 _WORKER_ENV = {
     "OMP_NUM_THREADS": "1",
     "TOKENIZERS_PARALLELISM": "false",
@@ -98,6 +101,7 @@ class RaySession:
         self._scale = scale
         self._started = False
         self._folder: str | None = None
+        self._home: str | None = None
 
     @property
     def joins(self) -> bool:
@@ -125,7 +129,11 @@ class RaySession:
         self._started = True
 
     def _start_local(self) -> None:
-        self._folder = tempfile.mkdtemp(prefix="invar-ray-")
+        self._folder = _ray_folder()
+        self._home = os.environ.get("HOME")
+        if not _can_write(os.path.expanduser("~")):
+            # Ray keeps its token there; a container of any user has no home of its own.
+            os.environ["HOME"] = self._folder
         # Ray takes the machine's outer address on Linux, and its ports let whoever reaches them run
         # code. This is its switch for other systems, where it stays on loopback.
         ray_constants.ENABLE_RAY_CLUSTER = False
@@ -161,6 +169,8 @@ class RaySession:
             self._started = False
         global_worker_stdstream_dispatcher.remove_handler("invar_ray")
         if self._folder is not None:
+            if self._home is not None:
+                os.environ["HOME"] = self._home
             shutil.rmtree(self._folder, ignore_errors=True)
             self._folder = None
 
@@ -190,6 +200,28 @@ def _hear(batch: dict[str, Any]) -> None:
     """Lines of one worker, as Ray's log monitor hands them on."""
     for line in batch["lines"]:
         console.from_worker(line)
+
+
+def _can_write(folder: str) -> bool:
+    return os.access(folder, os.W_OK | os.X_OK)
+
+
+def _ray_folder() -> str:
+    """A folder for a local Ray whose path leaves room for its sockets' names.
+
+    Raises:
+        ResourceError: there is none.
+    """
+    places = [tempfile.gettempdir(), "/tmp"]
+    for place in places:
+        if len(os.path.abspath(place)) <= TEMP_CHARS and _can_write(place):
+            return tempfile.mkdtemp(prefix="invar-ray-", dir=place)
+    raise ResourceError(
+        f"no temporary folder fits a local Ray: {places[0]} has {len(places[0])} characters, and "
+        "/tmp cannot be written",
+        expected=f"one of at most {TEMP_CHARS} characters (names of sockets are short)",
+        action="set TMPDIR to a shorter path",
+    )
 
 
 def _local_cpus(scale: ScaleConfig) -> int:

@@ -83,6 +83,7 @@ def run_checks(
         ("faiss", check_faiss),
         ("memory", check_memory),
         ("disk", lambda: check_disk(storage_uri)),
+        ("folders", check_folders),
         ("storage", lambda: check_storage(storage_uri)),
         ("model", lambda: check_model(base)),
         ("model", lambda: check_model(retriever_base) if retriever_base else []),
@@ -316,6 +317,31 @@ def check_disk(storage_uri: str) -> list[Check]:
             "free some, or set storage.root_uri",
         )
     ]
+
+
+def check_folders() -> list[Check]:
+    """The home and temporary folders that Ray writes to, the proxy and the terminal's encoding."""
+    from invar_ray.session import TEMP_CHARS  # here: it imports Ray
+
+    home, temporary = Path.home(), Path(tempfile.gettempdir())
+    found = []
+    if not os.access(home, os.W_OK):
+        action = "nothing (a local Ray takes a temporary one), or set HOME to a folder of yours"
+        found.append(Check("folders", "warn", f"the home {home} cannot be written", action))
+    if len(str(temporary)) > TEMP_CHARS:
+        detail = f"{temporary} is too long for Ray's sockets, so /tmp is taken"
+        if os.access("/tmp", os.W_OK):
+            found.append(Check("folders", "warn", detail, "set TMPDIR to a shorter path"))
+        else:
+            detail = f"{temporary} is too long for Ray's sockets, and /tmp cannot be written"
+            found.append(Check("folders", "fail", detail, "set TMPDIR to a shorter path"))
+    proxy = next((name for name in ("http_proxy", "HTTP_PROXY") if os.environ.get(name)), None)
+    if proxy is not None and "127.0.0.1" not in os.environ.get("no_proxy", ""):
+        action = "nothing here; other clients of the service need no_proxy=localhost,127.0.0.1"
+        found.append(Check("folders", "warn", f"{proxy} is set, no_proxy lacks loopback", action))
+    if not found:
+        found.append(Check("folders", "ok", f"{home} and {temporary} can be written"))
+    return found
 
 
 def check_storage(storage_uri: str) -> list[Check]:

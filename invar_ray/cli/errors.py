@@ -4,6 +4,9 @@ Ctrl-C.
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -16,6 +19,17 @@ from invar_ray.console import quieten_libraries
 from invar_ray.errors import InvarError
 
 P = ParamSpec("P")
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY")
+# Faults of the machine -> what to do.
+_MACHINE = {
+    errno.ENOSPC: "free some disk, or set storage.root_uri and TMPDIR to another one",
+    errno.EDQUOT: "free some of your quota, or set storage.root_uri to another disk",
+    errno.EROFS: "set storage.root_uri to a folder that can be written",
+    errno.EACCES: "check the rights, or set storage.root_uri to a folder of yours",
+    errno.EPERM: "check the rights, or set storage.root_uri to a folder of yours",
+    errno.EMFILE: "raise the limit of open files (ulimit -n)",
+}
 
 
 def explain_errors(
@@ -42,16 +56,42 @@ def explain_errors(
 
 @contextmanager
 def explained() -> Iterator[None]:
-    """A user's mistake prints one error and exits 1; Ctrl-C and SIGTERM clean up and exit 130."""
+    """A user's mistake prints one error and exits 1, so does a fault of the machine (a full disk,
+    a folder that cannot be written); Ctrl-C and SIGTERM clean up and exit 130.
+    """
     signal.signal(signal.SIGTERM, _interrupt)
+    reach_loopback_directly()
+    for stream in (sys.stdout, sys.stderr):  # an ASCII terminal shows what it can
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except InvarError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
+    except OSError as error:
+        action = _MACHINE.get(error.errno or 0)
+        if action is None:
+            raise
+        where = f" ({error.filename})" if error.filename else ""
+        print(f"error: {error.strerror}{where}. To do: {action}.", file=sys.stderr)
+        raise SystemExit(1) from error
     except KeyboardInterrupt as error:
         print("interrupted; what was finished stands, run again to go on", file=sys.stderr)
         raise SystemExit(130) from error
+
+
+def reach_loopback_directly() -> None:
+    """Where the environment names a proxy, let this machine's own addresses go without it: Ray and
+    the clients of the service talk to themselves.
+    """
+    if not any(os.environ.get(name) for name in _PROXIES):
+        return
+    for name in ("no_proxy", "NO_PROXY"):
+        known = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+        parts = [part.strip() for part in known.split(",") if part.strip()]
+        if "*" not in parts:
+            os.environ[name] = ",".join(dict.fromkeys([*parts, *_LOOPBACK]))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

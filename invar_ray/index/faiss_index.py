@@ -23,6 +23,7 @@ import numpy.typing as npt
 from invar_ray.errors import ArtifactError, MixedArtifactsError, RequestError
 from invar_ray.index.blocks import Rows, Vectors
 from invar_ray.index.planner import CODEBOOK_ROWS, OPQ_ROUNDS, OPQ_ROWS
+from invar_ray.models.batching import refuse_not_finite
 from invar_ray.store.artifacts import Artifact
 
 faiss: Any = _faiss  # its type stubs know a part of it
@@ -90,12 +91,14 @@ class Index:
 
         Raises:
             MixedArtifactsError: if D differs.  RequestError: if ``allowed`` has another length.
+            ModelError: a query is not finite.
         """
         if queries.shape[1] != self.dimension:
             raise MixedArtifactsError(
                 f"queries have {queries.shape[1]} dimensions, the index has {self.dimension}",
                 expected="the encoder that made the index",
             )
+        refuse_not_finite(queries, [f"question {number + 1}" for number in range(len(queries))])
         queries, top_k = np.ascontiguousarray(queries, dtype=np.float32), min(top_k, self.size)
         depth = depth or self._depth
         if allowed is None:

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from invar_ray.errors import MixedArtifactsError
 from invar_ray.index.blocks import Vectors, column_to_matrix
+from invar_ray.models.batching import refuse_not_finite
 from invar_ray.models.encoder import EncoderSpec, TextEncoder
 from invar_ray.schema import vector_schema
 from invar_ray.store.artifacts import Artifact
@@ -26,7 +27,12 @@ layers: 1.3e-3).
 
 
 def write_probes(path: Path, texts: Sequence[tuple[str, str]], matrix: Vectors) -> None:
-    """Store (title, text) probes with their vectors, [N, D] float32 of length 1."""
+    """Store (title, text) probes with their vectors, [N, D] float32 of length 1.
+
+    Raises:
+        ModelError: a vector is not finite.
+    """
+    refuse_not_finite(matrix, [f"the probe {title or text[:60]!r}" for title, text in texts])
     kind = vector_schema(matrix.shape[1]).field("vector").type
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(matrix.reshape(-1)), type=kind)
     titles, bodies = [title for title, _ in texts], [text for _, text in texts]
@@ -52,7 +58,7 @@ def check_probes(artifact: Artifact, encoder: TextEncoder) -> float:
         lowest = -1.0
     else:
         lowest = float((encoder.encode_passages(texts) * stored).sum(axis=1).min())
-    if lowest < 1.0 - PROBE_TOLERANCE:
+    if not lowest >= 1.0 - PROBE_TOLERANCE:  # NaN too
         raise MixedArtifactsError(
             f"encoder {encoder.fingerprint} does not reproduce the probe vectors of "
             f"{artifact.uri}, which encoder "

@@ -23,7 +23,7 @@ from pyarrow import fs
 from invar_ray.config import ScaleConfig
 from invar_ray.heap import keep_freed_memory
 from invar_ray.index.vectors import Halves, VectorStore, shard_name, vector_store
-from invar_ray.models.batching import EncodeStats
+from invar_ray.models.batching import EncodeStats, refuse_not_finite
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder, open_tokenizer
 from invar_ray.models.precision import Precision, inference_device
 from invar_ray.schema import shard_schema
@@ -189,6 +189,8 @@ class EmbedShard:
         pairs = _pairs(table)
         contents = [passage_digest(title, text) for title, text in pairs]
         matrix = self._vectors(task, pairs, ids)
+        names = [f"passage {id}" for id in table.column("id").to_pylist()]
+        refuse_not_finite(matrix, names)
         used = [
             now - then
             for now, then in zip((stats.tokens, stats.slots, stats.halvings), before, strict=True)

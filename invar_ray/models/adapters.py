@@ -178,12 +178,20 @@ def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     _check_folder(folder)
     try:
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
+        _same_names(model, folder)
+    except ModelError:
+        raise
     except (ValueError, RuntimeError) as error:
         raise ModelError(
-            f"the adapter in {folder} does not fit the base ({str(error).splitlines()[0]})",
+            f"the adapter in {folder} does not fit the base ({_brief(error)})",
             action="use the base that its adapter_config.json names",
         ) from error
-    _same_names(model, folder)
+    except Exception as error:  # damaged files and unknown kinds make PEFT raise nearly anything
+        raise ModelError(
+            f"the adapter in {folder} cannot be read ({type(error).__name__}: {_brief(error)})",
+            expected="a LoRA adapter in PEFT's format, whole",
+            action="download or export it again",
+        ) from error
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return _fused(model)
@@ -207,7 +215,9 @@ class _FusedLinear(PeftLinear):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         plain = not (args or kwargs or self.disable_adapters or self.merged or self.lora_variant)
-        if not plain or list(self.active_adapters) != [_NAME]:
+        # A bias on B is scaled like the rest of the update: PEFT's own way.
+        biased = _NAME in self.lora_B and self.lora_B[_NAME].bias is not None
+        if not plain or biased or list(self.active_adapters) != [_NAME]:
             found: Tensor = super().forward(x, *args, **kwargs)
             return found
         result: Tensor = self.base_layer(x)
@@ -216,11 +226,7 @@ class _FusedLinear(PeftLinear):
             down(self.lora_dropout[_NAME](x.to(down.weight.dtype))) * self.scaling[_NAME]
         )
         # ZeRO 3 gathers a weight in its own module's hooks: there the module has to be called.
-        if (
-            up.bias is not None
-            or hasattr(up.weight, "ds_id")
-            or not result.dtype == inner.dtype == up.weight.dtype
-        ):
+        if hasattr(up.weight, "ds_id") or not result.dtype == inner.dtype == up.weight.dtype:
             return (result + up(inner)).to(result.dtype)
         rows, update = result.flatten(0, -2), inner.flatten(0, -2)
         if torch.is_grad_enabled():
@@ -279,6 +285,10 @@ def _same_names(model: PeftModel, folder: Path) -> None:
             f"{_first(missing)} and brings {len(extra)} others{_first(extra)}",
             action="use the base that its adapter_config.json names",
         )
+
+
+def _brief(error: Exception) -> str:
+    return (str(error).splitlines() or [""])[0][:200]
 
 
 def _first(names: list[str]) -> str:

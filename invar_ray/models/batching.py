@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from invar_ray.errors import ResourceError
+from invar_ray.errors import ModelError, ResourceError
 
 Vectors = npt.NDArray[np.float32]
 DEFAULT_TOKENS_PER_BATCH = 8192
@@ -127,6 +128,26 @@ def encode_in_batches(
         stats.slots += widest * len(batch)
         start += len(batch)
     return vectors
+
+
+def refuse_not_finite(vectors: npt.NDArray[Any], names: Sequence[str]) -> None:
+    """Refuse vectors with a value that is NaN or infinite: searches would lose them in silence, or
+    find them for every question.
+
+    Args:
+        vectors: [N, D].
+        names: what each row is the vector of, for the message.
+
+    Raises:
+        ModelError: naming how many, and the first.
+    """
+    bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+    if len(bad):
+        raise ModelError(
+            f"{len(bad)} of {len(vectors)} vectors are not finite (first: {names[int(bad[0])]})",
+            expected="finite numbers",
+            action="look at the model's weights; set model.precision=fp32 if it is bf16",
+        )
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

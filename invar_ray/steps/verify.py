@@ -12,10 +12,12 @@ import numpy as np
 import pyarrow as pa
 
 from invar_ray.errors import InvarError
+from invar_ray.index.blocks import vector_blocks
 from invar_ray.index.faiss_index import load_index
 from invar_ray.index.probes import PROBE_TOLERANCE, check_probes
 from invar_ray.index.shards import PassageRows, shard_is_whole
 from invar_ray.index.vectors import SHARDS, unit_rows, vector_store
+from invar_ray.models.batching import refuse_not_finite
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder
 from invar_ray.models.precision import made_in
 from invar_ray.store.artifacts import Artifact
@@ -72,6 +74,7 @@ def verify_index(index: Artifact, *, samples: int, seed: int, device: str = "cpu
     found.check("rows", lambda: _rows(index, vectors, len(table)))
     found.check("shards", lambda: _shards(vectors))
     found.check("ids", lambda: _ids(vectors, table))
+    found.check("numbers", lambda: _finite(vectors, table))
     found.check("contents", lambda: _contents(vectors, table))
     encoder = open_encoder(
         EncoderSpec.from_json(vectors.info["encoder"]),
@@ -153,6 +156,16 @@ def _ids(vectors: Artifact, table: PassageRows) -> str:
             raise Fault(f"the ids of rows {start} and on are not those of the passages")
         at += len(wanted)
     return f"{unique:,}, every one once, in the order of the passages"
+
+
+def _finite(vectors: Artifact, table: PassageRows) -> str:
+    count = 0
+    for start, matrix in vector_blocks(vectors).some():
+        if not np.isfinite(matrix).all():
+            ids = table.take(np.arange(start, start + len(matrix))).column("id").to_pylist()
+            refuse_not_finite(matrix, [f"passage {id}" for id in ids])
+        count += len(matrix)
+    return f"{count:,} vectors, all finite"
 
 
 def _contents(vectors: Artifact, table: PassageRows) -> str:

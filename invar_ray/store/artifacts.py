@@ -20,7 +20,7 @@ import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -349,9 +349,7 @@ class Store:
             parents={role: parent.ref for role, parent in plan.parents.items()},
             files=files,
             info=json.loads(canonical_json(building.info)),
-            created=datetime.now(UTC)
-            .isoformat(timespec="microseconds")
-            .replace("+00:00", "Z"),  # "newest" needs an order
+            created=self._next_time(plan.kind),
         )
         text = json.dumps(asdict(manifest), indent=2, sort_keys=True).encode()
         with self.filesystem.open_output_stream(f"{building.prefix}/{MANIFEST}") as stream:
@@ -359,6 +357,19 @@ class Store:
         if self.is_local:
             flush(building.path)
             self._rename(building.path, Path(final))
+
+    def _next_time(self, kind: str) -> str:
+        """Now, or just after the last artifact of the kind: "newest" needs an order, and a clock
+        may have been ahead when that one was made.
+        """
+        now = datetime.now(UTC)
+        selector = fs.FileSelector(self.location(kind), allow_not_found=True)
+        for entry in self.filesystem.get_file_info(selector):
+            text = self._read(f"{entry.path}/{MANIFEST}")
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # damaged: has no place
+                made = datetime.fromisoformat(json.loads(text or "{}")["created"])
+                now = max(now, made + timedelta(microseconds=1))
+        return now.isoformat(timespec="microseconds").replace("+00:00", "Z")
 
     @contextlib.contextmanager
     def _alone(self, plan: Plan) -> Iterator[None]:

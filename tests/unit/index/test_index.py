@@ -22,12 +22,14 @@ from invar_ray.errors import (
     CorruptArtifactError,
     DataError,
     MixedArtifactsError,
+    ModelError,
     RequestError,
 )
 from invar_ray.index.blocks import column_to_matrix, read_vectors
 from invar_ray.index.build import build_index
 from invar_ray.index.faiss_index import Index, build_faiss, load_index
-from invar_ray.index.probes import check_probes
+from invar_ray.index.probes import check_probes, write_probes
+from invar_ray.models.batching import refuse_not_finite
 from invar_ray.models.encoder import Encoder, EncoderSpec, open_encoder
 from invar_ray.models.precision import made_in
 from invar_ray.schema import PASSAGE_SCHEMA, Passage, to_table
@@ -447,3 +449,21 @@ def test_other_kinds_are_refused(small: World) -> None:
         open_retriever(small.passages.uri)
     with pytest.raises(ArtifactError, match="Expected: kind 'retriever'"):
         open_retriever(small.base_index.uri, adapter_uri=small.base_index.uri)
+
+
+def test_vectors_that_are_not_finite_are_refused_everywhere(small: World, tmp_path: Path) -> None:
+    bad = np.eye(3, 4, dtype=np.float32)
+    bad[1, 2] = np.nan
+    with pytest.raises(ModelError, match=r"1 of 3 vectors are not finite \(first: passage b\)"):
+        refuse_not_finite(bad, ["passage a", "passage b", "passage c"])
+    with pytest.raises(ModelError, match="the probe 'T'"):
+        write_probes(tmp_path / "p.parquet", [("", "x"), ("T", "y"), ("", "z")], bad)
+    index = load_index(small.base_index)
+    query = np.full((1, index.dimension), np.inf, dtype=np.float32)
+    with pytest.raises(ModelError, match="first: question 1"):
+        index.search(query, 2)
+    width = index.dimension
+    nothing = np.full(width, np.nan, dtype=np.float32)
+    texts = pq.read_table(small.base_index.path("probes.parquet")).to_pylist()
+    with pytest.raises(MixedArtifactsError, match="lowest cosine nan"):
+        check_probes(small.base_index, Table({row["text"]: nothing for row in texts}))

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig as PeftConfig
+from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
 from safetensors.torch import load_file
 from torch import Tensor
@@ -392,3 +393,41 @@ def test_layers_below_the_first_get_no_adapter_and_no_gradient(tmp_path: Path) -
 def test_first_layer_must_be_a_layer(first: int) -> None:
     with pytest.raises(ModelError, match="0 to 2"):
         new_adapter(random_llama(layers=3), LoraConfig(), 0, first_layer=first)
+
+
+def test_a_bias_on_b_is_scaled_as_peft_does(tmp_path: Path) -> None:
+    """Folders of other tools may have it (``lora_bias``)."""
+    config = PeftConfig(
+        r=4,
+        lora_alpha=32,
+        target_modules=["q_proj", "v_proj"],
+        lora_bias=True,
+        task_type="CAUSAL_LM",
+    )
+    theirs = get_peft_model(random_llama(), config).eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, value in theirs.named_parameters():
+            if "lora_" in name:
+                value.copy_(torch.randn(value.shape, generator=generator))
+    theirs.save_pretrained(str(tmp_path))
+    ids = torch.tensor([[2, 3, 4, 5]])
+    ours = load_adapter(random_llama(), tmp_path)
+    assert torch.allclose(logits(ours, ids), logits(theirs, ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("damage", ["weights", "json", "kind", "field"])
+def test_a_damaged_or_unknown_adapter_is_one_error(tmp_path: Path, damage: str) -> None:
+    save_random(random_llama(), tmp_path, LoraConfig())
+    description = tmp_path / "adapter_config.json"
+    values = json.loads(description.read_text())
+    if damage == "weights":
+        weights = tmp_path / "adapter_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:50])
+    elif damage == "json":
+        description.write_text("{")
+    else:
+        changed = {"peft_type": "NO_SUCH"} if damage == "kind" else {"r": "four"}
+        description.write_text(json.dumps({**values, **changed}))
+    with pytest.raises(ModelError, match="the adapter in"):
+        load_adapter(random_llama(), tmp_path)

@@ -494,3 +494,16 @@ def test_write_atomic_replaces_whole_files(tmp_path: Path) -> None:
     write_atomic(target, b"two")
     assert target.read_bytes() == b"two"
     assert entries(target.parent) == ["file.json"]
+
+
+def test_newest_is_what_was_made_last_though_a_clock_was_ahead(store: Store) -> None:
+    first = make(store)
+    place = first.path(MANIFEST)
+    manifest = json.loads(place.read_text())
+    place.write_text(json.dumps({**manifest, "created": "2199-01-01T00:00:00.000000Z"}))
+    second = make(store, replace(PLAN, name="later"))
+    third = make(store, replace(PLAN, name="last"))
+    newest = store.newest("vectors")
+    assert newest is not None
+    assert newest.ref == third.ref
+    assert [each.ref for each in store.list("vectors")] == [first.ref, second.ref, third.ref]
