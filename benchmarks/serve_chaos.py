@@ -245,7 +245,7 @@ def change(url: str, index_uri: str) -> httpx.Response:
     for _ in range(20):
         response = httpx.post(
             f"{url}/admin/index",
-            json={"index_uri": index_uri},
+            json={"index_uri": index_uri, "wait": True},
             headers=KEY,
             timeout=300,
             trust_env=False,

@@ -44,6 +44,8 @@ _WORKER_ENV = {
     "TRANSFORMERS_VERBOSITY": "error",
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::DeprecationWarning",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
+    # For the service's proxies: Serve's own refusals take the service's form.
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front:middlewares",
 }
 
 
@@ -134,25 +136,28 @@ class RaySession:
         if not _can_write(os.path.expanduser("~")):
             # Ray keeps its token there; a container of any user has no home of its own.
             os.environ["HOME"] = self._folder
+        # Ray opens its folder to everybody (0777): one within stays behind this one's 0700, also
+        # where a kill leaves it behind.
+        folder = os.path.join(self._folder, "r")
         # Ray takes the machine's outer address on Linux, and its ports let whoever reaches them run
         # code. This is its switch for other systems, where it stays on loopback.
         ray_constants.ENABLE_RAY_CLUSTER = False
         with _no_notices_of_the_core():
-            self._init_local()
+            self._init_local(folder)
         # What workers print goes through the console instead of Ray's own printer.
         global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
         global_worker_stdstream_dispatcher.add_handler("invar_ray", _hear)
         # Its reports of actors that died, ours at the end among them, take this way instead.
         ray_worker.print_to_stdstream = lambda batch, *_, **__: _hear(batch)
 
-    def _init_local(self) -> None:
+    def _init_local(self, folder: str) -> None:
         ray.init(
             address="local",  # never one that somebody else left an address of
             num_cpus=_local_cpus(self._scale),
             include_dashboard=False,
             log_to_driver=True,
             logging_level="warning",
-            _temp_dir=self._folder,
+            _temp_dir=folder,
             runtime_env={
                 "env_vars": _WORKER_ENV
                 | ({"INVAR_VERBOSE": "1"} if console.is_verbose() else {})

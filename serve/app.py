@@ -19,6 +19,7 @@ import httpx
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig, BackpressureConfig, ProxyLocation
+from ray.serve.context import _get_global_client
 from ray.serve.schema import LoggingConfig
 
 from invar_ray.errors import ResourceError
@@ -35,6 +36,7 @@ from serve.telemetry.tracing import Tracer
 from serve.versions import Current
 
 logger = logging.getLogger(__name__)
+_INGRESS_REQUESTS = 10_000
 
 
 def build_app(args: AppArgs) -> Application:
@@ -114,8 +116,10 @@ def compose(
                 args.generator_uri, generator_loader or partial(load_generator, **models), **batches
             )
     # The ingress refuses by itself, in the service's error form, before Serve would in plain text.
+    # It takes whatever comes, since requests whose bodies have not arrived are among these.
     ingress_options = _options(args, args.ingress_replicas, {"num_cpus": args.num_cpus_per_ingress})
-    ingress_options["max_ongoing_requests"] = 4 * args.max_in_flight
+    ingress_options["max_ongoing_requests"] = _INGRESS_REQUESTS
+    ingress_options["max_queued_requests"] = -1
     ingress_options["autoscaling_config"].target_ongoing_requests = args.max_in_flight / 2
     ingress_options["backpressure_config"] = BackpressureConfig(
         status_code=503, retry_after_s=args.retry_after_s
@@ -192,7 +196,7 @@ def start(
         args: what to serve; local artifact paths are made absolute, since replicas have other
             working directories.
         host: address to listen on.
-        port: HTTP port; 0 takes a free one.
+        port: HTTP port; 0 takes a free one. Where Serve runs already, its own address counts.
         name: name of the Serve application.
         blocking: stay here until Ctrl-C or SIGTERM, then stop the service.
         ready_timeout_s: how long it may take to become ready, in seconds.
@@ -210,7 +214,10 @@ def start(
     }
     absolute["shard_uris"] = [_absolute(uri) for uri in args.shard_uris]
     args = args.model_copy(update=absolute)
-    if not serve.status().proxies:
+    if serve.status().proxies:  # a Serve that runs keeps its own address
+        http = _get_global_client().http_config
+        host, port = http.host or host, http.port
+    else:
         port = _free_port(host, port)
     location = (
         ProxyLocation.HeadOnly
@@ -220,7 +227,10 @@ def start(
     logs = LoggingConfig(log_level=log_level)
     logging.getLogger("ray.serve").setLevel(log_level)
     serve.start(
-        http_options={"host": host, "port": port}, proxy_location=location, logging_config=logs
+        # Serve's own limit, for what no replica answers.
+        http_options={"host": host, "port": port, "request_timeout_s": args.timeout_s + 30},
+        proxy_location=location,
+        logging_config=logs,
     )
     logging.getLogger("ray.serve").setLevel(log_level)  # starting it sets its own
     try:
@@ -235,6 +245,7 @@ def start(
     _wait_until_ready(url, ready_timeout_s)
     logger.info("serving at %s", url)
     if blocking:
+        print(f"serving at {url} until Ctrl-C", flush=True)
         _wait_for_signal()
         stop()
     return url

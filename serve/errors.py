@@ -54,12 +54,17 @@ class Conflict(ServiceError):
     """The index cannot be changed as asked; the one before stays in service."""
 
 
+class NotFound(ServiceError):
+    """Nothing has this name."""
+
+
 class UnknownModel(ServiceError):
     """No model has this name."""
 
 
 TABLE: dict[type[Exception], tuple[int, str]] = {
     RequestError: (422, "invalid_request"),
+    NotFound: (404, "not_found"),
     UnknownModel: (404, "model_not_found"),
     Conflict: (409, "conflict"),
     Overloaded: (503, "overloaded"),

@@ -5,10 +5,11 @@ versions that it follows.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
@@ -50,7 +51,7 @@ class ServedIndex:
         again_s: float = _AGAIN_S,
         differ_s: float = _CHANGE_S,
     ) -> None:
-        self._shards, self._current, self._meter = shards, current, meter
+        self._shards, self.current, self._meter = shards, current, meter
         self._retry_after_s, self._again_s, self._differ_s = retry_after_s, again_s, differ_s
         self._changing = asyncio.Lock()
         self._retry = _Retry()
@@ -77,12 +78,12 @@ class ServedIndex:
         replicas: tuple[ReplicaStatus, ...] = tuple(each for shard in shards for each in shard)
         seen = Seen(replicas, [Counter(each.active_uri for each in shard) for shard in shards])
         since = [each.since for each in replicas if each.since is not None]
-        if self._current is not None:
+        if self.current is not None:
             try:
-                newest = await asyncio.to_thread(self._current.newest)
+                newest = await asyncio.to_thread(self.current.newest)
                 newer = newest and since and newest.decided > max(since)
                 if newest and (newer or newest.index == seen.active):
-                    earlier = await asyncio.to_thread(self._current.earlier, newest)
+                    earlier = await asyncio.to_thread(self.current.earlier, newest)
                     seen = replace(seen, number=newest.version.number, newest=newest)
                     seen = replace(seen, earlier=tuple(earlier))
                 elif newest:
@@ -95,11 +96,37 @@ class ServedIndex:
             self._differ_at = time.monotonic()
         return seen
 
-    async def change(self, uris: Sequence[str] | None) -> dict[str, Any]:
+    def accept(self, uris: Sequence[str] | None) -> tuple[str, ...] | None:
+        """The indexes of a change as the store writes them; nothing is read.
+
+        Raises:
+            RequestError: for another number of indexes than of shards, or one that lies elsewhere.
+            Conflict: the service keeps no versions, or another change is under way.
+        """
+        if self.current is None:
+            raise Conflict("this service keeps no record of its index, so it cannot change it")
+        if self._changing.locked():
+            raise Conflict("another change of the index is under way", self._retry_after_s)
+        if uris is None:
+            return None
+        if len(uris) != len(self._shards):
+            raise RequestError(
+                f"index_uri names {len(uris)} indexes",
+                expected=f"{len(self._shards)}, one per shard",
+            )
+        return tuple(map(self.current.own, uris))
+
+    async def change(
+        self, uris: Sequence[str] | None, step: Callable[[str], None] = lambda name: None
+    ) -> dict[str, Any]:
         """Serve other indexes, one per shard; ``None`` goes back to those before.
 
         Every replica loads and probes its new index beside the old one; only once all have it ready
-        is the change published and made.  A failure anywhere leaves everything as it was.
+        is the change published and made.  A failure anywhere leaves everything as it was, and so
+        does a cancellation before it is published.
+
+        Args:
+            step: told what is being done: ``publishing``, then ``switching``.
 
         Returns:
             The report of the shadow search.
@@ -110,39 +137,55 @@ class ServedIndex:
             ServiceError: 409 if a replica cannot serve its index, another change is under way, or
                 another writer published meanwhile; 503 if the published versions cannot be read.
         """
-        if self._current is None:
-            raise Conflict("this service keeps no record of its index, so it cannot change it")
-        if self._changing.locked():
-            raise Conflict("another change of the index is under way", self._retry_after_s)
+        wanted = self.accept(uris)
+        assert self.current is not None
         async with self._changing:
             seen = await self.observe()
             if seen.unread is not None:
                 raise Unavailable(seen.unread, self._retry_after_s)
-            if uris is not None and len(uris) != len(self._shards):
-                raise RequestError(
-                    f"index_uri names {len(uris)} indexes",
-                    expected=f"{len(self._shards)}, one per shard",
-                )
-            if uris is None and not seen.earlier:
+            if wanted is None and not seen.earlier:
                 raise RequestError(
                     "there is no earlier index to go back to", action="name one with index_uri"
                 )
-            if uris is None:
+            if wanted is None:
                 target, index = seen.earlier[0]
-                write = partial(self._current.rollback, target.number, seen.number)
+                write = partial(self.current.rollback, target.number, seen.number)
             else:
-                index = tuple(map(self._current.own, uris))
+                index = wanted
                 # What is served by configuration is published before it is left: one can go back.
                 served = None if seen.newest else seen.active
-                write = partial(self._current.publish, index, seen.number, served)
-            report = await self._prepare(index)
-            if index != (seen.newest.index if seen.newest else seen.active):
-                try:
-                    await asyncio.to_thread(write)
-                except (InvarError, OSError) as error:
-                    await self._refuse(index, str(error), error)
-            await self._activate(index)
-            return report
+                write = partial(self.current.publish, index, seen.number, served)
+            try:
+                report = await self._prepare(index)
+            except asyncio.CancelledError:
+                # Each replica forgets it once it is loaded; nobody waits for that.
+                why = "the change was cancelled"
+                self._forgetting = asyncio.create_task(self._forget(index, why))
+                raise
+            return await asyncio.shield(self._publish(seen, index, write, report, step))
+
+    async def _publish(
+        self,
+        seen: Seen,
+        index: tuple[str, ...],
+        write: Callable[[], Any],
+        report: dict[str, Any],
+        step: Callable[[str], None],
+    ) -> dict[str, Any]:
+        step("publishing")
+        if index != (seen.newest.index if seen.newest else seen.active):
+            try:
+                await asyncio.to_thread(write)
+            except (InvarError, OSError) as error:
+                await self._refuse(index, str(error), error)
+        step("switching")
+        await self._activate(index)
+        return report
+
+    async def _forget(self, uris: Sequence[str], why: str) -> None:
+        with contextlib.suppress(ServiceError):
+            await self._everywhere("discard", [(uri, why) for uri in uris])
+        self._meter.record("invar_index_changes_total", outcome="refused")
 
     async def _prepare(self, uris: Sequence[str]) -> dict[str, Any]:
         prepared: list[Prepared] = [
@@ -209,8 +252,8 @@ class ServedIndex:
             self._retry, self._agreed = _Retry(newest.decided), newest.decided
             return
         async with self._changing:
-            assert self._current is not None
-            if await asyncio.to_thread(self._current.newest) != newest:
+            assert self.current is not None
+            if await asyncio.to_thread(self.current.newest) != newest:
                 return  # changed meanwhile
             if time.monotonic() >= self._retry.at:
                 self._retry = self._retry.after(self._again_s)

@@ -64,7 +64,7 @@ class IngressReplica:
         current = Current(versions_uri) if versions_uri else None
         self._service = Service(
             shard_targets,
-            Handle("generator", generator, args.retry_after_s, meter),
+            Handle("generator", generator, args.retry_after_s, meter, "describe_generator"),
             ServedIndex(shard_targets, current, meter, retry_after_s=args.retry_after_s),
             shard_timeout_s=args.shard_timeout_s,
             retry_after_s=args.retry_after_s,
@@ -86,6 +86,9 @@ class IngressReplica:
             audit_text=self._args.audit_text,
             metrics=exposition,
         )
+
+    async def there(self) -> None:
+        """Answers: this replica is there."""
 
     async def check_health(self) -> None:
         """Cannot fail by itself. Also compares the replicas with what is published."""

@@ -16,8 +16,10 @@ from typing import Literal
 from invar_ray.answering.fusion import fuse_hits, fuse_lists, fusion_depth
 from invar_ray.errors import ConfigError, InvarError, RequestError
 from invar_ray.schema import Hit, Mode
-from serve.errors import ServiceError, Unavailable
+from serve.changes import Change, Changes
+from serve.errors import OutOfTime, ServiceError, Unavailable
 from serve.index import ServedIndex
+from serve.line import Line
 from serve.records import (
     Context,
     Embedded,
@@ -63,6 +65,8 @@ class Service:
         self._stability_share = stability_share
         self.meter, self.tracer = meter or Meter(), tracer or Tracer()
         self.index = index or ServedIndex(self._shards, None, self.meter)
+        self.changes = Changes(self.index, self.index.current)
+        self._line = Line()
         self._ready_at = float("-inf")
         self._background: set[asyncio.Task[None]] = set()
 
@@ -101,6 +105,8 @@ class Service:
         if refused:
             raise refused[0]
         if not good:
+            if all(isinstance(outcome, OutOfTime) for outcome in outcomes):
+                raise OutOfTime("no shard of the index answered in time", self._retry_after_s)
             raise Unavailable("no shard of the index answered", self._retry_after_s)
         encoded_by = good[0].versions if embedded is None else embedded.versions
         return merge(good, top_k, missing, encoded_by)
@@ -122,9 +128,14 @@ class Service:
         raise AssertionError("there is at least one shard")
 
     async def answer(self, question: Question, context: Context) -> Reply:
-        """The answer to a question from its passages."""
+        """The answer to a question from its passages.
+
+        Raises:
+            Overloaded: others are before it for longer than it has time.
+        """
         sent = replace(question, left_s=context.left_s, trace=context.trace)
-        reply: Reply = await self._generator.call("answer", sent, left_s=context.left_s)
+        answering = self._generator.call("answer", sent, left_s=context.left_s)
+        reply: Reply = await self._line.run(answering, context.left_s)
         self._sample_stability(question, context)
         return reply
 
@@ -133,8 +144,10 @@ class Service:
         sent = replace(question, left_s=context.left_s, trace=context.trace)
         items = self._generator.stream("stream", sent, left_s=context.left_s)
         try:
-            async for item in items:
-                yield item
+            with self._line.place(context.left_s) as place:
+                yield await self._line.first(anext(items), place)
+                async for item in items:
+                    yield item
         finally:
             await items.aclose()  # type: ignore[attr-defined]
         self._sample_stability(question, context)
@@ -183,14 +196,14 @@ class Service:
             raise Unavailable("a health check failed", self._retry_after_s) from error
         self._ready_at = time.monotonic()
 
-    async def change_index(self, uris: Sequence[str] | None) -> Serving:
-        """Serve other indexes, one per shard; ``None`` goes back to those before; see
-        :meth:`serve.index.ServedIndex.change`.
+    async def changed(self, change: Change) -> Serving:
+        """What :meth:`describe` gives once a change that was begun here is made, with the report of
+        the shadow search.
 
-        Returns:
-            What :meth:`describe` gives, with the report of the shadow search.
+        Raises:
+            RequestError, ServiceError: why it was not made.
         """
-        report = await self.index.change(uris)
+        report = await self.changes.wait(change.id)
         return replace(await self.describe(), report=report)
 
     # Live stability

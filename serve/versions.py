@@ -20,6 +20,7 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 from urllib.parse import urlsplit
 
 from invar_ray.errors import (
@@ -171,6 +172,30 @@ class Current:
             return FIXED
         known = _number(uri)  # another replica was faster
         return number if known is None else known
+
+    def write_change(self, name: str, values: dict[str, Any]) -> None:
+        """Write the state of a change of the index, see :mod:`serve.changes`.
+
+        Raises:
+            ArtifactError: if the store cannot be written.
+        """
+        uri = join_uri(self._published.store.root_uri, f"{self._published.ref}/changes/{name}")
+        conditional.replace(uri, lambda: json.dumps(values).encode())
+
+    def read_change(self, name: str) -> dict[str, Any] | None:
+        """What :meth:`write_change` wrote; ``None`` where nothing is.
+
+        Raises:
+            OSError, ValueError: it cannot be read.
+        """
+        uri = join_uri(self._published.store.root_uri, f"{self._published.ref}/changes/{name}")
+        filesystem, path = resolve_uri(uri)
+        try:
+            with filesystem.open_input_stream(path) as stream:
+                values: dict[str, Any] = json.loads(stream.read())
+                return values
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
     def publish(
         self, index: Sequence[str], expected: int, served: Sequence[str] | None = None

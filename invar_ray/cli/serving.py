@@ -8,6 +8,7 @@ from typing import Any
 
 from invar_ray.answering.current import current_index, fits_generator, newest_generator
 from invar_ray.config import Config
+from invar_ray.console import is_verbose
 from invar_ray.errors import MissingArtifactError, MixedArtifactsError
 from invar_ray.executor import OnRay, one_error
 from invar_ray.models.encoder import EncoderSpec
@@ -48,7 +49,9 @@ def serve_until_stopped(
         args = _service_args(index, generator, config)
         _service().check_start(args, config.serve.host, config.serve.port, joins=executor.joins)
         executor.connect()
-        start_service(index, generator, config, blocking=True)
+        # A line for each request, the audit log's included, only for those who want to see all.
+        level = "INFO" if is_verbose() else "WARNING"
+        start_service(index, generator, config, blocking=True, log_level=level)
 
 
 def start_service(

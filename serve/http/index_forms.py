@@ -1,9 +1,11 @@
 """Which index and generator are served, and a change of it, as they go over HTTP."""
 
-from typing import Any
+from typing import Annotated, Any
 
+from fastapi import Path
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from serve.changes import Change
 from serve.errors import plain
 from serve.http.limits import Limits
 from serve.http.protocol import VERSIONS, clean_text
@@ -26,6 +28,11 @@ class IndexChange(BaseModel):
     rollback: bool = Field(
         False, strict=True, description="Instead: go back to what was served before."
     )
+    wait: bool = Field(
+        False,
+        strict=True,
+        description="Answer when it is made or refused; it goes on if you do not wait so long.",
+    )
 
     @field_validator("index_uri")
     @classmethod
@@ -34,6 +41,39 @@ class IndexChange(BaseModel):
             [clean_text(each) for each in value]
             if isinstance(value, list)
             else value and clean_text(value)
+        )
+
+
+ChangeId = Annotated[str, Path(pattern="^[0-9a-f]{32}$", description="Id of a change.")]
+
+
+class ChangeOut(BaseModel):
+    """How far a change of the index is."""
+
+    id: str
+    state: str = Field(
+        description="`running`, `done`, `refused` (the old index serves on), `cancelled`, or `lost`"
+        ": the replica died that worked on it, and `GET /v1/index` says what is served."
+    )
+    step: str = Field(
+        description="`loading` (every replica loads and tries it), `publishing` or `switching`."
+    )
+    code: str | None = Field(description="Of the refusal, as an error's.")
+    error: str | None = Field(description="Why it was refused.")
+    report: dict[str, Any] = Field(description="Of the probe, once it is done.")
+    seconds: float = Field(description="From its begin to its last sign.")
+
+    @classmethod
+    def of(cls, change: Change) -> "ChangeOut":
+        """From a change."""
+        return cls(
+            id=change.id,
+            state=change.state,
+            step=change.step,
+            code=change.code,
+            error=change.error and plain(change.error),
+            report=change.report,
+            seconds=round(change.updated - change.begun, 3),
         )
 
 

@@ -1,5 +1,6 @@
 """Questions, answers and errors as they go over HTTP on the service's own routes."""
 
+import re
 from collections.abc import Sequence
 from typing import Literal
 
@@ -24,6 +25,16 @@ def clean_text(value: str) -> str:
     except UnicodeEncodeError:
         raise ValueError("half of a surrogate pair, which is no character") from None
     return value.replace("\x00", " ")
+
+
+_TURNS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
+
+
+def label(text: str) -> str:
+    """A title or a place for one line on a page or in a terminal: without control characters, and
+    without those that turn the direction of what stands after them.
+    """
+    return _TURNS.sub(" ", text).strip()
 
 
 class _Request(BaseModel):
@@ -133,10 +144,10 @@ class PassageOut(BaseModel):
             score=hit.score,
             passage_id=hit.passage_id,
             document_id=hit.document_id,
-            title=hit.title,
+            title=label(hit.title),
             text=hit.text,
             uri=hit.uri,
-            place=hit.place,
+            place=label(hit.place),
         )
 
     @classmethod
@@ -167,8 +178,8 @@ class CitationOut(BaseModel):
             number=citation.number,
             passage_id=citation.passage_id,
             document_id=citation.document_id,
-            title=citation.title,
-            place=citation.place,
+            title=label(citation.title),
+            place=label(citation.place),
             source=citation.source,
         )
 

@@ -9,7 +9,13 @@ from fastapi.responses import JSONResponse, Response
 
 from invar_ray.errors import RequestError
 from serve.errors import plain
-from serve.http.index_forms import IndexChange, IndexChangeResponse, IndexResponse
+from serve.http.index_forms import (
+    ChangeId,
+    ChangeOut,
+    IndexChange,
+    IndexChangeResponse,
+    IndexResponse,
+)
 from serve.http.limits import Limits
 from serve.http.protocol import (
     AnswerRequest,
@@ -137,10 +143,12 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
 
     @routes.post(
         "/admin/index",
-        response_model=IndexChangeResponse,
+        status_code=202,
+        response_model=ChangeOut,
+        responses={200: {"model": IndexChangeResponse, "description": "With `wait`: it is made."}},
         summary="Serve another index, or go back",
     )
-    async def change(body: IndexChange, request: Request) -> IndexChangeResponse:
+    async def change(body: IndexChange, request: Request) -> Response:
         if (body.index_uri is None) != body.rollback:
             raise RequestError(
                 "the body names neither or both", expected="either index_uri, or rollback: true"
@@ -151,7 +159,21 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         request.scope["invar_audit"] = {
             "index_uri": "rollback" if uris is None else [plain(uri) for uri in uris]
         }
-        serving = await service.change_index(uris)
-        return IndexChangeResponse.of(serving, request.scope["invar_context"].request_id)
+        begun = service.changes.begin(uris)
+        if not body.wait:
+            location = {"Location": f"/admin/index/{begun.id}"}
+            return JSONResponse(ChangeOut.of(begun).model_dump(), 202, headers=location)
+        serving = await service.changed(begun)
+        made = IndexChangeResponse.of(serving, request.scope["invar_context"].request_id)
+        return JSONResponse(made.model_dump())
+
+    @routes.get("/admin/index/{change}", response_model=ChangeOut, summary="How far a change is")
+    async def seen(change: ChangeId) -> ChangeOut:
+        return ChangeOut.of(await service.changes.see(change))
+
+    @routes.delete("/admin/index/{change}", response_model=ChangeOut, summary="Cancel a change")
+    async def cancel(change: ChangeId) -> ChangeOut:
+        """Until it is published; the index that is served stays."""
+        return ChangeOut.of(await service.changes.cancel(change))
 
     return routes

@@ -361,9 +361,10 @@ class RetrieverReplica:
         """Forget a prepared index that some other replica cannot serve; one that is served already
         stays.
         """
-        if uri != self.active_uri:
-            self._staged.pop(uri, None)
-            self.requested_uri, self.error = uri, self.error or error
+        async with self._changing:  # one that is being loaded is forgotten once it is there
+            if uri != self.active_uri:
+                self._staged.pop(uri, None)
+                self.requested_uri, self.error = uri, self.error or error
         return self.status()
 
     def _published(self) -> list[str]:

@@ -153,7 +153,10 @@ def test_callers_choose_no_server_and_no_folder(
         shown = live("GET", "/v1/index", headers=ASK)
         assert shown.json()["index"]["error"] is None
         changed = live(
-            "POST", "/admin/index", json={"index_uri": artifacts.other_index_uri}, headers=ROOT
+            "POST",
+            "/admin/index",
+            json={"index_uri": artifacts.other_index_uri, "wait": True},
+            headers=ROOT,
         )
         assert changed.status_code == 200
     finally:

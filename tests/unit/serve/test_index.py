@@ -62,7 +62,7 @@ def active(live: Live) -> list[str]:
 
 
 def change(live: Live, **body: Any) -> httpx.Response:
-    return live("POST", "/admin/index", json=body, headers=ROOT)
+    return live("POST", "/admin/index", json={"wait": True} | body, headers=ROOT)
 
 
 def ready(live: Live) -> int:

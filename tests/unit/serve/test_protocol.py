@@ -156,6 +156,19 @@ def test_answer_carries_citations_passages_timings_and_versions(backend: Backend
     assert answer.notes == ["a note"]
 
 
+def test_titles_turn_nothing_around(backend: Backend) -> None:
+    class Turning(Backend):
+        async def retrieve(self, *args: Any, **options: Any) -> Found:
+            hit = Hit("d:0", "d", 1, 1.0, "safe\u202efdp.exe\n2", "a\u202eb", place="p\u2066.pdf")
+            return Found((hit,), {"index": "i1"})
+
+    answer = call(Turning(), "POST", "/v1/answer", json={"question": "Who?"}).json()
+    for shown in (answer["passages"][0], answer["citations"][0]):
+        assert shown["title"] == "safe fdp.exe 2"
+    assert answer["passages"][0]["place"] == "p .pdf"
+    assert answer["passages"][0]["text"] == "a\u202eb", "a text is what it is"
+
+
 def test_retrieve_takes_the_default_top_k(backend: Backend) -> None:
     response = call(backend, "POST", "/v1/retrieve", json={"question": "Who?"})
     assert [passage["rank"] for passage in response.json()["passages"]] == [1, 2, 3]
