@@ -95,7 +95,12 @@ def _contests(wanted: list[str], full: bool, folder: Path) -> Iterator[Contest]:
             continue
         (folder / group).mkdir()
         module = importlib.import_module(f"benchmarks.groups.{group}")
-        for contest in module.contests(full, folder / group):
+        try:
+            contests = module.contests(full, folder / group)
+        except SystemExit as error:  # the other groups are worth having
+            print(f"{group}: {error}", flush=True)
+            continue
+        for contest in contests:
             if not named or group in named or contest.name in named:
                 yield contest
 
