@@ -19,6 +19,7 @@ pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 SMALL = [
     "model.base=builtin:tiny",
     "model.retriever_layers=null",
+    "model.precision=fp32",  # in bf16 scores change with the batch by more than is compared here
     "corpus.chunk_tokens=96",
     "corpus.chunk_stride=96",
 ]
