@@ -27,7 +27,7 @@ def contests(full: bool, folder: Path) -> list[Contest]:
         (texts / f"{number}.txt").write_text(document.text, encoding="utf-8")
     root = str(folder / "store")
     _run([*_CLI, "index", str(texts), f"storage.root_uri={root}", *SMALL])
-    ask = [*_CLI, "ask", QUESTION]
+    ask = [*_CLI, "ask", QUESTION, "--untrained"]
     served = {"root": root, "folder": str(folder)}
 
     def contest(name: str, command: list[str], target: float, by: str) -> Contest:

@@ -70,7 +70,7 @@ def test_indexed_asked_cited(local_ray: Any, tmp_path: Path) -> None:
     assert current_index(store).parent("passages").info["source"] == str(folder)
 
     asked = CliRunner().invoke(
-        app, ["ask", "Who built the lighthouse of Arvon?", "--root", str(root)]
+        app, ["ask", "Who built the lighthouse of Arvon?", "--untrained", "--root", str(root)]
     )
     assert asked.exit_code == 0, asked.stderr
     assert f"asking {folder}: " in asked.stderr
@@ -86,6 +86,7 @@ def test_indexed_asked_cited(local_ray: Any, tmp_path: Path) -> None:
         [
             "ask",
             "Which animals live on Dunmore?",
+            "--untrained",
             "--root",
             str(root),
             "--corpus",
