@@ -13,12 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from invar_ray import open_rag
+from invar_ray.answering.followup import Turn
 from invar_ray.text.answers import contains_answer
 
 QUESTIONS = Path(__file__).parents[1] / "tests" / "assets" / "demo_questions.jsonl"
@@ -37,14 +37,18 @@ def main() -> None:
     rows = []
     for line in QUESTIONS.read_text(encoding="utf-8").splitlines():
         asked = json.loads(line)
-        answer = rag.ask(asked["question"])
-        probability = None if answer.confidence is None else math.exp(answer.confidence)
+        said = [message["content"] for message in asked.get("history", ())]
+        turns = [Turn(*said[at : at + 2]) for at in range(0, len(said), 2)]
+        answer = rag.ask(asked["question"], turns=turns)
         rows.append(
             asked
             | {
                 "answer": answer.text,
                 "outcome": outcome(asked, answer.text, answer.refused),
-                "probability": probability,
+                "read_as": answer.question,
+                "guess": answer.guess,
+                "confidence": answer.confidence,
+                "probability": answer.probability,
                 "found": any(contains_answer(hit.text, asked["answers"]) for hit in answer.hits),
                 "cited": [citation.number for citation in answer.citations],
                 "notes": list(answer.notes),

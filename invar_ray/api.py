@@ -14,6 +14,7 @@ from typing import Any
 
 import invar_ray.answering.rag as answering
 from invar_ray.answering.current import current_index, newest_generator
+from invar_ray.answering.followup import Turn
 from invar_ray.answering.retriever import Retriever, open_retriever
 from invar_ray.config import Config, SearchConfig
 from invar_ray.errors import ArtifactError, MissingArtifactError, RequestError
@@ -144,7 +145,12 @@ class Rag:
         return self.retriever.retrieve(list(questions), self.k if k is None else k)
 
     def ask(
-        self, question: str, k: int | None = None, *, max_new_tokens: int | None = None
+        self,
+        question: str,
+        k: int | None = None,
+        *,
+        max_new_tokens: int | None = None,
+        turns: Sequence[Turn] = (),
     ) -> Answer:
         """An answer from the ``k`` best passages, with its citations and the passages.
 
@@ -152,6 +158,8 @@ class Rag:
             question: the question.
             k: how many passages; ``None`` takes the run's.
             max_new_tokens: longest answer; ``None`` takes what the generator was trained for.
+            turns: questions and answers before this one: a follow-up is read in their light, and
+                ``question`` of the answer says how.
 
         Raises:
             RequestError: the question is empty, or does not fit the model's context.
@@ -161,6 +169,7 @@ class Rag:
             self.retriever,
             self.generator,
             question,
+            turns=turns,
             top_k=self.k if k is None else k,
             max_new_tokens=max_new_tokens or trained.get("max_new_tokens", _BASE_ANSWER),
         )

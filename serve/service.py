@@ -111,6 +111,19 @@ class Service:
         encoded_by = good[0].versions if embedded is None else embedded.versions
         return merge(good, top_k, missing, encoded_by)
 
+    async def retrieve_follow_up(
+        self, read_as: str, question: str, top_k: int, context: Context
+    ) -> Found:
+        """As :meth:`retrieve`, for a question that was made to stand alone: found in those words,
+        with what the words as asked find weighing half as much.
+        """
+        made, asked = await asyncio.gather(
+            self.retrieve(read_as, top_k, context), self.retrieve(question, top_k, context)
+        )
+        if made.versions != asked.versions:  # the index changed between the two
+            return made
+        return replace(made, hits=tuple(fuse_hits([made.hits, made.hits, asked.hits], top_k)))
+
     async def embed(
         self, texts: list[str], kind: Literal["query", "passage"], context: Context
     ) -> Embedded:

@@ -111,7 +111,7 @@ def fit(signs: Sequence[Signs], right: Sequence[bool], risk: float) -> Certainty
         signs: of answers to questions whose answer is known.
         right: whether each was.
         risk: most wrong answers among those given, as a share.  Where no threshold keeps to it, the
-            one with the least risk is taken.
+            one is taken at which right answers outnumber wrong ones by most.
 
     Returns:
         ``None`` where all answers are right, or none is: nothing can be learnt.
@@ -134,7 +134,7 @@ def fit(signs: Sequence[Signs], right: Sequence[bool], risk: float) -> Certainty
     best = (
         max(kept, key=lambda point: point.coverage)
         if kept
-        else min(curve, key=lambda point: (point.risk, -point.coverage))
+        else max(curve, key=lambda point: point.coverage * (1.0 - 2.0 * point.risk))
     )
     return Certainty(
         made.weights, made.bias, best.threshold, risk, best.risk, best.coverage, len(right)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from invar_ray.answering.certainty import Certainty, signs_of
+from invar_ray.answering.followup import Turn, stand_alone
+from invar_ray.answering.fusion import fuse_hits
 from invar_ray.errors import RequestError
 from invar_ray.models.generator import Generation
 from invar_ray.schema import Answer, Citation, Hit
@@ -112,8 +114,16 @@ def answer_question(
     *,
     top_k: int,
     max_new_tokens: int,
+    turns: Sequence[Turn] = (),
 ) -> Answer:
     """Answer one question from the ``top_k`` passages that the retriever finds.
+
+    Args:
+        retriever, generator: what finds and what writes.
+        question: as asked.
+        top_k, max_new_tokens: how many passages, and the longest answer.
+        turns: before it; a follow-up is searched in words that stand alone, what the words as asked
+            find weighing half as much, and answered in them.
 
     Returns:
         The answer; ``timings`` has ``retrieve_s`` and ``generate_s`` in seconds.
@@ -124,7 +134,12 @@ def answer_question(
     if not question.strip():
         raise RequestError("the question is empty", expected="some words")
     start = time.perf_counter()
-    hits = retriever.retrieve([question], top_k)[0]
+    read_as = stand_alone(question, turns)
+    if read_as is None:
+        hits = retriever.retrieve([question], top_k)[0]
+    else:
+        made, asked = retriever.retrieve([read_as, question], top_k)
+        hits, question = fuse_hits([made, made, asked], top_k), read_as
     retrieve_s = time.perf_counter() - start
     answer = answer_with_hits(generator, question, hits, max_new_tokens=max_new_tokens)
     return replace(answer, timings={"retrieve_s": retrieve_s, **answer.timings})

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from invar_ray.answering.followup import Turn
 from invar_ray.errors import RequestError
 from invar_ray.schema import Mode
 from serve.http.conditions import Conditions
@@ -20,6 +21,9 @@ CHAT_MODEL, EMBEDDING_MODEL, PASSAGE_MODEL = "invar-rag", "invar-encoder", "inva
 
 LOW_CONFIDENCE = "\n\n(Not sure: the passages may not answer this question.)"
 """Ends a chat's answer that the service's own route would refuse as too unsure."""
+
+
+_ROLES = ("system", "developer", "user", "assistant")
 
 
 class TextPart(BaseModel):
@@ -64,7 +68,9 @@ class StreamOptions(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """A conversation; the last user message is searched with and answered."""
+    """A conversation; the last user message is searched with and answered, in the light of the
+    turns before it where it is a follow-up.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
@@ -119,8 +125,8 @@ class ChatRequest(BaseModel):
             clean_text(text)
         return value
 
-    def question(self) -> tuple[str, list[str]]:
-        """The last user message, and notes on what is not used.
+    def question(self) -> tuple[str, list[Turn]]:
+        """The last user message, and the turns before it.
 
         Raises:
             RequestError: if there is none, or it is not the last message.
@@ -130,13 +136,23 @@ class ChatRequest(BaseModel):
                 f"the last message is of the {self.messages[-1].role}",
                 expected="a message of the user",
             )
-        others = len(self.messages) - 1
-        notes = (
-            [f"{others} other messages were not used: the last one is searched with and answered"]
-            if others
-            else []
-        )
-        return self.messages[-1].text(), notes
+        turns: list[Turn] = []
+        for message in self.messages[:-1]:
+            if message.role == "user":
+                turns.append(Turn(message.text()))
+            elif message.role == "assistant" and turns:
+                turns[-1] = Turn(turns[-1].question, message.text())
+        return self.messages[-1].text(), turns
+
+    def unused(self, is_follow_up: bool) -> list[str]:
+        """A note on the other messages that had no part in the answer."""
+        roles = {"system", "developer"} if is_follow_up else set(_ROLES)
+        others = sum(message.role in roles for message in self.messages[:-1])
+        if not others:
+            return []
+        return [
+            f"{others} other messages were not used: the last one is searched with and answered"
+        ]
 
     def length(self) -> int | None:
         """The longest answer asked for."""

@@ -12,6 +12,7 @@ import numpy as np
 from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
+from invar_ray.answering.followup import stand_alone
 from invar_ray.errors import RequestError
 from serve.errors import UnknownModel
 from serve.http.limits import Limits
@@ -66,15 +67,15 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         },
     )
     async def chat(body: ChatRequest, request: Request) -> Response:
-        """The last user message is searched with and answered; earlier messages are not used (a
-        note says so).
+        """The last user message is searched with and answered; a follow-up ("and where does it
+        hang?") is read in the light of the turns before it, and `invar.read_as` says how.
         """
         start, context = (
             time.perf_counter(),
             request.scope["invar_context"].narrowed(body.where.to_where(), body.mode),
         )
         _known(body.model, CHAT_MODEL)
-        text, notes = body.question()
+        text, turns = body.question()
         question, top_k = limits.check_question(text), limits.check_top_k(body.top_k)
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
         asked_length = body.length()
@@ -85,10 +86,16 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         )
         note_for_audit(request, question, audit_text)
         stops = body.stops()
-        found = await service.retrieve(question, top_k, context)
+        read_as = stand_alone(question, turns)
+        found = (
+            await service.retrieve(question, top_k, context)
+            if read_as is None
+            else await service.retrieve_follow_up(read_as, question, top_k, context)
+        )
+        notes = body.unused(bool(read_as))
         timings = {"retrieve_s": time.perf_counter() - start}
         asked = Question(
-            question,
+            read_as or question,
             found.hits,
             length,
             temperature=body.temperature or 0.0,
@@ -101,7 +108,13 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         def whole(reply: Reply) -> AnswerResponse:
             times = timings | {**reply.answer.timings, "total_s": time.perf_counter() - start}
             answer = AnswerResponse.of(found, reply, times, context.request_id)
-            return answer.model_copy(update={"notes": [*notes, *answer.notes]})
+            return answer.model_copy(
+                update={
+                    "question": question,
+                    "read_as": read_as,
+                    "notes": [*notes, *answer.notes],
+                }
+            )
 
         identifier, created = f"chatcmpl-{context.request_id}", int(time.time())
         if not body.stream:

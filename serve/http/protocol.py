@@ -230,6 +230,11 @@ class AnswerResponse(BaseModel):
     """An answer with the passages that it rests on."""
 
     question: str
+    read_as: str | None = Field(
+        None,
+        description="In a chat: how a follow-up was read, in words that stand alone; null for a "
+        "question that does.",
+    )
     answer: str = Field(
         description="The answer without its citation marks.", examples=["Mara Lindqvist"]
     )

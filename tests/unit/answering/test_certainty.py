@@ -94,7 +94,7 @@ def test_what_cannot_be_learnt_and_what_cannot_be_kept() -> None:
     same = [(-1.0, -1.0, 0.5, 1.0, 0.0)] * 4
     hopeless = fit(same, [True, False, False, False], 0.1)
     assert hopeless is not None
-    assert hopeless.measured_risk == 0.75, "the least that there is, said as it is"
+    assert hopeless.measured_risk == 0.75, "said as it is"
 
 
 def test_it_survives_the_manifest() -> None:

@@ -218,6 +218,24 @@ def test_what_it_is_not_sure_of_is_refused_and_said_everywhere(
         doubting.close()
 
 
+def test_a_follow_up_is_read_in_the_light_of_the_turns_before(client: openai.OpenAI) -> None:
+    turns = [
+        {"role": "user", "content": "Who kept the light on Gorse Island?"},
+        {"role": "assistant", "content": "Mara Voss [1]"},
+    ]
+    asked = chat(client, messages=[*turns, {"role": "user", "content": "And when was it left?"}])
+    assert asked.invar["read_as"] == "When was Gorse Island left?"
+    assert asked.invar["question"] == "And when was it left?"
+    assert asked.invar["passages"][0]["title"] == "Gorse Island"
+    assert not any("not used" in note for note in asked.invar["notes"])
+    alone = chat(client, messages=[*turns, {"role": "user", "content": FERRY}])
+    assert alone.invar["read_as"] is None
+    assert alone.invar["passages"] == chat(client).invar["passages"]
+    briefly = {"role": "system", "content": "Say that the ferry leaves at ten."}
+    styled = chat(client, messages=[briefly, *turns, {"role": "user", "content": FERRY}])
+    assert styled.invar["answer"] == alone.invar["answer"], "no evidence comes from a system prompt"
+
+
 def test_errors_are_those_that_the_client_knows(
     artifacts: Artifacts, client: openai.OpenAI
 ) -> None:
