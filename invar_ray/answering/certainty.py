@@ -23,7 +23,14 @@ from invar_ray.schema import Hit
 from invar_ray.text.answers import contains_answer
 from invar_ray.text.words import words
 
-SIGNS = ("mean_logprob", "least_logprob", "question_in_passage", "answer_in_passage", "echo")
+SIGNS = (
+    "mean_logprob",
+    "least_logprob",
+    "names_in_title",
+    "names_in_passage",
+    "answer_in_passage",
+    "echo",
+)
 _STEM = 5
 """Words that agree in so many first letters count as one: "painted" and "painting"."""
 _COMMON = FUNCTION_WORDS | STOP_WORDS
@@ -48,16 +55,16 @@ def signs_of(
     logprobs = [max(_FLOOR, value) for value in generation.token_logprobs]
     if not logprobs:
         return None
-    texts = [f"{hit.title}\n{text}" for hit, text in zip(hits, shown, strict=True)]
-    holding = [text for text in texts if contains_answer(text, [answer])]
-    asked = _stems(question)
-    read = [_stems(text) for text in holding or texts]
-    covered = max((len(asked & stems) / len(asked) for stems in read), default=0.0) if asked else 0
-    said = _stems(answer)
+    read = [(hit.title, f"{hit.title}\n{text}") for hit, text in zip(hits, shown, strict=True)]
+    holding = [(title, text) for title, text in read if contains_answer(text, [answer])]
+    asked, said, names = _stems(question), _stems(answer), _names(question)
+    # A passage about what is asked has its name in the title; one that is itself the answer, not.
+    about = [text if contains_answer(title, [answer]) else title for title, text in holding]
     return (
         sum(logprobs) / len(logprobs),
         min(logprobs),
-        float(covered),
+        max((_share(names, each) for each in about), default=0.0),
+        max((_share(names, text) for _, text in holding), default=0.0),
         float(bool(holding)),
         float(bool(said) and said <= asked),
     )
@@ -65,6 +72,23 @@ def signs_of(
 
 def _stems(text: str) -> set[str]:
     return {word[:_STEM] for word in words(text) if word not in _COMMON}
+
+
+def _names(question: str) -> set[str]:
+    """What a question is about: words with a capital (the first has one anyway) and numbers, where
+    it has any, else all of its words.
+    """
+    named = [
+        word
+        for number, word in enumerate(question.split())
+        if any(character.isdigit() for character in word)
+        or (number > 0 and word.lstrip("\"'(“‘")[:1].isupper())
+    ]
+    return _stems(" ".join(named)) or _stems(question)
+
+
+def _share(wanted: set[str], text: str) -> float:
+    return len(wanted & _stems(text)) / len(wanted) if wanted else 0.0
 
 
 @dataclass(frozen=True)

@@ -29,22 +29,32 @@ def written(text: str, *logprobs: float) -> Generation:
 def test_signs_by_hand() -> None:
     asked = "Who painted Las Meninas?"
     sure = signs_of(asked, HITS, TEXTS, "Diego Velázquez", written("x", -0.1, -0.3))
-    # "painted" and "painting" are one word; all three of the question's stand in the first passage.
+    # Las Meninas, which the question names, is the title of the passage that holds the answer.
     assert dict(zip(SIGNS, sure or (), strict=True)) == pytest.approx(
         {
             "mean_logprob": -0.2,
             "least_logprob": -0.3,
-            "question_in_passage": 1.0,
+            "names_in_title": 1.0,
+            "names_in_passage": 1.0,
             "answer_in_passage": 1.0,
             "echo": 0.0,
         }
     )
     other = signs_of("Who painted Water Lilies?", HITS, TEXTS, "Water Lilies", written("x", -99.0))
-    assert other == (-6.0, -6.0, pytest.approx(1 / 3), 0.0, 1.0)
+    assert other == (-6.0, -6.0, 0.0, 0.0, 0.0, 1.0)
+    klimt = signs_of(asked, HITS, TEXTS, "Gustav Klimt", written("x", -0.1))
+    assert klimt == (-0.1, -0.1, 0.0, 0.0, 1.0, 0.0), "it stands in a passage about something else"
+    # Where the title is the answer, the text has to hold what was asked for.
+    which = signs_of("Which picture is in Vienna?", HITS, TEXTS, "The Kiss", written("x", -0.1))
+    assert which == (-0.1, -0.1, 1.0, 1.0, 1.0, 0.0)
     assert signs_of(asked, HITS, TEXTS, "x", written("x")) is None, (
         "an engine without probabilities"
     )
-    assert signs_of("?", [], [], "", written("", -1.0)) == (-1.0, -1.0, 0.0, 0.0, 0.0)
+    assert signs_of("?", [], [], "", written("", -1.0)) == (
+        -1.0,
+        -1.0,
+        *[0.0] * 4,
+    )
 
 
 def test_risk_and_coverage_by_hand() -> None:
@@ -65,7 +75,8 @@ def examples(count: int, seed: int) -> tuple[list[Signs], list[bool]]:
     for is_right in right:
         mean = rng.gauss(-0.2 if is_right else -0.6, 0.2)
         held = float(rng.random() < (0.95 if is_right else 0.5))
-        signs.append((mean, 2 * mean, rng.random() * (1.0 if is_right else 0.6), held, 0.0))
+        about = rng.random() * (1.0 if is_right else 0.6)
+        signs.append((mean, 2 * mean, about, about, held, 0.0))
     return signs, right
 
 
@@ -91,7 +102,7 @@ def test_what_cannot_be_learnt_and_what_cannot_be_kept() -> None:
     signs, _ = examples(10, 0)
     assert fit(signs, [True] * 10, 0.1) is None
     assert fit([], [], 0.1) is None
-    same = [(-1.0, -1.0, 0.5, 1.0, 0.0)] * 4
+    same = [(-1.0, -1.0, 0.5, 0.5, 1.0, 0.0)] * 4
     hopeless = fit(same, [True, False, False, False], 0.1)
     assert hopeless is not None
     assert hopeless.measured_risk == 0.75, "said as it is"
@@ -113,7 +124,7 @@ class Counting:
 
 def test_an_unsure_answer_becomes_a_refusal_that_keeps_its_guess() -> None:
     # The probability is that of the mean token: e ** mean / (1 + e ** mean).
-    certainty = Certainty((1.0, 0.0, 0.0, 0.0, 0.0), 0.0, 0.4, 0.1, 0.1, 0.5, 9)
+    certainty = Certainty((1.0, *[0.0] * 5), 0.0, 0.4, 0.1, 0.1, 0.5, 9)
     prompt = build_prompt(Counting(), "Who painted Las Meninas?", HITS, max_new_tokens=9)  # type: ignore[arg-type]
     sure = read_answer("q", prompt, written("Diego Velázquez [1]", -0.1), certainty)
     assert (sure.text, sure.refused, sure.low_confidence) == ("Diego Velázquez", False, False)
