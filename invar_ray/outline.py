@@ -14,7 +14,6 @@ from invar_ray.answering.fusion import QUERY_REWRITES
 from invar_ray.config import Config
 from invar_ray.models.base import BaseRef
 from invar_ray.steps.hits import SearchMode
-from invar_ray.steps.report import SYSTEM_NAMES
 from invar_ray.store.artifacts import Store
 
 Goal = Literal["retriever", "generator", "report"]
@@ -96,14 +95,13 @@ def outline(
     for name in config.evaluation.systems:
         encoder_name, _, fused = name.partition("_")
         index = {"stage1": "retriever", "both": "retriever"}.get(encoder_name, encoder_name)
-        if fused == "bm25":
-            steps.append((f"hits of {SYSTEM_NAMES[name]} fused", 1.0))
-        elif encoder_name == "bm25":
+        if encoder_name == "bm25":
             steps.append(("hits of dev questions by BM25", 1.0))
         else:
             label = f"hits of dev questions in the {index} index"
-            more = QUERY_REWRITES if fused else 0
-            label += SearchMode(num_rewrites=more).label if more else ""
+            more = QUERY_REWRITES if fused == "rewrites" else 0
+            how = SearchMode(num_rewrites=more, mode="hybrid" if fused == "bm25" else "dense")
+            label += how.label
             steps.append((label, search(dev, asked * (1 + more))))
     prompts = config.evaluation.num_answers * (3 + config.evaluation.answer_wordings)
     steps.append(("report", 15.0 + prompts * reading * answer / flops))

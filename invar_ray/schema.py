@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 
-Mode = Literal["dense", "bm25", "hybrid"]
-"""How an index is searched: by the encoder's vectors, by words, or both, their lists fused."""
+from invar_ray.config.fields import Mode as Mode
 
 
 @dataclass(frozen=True, slots=True)

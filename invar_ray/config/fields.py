@@ -7,7 +7,7 @@ each.  What each fault says stands in :mod:`invar_ray.config.faults`.
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, PositiveInt
 
@@ -83,3 +83,6 @@ MetadataNames = Annotated[
 EncoderName = Annotated[str, AfterValidator(_encoder)]
 Workers = PositiveInt | Range
 """A number, or the fewest and the most."""
+
+Mode = Literal["dense", "bm25", "hybrid"]
+"""How an index is searched: by the encoder's vectors, by words, or both, their lists fused."""

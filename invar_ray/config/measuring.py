@@ -7,8 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from invar_ray.config.fields import FORBID, EncoderName, NoneTwice, PositiveShare, RunName
-from invar_ray.schema import Mode
+from invar_ray.config.fields import FORBID, EncoderName, Mode, NoneTwice, PositiveShare, RunName
 
 
 @dataclass(frozen=True)

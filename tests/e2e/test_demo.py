@@ -132,6 +132,12 @@ def test_the_demo_answers_and_leaves_only_its_files_and_then_serves_until_ctrl_c
         -3000:
     ]
     assert "recall@5" in text
+    # What a user reads: the plan, a line a step, the end; nothing of Ray's.
+    assert len(text.splitlines()) <= 60, text
+    assert "steps, about" in text
+    assert re.search(r"^\[\d+/\d+\] stage 1: retriever: ", text, re.MULTILINE)
+    assert not re.search(r"core_worker|TrainingReport|infinite retries|raylet|\x1b|re-used", text)
+    assert len(text.partition("system ")[2].splitlines()) <= 25, text
     check_report(root / "report.json", question)
 
     # Again, from what stands; this time it goes on serving.
@@ -141,8 +147,8 @@ def test_the_demo_answers_and_leaves_only_its_files_and_then_serves_until_ctrl_c
         text = demo.text()
         found = re.search(r"serving at (\S+) until Ctrl-C", text)
         assert found is not None, text[-4000:]
-        assert "re-used" in text
-        assert "stage 1: retriever ..." not in text, "it trained again"
+        assert re.search(r"\d+ steps stand from an earlier run", text)
+        assert "stage 1: retriever: " not in text, "it trained again"
         answer = httpx.post(
             f"{found[1]}/v1/answer", json={"question": question}, timeout=60, trust_env=False
         ).json()
