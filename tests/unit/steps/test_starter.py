@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
+from safetensors.torch import load_file
 
+import invar_ray.models
+from invar_ray.config import ModelConfig
 from invar_ray.errors import ConfigError, ModelError
 from invar_ray.models.encoder import Encoder, EncoderSpec, llm_spec, open_encoder
 from invar_ray.steps import retriever
 from invar_ray.training.retriever_stage import RetrieverStage
 from tests.support import World
 
+FOLDER = Path(invar_ray.models.__file__).parent / "starter"
 QUESTIONS = ["who painted the harbour", "how deep is the lake", "when was the mill built"]
 
 
@@ -73,3 +80,18 @@ def test_the_starter_fits_its_own_base_only(start: World) -> None:
     world = World(start.folder, "retriever.init=builtin:starter")
     with pytest.raises(ConfigError, match=r"builtin:starter does not fit builtin:tiny"):
         _ = world.init
+
+
+def test_the_starter_says_its_shape_and_is_small() -> None:
+    shape = json.loads((FOLDER / "encoder.json").read_text(encoding="utf-8"))
+    config = ModelConfig(base="builtin:smollm2", **shape)
+    adapter = json.loads((FOLDER / "adapter_config.json").read_text(encoding="utf-8"))
+    weights = load_file(FOLDER / "adapter_model.safetensors")
+    layers = {name.split(".layers.")[1].split(".")[0] for name in weights}
+    assert layers == {str(layer) for layer in range(config.retriever_layers or 0)}
+    assert all(adapter["r"] in value.shape for value in weights.values())
+    projection = load_file(FOLDER / "projection.safetensors")["weight"]
+    assert projection.shape == (config.projection_dim, 576)
+    assert sum(path.stat().st_size for path in FOLDER.iterdir()) <= 12e6
+    card = (FOLDER / "README.md").read_text(encoding="utf-8")
+    assert all(word in card for word in ("CC BY-SA", "MIT", "SQuAD", "held-out"))
