@@ -224,7 +224,11 @@ class Pipeline:
             self.coarse_index.parent("vectors"),
         )
         plan = trainset.plan(self.config, *parents)
-        return self.step("training set", plan, lambda to: trainset.build(to, self.config, *parents))
+        return self.step(
+            "training set",
+            plan,
+            lambda to: trainset.build(to, self.config, *parents, executor=self.executor),
+        )
 
     @cached_property
     def retriever(self) -> Artifact:

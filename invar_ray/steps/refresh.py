@@ -73,7 +73,9 @@ def refresh_negatives(
     )
     trainset, _ = store.get_or_build(
         trainset_step.plan(config, passages, questions, index, teacher),
-        lambda building: trainset_step.build(building, config, passages, questions, index, teacher),
+        lambda building: trainset_step.build(
+            building, config, passages, questions, index, teacher, executor=executor
+        ),
         alone=True,
     )
     return {

@@ -8,8 +8,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,9 +24,11 @@ from invar_ray.answering.bm25 import Bm25
 from invar_ray.answering.retriever import open_retriever
 from invar_ray.config import Config
 from invar_ray.console import Progress
+from invar_ray.executor import Executor, Work
 from invar_ray.index.blocks import read_vectors
 from invar_ray.losses.alignment import mean_document_vectors
 from invar_ray.models.encoder import coarse_spec, open_encoder
+from invar_ray.models.precision import inference_device
 from invar_ray.schema import Document, Example, Passage
 from invar_ray.steps.passages import load_documents, load_passages
 from invar_ray.steps.questions import answerable, load_examples, load_wordings
@@ -36,6 +40,7 @@ from invar_ray.training.mining import MiningReport, select_negatives, union_by_b
 VERSION = 2
 Floats = npt.NDArray[np.float32]
 _QUERIES_PER_BATCH = 512
+_BLOCK = pa.schema([("block", pa.int64()), ("texts", pa.list_(pa.string()))])
 
 
 def plan(
@@ -69,8 +74,13 @@ def build(
     questions: Artifact,
     index: Artifact,
     teacher: Artifact,
+    *,
+    executor: Executor,
 ) -> None:
     """Mine negatives, cut windows and take the teacher's vectors.
+
+    The retriever's base searches on ``scale.embed_workers`` actors where the executor has them, so
+    that a large one is never in the driver; only the teacher is.
 
     Raises:
         DataError: if the positive documents of many training questions are not in the corpus.
@@ -85,10 +95,8 @@ def build(
     coarse = open_encoder(coarse_spec(config.coarse), passages.store)
     question_vectors = coarse.encode_queries([example.question for example in examples])
 
-    retriever = open_retriever(index.uri)
     bm25 = _bm25(rows) if config.experimental.retriever.mining_bm25 else None
     report = MiningReport()
-    progress = Progress("mine", len(examples), "questions")
     g, depth, first_rank = (
         config.experimental.coarse.document_weight,
         config.experimental.retriever.mining_depth,
@@ -96,12 +104,12 @@ def build(
     )
     negatives: list[list[int]] = []
     row_of = {passage.id: row for row, passage in enumerate(rows)}
+    found_ids = _search(config, index, [families[example.id] for example in examples], executor)
     for start in range(0, len(examples), _QUERIES_PER_BATCH):
         block = examples[start : start + _QUERIES_PER_BATCH]
         wordings = [families[example.id] for example in block]
         texts = [text for family in wordings for text in family]
-        hits = retriever.retrieve(texts, depth)
-        ranked = iter([[row_of[hit.passage_id] for hit in found] for found in hits])
+        ranked = iter([[row_of[name] for name in next(found_ids)] for _ in texts])
         by_words = iter(
             [[row for row, _ in found] for found in bm25.search(texts, depth)] if bm25 else []
         )
@@ -129,7 +137,6 @@ def build(
                     gold_documents=example.positive_ids,
                 )
             )
-        progress.advance(len(block))
 
     slots = sorted({*positives, *(row for chosen in negatives for row in chosen)})
     slot_of = {row: number for number, row in enumerate(slots)}
@@ -172,6 +179,58 @@ def build(
     mined = {"kept": report.kept, "dropped": dict(sorted(report.dropped.items()))}
     (building.path / "mining.json").write_text(json.dumps(mined, indent=2), encoding="utf-8")
     building.info |= {"questions": len(examples), "slots": len(slots), "mining": mined}
+
+
+class MineBlock:
+    """Opens an index version once, then searches blocks of wordings.
+
+    Args:
+        index_uri: of the index.
+        top_k: passages for each wording.
+        device: where its encoder runs.
+    """
+
+    def __init__(self, index_uri: str, top_k: int, device: str = "cpu") -> None:
+        self._retriever = open_retriever(index_uri, device=device)
+        self._top_k = top_k
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        """One block: for each wording the ids of the passages found, best first."""
+        hits = self._retriever.retrieve(list(row["texts"]), self._top_k)
+        return {"block": int(row["block"]), "ids": [[hit.passage_id for hit in h] for h in hits]}
+
+
+def _search(
+    config: Config, index: Artifact, families: Sequence[Sequence[str]], executor: Executor
+) -> Iterator[list[str]]:
+    """For each wording of each family, in order, the ids of the passages found."""
+    scale = config.scale
+    blocks = [
+        [text for family in families[start : start + _QUERIES_PER_BATCH] for text in family]
+        for start in range(0, len(families), _QUERIES_PER_BATCH)
+    ]
+    progress = Progress("mine", sum(map(len, blocks)), "wordings")
+    work = Work(
+        label=progress.label,
+        worker=MineBlock,
+        arguments={
+            "index_uri": index.uri,
+            "top_k": config.experimental.retriever.mining_depth,
+            "device": inference_device(scale),
+        },
+        rows=[{"block": number, "texts": texts} for number, texts in enumerate(blocks)],
+        texts=len(families),
+        leaves_from=scale.in_process_below,
+        schema=_BLOCK,
+        workers=(scale.fewest_embed_workers, scale.fewest_embed_workers),
+        num_cpus=scale.cpus_per_worker,
+        num_gpus=scale.embed_gpus_per_worker,
+    )
+    found: dict[int, list[list[str]]] = {}
+    for row in executor.run(work):
+        found[int(row["block"])] = [list(ids) for ids in row["ids"]]
+        progress.advance(len(row["ids"]))
+    return itertools.chain.from_iterable(found[number] for number in sorted(found))
 
 
 def _bm25(rows: Sequence[Passage]) -> Bm25:

@@ -5,6 +5,8 @@ artifact.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,14 +17,16 @@ from safetensors.numpy import load_file
 
 from invar_ray.answering.bm25 import Bm25
 from invar_ray.errors import DataError
+from invar_ray.executor import Here, Work
 from invar_ray.losses.masks import contrastive_allowed
 from invar_ray.models.encoder import COARSE_MAX_TOKENS
 from invar_ray.models.minilm import CoarseEncoder
 from invar_ray.schema import Example, Passage
+from invar_ray.steps import trainset as trainset_step
 from invar_ray.steps.passages import load_documents, load_passages
 from invar_ray.steps.questions import load_examples, load_rewrites
+from invar_ray.steps.trainset import MineBlock, find_positives, mean_by_document
 from invar_ray.steps.trainset import build as build_trainset
-from invar_ray.steps.trainset import find_positives, mean_by_document
 from invar_ray.steps.trainset import plan as trainset_plan
 from invar_ray.store.artifacts import Artifact
 from invar_ray.text.answers import contains_answer
@@ -217,7 +221,7 @@ def test_bm25_joins_and_the_rank_range_is_reported(small: World) -> None:
         )
         artifact, _ = small.store.get_or_build(
             trainset_plan(config, *parents),
-            lambda building: build_trainset(building, config, *parents),
+            lambda building: build_trainset(building, config, *parents, executor=Here()),
         )
         ids = pq.read_table(artifact.path("slots.parquet")).column("passage_id").to_pylist()
         rows = pq.read_table(artifact.path("questions.parquet")).column("negatives").to_pylist()
@@ -250,3 +254,40 @@ def test_mining_is_reported(small: World) -> None:
     assert mined["kept"] == sum(len(row["negatives"]) for row in questions)
     assert mined["dropped"]["copy of the positive"] >= 1
     assert small.trainset.info["questions"] == len(questions)
+
+
+def test_mining_is_work_for_actors_that_have_what_embedding_has(
+    small: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A base of billions is not opened in the driver, which may have no GPU and little memory."""
+    scale = replace(small.config.scale, embed_workers=3, embed_gpus_per_worker=0.5)
+    config = replace(small.config, scale=scale)
+    seen: list[Work] = []
+
+    class Actors(Here):
+        """Actors of another machine: what they make stands already."""
+
+        def run(self, work: Work) -> Iterator[dict[str, Any]]:
+            seen.append(work)
+            monkeypatch.undo()  # from here on this is an actor
+            arguments = {**work.arguments, "device": "cpu"}
+            return iter([MineBlock(**arguments)(dict(row)) for row in work.rows])
+
+    def refuse(*arguments: Any, **options: Any) -> None:
+        raise AssertionError("the driver opens a retriever")
+
+    monkeypatch.setattr(trainset_step, "open_retriever", refuse)
+    parents = (
+        small.passages,
+        small.questions,
+        small.base_index,
+        small.coarse_index.parent("vectors"),
+    )
+    plan = replace(trainset_plan(config, *parents), name="by-actors")
+    made, _ = small.store.get_or_build(
+        plan, lambda building: build_trainset(building, config, *parents, executor=Actors())
+    )
+    (work,) = seen
+    assert (work.workers, work.num_gpus, work.arguments["device"]) == ((3, 3), 0.5, "cuda")
+    for name in ("questions.parquet", "slots.parquet"):
+        assert pq.read_table(made.path(name)) == pq.read_table(small.trainset.path(name))
