@@ -33,6 +33,12 @@ _PACKAGES = (
     "torch transformers peft ray deepspeed faiss-cpu bm25s fastapi uvicorn sentence-transformers "
     "trl optimum-intel"
 ).split()
+_PAGE = """# Speed, side by side
+
+What `make bench` printed (how it measures: `benchmarks/README.md`): one thread a process, both
+sides in turn, ratio = the peer's time over ours in the same round, so above 1 ours is faster.
+
+"""
 _FLAGS = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16")
 
 
@@ -44,7 +50,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help=f"groups, or contests: {', '.join(GROUPS)}, ..")
     parser.add_argument("--full", action="store_true", help="large sizes, five rounds")
     parser.add_argument("--rounds", type=int, help="of each contest; 3, or 5 with --full")
-    parser.add_argument("--table", type=Path, help="write the table to this file, too")
+    parser.add_argument("--table", type=Path, help="write docs/speed.md or another page")
     given = parser.parse_args()
     rounds = given.rounds or (5 if given.full else 3)
     wanted = [name for name in given.only.split(",") if name]
@@ -80,7 +86,7 @@ def main() -> None:
     for line in slower(result, earlier(result, target)):
         print(line)
     if given.table:
-        given.table.write_text(table(result), encoding="utf-8")
+        given.table.write_text(_PAGE + table(result), encoding="utf-8")
     draw_trend(result)
     print(f"written to {target}")
     if failed or not result["contests"]:
