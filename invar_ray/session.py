@@ -11,10 +11,12 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import ray
+from ray._common import tls_utils
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
@@ -57,6 +59,13 @@ def quieten_worker() -> None:
     logging.getLogger(f"{place}.controller.placement_group_cleaner").setLevel(logging.ERROR)
     logging.getLogger(f"{place}.context").setLevel(logging.WARNING)
     console.in_worker = True
+    # Serve's replicas listen on every address for each other, without a setting; they read this
+    # function when they are imported, which is later.
+    tls_utils.add_port_to_grpc_server = partial(_on_loopback, tls_utils.add_port_to_grpc_server)
+
+
+def _on_loopback(listen: Callable[[Any, str], int], server: Any, address: str) -> int:
+    return listen(server, address.replace("[::]:", "127.0.0.1:"))
 
 
 @contextlib.contextmanager

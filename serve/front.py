@@ -168,9 +168,11 @@ def _timely(protocol: Any) -> Any:
             self.last = self.cycle
             self.late = self.loop.call_later(HEADERS_TIMEOUT_S, self._head_is_late)
 
-        def _head_is_late(self) -> None:
-            self.late = None
-            if not self.transport.is_closing():
+        def _head_is_late(self, last: bool = False) -> None:
+            # A loop that was busy for long calls timers before it reads: once more round, in which
+            # it reads what came in time.
+            self.late = None if last else self.loop.call_later(0.1, self._head_is_late, True)
+            if last and not self.transport.is_closing():
                 self.transport.close()
 
     return Timely

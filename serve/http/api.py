@@ -16,7 +16,7 @@ from starlette.types import ASGIApp
 
 from invar_ray import __version__
 from invar_ray.errors import RequestError
-from serve.errors import CODES, Fault, ServiceError
+from serve.errors import CODES, Fault, ServiceError, Unavailable
 from serve.http.guard import Guard, error_response, fault_response
 from serve.http.keys import ApiKey, KeyRing
 from serve.http.limits import Limits
@@ -85,7 +85,10 @@ def make_api(
 def _add_metrics(api: FastAPI, metrics: Callable[[], Awaitable[str]]) -> None:
     @api.get("/metrics", include_in_schema=False)
     async def exposed() -> PlainTextResponse:
-        return PlainTextResponse(await metrics(), media_type="text/plain; version=0.0.4")
+        text = await metrics()
+        if not text:  # every request counts: there is always something to tell
+            raise Unavailable("no node tells its metrics now", 5.0)
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
 def openapi_app(service: Service, limits: Limits, audit_text: bool = False) -> FastAPI:

@@ -171,7 +171,7 @@ class RaySink:
 async def exposition() -> str:
     """The service's metrics of every process of the cluster, in Prometheus' text form.
 
-    Nodes that do not answer within five seconds are left out.
+    Nodes that do not answer within fifteen seconds are left out.
     """
     import httpx
     import ray
@@ -180,7 +180,7 @@ async def exposition() -> str:
     urls = [
         f"http://{node['NodeManagerAddress']}:{node['MetricsExportPort']}/metrics" for node in nodes
     ]
-    async with httpx.AsyncClient(timeout=5, trust_env=False) as client:
+    async with httpx.AsyncClient(timeout=15, trust_env=False) as client:
         pages = await asyncio.gather(*map(client.get, urls), return_exceptions=True)
     families: dict[str, list[str]] = {}  # a family's lines belong together, its head comes once
     for page in pages:
