@@ -82,7 +82,7 @@ def test_missing_positives_are_counted_and_the_first_is_named() -> None:
     assert str(caught.value) == (
         "2 of 3 train questions have no positive document in the corpus (first: bad, "
         "positive_ids ['c', 'd', 'e']). "
-        "Expected: positive_ids that are ids of corpus rows. "
+        "Expected: positive_ids that are ids of corpus rows (all but 10%). "
         "To do: use the corpus that the questions were made for, or raise corpus.limit."
     )
 
