@@ -57,6 +57,7 @@ def outline(
         return 4.0 + questions * wordings * _QUERY_TOKENS * encoder / flops
 
     stage1, stage2 = config.retriever, config.generator
+    served = SearchMode(mode=config.search.mode)
     row = wordings * _QUERY_TOKENS + tokens * (
         1 + config.rewrites.num_windows + stage1.num_hard_negatives
     )
@@ -81,7 +82,7 @@ def outline(
     )
     if trains:
         steps += [
-            ("hits of train questions in the retriever index", search(train, 1)),
+            (f"hits of train questions in the retriever index{served.label}", search(train, 1)),
             ("readings of train questions", 2.0),
             (
                 "stage 2: generator",

@@ -11,9 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from invar_ray.config import Config
-
 if TYPE_CHECKING:
+    from invar_ray.config import Config
     from invar_ray.store.artifacts import Artifact
 
 _SHOWN_CHARS = 160

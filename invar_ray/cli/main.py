@@ -7,15 +7,15 @@ import os
 import shlex
 import sys
 import textwrap
+from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from invar_ray import __version__
 from invar_ray.cli.errors import explain_errors
 from invar_ray.cli.versions import versions_app
-from invar_ray.config import Config, load_config
 from invar_ray.console import set_verbose
 from invar_ray.errors import DataError, ResourceError
 
@@ -28,6 +28,9 @@ app = typer.Typer(
 
 app.add_typer(versions_app, name="index-versions")
 
+if TYPE_CHECKING:
+    from invar_ray.config import Config
+
 DEFAULT = "demo"
 """The recipe of every command without ``--config``: what one command makes, the next one finds."""
 
@@ -35,6 +38,15 @@ Recipe = Annotated[str, typer.Option("--config", help="Name of a recipe, or path
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="Fields to change.")
 ]
+
+
+def load_config(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """As :func:`invar_ray.config.load_config`, imported when it is called: asking over HTTP needs
+    no settings.
+    """
+    from invar_ray import config
+
+    return config.load_config(recipe, overrides)
 
 
 @app.callback(invoke_without_command=True)

@@ -14,7 +14,14 @@ from invar_ray.evaluation.charts import Bar, bar_chart, column_chart, line_chart
 from invar_ray.evaluation.details import SHIFTS
 from invar_ray.evaluation.per_question import Comparison
 from invar_ray.evaluation.report import Report
-from invar_ray.evaluation.tables import ANSWER_METRICS, Row, finite, print_name, render_table
+from invar_ray.evaluation.tables import (
+    ANSWER_METRICS,
+    RETRIEVAL_METRICS,
+    Row,
+    finite,
+    print_name,
+    render_table,
+)
 
 CAUSES = {
     "rewrite": "other wording",
@@ -40,9 +47,9 @@ def answer_columns() -> list[str]:
 
 EXPLAINED = {
     "recall": "share of questions whose document is among the first k",
-    "worst recall": "the same, counted only where every wording of the question finds it",
+    "worst recall": "share of questions whose document every wording has among its first k",
     "overlap": "of the first k of two wordings, how much is shared (0 to 1): higher is steadier",
-    "between questions": "the same for different questions: high means everything looks alike",
+    "between questions": "overlap of different questions: high means that all look alike",
     "mrr": "1 / rank of the document, mean",
     "ndcg": "like mrr, softer",
     "map": "like ndcg, all k",
@@ -281,9 +288,10 @@ def _origin(report: Report) -> str:
 
 
 def _once(rows: Sequence[Row]) -> list[Row]:
-    """Without the row of both stages, which retrieves as stage 1 does."""
-    names = {row.system for row in rows}
-    return [row for row in rows if row.system != "both stages" or "stage 1" not in names]
+    """Without the row of both stages where it retrieves as stage 1 does."""
+    found = {row.system: [row.metrics.get(name) for name in RETRIEVAL_METRICS] for row in rows}
+    same = found.get("both stages") == found.get("stage 1")
+    return [row for row in rows if row.system != "both stages" or not same]
 
 
 def _side_by_side(answers: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[str]:
@@ -326,10 +334,13 @@ def _html_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
     )
     shown = list(titles)
     head = "".join(f'<th title="{escape(_meant(title))}">{escape(title)}</th>' for title in shown)
+    words: dict[str, list[str]] = {}
+    for title in shown:
+        words.setdefault(_meant(title), []).append(title)
     meanings = "".join(
-        f"<dt>{escape(title)}</dt><dd>{escape(meant)}</dd>"
-        for title in shown
-        if (meant := _meant(title))
+        f"<dt>{escape(', '.join(alike))}</dt><dd>{escape(meant)}</dd>"
+        for meant, alike in words.items()
+        if meant
     )
     lines = []
     for row in rows:
@@ -345,8 +356,8 @@ def _html_table(rows: Sequence[Row], columns: Sequence[str]) -> str:
             cells.append(f"<td{mark}>{value:.3f}{small}</td>")
         lines.append(f"<tr><th scope=row>{escape(row.system)}</th>{''.join(cells)}</tr>")
     table = f"<div class=wide><table><thead><tr><th></th>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table></div>"
-    words = f"<details open><summary>What the columns mean</summary><dl>{meanings}</dl></details>"
-    return table + (words if meanings else "")
+    told = f"<details open><summary>What the columns mean</summary><dl>{meanings}</dl></details>"
+    return table + (told if meanings else "")
 
 
 def _best(rows: Sequence[Row], name: str) -> float | None:

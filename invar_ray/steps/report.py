@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -290,11 +291,12 @@ class _Rows:
 
 def _origin(config: Config) -> dict[str, str]:
     """Where a report comes from, for its page."""
+    program = "invar-ray" if Path(sys.argv[0]).name == "main.py" else Path(sys.argv[0]).name
     return {
         "model": config.model.base,
         "recipe": config.name,
         "date": datetime.now(UTC).date().isoformat(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])[:200],
+        "command": textwrap.shorten(" ".join([program, *sys.argv[1:]]), 160, placeholder=" …"),
     }
 
 

@@ -251,3 +251,32 @@ def test_charts_take_their_colours_from_the_page_and_refer_to_nothing() -> None:
     )
     assert "a $b$ c: 2, 1.000" in tags.text
     assert "$y$" in tags.text, "a name is no formula"
+
+
+def row(system: str, recall: float) -> Row:
+    return Row(system, "dev", {"recall_at_5": recall, "num_families": 3.0})
+
+
+def test_a_row_is_shown_once_unless_it_found_other_things() -> None:
+    same = render_html(Report([row("stage 1", 0.5), row("both stages", 0.5)]))
+    other = render_html(Report([row("stage 1", 0.5), row("both stages", 0.7)]))
+    assert "<th scope=row>both stages</th>" not in same
+    assert "<th scope=row>both stages</th>" in other
+
+
+def test_the_page_says_where_it_comes_from_what_columns_mean_and_what_was_answered() -> None:
+    answers = [{"question": "Who?", "gold": ["Ada"], "text": EVIL, "right": False}]
+    right = [{"question": "Who?", "gold": ["Ada"], "text": "Ada", "right": True}]
+    page = render_html(
+        Report(
+            [Row("base", "dev", {"exact_match": 0.0, "num_answered": 1.0}), row("base", 0.5)],
+            meta={"model": "m", "recipe": "r", "date": "2026-01-02", "command": "c --x"},
+            details={"answers": {"base": answers, "both stages": right}},
+        )
+    )
+    text = Tags(page).text
+    assert "model m · recipe r · date 2026-01-02 · command c --x" in text
+    assert "share of questions whose document is among the first k" in text
+    assert "Answers side by side" in text
+    assert text.count(EVIL) == 1
+    assert "<td class='text best'>Ada</td>" in page
