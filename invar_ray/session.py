@@ -151,8 +151,15 @@ class RaySession:
         # Ray takes the machine's outer address on Linux, and its ports let whoever reaches them run
         # code. This is its switch for other systems, where it stays on loopback.
         ray_constants.ENABLE_RAY_CLUSTER = False
-        with _no_notices_of_the_core():
-            self._init_local(folder)
+        try:
+            with _no_notices_of_the_core():
+                self._init_local(folder)
+        except Exception as error:  # Ray's own is a bare one
+            lines = str(error).strip().splitlines() or [repr(error)]
+            raise ResourceError(
+                f"Ray did not start on this machine ({lines[0]})",
+                action="close other programs and run it again; -v shows what Ray says",
+            ) from error
         # What workers print goes through the console instead of Ray's own printer.
         global_worker_stdstream_dispatcher.remove_handler("ray_print_logs")
         global_worker_stdstream_dispatcher.add_handler("invar_ray", _hear)

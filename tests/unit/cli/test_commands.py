@@ -59,7 +59,7 @@ def test_asking_over_http_imports_neither_torch_nor_ray() -> None:
     made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
     assert "cannot reach http://127.0.0.1:9" in made.stderr
-    assert float(made.stdout) < 2.0  # measured: 0.45 s; a busy machine's caches are cold
+    assert float(made.stdout) < 2.0  # measured: 0.6 s; a busy machine's caches are cold
 
 
 def test_settings_are_listed_with_meaning_and_default() -> None:
