@@ -116,7 +116,9 @@ class Line:
             if place.refused.is_set():
                 continue
             ahead += 1
-            if not place.begun and ahead * seconds > place.deadline - now:
+            # The first ones are being answered, and a pace of long ago may say nothing of them.
+            vain = ahead > _FULL and ahead * seconds > place.deadline - now
+            if vain and not place.begun:
                 place.wait_s = ahead * seconds
                 place.refused.set()
                 ahead -= 1  # nobody waits for it

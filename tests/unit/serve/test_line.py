@@ -99,6 +99,8 @@ def test_the_pace_is_that_of_a_long_line_alone() -> None:
         assert caught.value.retry_after_s == pytest.approx(33 * 0.5)
         for task in waiting:
             task.cancel()
+        await asyncio.sleep(0.01)
+        assert await line.run(answered(0.2), 0.4) == 1, "alone, it is answered at once"
         await asyncio.gather(*waiting, return_exceptions=True)
 
     asyncio.run(scenario())
