@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from statistics import fmean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import invar_ray.answering.rag as answering
 from invar_ray.answering.current import current_index, newest_generator
@@ -28,11 +28,13 @@ from invar_ray.models.base import (
 from invar_ray.models.generator import Generator
 from invar_ray.models.loading import open_base_generator, open_generator, open_model
 from invar_ray.models.precision import Precision, made_in
-from invar_ray.pipeline import Pipeline
 from invar_ray.questions.rules import RuleRewriter
 from invar_ray.schema import Answer, Example, Hit, Mode
 from invar_ray.store.artifacts import Artifact, Store, open_artifact
 from invar_ray.store.published import Published
+
+if TYPE_CHECKING:
+    from invar_ray.pipeline import Pipeline
 
 _BASE_CONTEXT, _BASE_ANSWER = 2048, 32
 
@@ -255,6 +257,13 @@ def open_rag(
     return Rag(found, trained, k=k, mode=mode, device=device)
 
 
+def _pipeline(config: Config) -> Pipeline:
+    """The graph of a run; imported here, since it brings Ray and asking needs none."""
+    from invar_ray import pipeline
+
+    return pipeline.Pipeline(config)
+
+
 def index_documents(config: Config, corpus: str, *, adapter: Artifact | None = None) -> Artifact:
     """Index a file or folder and make the index current.
 
@@ -264,7 +273,7 @@ def index_documents(config: Config, corpus: str, *, adapter: Artifact | None = N
         adapter: of :func:`train_retriever`; ``None`` embeds with the base as it is.
     """
     settings = replace(config, corpus=replace(config.corpus, uri=corpus, distractors=None))
-    with Pipeline(settings) as pipeline:
+    with _pipeline(settings) as pipeline:
         made = pipeline.base_index if adapter is None else pipeline.index_with(adapter)
         Published(pipeline.store).publish([made], verify=False)
         return made
@@ -272,7 +281,7 @@ def index_documents(config: Config, corpus: str, *, adapter: Artifact | None = N
 
 def train_retriever(config: Config) -> Artifact:
     """Train stage 1, or find the adapter that equals it; ``.uri`` says where it is."""
-    with Pipeline(config) as pipeline:
+    with _pipeline(config) as pipeline:
         return pipeline.retriever
 
 
@@ -280,7 +289,7 @@ def train_generator(config: Config) -> Artifact:
     """Train stage 2 on what stage 1 finds (trained first, where it is missing), and make the index
     that it read current.
     """
-    with Pipeline(config) as pipeline:
+    with _pipeline(config) as pipeline:
         made = pipeline.generator
         Published(pipeline.store).publish([pipeline.index], verify=False)
         return made
@@ -288,5 +297,5 @@ def train_generator(config: Config) -> Artifact:
 
 def evaluate(config: Config) -> Report:
     """Measure the systems that ``config.evaluation.systems`` names; trains what is missing."""
-    with Pipeline(config) as pipeline:
+    with _pipeline(config) as pipeline:
         return read_report(pipeline.report.path("report.json"))

@@ -67,6 +67,15 @@ def test_importing_it_imports_nothing_heavy() -> None:
     assert made.returncode == 0, made.stderr
 
 
+def test_asking_needs_neither_ray_nor_deepspeed() -> None:
+    code = (
+        "import sys, invar_ray; invar_ray.open_rag; "
+        "sys.exit(' '.join({'ray', 'deepspeed'} & set(sys.modules)) or 0)"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
+
+
 def test_search_asks_the_index_and_loads_no_generator(rag: invar_ray.Rag) -> None:
     hits = rag.search("Who built the lighthouse of Arvon?", k=5)
     assert [hit.rank for hit in hits] == [1, 2, 3, 4, 5]
