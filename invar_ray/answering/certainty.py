@@ -33,7 +33,7 @@ SIGNS = (
 )
 _STEM = 5
 """Words that agree in so many first letters count as one: "painted" and "painting"."""
-_COMMON = FUNCTION_WORDS | STOP_WORDS
+_COMMON = FUNCTION_WORDS | STOP_WORDS | {"s"}  # "Denmark's" is Denmark
 _FLOOR = -6.0  # nats: below it, a token's probability says no more
 _RIDGE, _ROUNDS = 1.0, 50
 Signs = tuple[float, ...]

@@ -138,3 +138,9 @@ def test_an_unsure_answer_becomes_a_refusal_that_keeps_its_guess() -> None:
     assert (refused.refused, refused.low_confidence, refused.probability) == (True, False, None)
     plain = read_answer("q", prompt, written("Gustav Klimt [2]", -2.0))
     assert (plain.text, plain.low_confidence, plain.probability) == ("Gustav Klimt", False, None)
+
+
+def test_a_genitive_is_the_name() -> None:
+    hits = [Hit("p", "d", 1, 1.0, "Denmark", "Prices are given in the Danish krone.")]
+    found = signs_of("What is Denmark's currency?", hits, [hits[0].text], "krone", written("x", -1))
+    assert dict(zip(SIGNS, found or (), strict=True))["names_in_title"] == 1.0
