@@ -49,7 +49,7 @@ shared-mime-info/shared-mime-info-spec.pdf dpkg/spec/triggers.txt dpkg/spec/root
 zstd/README.md.gz zstd/CONTRIBUTING.md.gz bzip2/manual.pdf.gz""".split()  # fmt: skip
 _SKLEARN = """olivetti_faces.rst rcv1.rst kddcup99.rst california_housing.rst covtype.rst lfw.rst
 species_distributions.rst digits.rst linnerud.rst iris.csv wine_data.csv breast_cancer.csv
-linnerud_exercise.csv __init__.py""".split()
+linnerud_exercise.csv""".split()
 # Question, file (or its beginning), words that its passage holds.
 QUESTIONS = [
     ("How many subjects are in the Olivetti faces data?", "olivetti", "40 distinct subjects"),
@@ -77,7 +77,7 @@ QUESTIONS = [
     ("What is the fee of the harbour of Tarn?", "fees.xlsx", "Harbour: Tarn"),
     ("Who keeps the lamp at Velm?", "keepers.pptx", "Oda"),
     ("When was the breakwater of Velm finished?", "scan.pdf", "breakwater"),
-    ("What does Massif measure?", "massif.docx", "heap"),
+    ("What does Massif measure?", "ms-manual", "heap"),
     ("How is a heap profiler run?", "ms-manual.html", "massif"),
     ("What is Cachegrind?", "cg-manual.html", "Cachegrind"),
     ("Which notebook cell loads the iris table?", "iris.ipynb", "iris.csv"),
