@@ -220,7 +220,8 @@ def _search(
         },
         rows=[{"block": number, "texts": texts} for number, texts in enumerate(blocks)],
         texts=len(families),
-        leaves_from=scale.in_process_below,
+        # One block is searched here: actors start slower. With GPUs it always leaves.
+        leaves_from=max(scale.in_process_below, _QUERIES_PER_BATCH),
         schema=_BLOCK,
         workers=(scale.fewest_embed_workers, scale.fewest_embed_workers),
         num_cpus=scale.cpus_per_worker,
