@@ -63,6 +63,7 @@ def test_all_checks_on_this_machine(tmp_path: Path) -> None:
         "faiss",
         "memory",
         "disk",
+        "folders",
         "storage",
         "model",
         "ray",
