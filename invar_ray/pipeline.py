@@ -198,7 +198,6 @@ class Pipeline:
         other = Pipeline(arm_config(self.config, name), quiet=self._quiet, executor=self.executor)
         other._arm = name
         other.seconds, other.cpu_seconds = self.seconds, self.cpu_seconds
-        other.reused = self.reused
         return other
 
     def check_questions(self) -> None:
