@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from invar_ray.answering.filters import Where
+from invar_ray.answering.fusion import DENSE_WEIGHT
 from invar_ray.schema import Answer, Hit, Mode
 
 Vectors = npt.NDArray[np.float32]
@@ -73,6 +74,7 @@ class Found:
         mode: how they were searched.
         by_words: from one of several shards, the list by words of a hybrid search, ``hits`` being
             the one by vectors: the lists of all shards are joined before they are fused.
+        dense_weight: the index's, for that.
     """
 
     hits: tuple[Hit, ...]
@@ -80,6 +82,7 @@ class Found:
     missing_shards: tuple[str, ...] = ()
     mode: Mode = "dense"
     by_words: tuple[Hit, ...] = ()
+    dense_weight: float = DENSE_WEIGHT
 
 
 @dataclass(frozen=True, slots=True)

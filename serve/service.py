@@ -269,7 +269,8 @@ def merge(
     if modes == {"hybrid"}:
         depth = fusion_depth(top_k)
         dense = _joined_lists([each.hits for each in found], depth)
-        fused = fuse_lists(dense, _joined_lists([each.by_words for each in found], depth), top_k)
+        words = _joined_lists([each.by_words for each in found], depth)
+        fused = fuse_lists(dense, words, top_k, found[0].dense_weight)
         return Found(tuple(fused), versions, missing, "hybrid")
     if "dense" in modes and "bm25" in modes:
         ranked = fuse_hits([each.hits for each in found], top_k)

@@ -17,7 +17,8 @@ QUERY_REWRITES = 2
 RANK_CONSTANT = 60
 """k of reciprocal rank fusion (published: 60)."""
 DENSE_WEIGHT = 0.4
-"""Weight of vectors against words in a hybrid search (measured in docs/log.md)."""
+"""Weight of vectors against words in a hybrid search where an index does not say another: of
+encoders that were not trained (measured in docs/log.md)."""
 _DEPTH = 100
 """How much of each list a hybrid search fuses, at least."""
 
@@ -27,7 +28,9 @@ def fusion_depth(top_k: int) -> int:
     return max(_DEPTH, top_k)
 
 
-def fuse_lists(dense: Sequence[Hit], bm25: Sequence[Hit], top_k: int) -> list[Hit]:
+def fuse_lists(
+    dense: Sequence[Hit], bm25: Sequence[Hit], top_k: int, dense_weight: float = DENSE_WEIGHT
+) -> list[Hit]:
     """The list of a hybrid search: a weighted sum of both scores, each brought to [0, 1].
 
     A cosine is scaled between the last and the first of its list, a score of BM25 between 0 and the
@@ -37,6 +40,7 @@ def fuse_lists(dense: Sequence[Hit], bm25: Sequence[Hit], top_k: int) -> list[Hi
         dense: hits by vectors, best first; ``score`` is a cosine.
         bm25: hits by words, best first.
         top_k: keep at most this many.
+        dense_weight: of the cosines, in [0, 1]; words have the rest.
 
     Returns:
         Hits with new ranks and the fused ``score`` in [0, 1]; ties go by best rank, dense first.
@@ -49,7 +53,7 @@ def fuse_lists(dense: Sequence[Hit], bm25: Sequence[Hit], top_k: int) -> list[Hi
     hits: dict[str, Hit] = {}
     lowest = dense[-1].score if dense else 0.0
     for number, (ranked, low, weight) in enumerate(
-        [(dense, lowest, DENSE_WEIGHT), (bm25, 0.0, 1.0 - DENSE_WEIGHT)]
+        [(dense, lowest, dense_weight), (bm25, 0.0, 1.0 - dense_weight)]
     ):
         span = ranked[0].score - low if ranked else 0.0
         for rank, hit in enumerate(ranked, start=1):

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 from invar_ray.answering.bm25 import FOLDER, Bm25
 from invar_ray.answering.duplicates import distinct
 from invar_ray.answering.filters import Mask, Where, allowed_rows
-from invar_ray.answering.fusion import fuse_lists, fusion_depth
+from invar_ray.answering.fusion import DENSE_WEIGHT, fuse_lists, fusion_depth
 from invar_ray.errors import MixedArtifactsError, RequestError
 from invar_ray.index.blocks import Vectors, read_vectors
 from invar_ray.index.faiss_index import Index, build_faiss, load_index
@@ -78,6 +78,7 @@ class Retriever:
         bm25: of the same passages; ``None``: the index has none, and every search is dense.
         mode: how searches look that do not say it themselves, see :meth:`retrieve`.
         collapse: as ``mode``.
+        dense_weight: of vectors against words, see :func:`invar_ray.answering.fusion.fuse_lists`.
     """
 
     def __init__(
@@ -90,6 +91,7 @@ class Retriever:
         bm25: Bm25 | None = None,
         mode: Mode = "dense",
         collapse: bool = False,
+        dense_weight: float = DENSE_WEIGHT,
     ) -> None:
         self.encoder = encoder
         self.index = index
@@ -98,6 +100,7 @@ class Retriever:
         self.bm25 = bm25
         self.mode: Mode = mode if bm25 is not None else "dense"
         self.collapse = collapse
+        self.dense_weight = dense_weight
 
     @property
     def versions(self) -> dict[str, str]:
@@ -185,7 +188,7 @@ class Retriever:
             if mode == "bm25":
                 return by_words
             pairs = zip(self._dense(vectors, deep, allowed), by_words, strict=True)
-            return [fuse_lists(dense, bm25, depth) for dense, bm25 in pairs]
+            return [fuse_lists(dense, bm25, depth, self.dense_weight) for dense, bm25 in pairs]
 
         if not (self.collapse if collapse is None else collapse):
             return lists(range(len(questions)), top_k)
@@ -309,7 +312,14 @@ def open_retriever(
             flush=True,
         )
     return Retriever(
-        encoder, index, rows, artifact.fingerprint, bm25=bm25, mode=mode, collapse=collapse
+        encoder,
+        index,
+        rows,
+        artifact.fingerprint,
+        bm25=bm25,
+        mode=mode,
+        collapse=collapse,
+        dense_weight=artifact.info.get("dense_weight", DENSE_WEIGHT),
     )
 
 
@@ -349,6 +359,7 @@ def open_exact_retriever(
         opened.version,
         bm25=opened.bm25,
         mode=mode,
+        dense_weight=opened.dense_weight,
     )
 
 

@@ -7,7 +7,15 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from invar_ray.config.fields import FORBID, EncoderName, Mode, NoneTwice, PositiveShare, RunName
+from invar_ray.config.fields import (
+    FORBID,
+    EncoderName,
+    Mode,
+    NoneTwice,
+    PositiveShare,
+    RunName,
+    Share,
+)
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,11 @@ class SearchConfig:
     """``dense`` by the stage-1 vectors, ``bm25`` by words, ``hybrid`` by both, their lists fused
     (measured in docs/log.md); a request to the service may say otherwise.
     Science."""
+    dense_weight: Share = 0.4
+    """Weight of vectors against words in a hybrid search under a stage-1 adapter, in [0, 1]; it
+    stays with the index.  The better the retriever, the higher: 0.4 for an untrained MiniLM and for
+    few layers of SmolLM2, 0.8 for a trained MiniLM (docs/log.md), where words added to recall and
+    took from steadiness.  Science."""
 
 
 SystemName = Literal[

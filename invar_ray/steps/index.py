@@ -7,6 +7,7 @@ from collections.abc import Callable
 import pyarrow.parquet as pq
 
 from invar_ray.answering.bm25 import FOLDER, MOST_PASSAGES, Bm25
+from invar_ray.answering.fusion import DENSE_WEIGHT
 from invar_ray.config import Config
 from invar_ray.index.build import Limits, build_index, index_settings
 from invar_ray.store.artifacts import Artifact, Building, Plan
@@ -20,7 +21,7 @@ def plan(config: Config, vectors: Artifact, passages: Artifact, name: str) -> Pl
     return Plan(
         kind="index",
         name=name,
-        config=index_settings(config.index),
+        config=index_settings(config.index) | {"dense_weight": _dense_weight(config, vectors)},
         parents={"vectors": vectors, "passages": passages},
         version=VERSION,
     )
@@ -54,6 +55,13 @@ def build(
         say=say,
     )
     write_bm25(building, passages, say)
+    building.info["dense_weight"] = building.plan.config["dense_weight"]
+
+
+def _dense_weight(config: Config, vectors: Artifact) -> float:
+    """The recipe's weight is of its trained retriever: other encoders keep theirs."""
+    trained = "adapter" in vectors.manifest.parents
+    return config.search.dense_weight if trained else DENSE_WEIGHT
 
 
 def write_bm25(

@@ -238,6 +238,7 @@ class RetrieverReplica:
                     versions,
                     mode=mode,
                     by_words=tuple(hits[1]) if apart else (),
+                    dense_weight=retriever.dense_weight,
                 )
         return [found[number] for number in range(len(requests))]
 

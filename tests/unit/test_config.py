@@ -92,6 +92,7 @@ DIFFER: dict[str, dict[str, Any]] = {
             "alignment_decay_steps": 60,
             "invariance_ramp_steps": 12,
         },
+        "search": {"dense_weight": 0.8},
         "generator": {
             "lora": LORA,
             "first_layer": 12,

@@ -62,6 +62,10 @@ def test_hybrid_scores_by_hand() -> None:
     assert fuse_lists(scored(a=0.8), [], 3)[0].score == pytest.approx(0.4)
     assert [hit.passage_id for hit in fuse_lists([], scored(a=3.0, b=3.0), 1)] == ["a"]
     assert fuse_lists([], [], 3) == []
+    # 0.8 of the cosine, 0.2 of the words: the first by vectors stays first.
+    weighted = fuse_lists(scored(a=0.8, b=0.5, c=0.4), scored(b=10.0, d=5.0), 10, 0.8)
+    assert [hit.passage_id for hit in weighted] == ["a", "b", "d", "c"]
+    assert [hit.score for hit in weighted] == pytest.approx([0.8, 0.4, 0.1, 0.0])
 
 
 def test_rewrites_depend_on_the_wording_alone_and_add_no_noise() -> None:

@@ -271,3 +271,13 @@ def test_command_line_of_versions(small: World) -> None:
         "gc", "--root", root, "--keep", "1", "--dry-run"
     )
     open_retriever(versions.uris()[0])
+
+
+def test_the_weight_of_a_recipe_is_its_trained_retriever_s(tmp_path: Path) -> None:
+    world = World(tmp_path, "search.dense_weight=0.9")
+    trained, bare = open_retriever(world.adapter_index.uri), open_retriever(world.base_index.uri)
+    assert (trained.dense_weight, bare.dense_weight) == (0.9, 0.4)
+    question = "Who built the lighthouse?"
+    ((best, *_),) = trained.retrieve([question], 3, mode="hybrid")
+    ((first, *_),) = trained.retrieve([question], 3, mode="dense")
+    assert best.passage_id == first.passage_id
