@@ -293,7 +293,7 @@ def _origin(config: Config) -> dict[str, str]:
     """Where a report comes from, for its page."""
     program = "invar-ray" if Path(sys.argv[0]).name == "main.py" else Path(sys.argv[0]).name
     return {
-        "model": config.model.base,
+        "model": " and ".join(filter(None, (config.model.retriever_base, config.model.base))),
         "recipe": config.name,
         "date": datetime.now(UTC).date().isoformat(),
         "command": textwrap.shorten(" ".join([program, *sys.argv[1:]]), 160, placeholder=" …"),
