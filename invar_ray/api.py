@@ -24,6 +24,7 @@ from invar_ray.models.adapters import share_base
 from invar_ray.models.base import (
     BaseRef,
     load_tokenizer,
+    stored_base,
 )
 from invar_ray.models.generator import Generator
 from invar_ray.models.loading import open_base_generator, open_generator, open_model
@@ -104,21 +105,16 @@ class Rag:
         """Continues prompts.
 
         Raises:
-            MissingArtifactError: no generator was named, and the index's base is an encoder.
+            MissingArtifactError: no generator was named, and nobody knows which base answers.
         """
         made: Generator
-        if self._generator is None and self.index.info["encoder"]["kind"] != "llm":
-            raise MissingArtifactError(
-                f"no generator goes with {self.index.ref}, whose retriever cannot answer",
-                action="train one (invar-ray train generator)",
-            )
         if self._generator is None:
-            base = BaseRef(**self.index.info["encoder"]["base"])
-            if self.index.info["encoder"]["kind"] != "llm":
+            base = _answering_base(self.index)
+            if base is None:
                 raise MissingArtifactError(
-                    f"{self.index.ref} was made by an encoder, which cannot answer",
+                    f"no generator goes with {self.index.ref}, whose retriever cannot answer",
                     expected="a generator, trained by the run that cut its passages",
-                    action="train it (invar-ray train generator), or name one",
+                    action="train one (invar-ray train generator), or name one",
                 )
             made = open_base_generator(
                 base,
@@ -255,6 +251,19 @@ def open_rag(
             "(--untrained, untrained=True)",
         )
     return Rag(found, trained, k=k, mode=mode, device=device)
+
+
+def _answering_base(index: Artifact) -> BaseRef | None:
+    """The base that answers where no generator was trained: the retriever's, or, where that has an
+    encoder of its own, the built-in one in whose tokens the passages were cut; ``None``: it is not
+    known.
+    """
+    encoder = index.info["encoder"]
+    if encoder["kind"] == "llm":
+        return BaseRef(**encoder["base"])
+    wanted = index.parent("passages").manifest.config.get("tokenizer")
+    made = index.store.newest("model", lambda model: model.fingerprint == wanted)
+    return None if made is None else stored_base(made)
 
 
 def _pipeline(config: Config) -> Pipeline:

@@ -126,6 +126,11 @@ def resolve_retriever_base(name: str, built: Artifact | None) -> BaseRef:
     )
 
 
+def stored_base(model: Artifact) -> BaseRef:
+    """The base that stands in a store as an artifact of kind ``model``."""
+    return BaseRef(f"{_ARTIFACT}{model.ref}", None, model.fingerprint)
+
+
 def _resolve(base: str, builtin: tuple[str, ...], built: Artifact | None) -> BaseRef:
     if base in builtin:
         if built is None:
@@ -133,7 +138,7 @@ def _resolve(base: str, builtin: tuple[str, ...], built: Artifact | None) -> Bas
                 f"the base {base} has not been built",
                 action="run python -m jobs.run_pipeline",
             )
-        return BaseRef(f"{_ARTIFACT}{built.ref}", None, built.fingerprint)
+        return stored_base(built)
     if base.startswith("builtin:"):
         raise ModelError(f"there is no base {base!r}", expected=" or ".join(builtin))
     folder = Path(base).expanduser()

@@ -261,7 +261,7 @@ def test_the_newest_artifacts_of_a_store_are_served(artifacts: Artifacts, tmp_pa
         build_app(AppArgs(store_uri=str(tmp_path)))
     store, made = Store(str(tmp_path)), {}
     base = {"fingerprint": "b"}
-    infos = {"index": {"encoder": {"base": base}}, "generator": {"base": base}}
+    infos = {"index": {"encoder": {"base": base, "kind": "llm"}}, "generator": {"base": base}}
     for kind, name in (
         ("index", "retriever"),
         ("index", "minilm"),
