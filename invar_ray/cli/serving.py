@@ -93,10 +93,14 @@ def _service_args(index: Artifact, generator: Artifact, config: Config) -> Any:
     # An adapter that was not trained here says nothing of an answer's length: the service's default
     # holds.
     length = {name: generator.info[name] for name in ("max_new_tokens",) if name in generator.info}
-    settings = asdict(config.serve) | asdict(config.search)  # by the names of AppArgs
+    settings = asdict(config.serve)  # by the names of AppArgs
     del settings["host"], settings["port"]
     return _service().AppArgs(
-        index_uri=index.uri, generator_uri=generator.uri, **settings, **length
+        index_uri=index.uri,
+        generator_uri=generator.uri,
+        mode=config.search.mode,
+        **settings,
+        **length,
     )
 
 
