@@ -36,6 +36,7 @@ _STEM = 5
 _COMMON = FUNCTION_WORDS | STOP_WORDS | {"s"}  # "Denmark's" is Denmark
 _FLOOR = -6.0  # nats: below it, a token's probability says no more
 _RIDGE, _ROUNDS = 1.0, 50
+_FEWEST, _EVEN = 10, 0.5
 Signs = tuple[float, ...]
 
 
@@ -134,8 +135,9 @@ def fit(signs: Sequence[Signs], right: Sequence[bool], risk: float) -> Certainty
     Args:
         signs: of answers to questions whose answer is known.
         right: whether each was.
-        risk: most wrong answers among those given, as a share.  Where no threshold keeps to it, the
-            one is taken at which right answers outnumber wrong ones by most.
+        risk: most wrong answers among those given, as a share.  Where no threshold keeps to it on
+            at least ten answers (fewer are chance), it is 0.5: given is what is more likely right
+            than wrong.
 
     Returns:
         ``None`` where all answers are right, or none is: nothing can be learnt.
@@ -153,16 +155,17 @@ def fit(signs: Sequence[Signs], right: Sequence[bool], risk: float) -> Certainty
     made = Certainty(
         tuple(weights.tolist()), float(bias - weights @ mean), 0.0, risk, 0.0, 0.0, len(right)
     )
-    curve = risk_coverage([made.probability(each) for each in signs], right)
-    kept = [point for point in curve if point.risk <= risk]
-    best = (
-        max(kept, key=lambda point: point.coverage)
-        if kept
-        else max(curve, key=lambda point: point.coverage * (1.0 - 2.0 * point.risk))
-    )
-    return Certainty(
-        made.weights, made.bias, best.threshold, risk, best.risk, best.coverage, len(right)
-    )
+    sure = [made.probability(each) for each in signs]
+    kept = [
+        point
+        for point in risk_coverage(sure, right)
+        if point.risk <= risk and point.coverage * len(right) >= _FEWEST
+    ]
+    threshold = max(kept, key=lambda point: point.coverage).threshold if kept else _EVEN
+    given = [is_right for p, is_right in zip(sure, right, strict=True) if p >= threshold]
+    wrong = given.count(False) / len(given) if given else 0.0
+    coverage = len(given) / len(right)
+    return Certainty(made.weights, made.bias, threshold, risk, wrong, coverage, len(right))
 
 
 def _logistic(

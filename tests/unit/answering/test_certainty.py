@@ -105,7 +105,21 @@ def test_what_cannot_be_learnt_and_what_cannot_be_kept() -> None:
     same = [(-1.0, -1.0, 0.5, 0.5, 1.0, 0.0)] * 4
     hopeless = fit(same, [True, False, False, False], 0.1)
     assert hopeless is not None
-    assert hopeless.measured_risk == 0.75, "said as it is"
+    assert (hopeless.threshold, hopeless.coverage) == (0.5, 0.0), "wrong more often than right"
+
+
+def test_a_handful_of_sure_answers_keeps_no_risk() -> None:
+    # One answer is far surer than all others and right: to give it alone would be chance.
+    rest = [(-1.0, -1.0, 0.5, 0.5, 1.0, 0.0)] * 40
+    signs, right = (
+        [(0.0, 0.0, 1.0, 1.0, 1.0, 0.0), *rest],
+        [True, *([True, True, False, True] * 10)],
+    )
+    made = fit(signs, right, 0.1)
+    assert made is not None
+    assert made.threshold == 0.5
+    assert made.coverage == 1.0
+    assert made.measured_risk == pytest.approx(10 / 41)
 
 
 def test_it_survives_the_manifest() -> None:
