@@ -46,7 +46,7 @@ def serve_until_stopped(
             action="train it (invar-ray train), or name one with --generator",
         )
     with OnRay(config.scale) as executor:
-        args = _service_args(index, generator, config)
+        args = service_args(index, generator, config)
         _service().check_start(args, config.serve.host, config.serve.port, joins=executor.joins)
         executor.connect()
         # A line for each request, the audit log's included, only for those who want to see all.
@@ -68,7 +68,7 @@ def start_service(
     Raises:
         MixedArtifactsError: if they have different bases.  ResourceError: if it does not start.
     """
-    args = _service_args(index, generator, config)
+    args = service_args(index, generator, config)
     with one_error("starting the service"):
         address: str = _service().start(
             args,
@@ -80,7 +80,12 @@ def start_service(
     return address
 
 
-def _service_args(index: Artifact, generator: Artifact, config: Config) -> Any:
+def service_args(index: Artifact, generator: Artifact, config: Config) -> Any:
+    """What the service is deployed with, as ``serve.args.AppArgs``, from a run's config.
+
+    Raises:
+        MixedArtifactsError: the generator does not go with the index.
+    """
     encoder = EncoderSpec.from_json(index.info["encoder"])
     if not fits_generator(index, generator):
         raise MixedArtifactsError(

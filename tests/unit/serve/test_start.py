@@ -12,11 +12,12 @@ from pathlib import Path
 import pytest
 import ray
 
-from invar_ray.cli.serving import serve_until_stopped
-from invar_ray.config import Config, ServeConfig, StorageConfig
+from invar_ray.cli.serving import serve_until_stopped, service_args
+from invar_ray.config import Config, ServeConfig, StorageConfig, load_config, recipe_names
 from invar_ray.errors import ConfigError, InvarError, MissingArtifactError, ResourceError
 from invar_ray.executor import Here
 from invar_ray.pipeline import Pipeline
+from invar_ray.store.artifacts import open_artifact
 from tests.serving import Artifacts, shared_artifacts
 from tests.support import small_config
 
@@ -92,3 +93,12 @@ def test_artifacts_that_are_not_there_show_before_ray_starts(
         with pytest.raises(InvarError):
             serve_until_stopped(config(tmp_path), index, generator)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("recipe", recipe_names())
+def test_the_service_takes_what_a_recipe_says_of_it(artifacts: Artifacts, recipe: str) -> None:
+    index = open_artifact(artifacts.index_uri, "index")
+    generator = open_artifact(artifacts.generator_uri, "generator")
+    settings = load_config(recipe, ["search.mode=dense"])
+    args = service_args(index, generator, settings)
+    assert (args.mode, args.top_k) == ("dense", settings.serve.top_k)
