@@ -52,7 +52,8 @@ def test_of_a_burst_what_cannot_be_answered_in_time_is_refused_early() -> None:
     outcomes, backend, refused = burst(300, 1.5)
     assert set(outcomes) == {"Reply", "Overloaded"}, "nobody waits until the time is up"
     assert outcomes["Reply"] == backend.answered, "and nothing is answered for nobody"
-    assert 40 <= outcomes["Reply"] <= 160
+    # Some 100 where the machine is idle; a busy one answers fewer, and none too many.
+    assert 5 <= outcomes["Reply"] <= 160
     seen = Fault.of(refused)  # type: ignore[arg-type]
     assert (seen.status, seen.code) == (503, "overloaded")
     assert seen.retry_after_s is not None
