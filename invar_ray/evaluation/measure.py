@@ -149,9 +149,12 @@ def change_column(
 def answer_columns(
     families: Sequence[FoundFamily], answers: Sequence[Sequence[Answered]], rule: AnswerRule
 ) -> Columns:
-    """Everything about answers: of the anchors', and the flip rate where rewrites were answered
+    """Everything about answers: of the anchors', and how they change where rewrites were answered
     too.
 
+    ``answer_agreement`` is the share of rewrites whose answer equals the anchor's after the rule's
+    normalisation, right or wrong, and ``answer_agreement_f1`` the words that they share; two
+    refusals agree, a refusal and an answer do not.
     ``citation_precision`` is the share of cited documents that are gold, of answers that cite;
     ``citation_recall`` the share of the gold documents in the prompt that are cited, where there
     are any; ``removed_citations`` the number of marks that pointed to no passage of the prompt.
@@ -169,6 +172,7 @@ def answer_columns(
             "accuracy": score.accuracy,
             "abstained": float(anchor.refused or anchor.unsure),
             "flip_rate": flip_rate([right]),
+            **_agreement(anchor, texts[1:], rule),
             "citation_precision": fmean(name in gold for name in anchor.cited)
             if anchor.cited and gold
             else None,
@@ -180,6 +184,51 @@ def answer_columns(
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
     return columns
+
+
+def order_flip_column(
+    families: Sequence[FoundFamily],
+    answers: Sequence[Sequence[Answered]],
+    reordered: Sequence[Sequence[Answered]],
+    rule: AnswerRule,
+) -> list[float | None]:
+    """1 where an anchor's right answer turns wrong when only the order of its passages changes, 0
+    where it stays right, ``None`` where it was wrong or was not asked again.
+
+    Args:
+        families: the questions.
+        answers: of each question in its wordings, the anchor's first.
+        reordered: of the first questions, each answer from the same passages in another order.
+        rule: says what is right.
+    """
+    column: list[float | None] = [None] * len(families)
+    for number, again in enumerate(reordered):
+        gold = families[number].answers
+        right = [
+            rule.score(answer.text, gold).exact_match == 1.0
+            for answer in (answers[number][0], *again)
+        ]
+        column[number] = flip_rate([right])
+    return column
+
+
+def _agreement(
+    anchor: Answered, others: Sequence[Answered], rule: AnswerRule
+) -> dict[str, float | None]:
+    exact, shared = [], []
+    for other in others:
+        if anchor.refused or other.refused:
+            both = float(anchor.refused and other.refused)
+            exact.append(both)
+            shared.append(both)
+        else:
+            score = rule.score(other.text, (anchor.text,))
+            exact.append(score.exact_match)
+            shared.append(score.f1)
+    return {
+        "answer_agreement": fmean(exact) if exact else None,
+        "answer_agreement_f1": fmean(shared) if shared else None,
+    }
 
 
 def probability(answer: Answered) -> float | None:

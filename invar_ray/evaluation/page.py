@@ -30,25 +30,39 @@ CAUSES = {
     "precision": "precision",
 }
 ORIGIN = ("model", "recipe", "date", "command")
-LOWER_IS_BETTER = ("flip_rate", "removed_citations", "calibration_error", "change_by", "_std")
+LOWER_IS_BETTER = (
+    *("flip_rate", "removed_citations", "calibration_error", "change_by", "_std"),
+    "worst_wording_loss",
+)
 
 
 def retrieval_columns(k: int) -> list[str]:
     """Columns of the retrieval table."""
     recalls = ["recall_at_1", "recall_at_5", "recall_at_20", "recall_at_100"]
-    variance = [f"overlap_at_{k}", "worst_recall_at_5", f"overlap_between_questions_at_{k}"]
+    variance = [
+        f"overlap_at_{k}",
+        *(["overlap_at_10"] if k != 10 else []),
+        f"rbo_at_{k}",
+        "worst_recall_at_5",
+        "worst_wording_loss_at_5",
+        f"overlap_between_questions_at_{k}",
+    ]
     return [*recalls, "mrr_at_10", "ndcg_at_10", "map", "answer_recall_at_5", *variance]
 
 
 def answer_columns() -> list[str]:
     """Columns of the answer table."""
-    return [*ANSWER_METRICS, "citation_precision", "citation_recall", "removed_citations"]
+    steadiness = ["order_flip_rate", "answer_agreement", "answer_agreement_f1"]
+    citations = ["citation_precision", "citation_recall", "removed_citations"]
+    return [*ANSWER_METRICS, *steadiness, *citations]
 
 
 EXPLAINED = {
     "recall": "share of questions whose document is among the first k",
     "worst recall": "share of questions whose document every wording has among its first k",
+    "worst wording loss": "share of what the questions as asked find that some wording loses",
     "overlap": "of the first k of two wordings, how much is shared (0 to 1): higher is steadier",
+    "rbo": "like overlap, but the first ranks count most (rank-biased overlap)",
     "between questions": "overlap of different questions: high means that all look alike",
     "mrr": "1 / rank of the document, mean",
     "ndcg": "like mrr, softer",
@@ -59,6 +73,9 @@ EXPLAINED = {
     "f1": "words shared with a right answer",
     "accuracy": "share of answers that hold a right one",
     "flip rate": "share of questions right in one wording and wrong in another",
+    "order flip rate": "share of right answers that turn wrong when the passages are reversed",
+    "answer agreement": "share of wordings whose answer is that of the question as asked",
+    "answer agreement f1": "words that the answers of two wordings share",
     "abstained": "share of questions that the model refused",
     "calibration error": "how far confidence is from the share that is right",
     "citation precision": "share of citations that point to the right document",

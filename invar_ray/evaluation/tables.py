@@ -16,6 +16,7 @@ from invar_ray.store.files import write_atomic
 RETRIEVAL_METRICS = ("recall_at_1", "recall_at_5", "mrr_at_10", "ndcg_at_10", "answer_recall_at_5")
 VARIANCE_METRICS = ("overlap_at_5", "worst_recall_at_5", "overlap_between_questions_at_5")
 ANSWER_METRICS = ("exact_match", "f1", "accuracy", "flip_rate", "abstained", "calibration_error")
+"""What a terminal shows; a page shows more."""
 
 
 @dataclass(frozen=True)

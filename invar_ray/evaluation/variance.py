@@ -121,8 +121,9 @@ def summarise_families(
     Returns:
         Always: ``num_families``, ``recall_at_<k>`` (of the anchors), and, with 2 families or more
         that share no gold id, ``overlap_between_questions_at_<overlap_k>``.  Only if a family has 2
-        environments or more, as means over such families: ``overlap_at_<overlap_k>`` and ``rbo``
-        (mean over the other environments of the agreement with the anchor's list),
+        environments or more, as means over such families: ``overlap_at_<overlap_k>``,
+        ``overlap_at_10`` (lists of ``depth`` 10 or more only), ``rbo_at_<overlap_k>`` and ``rbo``
+        of the whole lists (mean over the other environments of the agreement with the anchor's),
         ``reworded_recall_at_<k>`` (mean over the other environments), ``worst_recall_at_<k>`` (1
         only if *every* environment has it), ``recall_at_<k>_std`` and ``gold_rank_std`` (population
         standard deviations within the family; ranks as above).
@@ -186,10 +187,13 @@ def _family_row(
     row: dict[str, float | None] = {}
     for k in ks:
         row[f"recall_at_{k}"] = recall_at_k(anchor, gold, k) if gold else None
-    row[f"overlap_at_{overlap_k}"] = (
-        fmean(overlap_at_k(anchor, o, overlap_k) for o in others) if varied else None
-    )
-    row["rbo"] = fmean(rbo(anchor, other, rbo_p) for other in others) if varied else None
+    for k in dict.fromkeys((overlap_k, *(() if missing <= 10 else (10,)))):
+        row[f"overlap_at_{k}"] = (
+            fmean(overlap_at_k(anchor, o, k) for o in others) if varied else None
+        )
+    for name, depth in ((f"rbo_at_{overlap_k}", overlap_k), ("rbo", None)):
+        agreement = [rbo(anchor[:depth], other[:depth], rbo_p) for other in others]
+        row[name] = fmean(agreement) if varied else None
     for k in ks:
         recalls = (
             [recall_at_k(ranked, gold, k) for ranked in family.ranked] if gold and varied else []
@@ -220,6 +224,25 @@ def flip_rate(right: Iterable[Sequence[bool]]) -> float | None:
         if len(family) > 1 and family[0]
     ]
     return fmean(shares) if shares else None
+
+
+def worst_wording_loss(
+    anchor: Sequence[float | None], worst: Sequence[float | None]
+) -> float | None:
+    """The share of what the questions as asked find that some wording of them loses:
+    1 - mean(worst) / mean(anchor).
+
+    Args:
+        anchor: recall of each family's anchor.
+        worst: the least recall of its environments; ``None`` where it has only one, and such
+            families count nowhere.
+
+    Returns:
+        In [0, 1]; ``None`` where the anchors find nothing.
+    """
+    pairs = [(a, w) for a, w in zip(anchor, worst, strict=True) if a is not None and w is not None]
+    found = sum(a for a, _ in pairs)
+    return 1.0 - sum(w for _, w in pairs) / found if found > 0.0 else None
 
 
 def between_question_overlap(

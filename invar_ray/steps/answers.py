@@ -48,12 +48,18 @@ Prompts = list[list[tuple[str, list[Hit]]]]
 
 @dataclass(frozen=True)
 class AnswerTask:
-    """What one generator answers for one row of the report."""
+    """What one generator answers for one row of the report.
+
+    Attributes:
+        reorders: the label of the task whose anchors this one asks again with their passages in
+            reverse: no row of its own.
+    """
 
     label: str
     system: str
     generator_uri: str
     prompts: Prompts
+    reorders: str | None = None
 
 
 def answer_tasks(
@@ -67,6 +73,10 @@ def answer_tasks(
         return []
     uri = system.generator.uri if isinstance(system.generator, Artifact) else ""
     tasks = [AnswerTask(system.name, system.name, uri, _prompts(families, config))]
+    reordered = [_reordered(asked) for asked in tasks[0].prompts]
+    if any(reordered):
+        label = f"{system.name}, passages reversed"
+        tasks.append(AnswerTask(label, system.name, uri, reordered, reorders=system.name))
     if system.shows_bounds:
         closed: Prompts = [[(family.wordings[0], [])] for family in families]
         tasks.append(AnswerTask(f"{system.name}, closed book", system.name, uri, closed))
@@ -163,6 +173,12 @@ def _prompts(families: Sequence[FoundFamily], config: Config) -> Prompts:
         ]
         for family, count in zip(families, counts, strict=True)
     ]
+
+
+def _reordered(asked: Sequence[tuple[str, list[Hit]]]) -> list[tuple[str, list[Hit]]]:
+    """The anchor with its passages in reverse, of a question that is asked in several wordings."""
+    anchor, found = asked[0]
+    return [(anchor, found[::-1])] if len(asked) > 1 and len(found) > 1 else []
 
 
 def _gold(family: FoundFamily, documents: Mapping[str, Document], top_k: int) -> list[Hit]:

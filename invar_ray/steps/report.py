@@ -34,6 +34,7 @@ from invar_ray.evaluation.measure import (
     between_questions,
     change_column,
     depth_of,
+    order_flip_column,
     probability,
     ranked_documents,
     retrieval_columns,
@@ -45,7 +46,7 @@ from invar_ray.evaluation.report import Row
 from invar_ray.evaluation.scoring import AnswerRule, answer_rule
 from invar_ray.evaluation.significance import bootstrap_columns, question_clusters
 from invar_ray.evaluation.trec import file_name, write_qrels, write_run
-from invar_ray.evaluation.variance import known
+from invar_ray.evaluation.variance import known, worst_wording_loss
 from invar_ray.executor import Executor
 from invar_ray.models.base import BaseRef
 from invar_ray.models.precision import inference_precision
@@ -54,7 +55,7 @@ from invar_ray.steps.hits import load_hits
 from invar_ray.steps.passages import load_documents
 from invar_ray.store.artifacts import Artifact, Building, Plan
 
-VERSION = 7
+VERSION = 8
 _NOT_IN_PLAN = {
     "num_rewrites",  # it is in the questions
     "systems",  # they are in the hits
@@ -173,7 +174,10 @@ def build(
     ]
     answers = answer_all(config, base, passages.store, tasks, executor)
     for task in tasks:
-        made.add_answers(task, hits[task.system][:count], answers[task.label])
+        if task.reorders is None:
+            made.add_answers(task, hits[task.system][:count], answers[task.label])
+        else:
+            made.add_order_flips(task.reorders, answers[task.reorders], answers[task.label])
     _write_answers(
         building.path / "answers.jsonl", tasks, {name: hits[name][:count] for name in hits}, answers
     )
@@ -251,18 +255,36 @@ class _Rows:
         self._note("seconds_per_answer", task.label, {"mean": fmean(seconds)} | dict(shares))
         # a system's own row: its retrieval stands there, over all questions
         if task.label in self.columns:
-            whole = self.families[task.label]
-            rest = [None] * (len(whole) - len(families))
-            self.columns[task.label] |= {name: [*column, *rest] for name, column in columns.items()}
+            self._add_columns(task.label, columns)
         else:
             self.columns[task.label], self.families[task.label] = columns, families
         self.extra[task.label] = self.extra.get(task.label, {}) | extra
+
+    def add_order_flips(
+        self,
+        name: str,
+        answers: Sequence[Sequence[Answered]],
+        reordered: Sequence[Sequence[Answered]],
+    ) -> None:
+        families = self.families[name][: len(answers)]
+        column = order_flip_column(families, answers, reordered, self.rule)
+        self._add_columns(name, {"order_flip_rate": column})
+
+    def _add_columns(self, name: str, columns: Columns) -> None:
+        """Columns of a row's first questions."""
+        whole = len(self.families[name])
+        self.columns[name] |= {
+            metric: [*column, *[None] * (whole - len(column))] for metric, column in columns.items()
+        }
 
     def outcome(self, systems: Sequence[System], tasks: Sequence[AnswerTask]) -> Outcome:
         names: list[str] = []  # a system's own row, then its closed-book and oracle rows
         for system in systems:
             names += dict.fromkeys(
-                [system.name, *(task.label for task in tasks if task.system == system.name)]
+                [
+                    system.name,
+                    *(t.label for t in tasks if t.system == system.name and t.reorders is None),
+                ]
             )
         rows, tables = [], []
         for name in names:
@@ -279,6 +301,11 @@ class _Rows:
                 for key, column in table.columns.items()
                 if (values := known(column))
             }
+            if "worst_recall_at_5" in metrics:
+                loss = worst_wording_loss(
+                    table.columns["recall_at_5"], table.columns["worst_recall_at_5"]
+                )
+                metrics |= {} if loss is None else {"worst_wording_loss_at_5": loss}
             bounds = {key: (interval.low, interval.high) for key, interval in intervals.items()}
             rows.append(Row(name, self.dataset, metrics | self.extra[name], bounds))
         comparisons = compare_systems(tables, OVERLAP_K, self.config.seed)
@@ -332,6 +359,8 @@ def _write_answers(
     with open(path, "w", encoding="utf-8") as stream:
         for task in tasks:
             for family, texts in zip(hits[task.system], answers[task.label], strict=True):
+                if not texts:
+                    continue
                 record = {
                     "system": task.label,
                     "question_id": family.question_id,

@@ -17,6 +17,7 @@ from invar_ray.evaluation.measure import (
     answer_columns,
     between_questions,
     change_column,
+    order_flip_column,
     probability,
     retrieval_columns,
 )
@@ -125,11 +126,23 @@ def test_answers_by_hand() -> None:
         None,
         None,
     ]
+    # "G" and "g" are one answer, "other" is not; a refusal agrees with a refusal only
+    assert columns["answer_agreement"] == [0.5, 0.0, None]
+    assert columns["answer_agreement_f1"] == [0.5, 0.0, None]
     assert columns["citation_precision"] == [0.5, None, None]
     assert columns["removed_citations"] == [2.0, 0.0, 0.0]
     assert columns["citation_recall"] == [1.0, None, None]
     assert probability(said("x")) == pytest.approx(math.exp(-0.5))
     assert probability(Answered("x", False, None, (), (), 0.1)) is None
+
+
+def test_the_order_of_passages_by_hand() -> None:
+    families = [family(name, "ga", "ag") for name in "pqrs"]
+    answers = [[said("g")], [said("g")], [said("no")], [said("g")]]
+    again = [[said("the g")], [said("a")], [said("g")], []]
+    column = order_flip_column(families, answers, again, RULE)
+    # right both times; right, then wrong; wrong before (no flip); not asked again
+    assert column == [0.0, 1.0, None, None]
 
 
 def made(small: World) -> Artifact:
@@ -244,3 +257,10 @@ def test_gold_documents_make_the_oracle_rows(small: World, tmp_path: Path) -> No
     assert [hit.document_id for hit in tasks[2].prompts[0][0][1]] == list(families[0].positive_ids)
     assert tasks[1].prompts[0][0] == (families[0].wordings[0], [])
     assert answer_tasks(System("BM25", bm25, None), families, documents, small.config) == []
+    evaluation = replace(small.config.evaluation, answer_wordings=2, num_reworded_answers=1)
+    config = replace(small.config, evaluation=evaluation)
+    first, reverse = answer_tasks(system, families, documents, config)[:2]
+    assert reverse.reorders == first.label == "base"
+    question, found = first.prompts[0][0]
+    assert len(found) > 1
+    assert reverse.prompts == [[(question, found[::-1])], []]  # the first, which is reworded too

@@ -15,6 +15,7 @@ from invar_ray.evaluation.variance import (
     overlap_at_k,
     rbo,
     summarise_families,
+    worst_wording_loss,
 )
 
 ids = st.lists(st.sampled_from("abcdefghij"), max_size=10, unique=True)
@@ -106,6 +107,10 @@ def test_families_worked_by_hand() -> None:
     # rbo of (g,a,b) and (a,g,b), p 1/2: X 0, 2, 3 -> 1/4 + 1/8 + 1/8 = 0.5; of (g,a,b) and (a,b,c):
     # X 0, 1, 2 -> 1/2 * 1/4 + 2/3 * 1/8 + 2/3 * 1/8 = 7/24.
     assert found["rbo"] == pytest.approx(((1 / 2 + 7 / 24) / 2 + 1) / 2)
+    # Of the first two: (g,a) and (a,g): X 0, 2 -> 1/4 + 1/4 = 1/2; (g,a) and (a,b): X 0, 1 ->
+    # 1/2 * 1/4 + 1/2 * 1/4 = 1/4.
+    assert found["rbo_at_2"] == pytest.approx(((1 / 2 + 1 / 4) / 2 + 1) / 2)
+    assert "overlap_at_10" not in found
     # Anchors share nothing.
     assert found["overlap_between_questions_at_2"] == 0.0
     deeper = summarise_families(families, ks=(1,), depth=100)
@@ -135,6 +140,19 @@ def test_what_is_not_defined_is_left_out() -> None:
 def test_empty_families_are_refused(families: list[Family]) -> None:
     with pytest.raises(ValueError, match="expected at least one"):
         summarise_families(families)
+
+
+def test_long_lists_have_an_overlap_of_their_first_ten() -> None:
+    shared, other = [*"abcdefgh", "i", "j"], [*"abcdefgh", "y", "z"]
+    found = summarise_families([Family([shared, other], ["a"])], overlap_k=5)
+    assert found["overlap_at_5"] == 1.0
+    assert found["overlap_at_10"] == pytest.approx(8 / 12)
+
+
+def test_the_worst_wording_loses_a_share_of_what_was_found() -> None:
+    # The anchors of the first three find 2 documents, every wording 1; the last has no rewrite.
+    assert worst_wording_loss([1.0, 1.0, 0.0, 1.0], [1.0, 0.0, 0.0, None]) == 0.5
+    assert worst_wording_loss([0.0, None], [0.0, None]) is None
 
 
 def test_flip_rate() -> None:
