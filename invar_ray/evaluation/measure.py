@@ -24,6 +24,7 @@ from invar_ray.evaluation.variance import (
     between_question_overlap,
     family_values,
     flip_rate,
+    known,
     overlap_at_k,
 )
 from invar_ray.schema import Hit
@@ -215,7 +216,8 @@ def order_flip_column(
 def _agreement(
     anchor: Answered, others: Sequence[Answered], rule: AnswerRule
 ) -> dict[str, float | None]:
-    exact, shared = [], []
+    exact: list[float] = []
+    shared: list[float | None] = []
     for other in others:
         if anchor.refused or other.refused:
             both = float(anchor.refused and other.refused)
@@ -227,7 +229,7 @@ def _agreement(
             shared.append(score.f1)
     return {
         "answer_agreement": fmean(exact) if exact else None,
-        "answer_agreement_f1": fmean(shared) if shared else None,
+        "answer_agreement_f1": fmean(words) if (words := known(shared)) else None,
     }
 
 
