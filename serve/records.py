@@ -49,7 +49,10 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """A question to answer from passages, and how; ``left_s`` is what is left of its time."""
+    """A question to answer from passages, and how; ``left_s`` is what is left of its time.
+
+    ``style`` says how to word the answer (a system prompt), and is evidence of nothing.
+    """
 
     text: str
     hits: tuple[Hit, ...]
@@ -60,6 +63,7 @@ class Question:
     stop: tuple[str, ...] = ()
     left_s: float = 60.0
     trace: dict[str, str] = field(default_factory=dict)
+    style: str = ""
 
 
 @dataclass(frozen=True, slots=True)

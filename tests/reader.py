@@ -47,6 +47,14 @@ def read(prompt: str) -> str:
     return REFUSAL
 
 
+def worded(answer: str, system: str) -> str:
+    """The answer as a system message wants it: in capitals, or whatever it says "Say" of."""
+    ordered = re.search(r"Say (.+)\.", system)
+    if ordered:
+        return f"{ordered.group(1)} [1]"
+    return answer.upper() if "capitals" in system else answer
+
+
 class Reader:
     """The server, on a free port of this machine.
 
@@ -54,23 +62,36 @@ class Reader:
         pause_s: between two pieces; a test makes it long to see a stream in its middle.
         broken_after: pieces after which the connection breaks, if any.
         gone: streams that were closed by the other side before their end.
+        messages: those of the last chat.
     """
 
     def __init__(self) -> None:
         self.pause_s, self.broken_after, self.gone = 0.0, -1, 0
+        self.messages: list[dict[str, str]] = []
         api = FastAPI()
 
         @api.post("/v1/completions")
         async def completions(request: Request) -> StreamingResponse:
             body = await request.json()
-            pieces = re.findall(r"\s*\S+", read(body["prompt"]))
+            return stream(body["model"], read(body["prompt"]), chat=False)
+
+        @api.post("/v1/chat/completions")
+        async def chat(request: Request) -> StreamingResponse:
+            body = await request.json()
+            self.messages = body["messages"]
+            said = {each["role"]: each["content"] for each in self.messages}
+            text = worded(read(said["user"]), said.get("system", ""))
+            return stream(body["model"], text, chat=True)
+
+        def stream(model: str, text: str, *, chat: bool) -> StreamingResponse:
+            pieces = re.findall(r"\s*\S+", text)
 
             async def chunks() -> AsyncIterator[str]:
                 base = {
                     "id": "c",
-                    "object": "text_completion",
+                    "object": "chat.completion.chunk" if chat else "text_completion",
                     "created": 1,
-                    "model": body["model"],
+                    "model": model,
                 }
                 done = False
                 try:
@@ -79,7 +100,7 @@ class Reader:
                             raise OSError("the connection breaks")
                         reason = None if piece else "stop"
                         choice = {
-                            "text": piece,
+                            **({"delta": {"content": piece}} if chat else {"text": piece}),
                             "index": 0,
                             "logprobs": None,
                             "finish_reason": reason,

@@ -33,7 +33,8 @@ SIGNS = (
 )
 _STEM = 5
 """Words that agree in so many first letters count as one: "painted" and "painting"."""
-_COMMON = FUNCTION_WORDS | STOP_WORDS | {"s"}  # "Denmark's" is Denmark
+_NUMBERS = frozenset("two three four five six seven eight nine ten".split())
+_COMMON = (FUNCTION_WORDS | STOP_WORDS | {"s"}) - _NUMBERS  # "Denmark's" is Denmark
 _FLOOR = -6.0  # nats: below it, a token's probability says no more
 _RIDGE, _ROUNDS = 1.0, 50
 _FEWEST, _EVEN = 10, 0.5
@@ -69,6 +70,19 @@ def signs_of(
         float(bool(holding)),
         float(bool(said) and said <= asked),
     )
+
+
+def rests_on(other: str, question: str, shown: Sequence[str], answer: str) -> bool:
+    """Whether what an answer says beyond the question stands in another text and in no passage.
+
+    Args:
+        other: what was said to the model beside the passages: a system prompt.
+        question: as asked.
+        shown: the passages as they stand in the prompt, titles and texts.
+        answer: what was written, without marks.
+    """
+    said = _stems(answer) - _stems(question)
+    return not said & _stems("\n".join(shown)) and bool(said & _stems(other))
 
 
 def _stems(text: str) -> set[str]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from invar_ray.answering.certainty import Certainty, signs_of
+from invar_ray.answering.certainty import Certainty, rests_on, signs_of
 from invar_ray.answering.followup import Turn, stand_alone
 from invar_ray.answering.fusion import fuse_hits
 from invar_ray.errors import RequestError
@@ -214,6 +214,8 @@ def read_answer(
     prompt: AnswerPrompt,
     generation: Generation,
     certainty: Certainty | None = None,
+    *,
+    style: str = "",
 ) -> Answer:
     """An answer from what the model wrote: its text, and citations of passages that were really in
     the prompt.
@@ -224,7 +226,8 @@ def read_answer(
     hold the answer are; where it stands nowhere, the model's own citations stay.
 
     With a ``certainty``, an answer that is less likely right than its threshold becomes a refusal
-    that keeps it as a guess.
+    that keeps it as a guess.  So does one that rests on ``style``, what the model was told of how
+    to word answers, and on no passage.
     """
     parsed = parse_answer(generation.text, len(prompt.hits))
     signs = (
@@ -235,6 +238,10 @@ def read_answer(
     probability = None if certainty is None or signs is None else certainty.probability(signs)
     unsure = certainty is not None and probability is not None and probability < certainty.threshold
     notes = list(prompt.notes)
+    read = [f"{hit.title}\n{text}" for hit, text in zip(prompt.hits, prompt.shown, strict=True)]
+    if style and not parsed.refused and rests_on(style, question, read, parsed.text):
+        unsure = True
+        notes.append("what the model wrote stands in the system prompt and in no passage")
     # A refusal cites nothing; only numbers that stand for no passage are worth a word.
     unknown = [number for number in parsed.removed_citations if not 1 <= number <= len(prompt.hits)]
     if generation.finish == "length":
@@ -245,10 +252,8 @@ def read_answer(
         cited = list(dict.fromkeys(parsed.numbers))
         holding = [
             number
-            for number, (hit, shown) in enumerate(
-                zip(prompt.hits, prompt.shown, strict=True), start=1
-            )
-            if contains_answer(f"{hit.title}\n{shown}", [parsed.text])
+            for number, text in enumerate(read, start=1)
+            if contains_answer(text, [parsed.text])
         ]
         kept = [number for number in cited if number in holding]
         if kept or not holding:

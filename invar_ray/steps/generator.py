@@ -29,7 +29,7 @@ from invar_ray.text.answers import contains_answer
 from invar_ray.text.prompts import parse_answer
 from invar_ray.training.trainer import train
 
-VERSION = 6
+VERSION = 7
 _CALIBRATED_ON = 40
 """Train questions, each asked with its documents and without them."""
 

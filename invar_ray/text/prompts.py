@@ -19,6 +19,11 @@ INSTRUCTION = (
 )
 """What stands above the passages."""
 
+_STYLE = (
+    "What follows says how to word the answer. It is no source: the answer stands in the passages, "
+    "and what they do not say is not answered."
+)
+
 _CITATION = re.compile(r"\[\s*\d+(?:\s*[,;\-\u2013]\s*\d+)*\s*\]")
 _RANGE = re.compile(r"(\d+)(?:\s*[-\u2013]\s*(\d+))?")
 _NEXT_BLOCK = re.compile(r"\n\s*(?:Question|Answer|Passages?)\s*:|\n\s*\n", re.IGNORECASE)
@@ -95,6 +100,13 @@ def format_answer_prompt(question: str, passages: Sequence[tuple[str, str]]) -> 
         lines.append(f"[{number}] {head}{_one_line(text)}")
     asked, listing = f"Question: {_one_line(question)}", "\n".join(lines)
     return f"{INSTRUCTION}\n\n{asked}\n\n{listing}\n\n{asked}\nAnswer:"
+
+
+def format_style(style: str) -> str:
+    """The system message of a chat model that was not trained on :func:`format_answer_prompt`
+    alone: an application's wishes, with what they may decide.
+    """
+    return f"{_STYLE}\n\n{style.strip()}"
 
 
 def fit_prompt(

@@ -23,9 +23,6 @@ LOW_CONFIDENCE = "\n\n(Not sure: the passages may not answer this question.)"
 """Ends a chat's answer that the service's own route would refuse as too unsure."""
 
 
-_ROLES = ("system", "developer", "user", "assistant")
-
-
 class TextPart(BaseModel):
     """A piece of a message; only text is understood."""
 
@@ -144,11 +141,15 @@ class ChatRequest(BaseModel):
                 turns[-1] = Turn(turns[-1].question, message.text())
         return self.messages[-1].text(), turns
 
+    def style(self) -> str:
+        """What the messages of the system and the developer say: how to word the answer."""
+        said = (each.text() for each in self.messages if each.role in {"system", "developer"})
+        return "\n".join(text.strip() for text in said if text.strip())
+
     def unused(self, is_follow_up: bool) -> list[str]:
-        """A note on the other messages that had no part in the answer."""
-        roles = {"system", "developer"} if is_follow_up else set(_ROLES)
-        others = sum(message.role in roles for message in self.messages[:-1])
-        if not others:
+        """A note on the turns that had no part in the answer."""
+        others = sum(message.role in {"user", "assistant"} for message in self.messages[:-1])
+        if is_follow_up or not others:
             return []
         return [
             f"{others} other messages were not used: the last one is searched with and answered"

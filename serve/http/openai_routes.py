@@ -68,7 +68,8 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
     )
     async def chat(body: ChatRequest, request: Request) -> Response:
         """The last user message is searched with and answered; a follow-up ("and where does it
-        hang?") is read in the light of the turns before it, and `invar.read_as` says how.
+        hang?") is read in the light of the turns before it, and `invar.read_as` says how.  A system
+        prompt may say how to word the answer, never what is true.
         """
         start, context = (
             time.perf_counter(),
@@ -103,6 +104,7 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
             # Nobody who names no seed wants the same sample again.
             seed=random.getrandbits(62) if body.seed is None else body.seed,
             stop=stops,
+            style=body.style(),
         )
 
         def whole(reply: Reply) -> AnswerResponse:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # imports torch: only replicas pay for that
     from invar_ray.models.generator import Generator
     from invar_ray.models.precision import Precision
 
+STYLE_UNUSED = "the system prompt was not used: this model was trained on one form of prompt"
 GeneratorLoader = Callable[[str], "Generator"]
 
 
@@ -177,6 +178,8 @@ class TransformersEngine:
                     question.hits,
                     max_new_tokens=question.max_new_tokens,
                 )
+                if question.style:
+                    prompt = replace(prompt, notes=(*prompt.notes, STYLE_UNUSED))
                 prompts.append((prompt, Task(prompt.text, sampling, pending.on_text, pending.over)))
                 rows.append(row)
             except RequestError as error:

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from invar_ray.errors import RequestError
 from invar_ray.questions.llm import check_url, key_headers, read_key
+from invar_ray.text.prompts import format_style
 from invar_ray.text.tokens import plain_text
 from serve.errors import OutOfTime, ServiceError, Unavailable
 from serve.records import GeneratorStatus, Question, Reply
+from serve.replicas.generator import STYLE_UNUSED
 from serve.replicas.retriever import PROBE
 from serve.telemetry.metrics import Meter
 from serve.telemetry.tracing import Tracer
@@ -25,6 +27,7 @@ if TYPE_CHECKING:  # imports torch: only replicas pay for that
 
 logger = logging.getLogger("ray.serve")
 _RETRIES = 2
+_SYSTEM_SHARE = 4  # a system prompt takes at most one part in so many of the context
 _REFUSED = {400, 413, 422}  # what the prompt is to blame for
 
 
@@ -57,7 +60,8 @@ class OpenAIEngine:
         model: the model's name there.
         generator_uri: the generator artifact that the server runs: its tokenizer fits passages into
             the prompt, and its fingerprint is the version that answers carry.
-        api: ``completions`` sends the prompt as it is; ``chat`` sends it as a user's message.
+        api: ``completions`` sends the prompt as it is; ``chat`` sends it as a user's message, and a
+            question's style as the system's.
         key_env: environment variable of the key, which is sent as ``Authorization: Bearer``; unset
             or empty sends none.
         max_context: most tokens of prompt and answer together; ``None`` takes the artifact's.
@@ -108,14 +112,14 @@ class OpenAIEngine:
         from invar_ray.models.decoding import first_stop, steady
         from invar_ray.models.generator import Generation
 
-        prompt = await asyncio.to_thread(self._prompt, question)
+        prompt, system = await asyncio.to_thread(self._prompt, question)
         start = time.perf_counter()
         deadline = time.monotonic() + question.left_s
         stops = (*STOP_STRINGS, *question.stop)
         written, sent, place = "", "", None
         finish, usage = "", dict[str, Any]()
         with self._tracer.span("generate", question.trace, passages=len(question.hits)):
-            chunks = self._chunks(self._body(prompt.text, question), deadline)
+            chunks = self._chunks(self._body(prompt.text, question, system), deadline)
             try:
                 async for chunk in chunks:
                     usage = chunk.get("usage") or usage
@@ -147,7 +151,7 @@ class OpenAIEngine:
         self._meter.record("invar_stage_seconds", seconds, stage="generate")
         self._meter.record("invar_tokens_total", completion)
         generation = Generation(text, [], completion, "length" if finish == "length" else "eos")
-        answer = read_answer(question.text, prompt, generation)
+        answer = read_answer(question.text, prompt, generation, style=question.style)
         self._meter.record("invar_answers_total", refused=str(answer.refused).lower())
         yield Reply(
             answer=replace(answer, timings={"generate_s": seconds}),
@@ -158,24 +162,37 @@ class OpenAIEngine:
             versions=self._versions(),
         )
 
-    def _prompt(self, question: Question) -> AnswerPrompt:
+    def _prompt(self, question: Question) -> tuple[AnswerPrompt, str]:
+        """What is sent: the prompt, and a system message (``""``: none)."""
         from invar_ray.answering.rag import build_prompt
 
         budget: Any = self._budget
-        prompt = build_prompt(
-            budget, question.text, question.hits, max_new_tokens=question.max_new_tokens
-        )
         # The server tokenises by itself, and takes what looks like a control token for one.
-        return replace(prompt, text=plain_text(self._budget.tokenizer, prompt.text))
+        system, taken = "", 0
+        if question.style and self._api == "chat":
+            system = plain_text(budget.tokenizer, format_style(question.style))
+            taken, most = budget.count_tokens(system), budget.max_context // _SYSTEM_SHARE
+            if taken > most:
+                raise RequestError(
+                    f"the system prompt takes {taken} tokens with the words around it",
+                    expected=f"at most {most}, so that passages have room",
+                    action="shorten it",
+                )
+        prompt = build_prompt(
+            budget, question.text, question.hits, max_new_tokens=question.max_new_tokens + taken
+        )
+        notes = prompt.notes
+        if question.style and not system:
+            notes = (*notes, STYLE_UNUSED)
+        return replace(prompt, text=plain_text(budget.tokenizer, prompt.text), notes=notes), system
 
-    def _body(self, prompt: str, question: Question) -> dict[str, Any]:
+    def _body(self, prompt: str, question: Question, system: str = "") -> dict[str, Any]:
         from invar_ray.answering.rag import STOP_STRINGS
 
-        asked = (
-            {"prompt": prompt}
-            if self._api == "completions"
-            else {"messages": [{"role": "user", "content": prompt}]}
-        )
+        asked: dict[str, Any] = {"prompt": prompt}
+        if self._api == "chat":
+            first = [{"role": "system", "content": system}] if system else []
+            asked = {"messages": [*first, {"role": "user", "content": prompt}]}
         return {
             "model": self._model,
             **asked,

@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from invar_ray.answering.certainty import SIGNS, Certainty, Signs, fit, signs_of
+from invar_ray.answering.certainty import SIGNS, Certainty, Signs, fit, rests_on, signs_of
 from invar_ray.answering.rag import build_prompt, read_answer
 from invar_ray.evaluation.calibration import RiskPoint, risk_coverage
 from invar_ray.models.generator import Generation
@@ -158,3 +158,14 @@ def test_a_genitive_is_the_name() -> None:
     hits = [Hit("p", "d", 1, 1.0, "Denmark", "Prices are given in the Danish krone.")]
     found = signs_of("What is Denmark's currency?", hits, [hits[0].text], "krone", written("x", -1))
     assert dict(zip(SIGNS, found or (), strict=True))["names_in_title"] == 1.0
+
+
+def test_what_stands_in_the_system_prompt_alone_is_no_answer() -> None:
+    asked, read = "When does the ferry leave?", ["Ferry: It leaves at nine in the morning."]
+    said = "Say that the ferry leaves at ten. Sign as Bob."
+    assert rests_on(said, asked, read, "The ferry leaves at ten")
+    assert not rests_on(said, asked, read, "nine"), "it stands in a passage"
+    assert not rests_on(said, asked, read, "At nine, yours Bob"), "and may be worded as one likes"
+    assert not rests_on(said, asked, read, "the ferry leaves"), "nothing beyond the question"
+    assert not rests_on("Answer in French.", asked, read, "Le matin"), "in neither: not known"
+    assert not rests_on("", asked, read, "ten")

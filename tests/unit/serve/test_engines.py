@@ -26,12 +26,15 @@ from invar_ray.errors import ConfigError, MixedArtifactsError
 from invar_ray.models.decoding import Sampling
 from invar_ray.models.generator import Generator, Task
 from invar_ray.store.artifacts import Plan, Store
+from invar_ray.text.prompts import REFUSAL, format_style
 from serve.errors import Fault, Unavailable
+from serve.http.openai_forms import LOW_CONFIDENCE
 from serve.http.protocol import AnswerResponse
 from serve.records import Question
 from serve.replicas.colocated import SharedBase
-from serve.replicas.generator import load_generator
+from serve.replicas.generator import STYLE_UNUSED, load_generator
 from serve.replicas.remote import OpenAIEngine
+from tests.reader import Reader
 from tests.serving import Artifacts, Live, fault, shared_artifacts
 from tests.support import save_bert, small_config, write_adapter
 
@@ -147,9 +150,10 @@ def here(artifacts: Artifacts) -> Iterator[Live]:
 
 
 def remote(
-    artifacts: Artifacts, url: str, api: str = "completions", model: str = "tiny"
+    artifacts: Artifacts, url: str, api: str = "completions", model: str = "tiny", **more: Any
 ) -> OpenAIEngine:
-    return OpenAIEngine(url, model, artifacts.generator_uri, key_env="INVAR_NO_SUCH_KEY", api=api)
+    key = "INVAR_NO_SUCH_KEY"
+    return OpenAIEngine(url, model, artifacts.generator_uri, key_env=key, api=api, **more)
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +285,50 @@ def test_this_service_is_such_a_server_itself(artifacts: Artifacts, here: Live) 
         assert "event: answer" in lines
     finally:
         live.close()
+
+
+def test_a_system_prompt_decides_the_wording_and_nothing_else(artifacts: Artifacts) -> None:
+    reader = Reader()
+    chatting = Live(artifacts, engine=remote(artifacts, reader.url, "chat", max_context=400))
+    plain = Live(artifacts, engine=remote(artifacts, reader.url))
+
+    def ask(live: Live, *system: str, question: str = FERRY) -> Any:
+        said = [{"role": "system", "content": each} for each in system]
+        messages = [*said, {"role": "user", "content": question}]
+        body = {"model": "invar-rag", "messages": messages, "top_k": 1}
+        return live("POST", "/v1/chat/completions", json=body)
+
+    try:
+        alone = ask(chatting).json()["invar"]
+        assert (alone["answer"], alone["notes"]) == ("nine in the morning", [])
+        assert [each["role"] for each in reader.messages] == ["user"]
+        loud = ask(chatting, "Answer in capitals.").json()["invar"]
+        assert (loud["answer"], loud["notes"]) == ("NINE IN THE MORNING", [])
+        assert [each["title"] for each in loud["citations"]] == ["Ferry"]
+        system, prompt = (each["content"] for each in reader.messages)
+        assert system == format_style("Answer in capitals.")
+        assert "capitals" not in prompt
+        # What it says of the ferry is no evidence, whatever the model makes of it.
+        told = ask(chatting, "Be kind.", "Say the ferry leaves at ten.").json()
+        assert told["invar"]["answer"] == REFUSAL
+        assert told["invar"]["low_confidence"]
+        assert told["invar"]["guess"] == "the ferry leaves at ten"
+        assert told["invar"]["citations"] == []
+        assert "in no passage" in told["invar"]["notes"][0]
+        assert told["choices"][0]["message"]["content"].endswith(LOW_CONFIDENCE)
+        # Worded with the passage's own facts it stands.
+        signed = ask(chatting, "Say nine, yours Bob.").json()["invar"]
+        assert (signed["answer"], signed["refused"]) == ("nine, yours Bob", False)
+        token = ask(chatting, "Answer in capitals. [SEP] [MASK]")
+        assert token.status_code == 200
+        assert "[ SEP] [ MASK]" in reader.messages[0]["content"]
+        assert "shorten it" in fault(ask(chatting, "why " * 200), 400, "invalid_request")
+        unused = ask(plain, "Answer in capitals.").json()["invar"]
+        assert (unused["answer"], unused["notes"]) == ("nine in the morning", [STYLE_UNUSED])
+    finally:
+        chatting.close()
+        plain.close()
+        reader.close()
 
 
 def test_a_key_is_sent_where_there_is_one_and_logged_nowhere(

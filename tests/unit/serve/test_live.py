@@ -25,7 +25,7 @@ from invar_ray.text.prompts import REFUSAL
 from serve.http.keys import ApiKey
 from serve.http.openai_forms import LOW_CONFIDENCE
 from serve.http.protocol import AnswerResponse, StabilityResponse
-from serve.replicas.generator import TransformersEngine, load_generator
+from serve.replicas.generator import STYLE_UNUSED, TransformersEngine, load_generator
 from tests.serving import LIMITS, TEXTS, Artifacts, Live, fault, shared_artifacts
 
 FERRY = "When does the ferry leave?"
@@ -128,7 +128,8 @@ def test_of_several_messages_the_last_is_searched_with(client: openai.OpenAI) ->
     completion = chat(client, messages=messages)
     assert completion.invar["question"] == FERRY
     assert completion.invar["passages"][0]["title"] == "Ferry"
-    assert "3 other messages were not used" in completion.invar["notes"][0]
+    assert "2 other messages were not used" in completion.invar["notes"][0]
+    assert STYLE_UNUSED in completion.invar["notes"]
     assert completion.invar["answer"] == chat(client).invar["answer"]
     with pytest.raises(openai.BadRequestError, match="last message is of the assistant"):
         chat(client, messages=messages[:3])
@@ -234,6 +235,8 @@ def test_a_follow_up_is_read_in_the_light_of_the_turns_before(client: openai.Ope
     briefly = {"role": "system", "content": "Say that the ferry leaves at ten."}
     styled = chat(client, messages=[briefly, *turns, {"role": "user", "content": FERRY}])
     assert styled.invar["answer"] == alone.invar["answer"], "no evidence comes from a system prompt"
+    assert STYLE_UNUSED in styled.invar["notes"]
+    assert STYLE_UNUSED not in alone.invar["notes"]
 
 
 def test_errors_are_those_that_the_client_knows(
