@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
     BertConfig,
     BertModel,
+    LlamaConfig,
     LlamaForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -360,6 +361,44 @@ def save_bert(folder: Path, seed: int = 0) -> Path:
         **shape,
     )
     BertModel(config).save_pretrained(folder)
+    return folder
+
+
+def save_llama(folder: Path, **shape: Any) -> Path:
+    """A random LLaMA of two layers in bf16 with a byte-level tokenizer that starts texts and has no
+    padding token, as such checkpoints are published.
+
+    Args:
+        folder: gets it.
+        shape: of ``LlamaConfig``, where it is not grouped queries (4 on 2) and a head of its own.
+    """
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(
+        [row["text"] for row in documents()],
+        trainers.BpeTrainer(
+            vocab_size=600,
+            special_tokens=["<s>", "</s>"],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        ),
+    )
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", 0)]
+    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "max_position_embeddings": 256}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        num_hidden_layers=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        **(sizes | heads | shape),
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
 
 

@@ -346,11 +346,14 @@ def open_exact_retriever(
     precision: Precision | None = None,
     device: str = "cpu",
     mode: Mode = "dense",
+    memory_map: bool = False,
 ) -> Retriever:
     """As :func:`open_retriever`, but every vector is compared: what an approximate index is
     measured against.
     """
-    opened = open_retriever(index_uri, precision=precision, device=device, mode=mode)
+    opened = open_retriever(
+        index_uri, precision=precision, device=device, mode=mode, memory_map=memory_map
+    )
     _, matrix = read_vectors(open_artifact(index_uri, "index").parent("vectors"))
     return Retriever(
         opened.encoder,

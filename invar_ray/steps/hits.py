@@ -222,7 +222,10 @@ class SearchBlock:
         mode: Mode = "dense",
     ) -> None:
         opened = open_exact_retriever if exact else open_retriever
-        self._retriever = opened(index_uri, precision=precision, device=device, mode=mode)
+        # Mapped: the actors of a node share the pages of one file.
+        self._retriever = opened(
+            index_uri, precision=precision, device=device, mode=mode, memory_map=True
+        )
         self._top_k = top_k
         self._num_rewrites = num_rewrites
         self._seed = seed

@@ -124,9 +124,10 @@ def _hits_of(graph: _Graph, system: str) -> Artifact:
 def _changed_hits(graph: _Graph, system: str, cause: str) -> Artifact | None:
     """What a row's anchors retrieve in another setting; ``None`` where the cause cannot act."""
     if cause == "index":
-        if graph.config.index.factory == "Flat":
+        found = _index_named(graph, system)
+        if found.info["factory"] == "Flat":  # named, or chosen by the planner
             return None
-        return graph.hits(_index_named(graph, system), "dev", SearchMode(exact=True))
+        return graph.hits(found, "dev", SearchMode(exact=True))
     if cause == "precision":
         found = _index_named(graph, system)
         other: Precision = "bf16" if made_in(found) == "fp32" else "fp32"

@@ -191,7 +191,7 @@ class MineBlock:
     """
 
     def __init__(self, index_uri: str, top_k: int, device: str = "cpu") -> None:
-        self._retriever = open_retriever(index_uri, device=device)
+        self._retriever = open_retriever(index_uri, device=device, memory_map=True)
         self._top_k = top_k
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from invar_ray.config import LoraConfig, ModelConfig
 from invar_ray.errors import ModelError
@@ -28,32 +25,7 @@ from tests.support import open_folder
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bf16 grouped-query LLaMA and its tokenizer, written as such checkpoints are."""
-    texts = [row["text"] for row in support.documents()]
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.train_from_iterator(
-        texts, trainers.BpeTrainer(vocab_size=400, special_tokens=["<s>", "</s>"])
-    )
-    backend.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=256,
-            tie_word_embeddings=False,
-        )
-    )
-    place = tmp_path_factory.mktemp("base")
-    model.to(torch.bfloat16).save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    return place
+    return support.save_llama(tmp_path_factory.mktemp("base"))
 
 
 def test_weights_stored_as_bf16_are_loaded_as_float32(folder: Path) -> None:
