@@ -125,7 +125,8 @@ def _changed_hits(graph: _Graph, system: str, cause: str) -> Artifact | None:
     """What a row's anchors retrieve in another setting; ``None`` where the cause cannot act."""
     if cause == "index":
         found = _index_named(graph, system)
-        if found.info["factory"] == "Flat":  # named, or chosen by the planner
+        # named, or chosen by the planner
+        if "Flat" in (graph.config.index.factory, found.info.get("factory")):
             return None
         return graph.hits(found, "dev", SearchMode(exact=True))
     if cause == "precision":

@@ -30,6 +30,7 @@ SHARED = {  # of llama2_7b and llama3_8b
     "model": {"precision": "bf16", "projection_dim": 768, "passage_max_tokens": 256},
     "retriever": {"steps": 10000, "global_batch_size": 128},
     "generator": {"steps": 3000, "global_batch_size": 64, "max_tokens": 1536},
+    "index": {"factory": "auto"},
     "serve": {"num_gpus_per_replica": 1.0, "num_cpus_per_replica": 4.0},
     "evaluation": {"systems": ["minilm", "base", "stage1", "stage1_rewrites", "both"]},
     "scale": {
