@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import invar_ray.answering.rag as answering
 from invar_ray.answering.current import current_index, newest_generator
 from invar_ray.answering.followup import Turn
+from invar_ray.answering.rerank import PassageRetriever, Reranked, Reranking, open_reranker
 from invar_ray.answering.retriever import Retriever, open_retriever
 from invar_ray.config import Config, SearchConfig
 from invar_ray.errors import ArtifactError, MissingArtifactError, RequestError
@@ -67,7 +68,7 @@ class Rag:
         generator: artifact of kind ``generator`` on the same base; ``None`` lets the base answer as
             it is.
         k: how many passages an answer rests on.
-        mode: how to search, see ``search.mode`` of a recipe.
+        search: how, see the section ``search`` of a recipe.
         device: where the models run.
     """
 
@@ -77,10 +78,11 @@ class Rag:
         generator: Artifact | None,
         *,
         k: int = 5,
-        mode: Mode = SearchConfig.mode,
+        search: SearchConfig = SearchConfig(),  # noqa: B008 - frozen
         device: str = "cpu",
     ) -> None:
-        self.index, self.k, self.mode = index, k, mode
+        self.index, self.k = index, k
+        self._search, self._reranking = search, Reranking.of(search)
         self._generator, self._device = generator, device
         self._bases: dict[str, Any] = {}
 
@@ -97,8 +99,16 @@ class Rag:
             self.index.uri,
             device=self._device,
             open_base_tree=None if alone else partial(self._tree, made_in(self.index)),
-            mode=self.mode,
+            mode=self._search.mode,
         )
+
+    @cached_property
+    def _finder(self) -> PassageRetriever:
+        """The retriever, and a reranker behind it where the run has one."""
+        if self._reranking is None:
+            return self.retriever
+        reranker = open_reranker(self._reranking.ref, made_in(self.index), self._device)
+        return Reranked(self.retriever, reranker, self._reranking.depth)
 
     @cached_property
     def generator(self) -> Generator:
@@ -140,7 +150,7 @@ class Rag:
         """As :meth:`search`, for many questions at once, which costs less than one by one."""
         if not all(question.strip() for question in questions):
             raise RequestError("the question is empty", expected="some words")
-        return self.retriever.retrieve(list(questions), self.k if k is None else k)
+        return self._finder.retrieve(list(questions), self.k if k is None else k)
 
     def ask(
         self,
@@ -164,7 +174,7 @@ class Rag:
         """
         trained = {} if self._generator is None else self._generator.info
         return answering.answer_question(
-            self.retriever,
+            self._finder,
             self.generator,
             question,
             turns=turns,
@@ -209,6 +219,8 @@ def open_rag(
     untrained: bool = False,
     k: int = 5,
     mode: Mode = SearchConfig.mode,
+    reranker: str | None = SearchConfig.reranker,
+    rerank_depth: int = SearchConfig.rerank_depth,
     device: str = "cpu",
 ) -> Rag:
     """Open what a run made, to search and to ask.
@@ -222,6 +234,8 @@ def open_rag(
         k: how many passages, where a call does not say it.
         mode: search by vectors (``dense``), by words (``bm25``) or by both (``hybrid``); an index
             without BM25 is searched by its vectors.
+        reranker: a cross-encoder that sorts the best hits anew, see ``search.reranker``.
+        rerank_depth: how many it reads.
         device: ``cpu`` or ``cuda``.
 
     Raises:
@@ -250,7 +264,8 @@ def open_rag(
             action="train one (invar-ray train generator), or let the base answer "
             "(--untrained, untrained=True)",
         )
-    return Rag(found, trained, k=k, mode=mode, device=device)
+    search = SearchConfig(mode=mode, reranker=reranker, rerank_depth=rerank_depth)
+    return Rag(found, trained, k=k, search=search, device=device)
 
 
 def _answering_base(index: Artifact) -> BaseRef | None:

@@ -11,6 +11,7 @@ from typing import Literal
 from transformers import AutoConfig
 
 from invar_ray.answering.fusion import QUERY_REWRITES
+from invar_ray.answering.rerank import Reranking
 from invar_ray.config import Config
 from invar_ray.models.base import BaseRef
 from invar_ray.steps.hits import SearchMode
@@ -57,7 +58,7 @@ def outline(
         return 4.0 + questions * wordings * _QUERY_TOKENS * encoder / flops
 
     stage1, stage2 = config.retriever, config.generator
-    served = SearchMode(mode=config.search.mode)
+    served = SearchMode(mode=config.search.mode, reranking=Reranking.of(config.search))
     row = wordings * _QUERY_TOKENS + tokens * (
         1 + config.rewrites.num_windows + stage1.num_hard_negatives
     )
@@ -102,6 +103,10 @@ def outline(
             label = f"hits of dev questions in the {index} index"
             more = QUERY_REWRITES if fused == "rewrites" else 0
             how = SearchMode(num_rewrites=more, mode="hybrid" if fused == "bm25" else "dense")
+            if fused == "reranked" or name == "both":
+                how = served
+            if fused == "reranked" and how.reranking is None:
+                continue
             label += how.label
             steps.append((label, search(dev, asked * (1 + more))))
     prompts = config.evaluation.num_answers * (3 + config.evaluation.answer_wordings)

@@ -16,6 +16,7 @@ from pathlib import Path
 from types import TracebackType
 
 from invar_ray import console
+from invar_ray.answering.rerank import Reranking
 from invar_ray.config import Config, arm_config
 from invar_ray.errors import ArtifactError
 from invar_ray.evaluation.report import Report, read_report, write_report
@@ -286,10 +287,11 @@ class Pipeline:
             ),
         )
 
-    @property
+    @cached_property
     def served(self) -> SearchMode:
         """How the service searches."""
-        return SearchMode(mode=self.config.search.mode)
+        search = self.config.search
+        return SearchMode(mode=search.mode, reranking=Reranking.of(search))
 
     def hits(self, index: Artifact, split: str, mode: SearchMode = PLAIN) -> Artifact:
         """What a split's questions retrieve from an index version."""

@@ -30,6 +30,7 @@ from serve.ingress import IngressReplica
 from serve.replicas.colocated import ColocatedReplica
 from serve.replicas.generator import GeneratorLoader, TransformersEngine, load_generator
 from serve.replicas.remote import OpenAIEngine
+from serve.replicas.reranker import RerankerReplica, load_reranker
 from serve.replicas.retriever import RetrieverLoader, RetrieverReplica, load_retriever
 from serve.telemetry.metrics import Meter, RaySink
 from serve.telemetry.tracing import Tracer
@@ -115,6 +116,18 @@ def compose(
             generator = _deployment("GeneratorDeployment", TransformersEngine, **options).bind(
                 args.generator_uri, generator_loader or partial(load_generator, **models), **batches
             )
+    reranker = None
+    if args.reranker is not None:
+        reranker = _deployment(
+            "RerankerDeployment",
+            RerankerReplica,
+            **_options(args, args.reranker_replicas, actor),
+        ).bind(
+            partial(load_reranker, args.reranker, args.index_uri, **models),
+            args.max_batch_size,
+            meter=meter,
+            tracer=tracer,
+        )
     # The ingress refuses by itself, in the service's error form, before Serve would in plain text.
     # It takes whatever comes, since requests whose bodies have not arrived are among these.
     ingress_options = _options(args, args.ingress_replicas, {"num_cpus": args.num_cpus_per_ingress})
@@ -130,6 +143,7 @@ def compose(
         shards,
         generator,
         args,
+        reranker,
         # A key in this process's environment is meant to be asked for: replicas that lack it fail
         # rather than open up.
         require_api_key=args.require_api_key or bool(keys_from_environment(os.environ)),
@@ -164,7 +178,8 @@ def _options(args: AppArgs, replicas: tuple[int, int], actor: dict[str, Any]) ->
 
 
 def check_start(args: AppArgs, host: str, port: int, *, joins: bool = False) -> None:
-    """What :func:`start` would fail at and needs no Ray to know: the keys, and the port.
+    """What :func:`start` would fail at and needs no Ray to know: keys, port, and a reranker that is
+    none.
 
     Args:
         args: what is to be served.
@@ -172,9 +187,15 @@ def check_start(args: AppArgs, host: str, port: int, *, joins: bool = False) -> 
         joins: Ray runs already, and its Serve may hold the port.
 
     Raises:
-        ConfigError: a key is wrong.  ResourceError: the port is taken.
+        ConfigError: a key is wrong.  ResourceError: the port is taken.  ModelError: the reranker is
+            not there, or is no cross-encoder.
     """
     service_keys(args.api_keys, os.environ)
+    if args.reranker is not None:
+        from invar_ray.models.base import resolve_named
+        from invar_ray.models.loading import check_cross_encoder
+
+        check_cross_encoder(resolve_named(args.reranker))
     if not joins:
         _free_port(host, port)
 
@@ -213,6 +234,8 @@ def start(
         name: _absolute(getattr(args, name)) for name in ("index_uri", "generator_uri")
     }
     absolute["shard_uris"] = [_absolute(uri) for uri in args.shard_uris]
+    if args.reranker is not None and Path(args.reranker).expanduser().is_dir():
+        absolute["reranker"] = str(Path(args.reranker).expanduser().resolve())
     args = args.model_copy(update=absolute)
     if serve.status().proxies:  # a Serve that runs keeps its own address
         http = _get_global_client().http_config

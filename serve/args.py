@@ -79,11 +79,20 @@ class AppArgs(Limits):
     generator_replicas: Replicas = Field(
         (1, 4), description="Fewest and most generator or colocated replicas."
     )
+    reranker: str | None = Field(
+        SearchConfig.reranker,
+        description="Cross-encoder that sorts the best hits anew, and answers `/v1/rerank`: a "
+        "folder that every node has, or a Hugging Face name.",
+    )
+    rerank_depth: int = Field(
+        SearchConfig.rerank_depth, ge=1, description="How many hits of a question it reads."
+    )
+    reranker_replicas: Replicas = Field((1, 4), description="Fewest and most reranker replicas.")
     num_gpus_per_replica: float = Field(
-        0.0, ge=0, description="GPU share of a retriever or generator replica."
+        0.0, ge=0, description="GPU share of a retriever, generator or reranker replica."
     )
     num_cpus_per_replica: float = Field(
-        0.5, ge=0, description="CPU share of a retriever or generator replica."
+        0.5, ge=0, description="CPU share of a retriever, generator or reranker replica."
     )
     precision: Literal["fp32", "bf16"] | None = Field(
         None,

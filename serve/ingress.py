@@ -28,6 +28,7 @@ class IngressReplica:
 
     Args:
         shards, generator: handles, from ``bind``; in the colocated topology they are the same.
+        reranker: a handle, if there is one.
         args: limits, keys and waiting.
         require_api_key: refuse to start without a key.
     """
@@ -37,6 +38,7 @@ class IngressReplica:
         shards: Sequence[DeploymentHandle[Any]],
         generator: DeploymentHandle[Any],
         args: AppArgs,
+        reranker: DeploymentHandle[Any] | None = None,
         *,
         require_api_key: bool,
         meter: Meter,
@@ -66,6 +68,9 @@ class IngressReplica:
             shard_targets,
             Handle("generator", generator, args.retry_after_s, meter, "describe_generator"),
             ServedIndex(shard_targets, current, meter, retry_after_s=args.retry_after_s),
+            reranker=reranker
+            and Handle("reranker", reranker, args.retry_after_s, meter, "describe_reranker"),
+            rerank_depth=args.rerank_depth,
             shard_timeout_s=args.shard_timeout_s,
             retry_after_s=args.retry_after_s,
             stability_share=args.stability_share,

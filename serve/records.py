@@ -102,6 +102,23 @@ class Embedded:
 
 
 @dataclass(frozen=True, slots=True)
+class Scored:
+    """How relevant texts are to a question, by a cross-encoder.
+
+    Attributes:
+        scores: one a text, in [0, 1].
+        tokens: that were read.
+        versions: of the reranker.
+        cut: numbers of the texts that were not read to their end.
+    """
+
+    scores: tuple[float, ...]
+    tokens: int
+    versions: dict[str, str]
+    cut: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Reply:
     """An answer as the engine gives it.
 

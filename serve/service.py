@@ -13,11 +13,18 @@ from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from invar_ray.answering.fusion import fuse_hits, fuse_lists, fusion_depth
+from invar_ray.answering.fusion import (
+    fuse_hits,
+    fuse_lists,
+    fusion_depth,
+    read_with_title,
+    reordered,
+)
+from invar_ray.config import SearchConfig
 from invar_ray.errors import ConfigError, InvarError, RequestError
 from invar_ray.schema import Hit, Mode
 from serve.changes import Change, Changes
-from serve.errors import OutOfTime, ServiceError, Unavailable
+from serve.errors import NotFound, OutOfTime, ServiceError, Unavailable
 from serve.index import ServedIndex
 from serve.line import Line
 from serve.records import (
@@ -27,6 +34,7 @@ from serve.records import (
     GeneratorStatus,
     Question,
     Reply,
+    Scored,
     Serving,
 )
 from serve.replicas.targets import Target
@@ -43,6 +51,8 @@ class Service:
     Args:
         shards: one target per shard of the index; all of one encoder.
         generator: the target that answers.
+        reranker: the target that sorts the best hits anew; ``None``: they stay as they were found.
+        rerank_depth: how many of them it reads.
         index: the index of the shards, and changes of it; ``None``: one that is not changed.
         shard_timeout_s: longest wait for one shard; a slower one is missing from the result.
         stability_share: share of the answers whose stability is measured in the background, 0 to 1.
@@ -54,6 +64,8 @@ class Service:
         generator: Target,
         index: ServedIndex | None = None,
         *,
+        reranker: Target | None = None,
+        rerank_depth: int = SearchConfig.rerank_depth,
         shard_timeout_s: float = 5.0,
         retry_after_s: float = 1.0,
         stability_share: float = 0.0,
@@ -61,6 +73,7 @@ class Service:
         tracer: Tracer | None = None,
     ) -> None:
         self._shards, self._generator = list(shards), generator
+        self._reranker, self._rerank_depth = reranker, rerank_depth
         self._shard_timeout_s, self._retry_after_s = shard_timeout_s, retry_after_s
         self._stability_share = stability_share
         self.meter, self.tracer = meter or Meter(), tracer or Tracer()
@@ -74,12 +87,33 @@ class Service:
 
     async def retrieve(self, question: str, top_k: int, context: Context) -> Found:
         """The best passages for a question among those that ``context.where`` allows, from all
-        shards that answer in time.
+        shards that answer in time; sorted by the reranker, where there is one.
 
         Raises:
             RequestError: a condition names no column of the passages, or the mode asks for BM25 and
                 an index has none.
         """
+        if self._reranker is None:
+            return await self._search(question, top_k, context)
+        found = await self._search(question, max(top_k, self._rerank_depth), context)
+        scored = await self.score(question, [*map(read_with_title, found.hits)], context)
+        hits = tuple(reordered(found.hits, scored.scores, top_k))
+        return replace(found, hits=hits, versions=found.versions | scored.versions)
+
+    async def score(self, question: str, texts: list[str], context: Context) -> Scored:
+        """How relevant texts are to a question, by the reranker.
+
+        Raises:
+            NotFound: the service has none.
+        """
+        if self._reranker is None:
+            raise NotFound("this service has no reranker; search.reranker of a recipe names one")
+        scored: Scored = await self._reranker.call(
+            "score", question, texts, context.left_s, context.trace, left_s=context.left_s
+        )
+        return scored
+
+    async def _search(self, question: str, top_k: int, context: Context) -> Found:
         where, mode = context.where or None, context.mode
         if len(self._shards) == 1:
             arguments = question, top_k, context.left_s, context.trace, where, mode
@@ -173,6 +207,9 @@ class Service:
             self.index.observe(), self._generator.call("describe_generator", left_s=30)
         )
         answering: GeneratorStatus = generator
+        versions = [*(each.versions for each in seen.replicas), answering.versions]
+        if self._reranker is not None:
+            versions.append(await self._reranker.call("describe_reranker", left_s=30))
         failed = [each for each in seen.replicas if each.error]
         return Serving(
             requested_uri=_joined(
@@ -183,7 +220,7 @@ class Service:
             replicas=seen.replicas,
             history=tuple(",".join(index) for _, index in reversed(seen.earlier)),
             generator=answering,
-            versions={**_versions([each.versions for each in seen.replicas]), **answering.versions},
+            versions=_versions(versions),
         )
 
     async def check(self) -> None:
@@ -198,7 +235,8 @@ class Service:
             return
         try:
             context = Context(deadline=time.monotonic() + 30)
-            checks = [shard.call("check_health", left_s=context.left_s) for shard in self._shards]
+            checked = [*self._shards, *([self._reranker] if self._reranker else [])]
+            checks = [target.call("check_health", left_s=context.left_s) for target in checked]
             await asyncio.gather(
                 *checks, self._generator.call("check_generator", left_s=context.left_s)
             )

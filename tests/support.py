@@ -20,7 +20,9 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoTokenizer,
     BertConfig,
+    BertForSequenceClassification,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
@@ -56,7 +58,7 @@ from invar_ray.models.encoder import (
     open_encoder,
 )
 from invar_ray.models.loading import open_model
-from invar_ray.models.tiny import build_tiny
+from invar_ray.models.tiny import build_tiny, minilm_folder
 from invar_ray.pipeline import Pipeline
 from invar_ray.steps import base as base_step
 from invar_ray.steps import index, vectors
@@ -399,6 +401,24 @@ def save_llama(folder: Path, **shape: Any) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+
+
+def save_cross_encoder(folder: Path, labels: int = 1, seed: int = 0) -> Path:
+    """A BERT with large random weights that reads pairs in MiniLM's tokens, 96 at most."""
+    tokenizer = AutoTokenizer.from_pretrained(minilm_folder())
+    tokenizer.save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        max_position_embeddings=96,
+        initializer_range=0.5,
+        num_labels=labels,
+    )
+    BertForSequenceClassification(config).save_pretrained(folder)
     return folder
 
 

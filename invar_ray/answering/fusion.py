@@ -1,5 +1,5 @@
 """Several ranked lists into one: by scores, of vectors and of words; by ranks, of rewrites made at
-query time.
+query time.  And one list in another order, by a reranker's scores.
 """
 
 from __future__ import annotations
@@ -96,6 +96,20 @@ def fuse_hits(
             best[name] = min(best.get(name, (rank, number)), (rank, number))
             hits.setdefault(name, hit)
     return _ranked(hits, scores, best, top_k)
+
+
+def reordered(hits: Sequence[Hit], scores: Sequence[float], top_k: int) -> list[Hit]:
+    """Hits by a reranker's scores, best first, with new ranks; ties keep their order."""
+    order = sorted(range(len(hits)), key=lambda number: -scores[number])[:top_k]
+    return [
+        replace(hits[number], rank=rank, score=scores[number])
+        for rank, number in enumerate(order, start=1)
+    ]
+
+
+def read_with_title(hit: Hit) -> str:
+    """A hit as a reranker reads it."""
+    return f"{hit.title} {hit.text}".strip()
 
 
 def _ranked(

@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from invar_ray.answering.certainty import Certainty, rests_on, signs_of
 from invar_ray.answering.followup import Turn, stand_alone
 from invar_ray.answering.fusion import fuse_hits
+from invar_ray.answering.rerank import PassageRetriever
 from invar_ray.errors import RequestError
 from invar_ray.models.generator import Generation
 from invar_ray.schema import Answer, Citation, Hit
@@ -44,16 +45,6 @@ class TextGenerator(Protocol):
         seed: int = ...,
     ) -> list[Generation]:
         """Continue each prompt."""
-        ...
-
-
-class PassageRetriever(Protocol):
-    """What answering needs of a retriever; :class:`invar_ray.answering.retriever.Retriever` is
-    one.
-    """
-
-    def retrieve(self, questions: list[str], top_k: int) -> list[list[Hit]]:
-        """The best passages per question, best first."""
         ...
 
 

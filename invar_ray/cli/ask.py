@@ -48,6 +48,8 @@ def ask_here(
         untrained=untrained,
         k=top_k or config.serve.top_k,
         mode=config.search.mode,
+        reranker=config.search.reranker,
+        rerank_depth=config.search.rerank_depth,
     )
     answers = rag.generator_artifact
     by = "the base, not trained to" if answers is None else answers.ref

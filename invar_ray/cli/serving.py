@@ -104,6 +104,8 @@ def service_args(index: Artifact, generator: Artifact, config: Config) -> Any:
         index_uri=index.uri,
         generator_uri=generator.uri,
         mode=config.search.mode,
+        reranker=config.search.reranker,
+        rerank_depth=config.search.rerank_depth,
         **settings,
         **length,
     )

@@ -64,6 +64,14 @@ class SearchConfig:
     stays with the index.  The better the retriever, the higher: 0.4 for an untrained MiniLM and for
     few layers of SmolLM2, 0.8 for a trained MiniLM (docs/log.md), where words added to recall and
     took from steadiness.  Science."""
+    reranker: str | None = None
+    """A cross-encoder that reads the question beside each of the best hits and sorts them anew: a
+    folder or a Hugging Face name (better with its commit behind an ``@``) of a sequence classifier
+    with one label or two (ms-marco-MiniLM, bge-reranker, mxbai-rerank ..).  ``null``: none, which
+    is quicker by far.  Science."""
+    rerank_depth: PositiveInt = 32
+    """How many hits it reads for each question; the cost is one pass of the model for each.
+    Science."""
 
 
 SystemName = Literal[
@@ -76,6 +84,7 @@ SystemName = Literal[
     "stage1",
     "stage1_bm25",
     "stage1_rewrites",
+    "stage1_reranked",
     "both",
 ]
 """Systems that a report can have rows for."""
@@ -111,11 +120,13 @@ class EvaluationConfig:
         "stage1",
         "stage1_bm25",
         "stage1_rewrites",
+        "stage1_reranked",
         "both",
     )
     """Rows of the report, in their order.  ``*_bm25`` fuses with BM25 (a hybrid search);
     ``*_rewrites`` fuses with two rewrites made at query time by rule, the rival that needs no
-    training; ``both`` searches as ``search.mode`` says and adds stage 2.
+    training; ``stage1_reranked`` searches as ``search`` says, and is left out where that names no
+    reranker; ``both`` does so, too, and adds stage 2.
     """
     arms: dict[RunName, dict[str, dict[str, Any]]] = field(default_factory=dict)
     """Other stage 1s beside this one, each a row ``stage 1, NAME`` with the same data: what it

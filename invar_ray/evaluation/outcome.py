@@ -25,9 +25,10 @@ RETRIEVAL_PAIRS = (
     ("base, rewrites fused", "stage 1"),
     ("MiniLM", "stage 1"),
     ("BM25", "stage 1"),
+    ("stage 1 + BM25", "stage 1, reranked"),
 )
-ARM, FUSED = "stage 1, ", ("stage 1, rewrites fused",)
-"""How the rows of ``evaluation.arms`` begin, and the one that begins so and is none."""
+ARM, FUSED = "stage 1, ", ("stage 1, rewrites fused", "stage 1, reranked")
+"""How the rows of ``evaluation.arms`` begin, and those that begin so and are none."""
 ANSWER_PAIRS = (
     ("stage 1", "both stages"),
     ("base", "both stages"),

@@ -109,9 +109,9 @@ def resolve_retriever_base(name: str, built: Artifact | None) -> BaseRef:
     """
     found = _resolve(name, BUILTIN_RETRIEVER, built)
     source = found.location if built is None else str(built.path())
-    description = _description(source, found.revision)
-    named = (description.architectures or [""])[0]
-    if description.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or named.endswith(
+    described = description(source, found.revision)
+    named = (described.architectures or [""])[0]
+    if described.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES or named.endswith(
         "ForCausalLM"
     ):
         return found
@@ -124,6 +124,15 @@ def resolve_retriever_base(name: str, built: Artifact | None) -> BaseRef:
         query_prefix=prompts.get("query", ""),
         passage_prefix=prompts.get("document", prompts.get("passage", "")),
     )
+
+
+def resolve_named(name: str) -> BaseRef:
+    """A folder or a hub name, whatever kind of model it is.
+
+    Raises:
+        ModelError: if there is no such folder, or it lacks its description.
+    """
+    return _resolve(name, (), None)
 
 
 def stored_base(model: Artifact) -> BaseRef:
@@ -140,7 +149,8 @@ def _resolve(base: str, builtin: tuple[str, ...], built: Artifact | None) -> Bas
             )
         return stored_base(built)
     if base.startswith("builtin:"):
-        raise ModelError(f"there is no base {base!r}", expected=" or ".join(builtin))
+        expected = " or ".join(builtin) or "a folder or a hub name"
+        raise ModelError(f"there is no base {base!r}", expected=expected)
     folder = Path(base).expanduser()
     if folder.is_dir():
         return BaseRef(str(folder.resolve()), None, folder_fingerprint(folder))
@@ -196,7 +206,12 @@ def _stored_json(source: str, revision: str | None, name: str) -> Any:
     return {} if file is None else json.loads(Path(file).read_text(encoding="utf-8"))
 
 
-def _description(source: str, revision: str | None) -> Any:
+def description(source: str, revision: str | None = None) -> Any:
+    """A model's configuration, of transformers.
+
+    Raises:
+        ModelError: if it cannot be loaded.
+    """
     try:
         return AutoConfig.from_pretrained(source, revision=revision)
     except (OSError, ValueError) as error:
@@ -238,7 +253,7 @@ def layer_sizes(ref: BaseRef, store: Store) -> tuple[int, int]:
     Raises:
         ModelError: if its description cannot be loaded.
     """
-    found = _description(ref.folder_or_name(store), ref.revision)
+    found = description(ref.folder_or_name(store), ref.revision)
     width = int(found.hidden_size)
     return width, int(getattr(found, "intermediate_size", 4 * width))
 
@@ -249,7 +264,7 @@ def hidden_size(ref: BaseRef, store: Store) -> int:
     Raises:
         ModelError: if its description cannot be loaded.
     """
-    return int(_description(ref.folder_or_name(store), ref.revision).hidden_size)
+    return int(description(ref.folder_or_name(store), ref.revision).hidden_size)
 
 
 def folder_fingerprint(folder: Path) -> str:

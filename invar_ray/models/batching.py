@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Sized
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -15,6 +15,7 @@ from invar_ray.errors import ModelError, ResourceError
 
 Vectors = npt.NDArray[np.float32]
 DEFAULT_TOKENS_PER_BATCH = 8192
+Row = TypeVar("Row", bound=Sized)
 
 
 def pad_right(rows: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
@@ -81,8 +82,8 @@ class EncodeStats:
 
 @torch.inference_mode()
 def encode_in_batches(
-    ids: list[list[int]],
-    forward: Callable[[list[list[int]]], Tensor],
+    ids: Sequence[Row],
+    forward: Callable[[list[Row]], Tensor],
     dimension: int,
     tokens_per_batch: int,
     stats: EncodeStats | None = None,

@@ -8,11 +8,16 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from transformers import AutoModel, AutoModelForCausalLM, PreTrainedModel
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PreTrainedModel,
+)
 
 from invar_ray.errors import ModelError
 from invar_ray.models.adapters import load_adapter
-from invar_ray.models.base import BaseRef, load_tokenizer, unresolved
+from invar_ray.models.base import BaseRef, description, load_tokenizer, unresolved
 from invar_ray.models.generator import Generator
 from invar_ray.models.precision import made_in, torch_dtype
 from invar_ray.models.quantized import Quantize, check_quantize, quantization
@@ -68,6 +73,56 @@ def open_model(
             expected="a LLaMA-family causal LM (LLaMA, SmolLM, Mistral, Qwen ..)",
         )
     return model, load_tokenizer(source, ref.revision, ends=not ref.is_encoder)
+
+
+def open_cross_encoder(
+    ref: BaseRef, precision: str = "fp32", device: str = "cpu"
+) -> tuple[PreTrainedModel, Any]:
+    """A sequence classifier that reads two texts at once, and its tokenizer.
+
+    Args:
+        ref: see :func:`invar_ray.models.base.resolve_named`.
+        precision, device: see :func:`open_model`.
+
+    Raises:
+        ModelError: it cannot be loaded, has changed, has no head (one would be made up), or one of
+            more than two labels.
+    """
+    source = check_cross_encoder(ref)
+    tokenizer = load_tokenizer(source, ref.revision, ends=False)
+    try:
+        model = load_weights(
+            AutoModelForSequenceClassification,
+            source,
+            torch_dtype(precision),
+            device,
+            revision=ref.revision,
+        )
+    except (OSError, ValueError) as error:
+        raise unresolved(source, error) from error
+    # A causal LM's head reads the last token that is no padding: it has to know which those are.
+    model.config.pad_token_id = tokenizer.pad_token_id
+    return model, tokenizer
+
+
+def check_cross_encoder(ref: BaseRef) -> str:
+    """Folder or name of a cross-encoder, by its description alone.
+
+    Raises:
+        ModelError: see :func:`open_cross_encoder`.
+    """
+    source = ref.folder_or_name(None)
+    described = description(source, ref.revision)
+    named = (described.architectures or ["model without a head"])[0]
+    has_head = named.endswith("ForSequenceClassification")
+    if not has_head or described.num_labels > 2:
+        labels = f" with {described.num_labels} labels" if has_head else ""
+        raise ModelError(
+            f"{source!r} is a {named}{labels}",
+            expected="a cross-encoder: ..ForSequenceClassification with one label or two",
+            action="name another reranker, or none",
+        )
+    return source
 
 
 def load_weights(

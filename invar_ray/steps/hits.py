@@ -17,15 +17,16 @@ import pyarrow.parquet as pq
 
 from invar_ray.answering.bm25 import Bm25Retriever
 from invar_ray.answering.fusion import fuse_hits, query_rewrites
+from invar_ray.answering.rerank import PassageRetriever, Reranked, Reranking, open_reranker
 from invar_ray.answering.retriever import Passages, open_exact_retriever, open_retriever
 from invar_ray.config import Config
 from invar_ray.console import Progress
 from invar_ray.evaluation.measure import FoundFamily
 from invar_ray.executor import Executor, Work
-from invar_ray.models.precision import Precision, inference_device
+from invar_ray.models.precision import Precision, inference_device, made_in
 from invar_ray.schema import Example, Hit, Mode
 from invar_ray.steps.questions import load_examples, load_wordings
-from invar_ray.store.artifacts import Artifact, Building, Plan
+from invar_ray.store.artifacts import Artifact, Building, Plan, open_artifact
 
 VERSION = 5
 _QUESTIONS_PER_BATCH = 64
@@ -64,12 +65,14 @@ class SearchMode:
         exact: compare with every vector, whatever the index's kind.
         precision: encode the questions in this precision; ``None`` in the index's.
         mode: by vectors, by words, or both.
+        reranking: sort the best hits anew.
     """
 
     num_rewrites: int = 0
     exact: bool = False
     precision: Precision | None = None
     mode: Mode = "dense"
+    reranking: Reranking | None = None
 
     @property
     def label(self) -> str:
@@ -77,6 +80,8 @@ class SearchMode:
         parts: list[str] = []
         if self.mode != "dense":
             parts.append(self.mode)
+        if self.reranking:
+            parts.append("reranked")
         if self.num_rewrites:
             parts.append("rewrites fused")
         if self.exact:
@@ -87,7 +92,12 @@ class SearchMode:
 
     def settings(self, seed: int) -> dict[str, Any]:
         """What of it enters the fingerprint; the seed decides rewrites only."""
-        return asdict(self) | {"seed": seed if self.num_rewrites else None}
+        settings = asdict(self) | {"seed": seed if self.num_rewrites else None}
+        del settings["reranking"]
+        if self.reranking is not None:  # by its weights, wherever they lie
+            settings["reranker"] = self.reranking.ref.fingerprint
+            settings["rerank_depth"] = self.reranking.depth
+        return settings
 
 
 PLAIN = SearchMode()
@@ -149,6 +159,7 @@ def build(
             "num_rewrites": mode.num_rewrites,
             "seed": config.seed,
             "exact": mode.exact,
+            "reranking": mode.reranking,
         },
         rows=blocks,
         texts=len(examples),
@@ -220,12 +231,17 @@ class SearchBlock:
         seed: int = 0,
         exact: bool = False,
         mode: Mode = "dense",
+        reranking: Reranking | None = None,
     ) -> None:
         opened = open_exact_retriever if exact else open_retriever
         # Mapped: the actors of a node share the pages of one file.
-        self._retriever = opened(
+        self._retriever: PassageRetriever = opened(
             index_uri, precision=precision, device=device, mode=mode, memory_map=True
         )
+        if reranking is not None:
+            precision = precision or made_in(open_artifact(index_uri, "index"))
+            reranker = open_reranker(reranking.ref, precision, device)
+            self._retriever = Reranked(self._retriever, reranker, reranking.depth)
         self._top_k = top_k
         self._num_rewrites = num_rewrites
         self._seed = seed

@@ -74,6 +74,7 @@ SYSTEM_NAMES = {
     "stage1": "stage 1",
     "stage1_bm25": "stage 1 + BM25",
     "stage1_rewrites": "stage 1, rewrites fused",
+    "stage1_reranked": "stage 1, reranked",
     "both": "both stages",
 }
 """How ``evaluation.systems`` are shown."""

@@ -71,7 +71,8 @@ def systems(graph: _Graph) -> list[System]:
             name in {"base", "both"},
         )
         for name in evaluation.systems
-        if name != "both" or evaluation.num_answers > 0
+        if (name != "both" or evaluation.num_answers > 0)
+        and (name != "stage1_reranked" or graph.served.reranking is not None)
     ]
     arms = [
         System(f"{SYSTEM_NAMES['stage1']}, {name}", arm.hits(arm.index, "dev"), None)
@@ -117,6 +118,7 @@ def _hits_of(graph: _Graph, system: str) -> Artifact:
     mode = {
         "bm25": SearchMode(mode="hybrid"),
         "rewrites": SearchMode(num_rewrites=QUERY_REWRITES),
+        "reranked": graph.served,
     }.get(fused, graph.served if system == "both" else PLAIN)
     return graph.hits(_index_named(graph, encoder), "dev", mode)
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -50,6 +51,65 @@ def text_ids(
             left = set(_own_controls(tokenizer, controls, text, encoding))
             ids = [token for place, token in enumerate(encoding.ids) if place not in left]
         rows.append(ids)
+    return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A question and a text in one row, in the tokenizer's own frame for two.
+
+    Attributes:
+        ids: the tokens.
+        types: of each, whether it is of the first (0) or of the second (1), where the model asks.
+        cut: the end of the question or of the text was left out.
+    """
+
+    ids: list[int]
+    types: list[int]
+    cut: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+def pair_ids(tokenizer: Any, question: str, texts: Sequence[str], max_tokens: int) -> list[Pair]:
+    """Rows of a question with each of some texts; a long text is cut at its end, a question at half
+    of the row.
+
+    Raises:
+        ModelError: the tokenizer is not a fast one.
+    """
+    starts = token_starts(tokenizer, question)
+    cut = len(starts) > max_tokens // 2
+    if cut:
+        question = question[: starts[max_tokens // 2]]
+    controls = control_ids(tokenizer)
+
+    def clean(of: Sequence[str]) -> list[str]:
+        """As in :func:`text_ids`; strings that are read as a control token are rare."""
+        encodings = _encodings(tokenizer, of, None, False)
+        return [
+            _apart(tokenizer, text, split=True)
+            if _own_controls(tokenizer, controls, text, encoding)
+            else text
+            for text, encoding in zip(of, encodings, strict=True)
+        ]
+
+    question = clean([question])[0]
+    rows = []
+    for encoding in _encodings(
+        tokenizer, [(question, text) for text in clean(texts)], max_tokens, True
+    ):
+        kept = [
+            place
+            for place, (token, framed) in enumerate(
+                zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+            )
+            if framed or token not in controls or token == tokenizer.unk_token_id
+        ]
+        ids = [encoding.ids[place] for place in kept]
+        types = [encoding.type_ids[place] for place in kept]
+        rows.append(Pair(ids, types, cut or bool(encoding.overflowing)))
     return rows
 
 
@@ -110,7 +170,7 @@ def control_ids(tokenizer: Any) -> frozenset[int]:
 
 def _encodings(
     tokenizer: Any,
-    texts: Sequence[str],
+    texts: Sequence[str] | Sequence[tuple[str, str]],
     max_tokens: int | None,
     framed: bool,
     *,
@@ -123,10 +183,11 @@ def _encodings(
         )
     if not texts:
         return []
+    paired = not isinstance(texts[0], str)
     encoded = tokenizer(
         list(texts),
         add_special_tokens=framed,
-        truncation=max_tokens is not None,
+        truncation=False if max_tokens is None else "only_second" if paired else "longest_first",
         max_length=max_tokens,
         split_special_tokens=split,
         return_attention_mask=False,

@@ -23,6 +23,7 @@ from serve.http.limits import Limits
 from serve.http.openai_routes import openai_routes
 from serve.http.pages import page_routes
 from serve.http.protocol import ErrorResponse, HealthResponse
+from serve.http.rerank import rerank_routes
 from serve.http.routes import native_routes
 from serve.service import Service
 
@@ -122,6 +123,8 @@ def openapi_app(service: Service, limits: Limits, audit_text: bool = False) -> F
     api.include_router(
         openai_routes(service, limits, audit_text), tags=["openai"], dependencies=key
     )
+
+    api.include_router(rerank_routes(service, limits, audit_text), tags=["invar"], dependencies=key)
 
     @api.get(
         "/healthz", response_model=HealthResponse, summary="The process answers", tags=["health"]

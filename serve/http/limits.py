@@ -30,15 +30,20 @@ class Limits(BaseModel):
     max_inputs: int = Field(
         2048, ge=1, description="Most texts that one request may have embedded."
     )
+    max_documents: int = Field(
+        256, ge=1, description="Most documents that one request may have reranked."
+    )
     max_rewrites: int = Field(
         5, ge=1, description="Most rewordings that one stability request may ask for."
     )
     timeout_s: float = Field(60.0, gt=0, description="Longest that a request may take, in seconds.")
 
     def most_bytes(self, path: str) -> int:
-        """Longest body of a request to ``path``; embeddings may hold many texts."""
+        """Longest body of a request to ``path``; some may hold many texts."""
         if path == "/v1/embeddings":
             return max(self.max_body_bytes, 4096 * self.max_inputs)
+        if path == "/v1/rerank":
+            return max(self.max_body_bytes, 4096 * self.max_documents)
         return self.max_body_bytes
 
     def check_question(self, question: str) -> str:
@@ -87,16 +92,21 @@ class Limits(BaseModel):
         Raises:
             RequestError: if there are none or too many, or one is blank or too long.
         """
-        if not 1 <= len(texts) <= self.max_inputs:
-            raise RequestError(
-                f"input holds {len(texts)} texts", expected=f"1 to {self.max_inputs}"
-            )
+        return self._texts("input", texts, self.max_inputs)
+
+    def check_documents(self, texts: list[str]) -> list[str]:
+        """Texts to rerank; errors as :meth:`check_inputs`."""
+        return self._texts("documents", texts, self.max_documents)
+
+    def _texts(self, name: str, texts: list[str], most: int) -> list[str]:
+        if not 1 <= len(texts) <= most:
+            raise RequestError(f"{name} holds {len(texts)} texts", expected=f"1 to {most}")
         for number, text in enumerate(texts):
             if not text.strip():
-                raise RequestError(f"input {number} is empty", expected="some words")
+                raise RequestError(f"{name} {number} is empty", expected="some words")
             if len(text) > 4 * self.max_question_chars:
                 raise RequestError(
-                    f"input {number} has {len(text)} characters",
+                    f"{name} {number} has {len(text)} characters",
                     expected=f"at most {4 * self.max_question_chars}",
                 )
         return texts

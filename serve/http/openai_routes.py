@@ -39,7 +39,12 @@ from serve.records import Question, Reply
 from serve.service import Service
 
 
-def _known(model: str, *expected: str) -> None:
+def check_model(model: str, *expected: str) -> None:
+    """Refuse a name that is none of those expected.
+
+    Raises:
+        UnknownModel: naming both.
+    """
     if model not in expected:
         # The name is the caller's: neither long, nor anything but letters.
         shown = f"{model[:64]!a}{'..' if len(model) > 64 else ''}"
@@ -75,7 +80,7 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
             time.perf_counter(),
             request.scope["invar_context"].narrowed(body.where.to_where(), body.mode),
         )
-        _known(body.model, CHAT_MODEL)
+        check_model(body.model, CHAT_MODEL)
         text, turns = body.question()
         question, top_k = limits.check_question(text), limits.check_top_k(body.top_k)
         name = "max_tokens" if body.max_completion_tokens is None else "max_completion_tokens"
@@ -184,7 +189,7 @@ def openai_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
     )
     async def embeddings(body: EmbeddingRequest, request: Request) -> EmbeddingResponse:
         context = request.scope["invar_context"]
-        _known(body.model, EMBEDDING_MODEL, PASSAGE_MODEL)
+        check_model(body.model, EMBEDDING_MODEL, PASSAGE_MODEL)
         texts = limits.check_inputs([body.input] if isinstance(body.input, str) else body.input)
         embedded = await service.embed(texts, body.side, context)
         dimension = int(embedded.vectors.shape[1])

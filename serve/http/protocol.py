@@ -113,7 +113,8 @@ class StabilityRequest(_Request):
 
 SCORE = (
     "By the mode of the search: the cosine with the question in [-1, 1] (`dense`), BM25's score "
-    "(`bm25`), or both scaled and weighted, in [0, 1] (`hybrid`)."
+    "(`bm25`), or both scaled and weighted, in [0, 1] (`hybrid`); where `versions` names a "
+    "reranker, its score, in [0, 1]."
 )
 MODE = Field(description="How the passages were searched.")
 

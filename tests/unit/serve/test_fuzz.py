@@ -19,16 +19,30 @@ from hypothesis.errors import Unsatisfiable
 from schemathesis.checks import not_a_server_error
 
 from serve.http.keys import ApiKey
+from serve.replicas.reranker import RerankerReplica, load_reranker
+from serve.replicas.targets import LocalTarget
 from tests.serving import LIMITS, Live, fault, shared_artifacts
+from tests.support import save_cross_encoder
 
 DEFAULT_CASES, MANY_CASES = 12, 450  # per operation and kind of data
-PATHS = ("/v1/answer", "/v1/retrieve", "/v1/stability", "/v1/chat/completions", "/v1/embeddings")
+PATHS = (
+    "/v1/answer",
+    "/v1/retrieve",
+    "/v1/stability",
+    "/v1/chat/completions",
+    "/v1/embeddings",
+    "/v1/rerank",
+)
 
 
 @pytest.fixture(scope="module")
 def live(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Live]:
     limits = LIMITS.model_copy(update={"max_new_tokens": 4, "max_rewrites": 2})
-    service = Live(shared_artifacts(tmp_path_factory), limits=limits)
+    artifacts = shared_artifacts(tmp_path_factory)
+    cross = save_cross_encoder(tmp_path_factory.mktemp("cross") / "encoder")
+    reranker = RerankerReplica(lambda: load_reranker(str(cross), artifacts.index_uri))
+    options = {"reranker": LocalTarget("reranker", reranker), "rerank_depth": 4}
+    service = Live(artifacts, limits=limits, service=options)
     yield service
     service.close()
 
@@ -77,6 +91,7 @@ def test_requests_from_the_schema(live: Live) -> None:
     assert sum(map(len, seen.values())) >= 140
     assert {f"POST {path}" for path in PATHS} | {"POST /admin/index", "GET /v1/index"} <= set(seen)
     assert 200 in seen["POST /v1/answer"] + seen["POST /v1/retrieve"] + seen["POST /v1/embeddings"]
+    assert 200 in seen["POST /v1/rerank"]
     assert live("GET", "/readyz").status_code == 200
 
 
