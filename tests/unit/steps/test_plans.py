@@ -18,7 +18,13 @@ from invar_ray.models.encoder import llm_spec
 from invar_ray.pipeline import Pipeline
 from invar_ray.steps import rows
 from invar_ray.store.artifacts import Artifact, Building, Manifest, Plan, Store
-from tests.support import save_bert, small_config, tiny_base, write_lines
+from tests.support import (
+    save_bert,
+    save_cross_encoder,
+    small_config,
+    tiny_base,
+    write_lines,
+)
 
 Fingerprints = dict[str, str]
 
@@ -76,6 +82,7 @@ class Planner(Pipeline):
                 "rewrites" if plan.config.get("num_rewrites") else "",
                 "exact" if plan.config.get("exact") else "",
                 mode if (mode := plan.config.get("mode", "dense")) != "dense" else "",
+                "reranked" if plan.config.get("reranker") else "",
             )
             key = " ".join([key, *filter(None, (*how, plan.config.get("precision")))])
         if (
@@ -347,6 +354,8 @@ CONDITIONAL = {
     "model.base": "a name or a folder, below",
     "model.retriever_base": "a folder, below",
     "search.mode": "searches of its own, below",
+    "search.reranker": "searches of its own, below",
+    "search.rerank_depth": "with a reranker, below",
     "retriever.init": "an adapter, in test_starter",
     "evaluation.arms": "adds rows, in test_arms",
     "corpus.distractors": "needs the questions, below",
@@ -426,6 +435,25 @@ def test_the_mode_of_search_decides_what_stage_2_reads(plans: Plans) -> None:
     assert "hits retriever-train" in after.keys() - plans.first.keys()
     other = {key for key in plans.first if key in after and after[key] != plans.first[key]}
     assert other == {"readings", "generator", "report"}
+
+
+def test_a_reranker_and_its_depth_decide_what_stage_2_reads(plans: Plans, tmp_path: Path) -> None:
+    cross = save_cross_encoder(tmp_path / "cross")
+    config = changed(plans.config, ["search", "reranker"], str(cross))
+    after = plans(config)
+    made = {"hits retriever-train hybrid reranked", "hits retriever-dev hybrid reranked"}
+    assert after.keys() - plans.first.keys() == made
+    rest = {"readings", "generator", "report"}
+    assert {key for key in plans.first if after.get(key, plans.first[key]) != plans.first[key]} == (
+        rest
+    )
+    deeper = plans(changed(config, ["search", "rerank_depth"], 7))
+    assert {key for key in after if deeper[key] != after[key]} == made | rest
+    moved = cross.rename(tmp_path / "moved")
+    assert plans(changed(plans.config, ["search", "reranker"], str(moved))) == after
+    save_cross_encoder(moved, seed=1)
+    other = plans(changed(plans.config, ["search", "reranker"], str(moved)))
+    assert {key for key in after if other[key] != after[key]} == made | rest
 
 
 def test_without_a_system_the_report_is_another(plans: Plans) -> None:
