@@ -303,7 +303,7 @@ class BiEncoder(nn.Module):
     ) -> None:
         super().__init__()
         self.base = base
-        self._options = {"use_cache": False} if is_causal(base) else {}
+        self._causal = is_causal(base)
         self.pooling: Pooling = pooling
         width = int(base.config.hidden_size)
         # In fp32 whatever the base is in: one small product, and nothing to lose. Training may cast
@@ -324,9 +324,14 @@ class BiEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
         """[N, T] token ids and mask -> [N, D] unit rows in float32."""
-        hidden = trunk(self.base)(
-            input_ids=input_ids, attention_mask=attention_mask, **self._options
-        ).last_hidden_state  # [N, T, H]
+        options: dict[str, Any] = {"attention_mask": attention_mask}
+        if self._causal:
+            options["use_cache"] = False
+            # No token sees padding that stands to its right, and without a mask attention takes
+            # its fast kernels (flash, grouped heads). The values are the same.
+            if bool(attention_mask[:, 0].all()):
+                options["attention_mask"] = None
+        hidden = trunk(self.base)(input_ids=input_ids, **options).last_hidden_state  # [N, T, H]
         pooled = pool(hidden, attention_mask, self.pooling)  # [N, H]
         if self.projection is not None:
             pooled = self.projection(pooled.to(self.projection.weight.dtype))

@@ -24,6 +24,8 @@ from invar_ray.losses.masks import Slots
 from invar_ray.store.artifacts import Artifact
 from invar_ray.text.answers import searchable
 
+_ALL = slice(None)
+
 
 @dataclass(frozen=True)
 class StepPlan:
@@ -70,6 +72,7 @@ class Trainset:
         self._teacher_questions, self._teacher_slots = vectors["questions"], vectors["slots"]
         self._teacher_documents = vectors["documents"]
         self._cache: dict[tuple[int, int, int], list[list[int]]] = {}
+        self._slot_words: dict[int, list[str]] = {}
         self.heldout: list[int] = []
         """Questions that are not trained on; see :meth:`hold_out`."""
         self._heldout_titles: set[str] = set()
@@ -101,35 +104,36 @@ class Trainset:
                 action="change the share, or train on more documents",
             )
 
-    @property
+    @cached_property
     def num_wordings(self) -> int:
         """R: most wordings of any question."""
         return max(len(wordings) for wordings in self.wordings)
 
-    @property
+    @cached_property
     def num_windows(self) -> int:
         """N: most windows of any positive or slot."""
         return max(len(texts) for texts in [*self.positive_texts, *self.slot_texts])
 
-    @cached_property
-    def _searchable(self) -> list[list[str]]:
-        """Per slot its windows as the encoder sees them, title first; a positive's own windows
-        count too.
+    def _searchable(self, slot: int) -> list[str]:
+        """A slot's windows as the encoder sees them, title first; a positive's own windows count
+        too.  Made when first asked for: all of a large set would take minutes before step 1.
         """
-        windows = [set(texts) for texts in self.slot_texts]
-        for slot, texts in zip(self.positives, self.positive_texts, strict=True):
-            windows[slot] |= set(texts)
-        return [
-            [searchable(f"{title} {text}") for text in sorted(texts)]
-            for title, texts in zip(self.titles, windows, strict=True)
-        ]
+        if slot not in self._slot_words:
+            texts = set(self.slot_texts[slot]).union(
+                *(self.positive_texts[row] for row in self._rows_of.get(slot, ()))
+            )
+            self._slot_words[slot] = [
+                searchable(f"{self.titles[slot]} {text}") for text in sorted(texts)
+            ]
+        return self._slot_words[slot]
 
     @cached_property
-    def _searchable_answers(self) -> list[list[str]]:
-        return [
-            [words for words in map(searchable, answers) if words.strip()]
-            for answers in self.answers
-        ]
+    def _rows_of(self) -> dict[int, list[int]]:
+        """Slot -> questions whose positive it is."""
+        found: dict[int, list[int]] = {}
+        for row, slot in enumerate(self.positives):
+            found.setdefault(slot, []).append(row)
+        return found
 
     def render(self, plan: StepPlan, column: int, window: int) -> tuple[str, str, bool]:
         """(title, text, missing) of a slot in a window; a missing rendering falls back to the
@@ -154,27 +158,23 @@ class Trainset:
             present=torch.tensor(plan.present),
         )
 
-    def holds_answer(self, plan: StepPlan) -> Tensor:
-        """[B, C] bool: the slot holds a gold answer of the row, word-bounded, in any of its
-        windows.
+    def holds_answer(self, plan: StepPlan, mine: slice = _ALL) -> Tensor:
+        """[b, C] bool: the slot holds a gold answer of the row, word-bounded, in any of its
+        windows; ``mine`` says which b rows of the plan.
         """
-        found = [
-            [
-                any(
-                    answer in text
-                    for answer in self._searchable_answers[row]
-                    for text in self._searchable[slot]
-                )
-                for slot in plan.slots
-            ]
-            for row in plan.rows
-        ]
+        windows = [self._searchable(slot) for slot in plan.slots]
+        found = []
+        for row in plan.rows[mine]:
+            answers = [words for words in map(searchable, self.answers[row]) if words.strip()]
+            found.append(
+                [any(answer in text for answer in answers for text in texts) for texts in windows]
+            )
         return torch.tensor(found)
 
-    def teacher_scores(self, plan: StepPlan, document_weight: float) -> Tensor:
-        """[B, C]: s_T = (1 - g) cos(q, passage) + g cos(q, document)."""
+    def teacher_scores(self, plan: StepPlan, document_weight: float, mine: slice = _ALL) -> Tensor:
+        """[b, C]: s_T = (1 - g) cos(q, passage) + g cos(q, document), of the rows ``mine``."""
         return blend_teacher_scores(
-            self._teacher_questions[plan.rows],
+            self._teacher_questions[plan.rows[mine]],
             self._teacher_slots[plan.slots],
             self._teacher_documents[plan.slots],
             document_weight=document_weight,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from invar_ray.config import Config
 from invar_ray.losses.answer import IGNORED, AnswerOutput, answer_loss
+from invar_ray.losses.gather import mean_over_ranks
 from invar_ray.models.adapters import new_adapter
 from invar_ray.models.base import BaseRef, name_and_revision
 from invar_ray.models.batching import length_batches
@@ -25,7 +26,15 @@ from invar_ray.training.sequences import (
     segment_inputs,
     tokenize_sequences,
 )
-from invar_ray.training.stage import Chunking, Forward, Metrics, recompute, save_lora
+from invar_ray.training.stage import (
+    Ahead,
+    Chunking,
+    Forward,
+    Metrics,
+    recompute,
+    save_lora,
+    to_device,
+)
 
 
 class _CausalLm(nn.Module):
@@ -97,6 +106,7 @@ class GeneratorStage:
         )
         self.module: nn.Module = _CausalLm(self._adapted.get_base_model())
         self.readings = ReadingSet(store.open(inputs["readings"], "readings"))
+        self._ahead = Ahead(self._own_rows, self.steps)
 
     def loss(self, forward: Forward, step: int) -> tuple[Tensor, Metrics]:
         """See :class:`Stage`; METHOD "Stage 2"."""
@@ -136,6 +146,7 @@ class GeneratorStage:
 
     def describe(self, step: int) -> dict[str, Any]:
         """See :class:`Stage`."""
+        self._ahead.forget()
         return {
             "sequences": [
                 {"prompt": one.prompt, "target": one.target} for one in self._sequences(step)
@@ -146,37 +157,42 @@ class GeneratorStage:
         """See :class:`Stage`."""
         save_lora(self._adapted, parameters, "base.", folder, self._base_name)
 
-    def _sequences(self, step: int) -> list[PromptAndTarget]:
-        """The global batch."""
+    def _sequences(self, step: int, rank: int = 0, ranks: int = 1) -> list[PromptAndTarget]:
+        """The global batch, or a rank's share of it: every ``ranks``-th from ``rank`` on."""
         settings = self.config.generator
         rows = self.readings.step_rows(self.config.seed, step, settings.global_batch_size)
         return [
             self.readings.sequence(
-                row,
+                rows[place],
                 settings,
                 self.config.experimental.generator,
                 self.tokenizer,
                 random.Random(f"{self.config.seed}-{step}-{place}"),
             )
-            for place, row in enumerate(rows)
+            for place in range(rank, len(rows), ranks)
         ]
 
     def _batch(self, step: int) -> tuple[Tensor, Tensor, Tensor, float]:
         """This rank's ids, segments and labels [B, T], and the divisor of its loss."""
-        settings, sequences = self.config.generator, self._sequences(step)
-        mine = sequences[self.rank :: self.world_size]
-        # Every rank knows the whole batch, hence the global token count, without asking the others.
-        ids, mask, labels = tokenize_sequences(
-            mine or sequences[:1], self.tokenizer, settings.max_tokens
-        )
+        device = next(self.module.parameters()).device
+        ids, segments, labels, tokens = (to_device(x, device) for x in self._ahead.batch(step))
+        # Each rank makes its own rows only; of the others' it needs the number of answer tokens.
+        normaliser = float(mean_over_ranks(tokens))
+        return ids, segments, labels, normaliser
+
+    def _own_rows(self, step: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """This rank's ids, segments and labels [B, T], and the number of its answer tokens."""
+        settings = self.config.generator
+        mine = self._sequences(step, self.rank, self.world_size)
+        # A batch smaller than the number of ranks: a row that does not count keeps this one busy.
+        rows = mine or self._sequences(step, ranks=settings.global_batch_size)
+        ids, mask, labels = tokenize_sequences(rows, self.tokenizer, settings.max_tokens)
         if not mine:
             labels.fill_(IGNORED)
-        _, _, all_labels = tokenize_sequences(sequences, self.tokenizer, settings.max_tokens)
-        normaliser = int((all_labels[:, 1:] != IGNORED).sum()) / self.world_size
+        tokens = (labels[:, 1:] != IGNORED).sum().double()
         if self.config.scale.pack_tokens is not None:
             ids, mask, labels = pack_sequences(ids, mask, labels, self.config.scale.pack_tokens)
-        device = next(self.module.parameters()).device
-        return ids.to(device), mask.to(device), labels.to(device), normaliser
+        return ids, mask, labels, tokens
 
 
 def _metrics(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -35,15 +35,33 @@ from invar_ray.training.batches import StepPlan, Trainset
 from invar_ray.training.objective import Rows, objective
 from invar_ray.training.stage import (
     HELDOUT,
+    Ahead,
     Chunking,
     Forward,
     Metrics,
     recompute,
     save_lora,
+    to_device,
 )
 
 HELDOUT_QUESTIONS = 200
 HELDOUT_PASSAGES = 1000  # beside those of the held-out questions
+
+
+class _Batch(NamedTuple):
+    """A rank's share of a step.
+
+    Attributes:
+        queries: ids and mask [b * R, T], a row's wordings behind each other.
+        passages: ids and mask [C / ranks * N, T], a slot's windows behind each other.
+        rows: what the losses need beside vectors.
+        metrics: that follow from the batch alone.
+    """
+
+    queries: tuple[Tensor, Tensor]
+    passages: tuple[Tensor, Tensor]
+    rows: Rows
+    metrics: Metrics
 
 
 class RetrieverStage:
@@ -83,59 +101,27 @@ class RetrieverStage:
             self._start_from(inputs["init"], module)
         self.module: nn.Module = module
         self._dimension = module.dimension
+        self._ahead = Ahead(self._make_batch, self.steps)
 
     def loss(self, forward: Forward, step: int) -> tuple[Tensor, Metrics]:
         """See :class:`Stage`; METHOD "Stage 1" names the terms."""
-        settings, trainset = self.config.retriever, self.trainset
-        extra = self.config.experimental.retriever
-        plan = trainset.plan(
-            self.config.seed,
-            step,
-            settings.global_batch_size,
-            settings.num_hard_negatives,
-            self.world_size,
-        )
-        share = len(plan.rows) // self.world_size
-        mine = slice(self.rank * share, (self.rank + 1) * share)
-        queries, seen = self._encode_queries(forward, plan, mine)  # [b, R, D]
-        candidates, missing, also_seen = self._encode_candidates(forward, plan)  # [C, N, D]
-
+        settings, extra = self.config.retriever, self.config.experimental.retriever
+        batch = self._ahead.batch(step)
+        queries = self._forward(forward, *batch.queries)  # [b * R, D]
+        queries = queries.view(len(batch.rows.weights), -1, queries.shape[-1])  # [b, R, D]
+        passages = self._forward(forward, *batch.passages)
+        windows = self.trainset.num_windows
+        # [C, N, D]
+        candidates = gather_rows(passages.view(-1, windows, passages.shape[-1]))
         device = candidates.device
-        weights = torch.tensor(plan.weights[mine], device=device)
-        normaliser = sum(plan.weights) / self.world_size
-        slots, teacher = (
-            trainset.slot_metadata(plan),
-            trainset.teacher_scores(plan, self.config.experimental.coarse.document_weight),
-        )
-        positives = torch.tensor(plan.positive)
-        no_answers = contrastive_allowed(
-            slots,
-            positives,
-            teacher_scores=teacher,
-            holds_answer=trainset.holds_answer(plan),
-            teacher_margin=extra.false_negative_margin,
-        )[mine].to(device)
-        rows = Rows(
-            positive=torch.tensor(plan.positive[mine], device=device),
-            weights=weights,
-            normaliser=normaliser,
-            environments=trainset.environment_mask(plan)[mine].to(device),
-            teacher=teacher[mine].to(device),
-            no_copies=copies_allowed(slots, positives)[mine].to(device),
-            no_answers=no_answers,
-        )
-        total, metrics = objective(queries, candidates, rows, settings, extra, step)
-        metrics |= {
-            "candidates": float(sum(plan.present)),
-            # Of real rows and slots: padding depends on the number of ranks, what is logged must
-            # not.
-            "masked_share": float((~no_answers[:, plan.present]).float().mean(dim=1) @ weights)
-            / normaliser,
-            "missing_windows": missing,
-            "tokens": float(seen[0] + also_seen[0]),
-            "padded_tokens": float(seen[1] + also_seen[1]),
+        on_device: dict[str, Any] = {
+            name: to_device(x, device)
+            for name, x in batch.rows._asdict().items()
+            if isinstance(x, Tensor)
         }
-        return total, metrics
+        rows = batch.rows._replace(**on_device)
+        total, metrics = objective(queries, candidates, rows, settings, extra, step)
+        return total, metrics | batch.metrics
 
     def accumulate(self, forward: Forward, step: int, chunking: Chunking) -> Metrics:
         """See :class:`Stage`: GradCache over wordings and over passages, which all wordings
@@ -150,6 +136,7 @@ class RetrieverStage:
         """See :class:`Stage`: Recall@5 of held-out questions, among their passages and a sample of
         the others.
         """
+        self._ahead.forget()
         trainset = self._measured
         draw = random.Random(f"{self.config.seed}-measure")
         rows = sorted(draw.sample(trainset.heldout, min(HELDOUT_QUESTIONS, len(trainset.heldout))))
@@ -183,6 +170,7 @@ class RetrieverStage:
 
     def adopt(self, trainset_ref: str) -> None:
         """Take candidates from another training set of the same questions from now on."""
+        self._ahead.forget()
         self.trainset = self._open_trainset(trainset_ref)
 
     def _open_trainset(self, ref: str) -> Trainset:
@@ -203,18 +191,12 @@ class RetrieverStage:
             self.rank * share : (self.rank + 1) * share
         ]
         cache = RepresentationCache(forward, chunking.tokens, agree=chunking.agree)
-        return gather_rows(self._forward(cache, mine)[0].detach())[: len(ids)]
+        rows = pad_right(mine, int(self.tokenizer.pad_token_id))
+        return gather_rows(self._forward(cache, *rows).detach())[: len(ids)]
 
     def describe(self, step: int) -> dict[str, Any]:
         """See :class:`Stage`."""
-        settings, trainset = self.config.retriever, self.trainset
-        plan = trainset.plan(
-            self.config.seed,
-            step,
-            settings.global_batch_size,
-            settings.num_hard_negatives,
-            self.world_size,
-        )
+        trainset, plan = self.trainset, self._plan(step)
         return {
             "questions": [
                 {
@@ -249,9 +231,59 @@ class RetrieverStage:
         if "projection.weight" in parameters:
             save_file({"weight": parameters["projection.weight"]}, str(folder / PROJECTION_FILE))
 
-    def _encode_queries(
-        self, forward: Forward, plan: StepPlan, mine: slice
-    ) -> tuple[Tensor, tuple[int, int]]:
+    def _plan(self, step: int) -> StepPlan:
+        settings = self.config.retriever
+        return self.trainset.plan(
+            self.config.seed,
+            step,
+            settings.global_batch_size,
+            settings.num_hard_negatives,
+            self.world_size,
+        )
+
+    def _make_batch(self, step: int) -> _Batch:
+        """This rank's share of a step, on the CPU."""
+        trainset, plan = self.trainset, self._plan(step)
+        share = len(plan.rows) // self.world_size
+        mine = slice(self.rank * share, (self.rank + 1) * share)
+        weights = torch.tensor(plan.weights[mine])
+        normaliser = sum(plan.weights) / self.world_size
+        slots, positives = trainset.slot_metadata(plan), torch.tensor(plan.positive[mine])
+        teacher = trainset.teacher_scores(
+            plan, self.config.experimental.coarse.document_weight, mine
+        )
+        no_answers = contrastive_allowed(
+            slots,
+            positives,
+            teacher_scores=teacher,
+            holds_answer=trainset.holds_answer(plan, mine),
+            teacher_margin=self.config.experimental.retriever.false_negative_margin,
+        )
+        rows = Rows(
+            positive=positives,
+            weights=weights,
+            normaliser=normaliser,
+            environments=trainset.environment_mask(plan)[mine],
+            teacher=teacher,
+            no_copies=copies_allowed(slots, positives),
+            no_answers=no_answers,
+        )
+        queries = self._query_rows(plan, mine)
+        passages, missing = self._passage_rows(plan)
+        masks = queries[1], passages[1]
+        metrics = {
+            "candidates": float(sum(plan.present)),
+            # Of real rows and slots: padding depends on the number of ranks, what is logged must
+            # not.
+            "masked_share": float((~no_answers[:, plan.present]).float().mean(dim=1) @ weights)
+            / normaliser,
+            "missing_windows": missing,
+            "tokens": float(sum(int(mask.sum()) for mask in masks)),
+            "padded_tokens": float(sum(mask.numel() for mask in masks)),
+        }
+        return _Batch(queries, passages, rows, metrics)
+
+    def _query_rows(self, plan: StepPlan, mine: slice) -> tuple[Tensor, Tensor]:
         families = [self.trainset.wordings[row] for row in plan.rows[mine]]
         width = self.trainset.num_wordings
         # A missing wording is encoded as the anchor and masked out: every rank runs the same
@@ -259,12 +291,13 @@ class RetrieverStage:
         texts = [
             family[r] if r < len(family) else family[0] for family in families for r in range(width)
         ]
-        vectors, seen = self._forward(forward, query_ids(self.tokenizer, texts, self.spec))
-        return vectors.view(len(families), width, -1), seen
+        ids = query_ids(self.tokenizer, texts, self.spec)
+        return pad_right(ids, int(self.tokenizer.pad_token_id))
 
-    def _encode_candidates(
-        self, forward: Forward, plan: StepPlan
-    ) -> tuple[Tensor, float, tuple[int, int]]:
+    def _passage_rows(self, plan: StepPlan) -> tuple[tuple[Tensor, Tensor], float]:
+        """Ids and mask of this rank's slots, window after window, and the share that falls back to
+        the anchor's rendering.
+        """
         share = len(plan.slots) // self.world_size
         columns = range(self.rank * share, (self.rank + 1) * share)
         windows = self.trainset.num_windows
@@ -274,15 +307,13 @@ class RetrieverStage:
             for window in range(windows)
         ]
         ids = passage_ids(self.tokenizer, [(title, text) for title, text, _ in rendered], self.spec)
-        vectors, seen = self._forward(forward, ids)
-        gathered = gather_rows(vectors.view(share, windows, -1))
-        return gathered, sum(missing for _, _, missing in rendered) / max(1, len(rendered)), seen
+        missing = sum(missing for _, _, missing in rendered) / max(1, len(rendered))
+        return pad_right(ids, int(self.tokenizer.pad_token_id)), missing
 
-    def _forward(self, forward: Forward, ids: list[list[int]]) -> tuple[Tensor, tuple[int, int]]:
-        """Vectors, and the tokens without and with padding."""
+    def _forward(self, forward: Forward, ids: Tensor, mask: Tensor) -> Tensor:
+        """[N, D] vectors of [N, T] ids."""
         device = next(self.module.parameters()).device
-        tokens, mask = pad_right(ids, int(self.tokenizer.pad_token_id))
-        return forward(tokens.to(device), mask.to(device)), (int(mask.sum()), mask.numel())
+        return forward(to_device(ids, device), to_device(mask, device))
 
 
 def _recall_at_5(

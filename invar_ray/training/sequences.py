@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -125,10 +126,16 @@ class ReadingSet:
         position = step * size
         while len(wanted) < size:
             epoch, offset = divmod(position + len(wanted), total)
-            order = list(range(total))
-            random.Random(seed * _SEED_STRIDE + epoch).shuffle(order)
+            order = _shuffled(total, seed * _SEED_STRIDE + epoch)
             wanted += order[offset : offset + size - len(wanted)]
         return wanted
+
+
+@lru_cache(maxsize=2)
+def _shuffled(total: int, seed: int) -> tuple[int, ...]:
+    order = list(range(total))
+    random.Random(seed).shuffle(order)
+    return tuple(order)
 
 
 def tokenize_sequences(
@@ -195,10 +202,11 @@ def segment_inputs(segments: Tensor) -> dict[str, Tensor]:
     """What keeps packed sequences apart: ``position_ids`` [P, L], which begin anew at each
     sequence, and a boolean ``attention_mask`` [P, 1, L, L], causal within a segment.
 
-    Rows of one sequence each need neither: then an ordinary [P, L] mask comes back.
+    Rows of one sequence each need neither, and get nothing: padding stands on the right, where no
+    token sees it, and without a mask attention takes its fast kernels.
     """
     if int(segments.max()) <= 1:
-        return {"attention_mask": segments}
+        return {}
     length = segments.shape[1]
     places = torch.arange(length, device=segments.device)
     begins = torch.ones_like(segments, dtype=torch.bool)

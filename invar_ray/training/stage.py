@@ -5,15 +5,18 @@ step and the log: the learning rate, the best step, when to stop.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from invar_ray.config import Config, OptimizerConfig
 from invar_ray.models.adapters import save_adapter
 
 HELDOUT = "heldout_worst_recall_at_5"
+T = TypeVar("T")
 WEIGHT_DECAY = 0.0
 """AdamW's, decoupled: adapters are small and start at zero."""
 MAX_GRAD_NORM = 1.0
@@ -77,6 +80,49 @@ class Stage(Protocol):
     def save(self, parameters: dict[str, Tensor], folder: Path) -> None:
         """Write the adapter from complete parameters (named as in ``module``)."""
         ...
+
+
+class Ahead(Generic[T]):
+    """Makes a step's batch in a thread while the device is busy with the step before.
+
+    What a batch holds follows from (seed, step), so that it is the same whoever makes it, and when.
+
+    Args:
+        make: step -> its batch, on the CPU.
+        steps: of the run; no batch is made beyond.
+    """
+
+    def __init__(self, make: Callable[[int], T], steps: int) -> None:
+        self._make, self._steps = make, steps
+        self._thread = ThreadPoolExecutor(1, "next-batch")
+        self._next: tuple[int, Future[T]] | None = None
+
+    def batch(self, step: int) -> T:
+        """The batch of a step; the next one is begun."""
+        made_ahead = self._next
+        self.forget()
+        if made_ahead is not None and made_ahead[0] == step:
+            found = made_ahead[1].result()
+        else:
+            found = self._make(step)
+        if step + 1 < self._steps:
+            self._next = step + 1, self._thread.submit(self._make, step + 1)
+        return found
+
+    def forget(self) -> None:
+        """Wait for the thread, and drop what it made: the tokenizer is free, and a change of what
+        is trained on holds from the next batch on.
+        """
+        if self._next is not None:
+            wait([self._next[1]])
+            self._next = None
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A batch's tensor where the model is; to a GPU from pinned memory, without waiting."""
+    if device.type == "cuda":
+        return x.pin_memory().to(device, non_blocking=True)
+    return x.to(device)
 
 
 def recompute(base: Any, config: Config) -> None:

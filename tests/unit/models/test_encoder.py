@@ -160,6 +160,14 @@ def test_last_pooling_takes_the_end_token_s_state_whichever_side_the_padding_is_
         expected = functional.normalize(alone, dim=-1)
         assert torch.allclose(module(ids, mask), expected, atol=1e-5)
         assert torch.allclose(module(left, left_mask), expected, atol=1e-5)
+        # Attention is spared the mask where padding stands on the right, and only there.
+        seen: list[bool] = []
+        model.model.register_forward_pre_hook(
+            lambda _, __, options: seen.append(options["attention_mask"] is None),
+            with_kwargs=True,
+        )
+        module(ids, mask), module(left, left_mask)
+        assert seen == [True, False]
 
 
 # Batches

@@ -125,7 +125,7 @@ def test_positions_begin_anew_and_attention_stays_within_a_segment() -> None:
         [0, 0, 0, 0, 0, 1],
     ]
     assert inputs["attention_mask"][0, 0].long().tolist() == expected
-    assert set(segment_inputs(torch.tensor([[1, 1, 0]]))) == {"attention_mask"}
+    assert segment_inputs(torch.tensor([[1, 1, 0]])) == {}
 
 
 def test_packs_fill_rows_and_lose_nothing() -> None:
