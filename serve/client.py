@@ -1,4 +1,6 @@
-"""Ask a running service: what ``invar-ray ask`` calls.  Needs neither Ray nor torch."""
+"""Ask a running service: what ``invar-ray ask`` and ``invar-ray mcp`` call.  Needs neither Ray nor
+torch.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,31 @@ def ask(
     body: dict[str, Any] = {"question": question}
     if top_k is not None:
         body["top_k"] = top_k
+    answer = post(url, "/v1/answer", body, api_key, timeout_s)
+    if "answer" not in answer:
+        raise ResourceError(f"{url} sent something else than an answer", action="check the address")
+    return answer
+
+
+def post(
+    url: str, path: str, body: dict[str, Any], api_key: str | None, timeout_s: float
+) -> dict[str, Any]:
+    """Send a request to one of a service's routes, such as ``/v1/retrieve``.
+
+    Args:
+        url, api_key, timeout_s: see :func:`ask`.
+        path: of the route.
+        body: of the request.
+
+    Returns:
+        The response's JSON object.
+
+    Raises:
+        RequestError, ResourceError: see :func:`ask`.
+    """
     key = (api_key or "").strip()  # a mounted secret's line break is no part of it
     headers = {"Authorization": f"Bearer {key}"} if key else {}
-    address = f"{url.rstrip('/')}/v1/answer"
+    address = f"{url.rstrip('/')}{path}"
     try:
         response = httpx.post(address, json=body, headers=headers, timeout=timeout_s)
     except httpx.TimeoutException as error:
@@ -55,7 +79,7 @@ def ask(
             answer = response.json()
         except ValueError:
             answer = None
-        if isinstance(answer, dict) and "answer" in answer:
+        if isinstance(answer, dict):
             return answer
         raise ResourceError(
             f"{address} sent something else than an answer", action="check the address"

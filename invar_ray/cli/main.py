@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import shlex
@@ -17,7 +18,7 @@ from invar_ray import __version__
 from invar_ray.cli.errors import explain_errors
 from invar_ray.cli.versions import versions_app
 from invar_ray.console import set_verbose
-from invar_ray.errors import DataError, ResourceError
+from invar_ray.errors import DataError, RequestError, ResourceError
 
 app = typer.Typer(
     help="Invariant retrieval-augmented generation on Ray: index, train, evaluate, serve, ask.",
@@ -426,6 +427,29 @@ def ask(
         untrained=untrained,
     )
     print_answer(answer)
+
+
+@app.command()
+@explain_errors
+def mcp(
+    url: Annotated[
+        str, typer.Option(help="Address of a running service.")
+    ] = "http://127.0.0.1:8000",
+) -> None:
+    """Offer a running service to assistants as tools (Model Context Protocol over standard input
+    and output); its key comes from INVAR_API_KEY.
+    """
+    if not url.startswith(("http://", "https://")):
+        raise RequestError(f"{url!r} is no address", expected="e.g. http://127.0.0.1:8000")
+    try:
+        module = importlib.import_module("serve.mcp")  # a top level package above this one
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] != "mcp":
+            raise
+        raise ResourceError(
+            "the package mcp is not installed", action="pip install 'invar-ray[mcp]'"
+        ) from error
+    module.make_server(url, os.environ.get("INVAR_API_KEY")).run("stdio")
 
 
 @app.command("config")
