@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from transformers import AutoConfig
-
 from invar_ray.answering.fusion import QUERY_REWRITES
 from invar_ray.answering.rerank import Reranking
 from invar_ray.config import Config
-from invar_ray.models.base import BaseRef
+from invar_ray.models.meta import Weights
 from invar_ray.steps.hits import SearchMode
-from invar_ray.store.artifacts import Store
 
 Goal = Literal["retriever", "generator", "report"]
 
@@ -27,29 +24,35 @@ _QUERY_TOKENS, _PASSAGE_SHARE = 16, 0.65
 
 def outline(
     config: Config,
-    bases: tuple[BaseRef, BaseRef],
-    store: Store,
+    shapes: tuple[Weights, Weights],
     goal: Goal,
     passages: int,
     train: int,
     dev: int,
+    *,
+    tokens: float | None = None,
+    rates: tuple[float | None, float | None] = (None, None),
 ) -> list[tuple[str, float]]:
     """The steps on the way to a goal after corpus and questions have been read: (label, seconds).
 
     Args:
         config: the run.
-        bases: of the retriever and of the generator, resolved.
-        store: where they may lie.
+        shapes: of the bases of retriever (as many layers as encode) and generator.
         goal: the last artifact.
         passages, train, dev: how many passages and questions there are.
+        tokens: of a passage; ``None`` for what cutting usually leaves.
+        rates: operations a second of all that train, and of all that encode and answer; ``None``
+            for what this project was run on.
     """
-    inner, deep, _ = _weights(bases[0], store)
-    depth = config.model.retriever_layers or deep
-    layer, layers, head = _weights(bases[1], store)
     scale = config.scale
-    flops = _GPU_FLOPS if scale.use_gpu else _CPU_FLOPS
-    tokens = config.corpus.chunk_tokens * _PASSAGE_SHARE
-    encoder = 2 * inner * depth
+    usual = _GPU_FLOPS if scale.use_gpu else _CPU_FLOPS
+    trained, flops = (usual if rate is None else rate for rate in rates)
+    tokens = tokens or config.corpus.chunk_tokens * _PASSAGE_SHARE
+    encoder = 2.0 * shapes[0].layer * shapes[0].layers
+    # Backward through a frozen base is as much as forward; on a CPU what lies between the products
+    # is as much again (the demo). Parts of a batch, and layers, may be run forward twice.
+    again = (scale.train_tokens_per_chunk is not None) + scale.gradient_checkpointing
+    passes = (2 if scale.use_gpu else 3) + again
     embed = _START_RAY_S + passages * tokens * encoder / flops
     teacher = _START_RAY_S + passages * tokens * 2 * 1.8e6 * 6 / flops
     wordings = 1 + config.rewrites.num_rewrites
@@ -59,11 +62,12 @@ def outline(
 
     stage1, stage2 = config.retriever, config.generator
     served = SearchMode(mode=config.search.mode, reranking=Reranking.of(config.search))
-    row = wordings * _QUERY_TOKENS + tokens * (
-        1 + config.rewrites.num_windows + stage1.num_hard_negatives
+    # Every candidate is encoded in every window.
+    row = wordings * _QUERY_TOKENS + tokens * (1 + stage1.num_hard_negatives) * (
+        1 + config.rewrites.num_windows
     )
     reading = min(stage2.max_tokens, stage2.top_k * tokens + 60)
-    answer = 2 * (layer * layers + head)
+    answer = 2.0 * (shapes[1].layer * shapes[1].layers + shapes[1].head)
     steps = [
         ("embed passages (minilm)", teacher),
         ("index (minilm)", 0.5),
@@ -72,7 +76,8 @@ def outline(
         ("training set", search(train, 1)),
         (
             "stage 1: retriever",
-            _START_TRAINING_S + stage1.steps * stage1.global_batch_size * row * 3 * encoder / flops,
+            _START_TRAINING_S
+            + stage1.steps * stage1.global_batch_size * row * passes * encoder / trained,
         ),
     ]
     if goal == "retriever":
@@ -88,7 +93,7 @@ def outline(
             (
                 "stage 2: generator",
                 _START_TRAINING_S
-                + stage2.steps * stage2.global_batch_size * reading * 2.5 * answer / flops,
+                + stage2.steps * stage2.global_batch_size * reading * 2.5 * answer / trained,
             ),
         ]
     if goal == "generator":
@@ -112,11 +117,3 @@ def outline(
     prompts = config.evaluation.num_answers * (3 + config.evaluation.answer_wordings)
     steps.append(("report", 15.0 + prompts * reading * answer / flops))
     return list(dict(steps).items())
-
-
-def _weights(base: BaseRef, store: Store) -> tuple[float, int, float]:
-    """Weights of a layer, number of layers, and weights of the head."""
-    shape = AutoConfig.from_pretrained(base.folder_or_name(store), revision=base.revision)
-    width, inner = int(shape.hidden_size), int(getattr(shape, "intermediate_size", 0))
-    layers = int(getattr(shape, "num_hidden_layers", 1))
-    return 2.7 * width**2 + 3.0 * width * inner, layers, float(width * shape.vocab_size)

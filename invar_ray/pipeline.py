@@ -24,12 +24,14 @@ from invar_ray.executor import Executor, Here, OnRay
 from invar_ray.models.base import (
     BUILTIN_RETRIEVER,
     BaseRef,
+    describe,
     layer_sizes,
     load_tokenizer,
     resolve_base,
     resolve_retriever_base,
 )
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec
+from invar_ray.models.meta import weigh
 from invar_ray.outline import Goal, outline
 from invar_ray.steps import (
     base,
@@ -425,8 +427,13 @@ class Pipeline:
         self.check_questions()
         counts = [len(questions.load_examples(self.questions, split)) for split in ("train", "dev")]
         bases = self.retriever_base, self.base
+        depths = self.config.model.retriever_layers, None
+        retriever, generator = (
+            weigh(describe(base, self.store), depth)
+            for base, depth in zip(bases, depths, strict=True)
+        )
         size = self.passages.info["passages"]
-        steps = outline(self.config, bases, self.store, goal, size, *counts)
+        steps = outline(self.config, (retriever, generator), goal, size, *counts)
         standing = _standing(self.config, goal)
         missing = [(label, seconds) for label, seconds in steps if label not in standing]
         console.run.expect(missing)

@@ -479,6 +479,55 @@ def show_config(
 
 @app.command()
 @explain_errors
+def plan(
+    overrides: Overrides = None,
+    config: Recipe = DEFAULT,
+    documents: Annotated[
+        float, typer.Option(min=1, help="How many there are, e.g. 21e6; each of --tokens.")
+    ] = 1e6,
+    tokens: Annotated[int, typer.Option(min=1, help="Of a document, on average.")] = 128,
+    questions: Annotated[
+        int, typer.Option(min=1, help="To train on; a ninth of it to evaluate.")
+    ] = 79_168,
+    nodes: Annotated[int, typer.Option(min=1, help="Machines, all equal.")] = 1,
+    gpus: Annotated[int, typer.Option(min=0, help="GPUs of each machine.")] = 0,
+    gpu_memory: Annotated[
+        float | None, typer.Option(help="GB of each GPU; without it none is refused.")
+    ] = None,
+    memory: Annotated[
+        float | None, typer.Option(help="GB of each machine; without it none is refused.")
+    ] = None,
+    head_memory: Annotated[
+        float | None, typer.Option(help="GB where the job itself runs, if that is another machine.")
+    ] = None,
+    cpus: Annotated[int | None, typer.Option(help="CPUs of each machine.")] = None,
+    gpu_tflops: Annotated[
+        float, typer.Option(help="What a GPU does in bf16; 400 is 40 % of an H100's peak.")
+    ] = 400.0,
+) -> None:
+    """What a run will take, before it is paid for: memory of every process, hours, bytes; says what
+    cannot fit, and what would.
+    """
+    from invar_ray.cli.plan import print_plan
+    from invar_ray.footprint import GB, Corpus, Machines
+
+    settings = load_config(config, overrides or []).corpus
+    each = max(1, -(-tokens // settings.chunk_stride)) if tokens > settings.chunk_tokens else 1
+
+    def size(given: float | None) -> float | None:
+        return None if given is None else given * GB
+
+    print_plan(
+        config,
+        overrides or [],
+        Corpus(round(documents * each), round(tokens / each), questions, -(-questions // 9)),
+        Machines(nodes, gpus, size(gpu_memory), size(memory), cpus, size(head_memory)),
+        gpu_flops=gpu_tflops * 1e12,
+    )
+
+
+@app.command()
+@explain_errors
 def doctor(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
     """Check this machine: versions, GPUs, FAISS, memory, storage, models; says what to do for each
     fault.

@@ -247,13 +247,22 @@ def load_tokenizer(
     return tokenizer
 
 
+def describe(ref: BaseRef, store: Store) -> Any:
+    """The description of a resolved base, as transformers reads it from its config.json.
+
+    Raises:
+        ModelError: if it cannot be loaded.
+    """
+    return description(ref.folder_or_name(store), ref.revision)
+
+
 def layer_sizes(ref: BaseRef, store: Store) -> tuple[int, int]:
     """Sizes of a resolved base's hidden states and inside its MLP, without its weights.
 
     Raises:
         ModelError: if its description cannot be loaded.
     """
-    found = description(ref.folder_or_name(store), ref.revision)
+    found = describe(ref, store)
     width = int(found.hidden_size)
     return width, int(getattr(found, "intermediate_size", 4 * width))
 
@@ -264,7 +273,7 @@ def hidden_size(ref: BaseRef, store: Store) -> int:
     Raises:
         ModelError: if its description cannot be loaded.
     """
-    return int(description(ref.folder_or_name(store), ref.revision).hidden_size)
+    return int(describe(ref, store).hidden_size)
 
 
 def folder_fingerprint(folder: Path) -> str:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from invar_ray.models.base import describe
+from invar_ray.models.meta import weigh
 from invar_ray.outline import outline
 from tests.support import World
 
@@ -15,8 +17,8 @@ def test_the_steps_of_the_outline_are_those_of_the_pipeline(
 ) -> None:
     world = World(tmp_path)
     config = world.config
-    bases = world.base, world.base
-    said = [label for label, _ in outline(config, bases, world.store, "report", 24, 12, 12)]
+    shape = weigh(describe(world.base, world.store))
+    said = [label for label, _ in outline(config, (shape, shape), "report", 24, 12, 12)]
     world.coarse_index  # noqa: B018
     world.trainset  # noqa: B018
     world.index_with(world.adapter)
@@ -35,7 +37,8 @@ def test_the_steps_of_the_outline_are_those_of_the_pipeline(
 
 def test_more_work_is_guessed_to_take_longer(tmp_path: Path) -> None:
     world = World(tmp_path)
-    given = world.config, (world.base, world.base), world.store
+    shape = weigh(describe(world.base, world.store))
+    given = world.config, (shape, shape)
 
     def total(goal: str, passages: int = 100) -> float:
         return sum(s for _, s in outline(*given, goal, passages, 50, 20))  # type: ignore[arg-type]
