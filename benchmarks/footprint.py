@@ -1,8 +1,9 @@
 """What actors really hold at their peak, against what ``invar-ray plan`` says of them.
 
-``python -m benchmarks.footprint`` runs embedding, stage 1 and stage 2 on the CPU, a step each, once with SmolLM2-135M in fp32 (the constants of ``invar_ray/footprint.py`` were set on these)
-and once with a random LLaMA of another shape in bf16: wider, fewer layers, grouped heads, a head of
-its own. Exit status 1 where ledger and measurement are more than 15 % apart.
+``python -m benchmarks.footprint`` runs embedding, stage 1 and stage 2 on the CPU, a step each, once
+with SmolLM2-135M in fp32 (the constants of ``invar_ray/footprint.py`` were set on these) and once
+with a random LLaMA of another shape in bf16: wider, fewer layers, grouped heads, a head of its own.
+Exit status 1 where ledger and measurement are more than 15 % apart.
 
 A process's peak is its ``VmHWM``, read ten times a second.
 """
