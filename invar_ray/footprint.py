@@ -334,6 +334,7 @@ class _Ledger:
             layers=shape.layers,
             first_layer=settings.first_layer,
             recompute=self.scale.gradient_checkpointing,
+            packed=self.scale.pack_tokens is not None,
         )
         return self._trains(shape.whole, self._trainable(first=False), peak, 3.0 * self._readings())
 

@@ -267,14 +267,19 @@ def stage2_peak(
     layers: int,
     first_layer: int,
     recompute: bool,
+    packed: bool,
 ) -> int:
-    """As :func:`stage1_peak` for stage 2: B sequences of T tokens, of which N are predicted."""
+    """As :func:`stage1_peak` for stage 2: B rows of T tokens, of which N are predicted; ``packed``
+    rows hold several sequences each.
+    """
 
     def step(count: int) -> int:
         model = _adapted(description, lora, count, precision, recompute)
 
         def work() -> None:
-            ids, mask = _batch(rows, width)
+            ids, _ = _batch(rows, width)
+            # One for each of the packed sequences, or none.
+            mask = torch.ones(rows, 1, width, width, device="meta") > 0 if packed else None
             hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False)
             logits = model.lm_head(hidden.last_hidden_state.flatten(0, 1)[:predicted])
             # as losses.answer takes them: a row more, those that count, then in float32
@@ -350,6 +355,14 @@ def _count(model: nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
 
 
+_ASKS = {
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.item.default,
+    torch.ops.aten.is_nonzero.default,
+}
+"""What looks at a value, which nothing has here."""
+
+
 class _Live(TorchDispatchMode):
     """Follows the bytes of all storages that are made inside, until they are freed."""
 
@@ -361,6 +374,9 @@ class _Live(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if func in _ASKS:
+            # Whether all padding stands on the right, whether no row is packed: so it is here.
+            return True
         given = {_key(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         made = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(made):
@@ -405,10 +421,10 @@ class _Fused(torch.autograd.Function):
 
 
 def _attention(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Any, **_: Any
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, **_: Any
 ) -> tuple[Tensor, None]:
     groups = int(getattr(module, "num_key_value_groups", 1))
-    if groups > 1:  # as the sdpa path does where it is given a mask
+    if groups > 1 and mask is not None:  # as the sdpa path does
         key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     found: Tensor = _Fused.apply(query, key, value)  # type: ignore[no-untyped-call]
     return found.transpose(1, 2).contiguous(), None
@@ -417,4 +433,4 @@ def _attention(
 @cache
 def _register_attention() -> None:
     AttentionInterface.register(_ATTENTION, _attention)
-    AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)
+    AttentionMaskInterface.register(_ATTENTION, lambda *_, **__: None)  # padding alone needs none
