@@ -32,6 +32,10 @@ from invar_ray.schema import Document, Example
 _LOG = logging.getLogger(__name__)
 
 BUILTIN = "builtin:facts"
+SMALL_SET = 10
+"""Of a set of questions more rows than this, and more than half, must be faulty for it to be
+refused.
+"""
 
 
 def read_documents(
@@ -97,9 +101,9 @@ def read_examples(
         uri: JSON lines file (``.gz`` is fine), folder of such, or ``builtin:facts``.
         limit: read at most this many.
         split: which questions of ``builtin:facts``; a file is what it is.
-        skip_unusable: leave out rows whose answers are all blank and rows whose id is taken (public
-            data sets have both), with one warning that counts them, instead of raising.  Malformed
-            rows raise all the same.
+        skip_unusable: leave out rows without an answer or with a taken id, and malformed ones
+            (public data sets have all three), with a warning that counts them and names the first,
+            instead of raising.
 
     Raises:
         DataError: a row is malformed, an id occurs twice, a question has no answer, or there is
@@ -114,25 +118,30 @@ def read_examples(
     files = find_files(uri, "jsonl")
     seen: dict[str, str] = {}
     examples: list[Example] = []
-    skipped = 0
-    for file, number, row in itertools.chain.from_iterable(map(_json_rows, files)):
-        place = f"{file.uri}, line {number}"
-        taken = str(row.get("id")) in seen
-        if skip_unusable and (_is_unanswered(row.get("answers")) or taken):
-            skipped += 1
+    faults: list[DataError] = []
+    for place, line in (
+        (f"{file.uri}, line {n}", line) for file in files for n, line in read_lines(file)
+    ):
+        try:
+            example = _example(json_row(line, place), place, without_blanks=skip_unusable)
+            if example.id in seen:
+                raise DataError(
+                    f"{place}: the id {example.id!r} is taken by {seen[example.id]}",
+                    expected="every id once",
+                )
+        except DataError as error:
+            if not skip_unusable:
+                raise
+            faults.append(error)
             continue
-        example = _example(row, place)
-        if example.id in seen:
-            raise DataError(
-                f"{place}: the id {example.id!r} is taken by {seen[example.id]}",
-                expected="every id once",
-            )
         seen[example.id] = place
         examples.append(example)
         if len(examples) == limit:
             break
-    if skipped:
-        _LOG.warning("%s: %d rows without an answer or with a taken id were left out", uri, skipped)
+    if len(faults) > max(SMALL_SET, len(examples)) or (faults and not examples):
+        raise faults[0]
+    if faults:
+        _LOG.warning("%s: %d rows were left out (first: %s)", uri, len(faults), faults[0])
     if not examples:
         raise DataError(f"{uri} holds no question", expected="at least one row")
     return examples
@@ -194,9 +203,10 @@ def _documents(
         rows = bad = 0
         first: DataError | None = None
         try:
-            for row in _of_file(file, max_bytes, log, metadata):
+            by_row = _holds_rows(file)
+            for row in _of_file(file, by_row, max_bytes, log, metadata):
                 rows += 1
-                if quarantine is not None and file.format in ROW_FORMATS:
+                if quarantine is not None and by_row:
                     quarantine.rows += 1
                 try:
                     if isinstance(row.found, DataError):
@@ -241,10 +251,14 @@ def _brief(error: DataError, file: InputFile) -> str:
     return str(error).replace(file.uri, file.name)
 
 
+def _holds_rows(file: InputFile) -> bool:
+    return file.format in ROW_FORMATS or (file.format in {"csv", "json"} and has_text_rows(file))
+
+
 def _of_file(
-    file: InputFile, max_bytes: int, log: ReadLog | None, metadata: Sequence[str]
+    file: InputFile, by_row: bool, max_bytes: int, log: ReadLog | None, metadata: Sequence[str]
 ) -> Iterator[Row]:
-    if file.format in ROW_FORMATS or (file.format in {"csv", "json"} and has_text_rows(file)):
+    if by_row:
         yield from read_rows_of(file, max_bytes, metadata)
     else:
         yield Row(1, file.uri, read_whole(file, max_bytes, log))
@@ -255,8 +269,10 @@ def _json_rows(file: InputFile) -> Iterator[tuple[InputFile, int, dict[str, Any]
         yield file, number, json_row(line, f"{file.uri}, line {number}")
 
 
-def _example(row: dict[str, Any], place: str) -> Example:
+def _example(row: dict[str, Any], place: str, *, without_blanks: bool = False) -> Example:
     answers = string_list(row, "answers", place)
+    if without_blanks:
+        answers = tuple(answer for answer in answers if answer.strip())
     if not answers:
         raise DataError(
             f"{place}: 'answers' is empty", expected="at least one answer", action="remove the row"
@@ -273,12 +289,6 @@ def _example(row: dict[str, Any], place: str) -> Example:
         answers=answers,
         positive_ids=string_list(row, "positive_ids", place, ids=True),
         rewrites=string_list(row, "rewrites", place) if row.get("rewrites") is not None else (),
-    )
-
-
-def _is_unanswered(answers: Any) -> bool:
-    return isinstance(answers, list) and all(
-        isinstance(answer, str) and not answer.strip() for answer in answers
     )
 
 

@@ -32,12 +32,14 @@ import itertools
 import json
 import logging
 import os
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from invar_ray.corpus.json_places import json_entries, json_lines, malformed, text_of
+from invar_ray.corpus.readers import SMALL_SET
 from invar_ray.corpus.storage import InputFile, benchmark_files, read_lines
 from invar_ray.errors import DataError
 from invar_ray.questions import benchmark_formats as formats
@@ -62,7 +64,7 @@ FORMATS = {
 }
 """Format -> reader of one file; ``beir`` is a folder and has its own."""
 
-_CARRIERS = ("squad", "hotpotqa")
+_CARRIERS = {"squad", "hotpotqa"}
 """Formats whose files hold the documents too."""
 
 
@@ -95,8 +97,9 @@ def read_benchmark(
         uri: local path, ``file://``, ``s3://`` or ``gs://``; ``.gz`` is fine.
         format: one of the table above; ``auto`` looks into the file.
         split: which qrels of a BEIR folder (``dev`` takes ``test`` where there is no ``dev``).
-        skip_unusable: leave out questions without an answer and with a taken id, with one warning
-            that counts them, instead of raising.
+        skip_unusable: leave out questions without an answer or with a taken id, and faulty rows,
+            with a warning for each of the two that counts them, instead of raising; a set that is
+            mostly faulty raises all the same.
 
     Raises:
         DataError: nothing is there, it cannot be read, its format is not known, or a row is faulty;
@@ -107,14 +110,23 @@ def read_benchmark(
     if format == "beir":
         items = formats.beir(uri, split)
     elif format in FORMATS:
-        items = itertools.chain.from_iterable(
-            FORMATS[format](file) for file in benchmark_files(uri)
-        )
+        items = itertools.chain.from_iterable(map(FORMATS[format], _apart(benchmark_files(uri))))
     else:
         raise DataError(
             f"no benchmark format {format!r}", expected=f"auto, beir, {', '.join(FORMATS)}"
         )
     return _collect(uri, format, items, skip_unusable)
+
+
+def _apart(files: list[InputFile]) -> list[InputFile]:
+    """Files that differ by their endings alone keep these in the ids that are made of their
+    names.
+    """
+    stems = Counter(formats.stem(file) for file in files)
+    return [
+        replace(file, name=file.name.replace(".", "_")) if stems[formats.stem(file)] > 1 else file
+        for file in files
+    ]
 
 
 def carried_documents(uri: str) -> list[Document] | None:
@@ -128,17 +140,31 @@ def carried_documents(uri: str) -> list[Document] | None:
     files = sorted(place.iterdir()) if place.is_dir() else [place]
     if not all(file.name.endswith((".json", ".json.gz")) and file.is_file() for file in files):
         return None
-    documents: dict[str, Document] = {}
+    named = set()
     for file in files:
         try:
-            format = detect_format(str(file))
+            named.add(detect_format(str(file)))
         except DataError:
             return None
-        if format not in _CARRIERS:
-            return None
-        found = read_benchmark(str(file), format, skip_unusable=True).documents
-        documents |= {document.id: document for document in found}
+    if not named <= _CARRIERS:
+        return None
+    documents: dict[str, Document] = {}
+    for format in sorted(named):
+        of_format = [file for file in files if detect_format(str(file)) == format]
+        for file in of_format:
+            for document in read_benchmark(str(file), format, skip_unusable=True).documents:
+                _refuse_other_text(documents.setdefault(document.id, document), document, str(file))
     return list(documents.values()) or None
+
+
+def _refuse_other_text(known: Document, document: Document, place: str) -> None:
+    if known.text != document.text:
+        raise DataError(
+            f"{place}: the document {document.id!r} has another text here than before "
+            f"({known.uri})",
+            expected="every document once, or each time the same",
+            action="give one of them another id (of SQuAD: another title), or read them apart",
+        )
 
 
 def convert_benchmark(
@@ -241,14 +267,25 @@ def _collect(uri: str, format: str, items: Iterator[Item], skip_unusable: bool) 
     documents: dict[str, Document] = {}
     places: dict[str, str] = {}
     skipped = 0
+    faults: list[DataError] = []
+    refused: set[tuple[str, str]] = set()
     for place, example, carried in items:
-        for document in carried:
-            known = documents.setdefault(document.id, document)
-            if known.text != document.text:
-                raise DataError(
-                    f"{place}: the document {document.id!r} has another text here than before",
-                    expected="every document once, or each time the same",
-                )
+        try:
+            if isinstance(example, DataError):
+                raise example
+            for document in carried:
+                refused.add((document.uri, document.id))
+                _refuse_other_text(documents.get(document.id, document), document, place)
+                refused.discard((document.uri, document.id))
+            for uri, id in refused:  # questions whose document could not be taken
+                if example is not None and id in example.positive_ids and place.startswith(uri):
+                    raise DataError(f"{place}: its document {id!r} was left out")
+        except DataError as error:
+            if not skip_unusable:
+                raise
+            faults.append(error)
+            continue
+        documents |= {document.id: document for document in carried if document.id not in documents}
         if example is None:
             continue
         without = format != "beir" and not any(answer.strip() for answer in example.answers)
@@ -267,10 +304,14 @@ def _collect(uri: str, format: str, items: Iterator[Item], skip_unusable: bool) 
                 expected="every id once",
             )
         examples[example.id], places[example.id] = example, place
+    if len(faults) > max(SMALL_SET, len(examples)) or (faults and not examples):
+        raise faults[0]
     if skipped:
         _LOG.warning(
             "%s: %d questions without an answer or with a taken id were left out", uri, skipped
         )
+    if faults:
+        _LOG.warning("%s: %d faulty rows were left out (first: %s)", uri, len(faults), faults[0])
     if not examples:
         raise DataError(
             f"{uri} holds no question", expected=f"at least one, in the format {format}"

@@ -39,7 +39,7 @@ from invar_ray.store.earlier import DIGESTS, EarlierCut, batched, content_digest
 from invar_ray.store.rowgroups import GroupWriter
 from invar_ray.text.chunking import chunk_document, passages_at
 
-VERSION = 6
+VERSION = 7
 SKIPPED = "skipped.txt"
 QUARANTINE = "quarantine.jsonl"
 _BATCH = 256

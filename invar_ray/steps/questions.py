@@ -28,7 +28,7 @@ from invar_ray.schema import EXAMPLE_SCHEMA, REWRITE_SCHEMA, Example, Rewrite, f
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.text.language import english_share
 
-VERSION = 2
+VERSION = 3
 CONTAMINATION = "contamination.json"
 Split = Literal["train", "dev"]
 _DEV_SEED_OFFSET = 1_000_003

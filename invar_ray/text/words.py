@@ -1,9 +1,10 @@
 """One normal form in which texts are compared, and one notion of a word for every script.
 
 A word is a run of letters, digits and the marks on them.  Where a script writes no spaces (Han,
-kana, Thai, Lao, Khmer, Myanmar), and in Hangul, whose endings stick to the word, each character
-with its marks counts as one: it needs no dictionary, and whether a text holds an answer becomes a
-question of characters.  BM25 adds pairs of neighbours, as Lucene's CJK analyser does.
+kana, Yi, Thai, Lao, Khmer, Myanmar, Javanese ..), and in Hangul, whose endings stick to the word,
+each character with its marks counts as one: it needs no dictionary, and whether a text holds an
+answer becomes a question of characters.  BM25 adds pairs of neighbours, as Lucene's CJK analyser
+does.
 
 Masks and mining compare every candidate with every answer, so that speed counts: the common cases
 (ASCII, Latin with accents) go through ``re``, the others through ``regex``.
@@ -19,7 +20,8 @@ import unicodedata
 import regex
 
 _UNSPACED = (
-    r"\p{Han}\p{Hiragana}\p{Katakana}ー\p{Bopomofo}\p{Hangul}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
+    r"\p{Han}\p{Ideographic}\p{Hiragana}\p{Katakana}ー\p{Bopomofo}\p{Hangul}\p{Yi}\p{Javanese}"
+    r"\p{Balinese}\p{Line_Break=SA}"  # SA: Thai, Lao, Khmer, Myanmar, Tai Lue, Tai Tham ..
 )
 _UNIT = regex.compile(rf"[{_UNSPACED}]\p{{M}}*")
 _WORD = regex.compile(rf"(?V1)[{_UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{_UNSPACED}]]+")
@@ -96,7 +98,8 @@ def fold(text: str, *, punctuation: bool = True) -> str:
     parts = _NOT_ASCII.split(text)
     parts[1::2] = [part.translate(spelling) for part in parts[1::2]]
     parts[::2] = [fold(part, punctuation=punctuation) for part in parts[::2]]
-    return unicodedata.normalize("NFKC", "".join(parts))
+    # Turkish İ folds to an i with a dot of its own above.
+    return unicodedata.normalize("NFKC", "".join(parts)).replace("i\u0307", "i")
 
 
 def words(text: str) -> list[str]:

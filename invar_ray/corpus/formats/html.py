@@ -6,6 +6,7 @@ of 256: an HTML file cannot expand.
 
 from __future__ import annotations
 
+import codecs
 import io
 import posixpath
 import re
@@ -21,22 +22,48 @@ from invar_ray.corpus.formats.parsed import (
     one_line,
     table_lines,
 )
+from invar_ray.corpus.formats.plain import decoded
 from invar_ray.errors import DataError
 from invar_ray.schema import Place
 
 _SKIPPED = frozenset(
-    "script style template noscript svg math iframe object nav button select textarea head".split()
+    """script style template noscript object nav button select textarea head title desc metadata
+    annotation annotation-xml""".split()
 )
 _BLOCKS = frozenset(
     """address article aside blockquote body caption center dd details dialog div dl dt fieldset figcaption figure
-    footer form h1 h2 h3 h4 h5 h6 header hr html legend li main ol p section summary table tbody tfoot thead tr
-    ul""".split()
+    footer form h1 h2 h3 h4 h5 h6 header hr html legend li main ol p section summary table tbody text tfoot thead
+    tr ul""".split()
 )
+_XML_BLOCKS = _BLOCKS | frozenset("sec title para item list row entry cell lb br l lg".split())
 _ROLES = frozenset("navigation menu menubar search toolbar".split())
 _PILCROWS = frozenset({"¶", "#", "§", "\U0001f517", "\uf0c1"})
-_HIDDEN_STYLE = re.compile(r"display\s*:\s*none|visibility\s*:\s*hidden", re.IGNORECASE)
+_HIDDEN_STYLE = re.compile(
+    r"display\s*:\s*none\b(?!-)|visibility\s*:\s*(hidden|collapse)\b|opacity\s*:\s*0?\.?0*\s*(?=[;!]|$)|"
+    r"font-size\s*:\s*0[a-z]*\s*(?=[;!]|$)|mso-hide\s*:\s*all",
+    re.IGNORECASE,
+)
+_RULE = re.compile(r"([^{}@]+)\{([^{}]*)\}")
+_AT_RULE = re.compile(r"@[^{};]*(?:;|\{(?:[^{}]*\{[^{}]*\})*[^{}]*\})")
+_SIMPLE_SELECTOR = re.compile(r"(?:\w+)?([.#][\w-]+)$")
 _HEADINGS = frozenset("h1 h2 h3 h4 h5 h6".split())
-_DECLARED = re.compile(rb"<meta[^>]+charset\s*=|<\?xml[^>]+encoding\s*=", re.IGNORECASE)
+_DECLARED = re.compile(
+    rb"<(?:meta[^>]+charset|\?xml[^>]+encoding)\s*=\s*[\"']?([\w.:-]+)", re.IGNORECASE
+)
+# Names that browsers take for a larger encoding (WHATWG's Encoding Standard).
+_LARGER = {
+    "ascii": "cp1252",
+    "iso8859-1": "cp1252",
+    "iso8859-9": "cp1254",
+    "tis-620": "cp874",
+    "gb2312": "gb18030",
+    "gbk": "gb18030",
+    "shift_jis": "cp932",
+    "euc_kr": "cp949",
+}
+_DEFAULT = "cp1252"  # what browsers take a page for that declares nothing
+_BETWEEN = {"mfrac": "/", "msup": "^", "msub": "_"}  # MathML: between the parts of such an element
+_PROSE_CHARS = 200  # more of it in paragraphs, and <nav> holds more than navigation. [ours]
 
 
 def parse_html(data: bytes, place: str) -> Parsed:
@@ -49,51 +76,66 @@ def parse_html(data: bytes, place: str) -> Parsed:
     Raises:
         DataError: it is no HTML.
     """
-    if b"\x00" in data[:65536] and data[:2] not in {
-        b"\xff\xfe",
-        b"\xfe\xff",
-        b"\x00\x00",
-    }:
-        raise DataError(
-            f"{place} is not HTML, it holds zero bytes (a binary file)", action="remove it"
-        )
+    text, note = _decoded(data, place)
     parser = etree.HTMLParser(
-        encoding=_encoding(data), remove_comments=True, remove_pis=True, no_network=True
+        encoding="utf-8", remove_comments=True, remove_pis=True, no_network=True
     )
     try:
-        root = etree.fromstring(data, parser)
+        root = etree.fromstring(text.encode("utf-8", "replace"), parser)
     except (etree.LxmlError, ValueError, LookupError) as error:
         raise DataError(
             f"{place} cannot be read as HTML ({one_line(str(error))[:120]})", action="save it again"
         ) from error
     if root is None:
         return Parsed("", "")
-    named = root.find(".//title")
-    title = one_line("".join(named.itertext())) if named is not None else ""
+    titles = (one_line("".join(each.itertext())) for each in root.iterfind(".//head/title"))
+    title = next(titles, "")
     writer = _Writer()
-    _walk(root, writer)
+    _walk(root, writer, _hidden_names(root))
     writer.close()
     headings = [place for place in writer.places if place.label]
     return Parsed(
         title or (headings[0].label if headings else ""),
         writer.text,
         tuple(Place(heading.start, f'"{heading.label}"') for heading in headings),
+        note=note,
     )
 
 
-def _encoding(data: bytes) -> str | None:
-    """UTF-8 where the bytes are that, else what the page declares (``None``), else Windows-1252 as
-    browsers do.
+def _decoded(data: bytes, place: str) -> tuple[str, str]:
+    """A page's text, and a note if its encoding was guessed: UTF-8 where the bytes are that, else
+    what the page declares if they are that, else a guess.
     """
-    if data[:4] in {b"\xff\xfe\x00\x00", b"\x00\x00\xfe\xff"}:
-        return "utf-32"
-    if data[:2] in {b"\xff\xfe", b"\xfe\xff"}:
-        return "utf-16"
-    try:
-        data.decode("utf-8")
-        return "utf-8"
-    except UnicodeDecodeError:
-        return None if _DECLARED.search(data[:4096]) else "windows-1252"
+    if data[:2] in {b"\xff\xfe", b"\xfe\xff"} or data[:4] == b"\x00\x00\xfe\xff":
+        return decoded(data, place)
+    declared = _DECLARED.search(data[:4096])
+    for name in ("utf-8-sig", declared.group(1).decode() if declared else ""):
+        if not name or b"\x00" in data[:65536]:
+            continue
+        try:
+            known = codecs.lookup(name).name
+            return data.decode(_LARGER.get(known, known)), ""
+        except (LookupError, ValueError):
+            continue
+    text, note = decoded(data, place)
+    return text, "" if f"read as {_DEFAULT} " in note else note
+
+
+def _hidden_names(root: etree._Element) -> frozenset[str]:
+    """The classes (``.x``) and ids (``#x``) that the page's own style hides, and no other of its
+    rules shows, as those of tabs do.
+    """
+    sheets = " ".join("".join(style.itertext()) for style in root.iter("style"))
+    sheets = _AT_RULE.sub(" ", re.sub(r"/\*.*?\*/", " ", sheets, flags=re.DOTALL))
+    hidden, shown = set(), set()
+    for selectors, style in _RULE.findall(sheets):
+        for selector in map(str.strip, selectors.split(",")):
+            simple = _SIMPLE_SELECTOR.match(selector)
+            if _HIDDEN_STYLE.search(style):
+                hidden |= {simple.group(1)} if simple else set()
+            elif re.search(r"display|visibility|opacity", style):
+                shown |= set(re.findall(r"[.#][\w-]+", selector))
+    return frozenset(hidden - shown)
 
 
 class _Writer:
@@ -138,15 +180,22 @@ class _Writer:
             self._length += len(kept) + 2
 
 
-def _walk(root: etree._Element, writer: _Writer) -> None:
+def _walk(root: etree._Element, writer: _Writer, names: frozenset[str]) -> None:
     skipping = preformatted = 0
     for event, element in etree.iterwalk(root, events=("start", "end")):
         tag = element.tag if isinstance(element.tag, str) else ""
         if event == "start":
-            if skipping or _is_hidden(tag, element):
+            if skipping or _is_hidden(tag, element, names):
                 skipping += 1
-            elif tag == "table" and not preformatted and (rows := _data_rows(element)):
-                for _, line in table_lines(rows, header=_names_columns(element)):
+            elif tag == "iframe":  # a page within the page; what stands between its marks is not
+                for block in _inner(element).split("\n\n"):
+                    writer.close()
+                    writer.write(block)
+                writer.close()
+                skipping += 1
+            elif tag == "table" and not preformatted and (rows := _data_rows(element, names)):
+                lines = [line for _, line in table_lines(rows, header=_names_columns(element))]
+                for line in [_caption(element, names), *lines]:
                     writer.close()
                     writer.write(line)
                 writer.close()
@@ -170,17 +219,53 @@ def _walk(root: etree._Element, writer: _Writer) -> None:
             writer.write(element.tail)
 
 
-def _is_hidden(tag: str, element: etree._Element) -> bool:
-    if tag in _SKIPPED or element.get("hidden") is not None or element.get("aria-hidden") == "true":
+def _is_hidden(tag: str, element: etree._Element, names: frozenset[str]) -> bool:
+    if tag == "nav" and _holds_prose(element):
+        return False
+    if tag == "button" and any(True for _ in element.iterancestors("summary", "dt", *_HEADINGS)):
+        return False  # what opens a section carries its name
+    if tag == "template" and element.get("shadowrootmode") == "open":
+        return False
+    if tag in _SKIPPED or element.get("aria-hidden") == "true":
         return True
-    if element.get("role", "").lower() in _ROLES:
+    if element.get("hidden", "until-found") != "until-found":
+        return True
+    if element.get("role", "").lower() in _ROLES or (
+        tag == "dialog" and element.get("open") is None
+    ):
         return True
     if tag == "a" and "".join(element.itertext()).strip() in _PILCROWS:
         return True  # the link beside a heading
+    if names:
+        own = {f".{name}" for name in element.get("class", "").split()} | {f"#{element.get('id')}"}
+        if not own.isdisjoint(names):
+            return True
     return _HIDDEN_STYLE.search(element.get("style", "")) is not None
 
 
-def _data_rows(table: etree._Element) -> list[list[str]]:
+def _holds_prose(nav: etree._Element) -> bool:
+    """Whether it was never closed, or holds the page's text."""
+    if any(True for _ in nav.iter("h1", "main", "article")):
+        return True
+    paragraphs = (
+        len("".join(each.itertext())) - sum(len("".join(a.itertext())) for a in each.iter("a"))
+        for each in nav.iter("p")
+    )
+    return sum(paragraphs) > _PROSE_CHARS
+
+
+def _inner(frame: etree._Element) -> str:
+    page = frame.get("srcdoc", "")
+    return parse_html(page.encode("utf-8", "replace"), "srcdoc").text if page.strip() else ""
+
+
+def _caption(table: etree._Element, names: frozenset[str]) -> str:
+    found = table.find("caption")
+    hidden = found is None or _is_hidden("caption", found, names)
+    return "" if hidden else one_line(_visible(found, names))
+
+
+def _data_rows(table: etree._Element, names: frozenset[str]) -> list[list[str]]:
     """The cells of a table that holds data: none of a table within or around another, or one that
     lays out a page (it has headings, or its rows have one cell).
     """
@@ -189,8 +274,13 @@ def _data_rows(table: etree._Element) -> list[list[str]]:
     if any(element.tag in _HEADINGS or element.tag == "pre" for element in table.iter()):
         return []
     rows = [
-        [one_line(_visible(cell)) for cell in row if cell.tag in {"td", "th"}]
+        [
+            one_line(_visible(cell, names))
+            for cell in row.iter("td", "th")  # whatever wraps it
+            if not _is_hidden(cell.tag, cell, names)
+        ]
         for row in table.iter("tr")
+        if not any(_is_hidden(each.tag, each, names) for each in (row, row.getparent()))
     ]
     rows = [row for row in rows if any(row)]
     return rows if len(rows) > 1 and max(map(len, rows)) > 1 else []
@@ -203,15 +293,22 @@ def _names_columns(table: etree._Element) -> bool | None:
     return True if len(cells) > 1 and set(cells) == {"th"} else False if cells else None
 
 
-def _visible(element: etree._Element) -> str:
+def _visible(element: etree._Element, names: frozenset[str]) -> str:
     parts = [element.text or ""]
     for child in element:
-        if isinstance(child.tag, str) and not _is_hidden(child.tag, child):
+        if isinstance(child.tag, str) and not _is_hidden(child.tag, child, names):
             space = " " if child.tag in _BLOCKS or child.tag == "br" else ""
             alt = child.get("alt") or "" if child.tag == "img" else ""
-            parts.append(f"{space}{alt}{_visible(child)}{space}")
+            mark = _mark_before(child)
+            parts.append(f"{space}{mark}{alt}{_visible(child, names)}{space}")
         parts.append(child.tail or "")
     return "".join(parts)
+
+
+def _mark_before(element: etree._Element) -> str:
+    """The sign between an element and the one before it, in a formula."""
+    above, before = element.getparent(), element.getprevious()
+    return "" if above is None or before is None else _BETWEEN.get(above.tag, "")
 
 
 def _open(tag: str, element: etree._Element, writer: _Writer) -> None:
@@ -221,8 +318,10 @@ def _open(tag: str, element: etree._Element, writer: _Writer) -> None:
         writer.close()
     elif tag in {"td", "th"} and element.getprevious() is not None:
         writer.write(" | ")
-    elif tag in {"br", "wbr"}:
+    elif tag in {"br", "tspan"}:
         writer.write(" ")
+    else:
+        writer.write(_mark_before(element))
     if tag == "img":
         writer.write(element.get("alt"))
     writer.write(element.text)
@@ -249,7 +348,7 @@ def parse_xml(data: bytes, place: str) -> Parsed:
         if any(map(str.strip, own)):
             is_heading = _local(element) in {"title", "head"}
             writer.heading(is_heading)
-            text = one_line("".join(element.itertext()))
+            text = one_line(_flat(element))
             title = title or (text if is_heading else "")
             writer.write(text)
             writer.close()
@@ -259,6 +358,17 @@ def parse_xml(data: bytes, place: str) -> Parsed:
     writer.close()
     places = tuple(Place(heading.start, f'"{heading.label}"') for heading in writer.places)
     return Parsed(title, writer.text, places)
+
+
+def _flat(element: etree._Element) -> str:
+    """All text of an element, with spaces around what is a block of its own."""
+    parts = [element.text or ""]
+    for child in element:
+        space = " " if _local(child) in _XML_BLOCKS else ""
+        if isinstance(child.tag, str):
+            parts += [space, _flat(child), space]
+        parts.append(child.tail or "")
+    return "".join(parts)
 
 
 def parse_epub(data: bytes, place: str, max_bytes: int) -> Parsed:

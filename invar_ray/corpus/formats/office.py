@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import datetime
 import io
-from collections.abc import Iterable, Iterator
+import re
+import zipfile
+from collections.abc import Iterator
 from typing import Any
 
-from invar_ray.corpus.formats.parsed import Parsed, check_zip, joined, one_line, table_lines
+from invar_ray.corpus.formats.parsed import (
+    Parsed,
+    check_zip,
+    drawing_lines,
+    joined,
+    local_name,
+    office_children,
+    one_line,
+    table_lines,
+)
 from invar_ray.errors import DataError
+
+_RELATION = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}"
 
 
 def parse_pptx(data: bytes, place: str, max_bytes: int) -> Parsed:
-    """The text of slides: shapes and tables in the file's order, then the speaker's notes.  Places
-    are slides.
+    """The text of slides: shapes, tables, diagrams and charts in the file's order, then the
+    speaker's notes.  Places are slides.
 
     Raises:
         DataError: it is encrypted, damaged, or unpacks to too much.
@@ -24,7 +37,7 @@ def parse_pptx(data: bytes, place: str, max_bytes: int) -> Parsed:
         check_zip(data, place, max_bytes)
         slides = pptx.Presentation(io.BytesIO(data))
         pieces = [
-            (f"slide {number}", "\n".join(_shape_lines(slide.shapes)) + _notes(slide))
+            (f"slide {number}", "\n".join(_shape_lines(slide.element, slide.part)) + _notes(slide))
             for number, slide in enumerate(slides.slides, start=1)
         ]
         title = one_line(slides.core_properties.title or "")
@@ -40,7 +53,8 @@ def parse_pptx(data: bytes, place: str, max_bytes: int) -> Parsed:
 
 def parse_xlsx(data: bytes, place: str, max_bytes: int) -> Parsed:
     """The values of a workbook: each row a paragraph, its values beside the names of their columns.
-    Places are sheets; formulas count as what was last computed.
+    Places are sheets; formulas count as what was last computed.  Text boxes and charts come last,
+    comments are left out.
 
     Raises:
         DataError: it is encrypted, damaged, or unpacks to too much.
@@ -57,6 +71,7 @@ def parse_xlsx(data: bytes, place: str, max_bytes: int) -> Parsed:
                 del rows[0]
             lines = [line for _, line in table_lines(_trimmed(rows))]
             pieces.append((f'"{one_line(sheet.title)}"', "\n\n".join(lines)))
+        pieces.append(("drawings", "\n\n".join(_drawn(data))))
     except DataError:
         raise
     except Exception as error:  # as above
@@ -65,17 +80,55 @@ def parse_xlsx(data: bytes, place: str, max_bytes: int) -> Parsed:
     return Parsed("", text, places)
 
 
-def _shape_lines(shapes: Iterable[Any]) -> Iterator[str]:
-    for shape in shapes:
-        if shape.shape_type is not None and hasattr(shape, "shapes"):  # a group
-            yield from _shape_lines(shape.shapes)
-        elif getattr(shape, "has_table", False):
-            rows = [[cell.text for cell in row.cells] for row in shape.table.rows]
-            yield from (line for _, line in table_lines(rows, header=shape.table.first_row))
-        elif getattr(shape, "has_text_frame", False):
-            yield from filter(
-                None, (one_line(paragraph.text) for paragraph in shape.text_frame.paragraphs)
-            )
+def _shape_lines(element: Any, part: Any) -> Iterator[str]:
+    """The text below an element of a slide, whatever wraps it; diagrams and charts are parts of
+    their own.
+    """
+    from pptx.oxml import parse_xml
+
+    for child in office_children(element):
+        name = local_name(child)
+        if name == "tbl":
+            rows = [
+                [" ".join(_paragraphs(cell)) for cell in row.iter() if local_name(cell) == "tc"]
+                for row in child
+                if local_name(row) == "tr"
+            ]
+            marks = next((each for each in child if local_name(each) == "tblPr"), None)
+            header = marks is not None and marks.get("firstRow") in {"1", "true"}
+            yield from (line for _, line in table_lines(rows, header=header))
+        elif name == "txBody":
+            yield from _paragraphs(child)
+        elif name in {"chart", "relIds"}:
+            id = child.get(_RELATION + ("id" if name == "chart" else "dm"))
+            if id in part.rels:
+                yield from drawing_lines(parse_xml(part.related_part(id).blob))
+        else:
+            yield from _shape_lines(child, part)
+
+
+def _paragraphs(element: Any) -> list[str]:
+    texts = (_text(each) for each in element.iter() if local_name(each) == "p")
+    return [text for text in map(one_line, texts) if text]
+
+
+def _text(element: Any) -> str:
+    """The text of runs, fields and formulas below an element."""
+    parts = []
+    for child in office_children(element):
+        name = local_name(child)
+        parts.append((child.text or "") if name == "t" else " " if name == "br" else _text(child))
+    return "".join(parts)
+
+
+def _drawn(data: bytes) -> Iterator[str]:
+    """The text of a workbook's text boxes, diagrams and charts."""
+    from openpyxl.xml.functions import fromstring
+
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        for name in sorted(archive.namelist()):
+            if re.match(r"xl/(drawings/drawing|charts/chart|diagrams/data)\d*\.xml$", name):
+                yield from drawing_lines(fromstring(archive.read(name)))
 
 
 def _notes(slide: Any) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import unicodedata
 import zipfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from invar_ray.errors import DataError
 from invar_ray.schema import Place
@@ -142,3 +143,56 @@ def check_zip(data: bytes, place: str, max_bytes: int) -> None:
             "in all",
             action="split it, or raise corpus.max_file_mb if you trust it",
         )
+
+
+def local_name(element: Any) -> str:
+    """The name of an XML element without its namespace; empty for comments and the like."""
+    return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
+
+
+def office_children(element: Any) -> Iterator[Any]:
+    """The elements below one of an Office file; of several forms of the same content (new programs
+    write an older one beside it) the first that holds text.
+    """
+    for child in element:
+        if local_name(child) != "AlternateContent":
+            yield child
+            continue
+        for form in child:
+            if any(local_name(each) == "t" and each.text for each in form.iter()):
+                yield form
+                break
+
+
+def drawing_lines(root: Any) -> list[str]:
+    """The text of a diagram or a chart of an Office file: paragraphs in its order, a chart's
+    numbers as the rows of a table.
+
+    Args:
+        root: of the drawing's own XML.
+    """
+    texts = (
+        "".join(each.text or "" for each in paragraph.iter() if local_name(each) == "t")
+        for paragraph in root.iter()
+        if local_name(paragraph) == "p"
+    )
+    lines = [line for line in map(one_line, texts) if line]
+    series = [each for each in root.iter() if local_name(each) == "ser"]
+    names = ["".join(_points(each, "tx").values()) for each in series]
+    points = [_points(each, "val", "yVal") for each in series]
+    labels = _points(series[0], "cat", "xVal") if series else {}
+    rows = [["", *names]]
+    for at in sorted({at for each in (labels, *points) for at in each}, key=int):
+        rows.append([labels.get(at, ""), *(each.get(at, "") for each in points)])
+    return lines + [line for _, line in table_lines(rows, header=True)]
+
+
+def _points(series: Any, *parts: str) -> dict[str, str]:
+    """The points of a part of a chart's series, by number."""
+    return {
+        point.get("idx", "0"): one_line("".join(point.itertext()))
+        for part in series
+        if local_name(part) in parts
+        for point in part.iter()
+        if local_name(point) == "pt"
+    }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import itertools
 import re
 import threading
@@ -46,9 +47,9 @@ def parse_pdf(data: bytes, place: str, max_chars: int) -> Parsed:
     """The text of a PDF file; its places are the pages that hold text.
 
     Words that were hyphenated at a line's end are joined, unless the hyphen seems to belong to
-    them.  Columns follow each other, also where the file draws them line by line.  A page without
-    text is read by OCR where the extra ``ocr`` is installed.  Pages that cannot be read are left
-    out, with a note.
+    them.  Columns follow each other, also where the file draws them line by line.  What was typed
+    into forms and onto pages comes last on its page.  A page without text is read by OCR where the
+    extra ``ocr`` is installed.  Pages that cannot be read are left out, with a note.
 
     Args:
         data: the file.
@@ -86,7 +87,7 @@ def _pages(file: Any, place: str, count: int, title: str, max_chars: int) -> Par
     for number in range(1, count + 1):
         try:
             page = file[number - 1]
-            text = _page_text(page)
+            text = "\n".join(filter(None, [_page_text(page), *_typed_in(page)]))
             if not text.strip() and any(page.get_objects(filter=[_IMAGE])):
                 read = _read_scan(page)
                 (blank if read is None else scanned).append(number)
@@ -127,6 +128,7 @@ def _pages(file: Any, place: str, count: int, title: str, max_chars: int) -> Par
     return Parsed(title, whole, places, note=f"{place}: {'; '.join(notes)}" if notes else "")
 
 
+_TYPED = {pdfium.raw.FPDF_ANNOT_FREETEXT: b"Contents", pdfium.raw.FPDF_ANNOT_WIDGET: b"V"}
 _IMAGE = pdfium.raw.FPDF_PAGEOBJ_IMAGE
 
 
@@ -135,6 +137,22 @@ def _page_text(page: Any) -> str:
     text = _in_columns(text_page, page.get_width()) or text_page.get_text_range()
     text_page.close()
     return text.replace("\r\n", "\n").translate(_LIGATURES)
+
+
+def _typed_in(page: Any) -> list[str]:
+    """What was typed onto a page: the fields of a form, and notes that stand on it as text."""
+    texts = []
+    for number in range(pdfium.raw.FPDFPage_GetAnnotCount(page)):
+        note = pdfium.raw.FPDFPage_GetAnnot(page, number)
+        key = _TYPED.get(pdfium.raw.FPDFAnnot_GetSubtype(note))
+        if key is not None:
+            size = pdfium.raw.FPDFAnnot_GetStringValue(note, key, None, 0)
+            buffer = (ctypes.c_ushort * (size // 2))()
+            pdfium.raw.FPDFAnnot_GetStringValue(note, key, buffer, size)
+            text = bytes(buffer).decode("utf-16-le", "replace").rstrip("\0").strip()
+            texts += [text] if text and text != "Off" else []  # Off: a box without its tick
+        pdfium.raw.FPDFPage_CloseAnnot(note)
+    return texts
 
 
 def _in_columns(text_page: Any, width: float) -> str | None:

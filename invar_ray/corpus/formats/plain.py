@@ -13,6 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
+from invar_ray.corpus.formats.encodings import guess
 from invar_ray.corpus.formats.parsed import Parsed, clean_text, joined, one_line, table_lines
 from invar_ray.errors import DataError
 from invar_ray.schema import Place
@@ -33,11 +34,10 @@ _BYTE_ORDER_MARKS = {
     b"\xff\xfe": "utf-16",
     b"\xfe\xff": "utf-16",
 }
-# What a file that is not UTF-8 may be in; the last sign between two that fit alike is the order.
-_LEGACY = """cp1252 euc_jp cp1250 cp1251 koi8_r cp1253 cp1254 cp1255 cp1256 gb18030 cp932 big5 cp949
-tis_620""".split()
-_DETECT_BYTES = 100_000
-_KANA = re.compile("[\u3041-\u30fe]")
+_SEPARATOR = re.compile(r"sep=([,;\t|])\r?\n")  # Excel's first line
+_COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_ESCAPED = re.compile(rb"\x1b\$[@B]")  # ISO-2022-JP
+_OBJECT = re.compile(r"\s*<[^<>]*>\s*$")  # Python's name for an object: it says nothing
 _MAX_DEPTH = 50
 
 
@@ -94,8 +94,12 @@ def parse_csv(data: bytes, place: str) -> Parsed:
 
 def csv_rows(text: str) -> list[list[str]]:
     """The rows of a CSV text, whatever parts its cells (comma, semicolon, tab or bar)."""
+    named = _SEPARATOR.match(text)
+    text = text[named.end() :] if named else text
     try:
-        dialect: Any = csv.Sniffer().sniff(text[:20_000], delimiters=",;\t|")
+        dialect: Any = csv.Sniffer().sniff(
+            text[:20_000], delimiters=named.group(1) if named else ",;\t|"
+        )
     except csv.Error:
         dialect = csv.excel
     limit = csv.field_size_limit(max(len(text), 1))
@@ -148,9 +152,9 @@ def parse_notebook(data: bytes, place: str) -> Parsed:
 def decoded(data: bytes, place: str) -> tuple[str, str]:
     """A file's text, and a note if its encoding was guessed.
 
-    UTF-8, or UTF-16 and UTF-32 with a byte order mark; else the likeliest of the older encodings,
-    as charset-normalizer judges.  Invisible characters go (see
-    :func:`invar_ray.corpus.formats.parsed.clean_text`).
+    UTF-8, or UTF-16 and UTF-32 with a byte order mark; else what
+    :func:`invar_ray.corpus.formats.encodings.guess` takes it for.  Invisible characters go (see
+    :func:`invar_ray.corpus.formats.parsed.clean_text`), and a terminal's colours.
 
     Raises:
         DataError: it is no text.
@@ -158,48 +162,33 @@ def decoded(data: bytes, place: str) -> tuple[str, str]:
     encoding = next(
         (name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8-sig"
     )
-    if encoding == "utf-8-sig" and b"\x00" in data[:65536]:
-        raise DataError(
-            f"{place} is not text, it holds zero bytes (a binary file)",
-            action="remove it, or give it its true ending",
-        )
-    try:
-        return clean_text(data.decode(encoding)), ""
-    except UnicodeDecodeError as error:
-        guess = None if encoding != "utf-8-sig" else _guess(data)
-        if guess is None:
-            raise DataError(
-                f"{place} is not {encoding.removesuffix('-sig').upper()} text "
-                f"(byte {data[error.start]:#04x} at offset {error.start}), nor in an encoding that "
-                "can be told",
-                action="save it as UTF-8",
-            ) from error
+    binary = encoding == "utf-8-sig" and b"\x00" in data[:65536]
+    what = "is not text, it holds zero bytes (a binary file)"
+    if not binary:
+        try:
+            text = data.decode(encoding)
+            if encoding != "utf-8-sig" or not _ESCAPED.search(data):
+                return _plain(text), ""
+            what = "is not UTF-8 text"
+        except UnicodeDecodeError as error:
+            what = (
+                f"is not {encoding.removesuffix('-sig').upper()} text (byte "
+                f"{data[error.start]:#04x} at offset {error.start}), nor in an encoding that can "
+                "be told"
+            )
+    found = guess(data) if encoding == "utf-8-sig" else None
+    if found is None:
+        action = "remove it, or give it its true ending" if binary else "save it as UTF-8"
+        raise DataError(f"{place} {what}", action=action)
+    text, name = found
     note = (
-        f"{place} is not UTF-8: read as {guess} (a guess). To do: look at it, or save it as UTF-8."
+        f"{place} is not UTF-8: read as {name} (a guess). To do: look at it, or save it as UTF-8."
     )
-    return clean_text(data.decode(guess, "replace")), note
+    return _plain(text), note
 
 
-def _guess(data: bytes) -> str | None:
-    from charset_normalizer import from_bytes  # only when such a file comes
-
-    sample = data[:_DETECT_BYTES]
-    if len(sample) > sum(byte >= 32 or byte in b"\t\n\r\f\v\x1b" for byte in sample):
-        return None  # control characters: no text
-    matches = list(from_bytes(sample, cp_isolation=_LEGACY))
-    if not matches:
-        return None
-    least = matches[0].chaos
-    fitting = {
-        name: str(match)
-        for match in matches
-        if match.chaos <= least
-        for name in match.could_be_from_charset
-    }
-    best = matches[0].encoding
-    if best in {"cp949", "big5", "gb18030"} and _KANA.search(fitting.get("euc_jp", "")):
-        return "euc_jp"
-    return "cp1252" if "cp1252" in fitting and best.startswith("cp125") else best
+def _plain(text: str) -> str:
+    return clean_text(_COLOURS.sub("", text) if "\x1b" in text else text)
 
 
 def _json(data: bytes, place: str) -> tuple[Any, str]:
@@ -241,15 +230,24 @@ def _leaves(value: Any, place: str, name: str = "", depth: int = 0) -> Iterator[
 def _lines(value: Any) -> str:
     """A notebook's text, which is a string or a list of lines."""
     parts = value if isinstance(value, list) else [value]
-    return clean_text("".join(part for part in parts if isinstance(part, str)))
+    return _plain("".join(part for part in parts if isinstance(part, str)))
 
 
 def _printed(output: Any) -> str:
+    """What a cell put out: its text, or what stands for it where there is none."""
     if not isinstance(output, dict):
         return ""
+    if output.get("output_type") in {"error", "pyerr"}:
+        return _lines(f"{output.get('ename') or ''}: {output.get('evalue') or ''}")
     data = output.get("data")
-    plain = data.get("text/plain") if isinstance(data, dict) else None
-    return _lines(output.get("text", plain))
+    forms = data if isinstance(data, dict) else {}
+    text = _lines(output.get("text") or forms.get("text/plain") or forms.get("text/markdown"))
+    page = _lines(forms.get("text/html"))
+    if not page.strip() or (text.strip() and not _OBJECT.match(text)):
+        return text
+    from invar_ray.corpus.formats.html import parse_html  # lxml, only when such an output comes
+
+    return parse_html(page.encode(), "output").text or text
 
 
 def _quoted(headings: list[Place]) -> tuple[Place, ...]:

@@ -7,32 +7,41 @@ text size.
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import docx
 from docx.oxml import parse_xml
 from docx.oxml.ns import qn
 
-from invar_ray.corpus.formats.parsed import Parsed, check_zip, one_line, table_lines
+from invar_ray.corpus.formats.parsed import (
+    Parsed,
+    check_zip,
+    drawing_lines,
+    local_name,
+    office_children,
+    one_line,
+    table_lines,
+)
+from invar_ray.corpus.formats.plain import decoded
 from invar_ray.errors import DataError
 from invar_ray.schema import Place
 
 _OLE = b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1"
 # What wraps text without being part of it: content controls, insertions, smart tags ..
-_DROPPED = frozenset(
-    "del moveFrom rPr pPr rt instrText delText sectPr tblPr tblGrid Fallback".split()
-)
+_DROPPED = frozenset("del moveFrom rPr pPr rt instrText delText sectPr tblPr tblGrid".split())
+_DIAGRAM = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships}dm"
 _SPACES = {"tab": " ", "br": " ", "cr": " ", "noBreakHyphen": "-", "ptab": " "}
 
 
 def parse_docx(data: bytes, place: str, max_bytes: int) -> Parsed:
     """The text of a Word file: paragraphs and, as one paragraph each, the rows of tables, in
-    reading order; text boxes after their paragraph, footnotes at the end.
+    reading order; text boxes, diagrams and charts after their paragraph, footnotes at the end.
 
     The XML is walked, so that what wraps text (content controls, tracked insertions, smart tags,
-    nested tables) loses none of it.  Places are headings; paragraphs (those that hold text) are
-    counted from 1.  Deletions, hidden text, headers, footers and comments are left out.
+    nested tables, files within the file) loses none of it.  Places are headings; paragraphs (those
+    that hold text) are counted from 1.  Deletions, hidden text, headers, footers and comments are
+    left out.
 
     Args:
         data: the file.
@@ -50,7 +59,7 @@ def parse_docx(data: bytes, place: str, max_bytes: int) -> Parsed:
     try:
         check_zip(data, place, max_bytes)
         document = docx.Document(io.BytesIO(data))
-        paragraphs = _paragraphs(document)
+        paragraphs, unread = _paragraphs(document, place, max_bytes)
         title = one_line(document.core_properties.title or "")
     except DataError:
         raise
@@ -70,67 +79,112 @@ def parse_docx(data: bytes, place: str, max_bytes: int) -> Parsed:
             places.append(Place(length, f'"{text}"'))
             title = title or text
         length += len(text) + 2
-    return Parsed(
-        title, "\n\n".join(text for text, _ in paragraphs), tuple(places), unit="paragraph"
-    )
+    whole = "\n\n".join(text for text, _ in paragraphs)
+    note = f"{place}: {unread} files within it are not read" if unread else ""
+    return Parsed(title, whole, tuple(places), unit="paragraph", note=note)
 
 
-def _paragraphs(document: docx.document.Document) -> list[tuple[str, bool]]:
-    """Text and whether it is a heading, of each paragraph that holds text."""
+def _paragraphs(
+    document: docx.document.Document, place: str, max_bytes: int
+) -> tuple[list[tuple[str, bool]], int]:
+    """Text and whether it is a heading, of each paragraph that holds text; how many files within
+    the file could not be read.
+    """
     names = {style.style_id: style.name or "" for style in document.styles}
-    walk = _Walk(names)
+    walk = _Walk(names, document.part, lambda part: _within_file(part, place, max_bytes))
     walk.blocks(document.element.body)
     for relation in document.part.rels.values():
         if not relation.is_external and relation.reltype.endswith(("/footnotes", "/endnotes")):
             for note in parse_xml(relation.target_part.blob):
                 if note.get(qn("w:type")) is None:  # not the line above the notes
                     walk.blocks(note)
-    return [(text, is_heading) for text, is_heading in walk.found if text]
+    return [(text, is_heading) for text, is_heading in walk.found if text], walk.unread
 
 
-def _local(element: Any) -> str:
-    return element.tag.rpartition("}")[2] if isinstance(element.tag, str) else ""
+def _within_file(part: Any, place: str, max_bytes: int) -> str | None:
+    """The text of a file that stands within a Word file as a part of its text; ``None`` if it is of
+    another kind.
+    """
+    kind = part.content_type
+    if "html" in kind:
+        from invar_ray.corpus.formats.html import parse_html  # only when such a file comes
+
+        return parse_html(part.blob, place).text
+    if "wordprocessingml" in kind:
+        return parse_docx(part.blob, place, max_bytes).text
+    return decoded(part.blob, place)[0] if kind == "text/plain" else None
 
 
 class _Walk:
     """Collects paragraphs from the XML of a Word file."""
 
-    def __init__(self, style_names: dict[str, str]) -> None:
+    def __init__(
+        self, style_names: dict[str, str], part: Any, text_of: Callable[[Any], str | None]
+    ) -> None:
         self.found: list[tuple[str, bool]] = []
+        self.unread = 0
         self._names = style_names
+        self._part = part
+        self._text_of = text_of
+        self._joined = ""
 
     def blocks(self, parent: Any) -> None:
         """Paragraphs and tables below an element, whatever they are wrapped in."""
-        for child in parent:
-            name = _local(child)
+        for child in office_children(parent):
+            name = local_name(child)
             if name == "p":
-                self.found.append((one_line(self._text(child)), self._is_heading(child)))
+                text = f"{self._joined}{self._text(child)}"
+                self._joined = ""
+                if child.find(f"{qn('w:pPr')}/{qn('w:rPr')}/{qn('w:del')}") is not None:
+                    self._joined = text  # its end is deleted: the next one goes on with it
+                    continue
+                self.found.append((one_line(text), self._is_heading(child)))
+                self.found += [(line, False) for line in self._drawn(child)]
                 for box in self._boxes(child):
                     self.blocks(box)
             elif name == "tbl":
                 rows, header = self._rows(child)
                 self.found += [(line, False) for _, line in table_lines(rows, header=header)]
+            elif name == "altChunk":
+                inner = self._text_of(self._part.related_parts[child.get(qn("r:id"))])
+                self.unread += inner is None
+                self.found += [(one_line(block), False) for block in (inner or "").split("\n\n")]
             elif name not in _DROPPED:
                 self.blocks(child)
+
+    def _drawn(self, paragraph: Any) -> Iterator[str]:
+        """The text of the diagrams and charts of a paragraph, which are parts of their own."""
+        for element in paragraph.iter():
+            name = local_name(element)
+            id = element.get(qn("r:id") if name == "chart" else _DIAGRAM)
+            if name in {"chart", "relIds"} and id in self._part.related_parts:
+                yield from drawing_lines(parse_xml(self._part.related_parts[id].blob))
 
     def _text(self, element: Any) -> str:
         """The text of runs below an element, without that of text boxes."""
         parts: list[str] = []
-        for child in element:
-            name = _local(child)
+        for child in office_children(element):
+            name = local_name(child)
             if name == "t":
                 parts.append(child.text or "")
             elif name in _SPACES:
                 parts.append(_SPACES[name])
+            elif name == "textpath":  # text along a line
+                parts.append(child.get("string") or "")
+            elif name == "ddList":  # a list to choose from, of an old form
+                chosen = child.find(qn("w:result"))
+                entries = child.findall(qn("w:listEntry"))
+                at = int(chosen.get(qn("w:val"), 0)) if chosen is not None else 0
+                parts += [each.get(qn("w:val")) or "" for each in entries[at : at + 1]]
             elif name not in _DROPPED and name != "txbxContent" and not _is_hidden(child):
                 parts.append(self._text(child))
         return "".join(parts)
 
     def _boxes(self, element: Any) -> Iterator[Any]:
-        for child in element:
-            if _local(child) == "txbxContent":
+        for child in office_children(element):
+            if local_name(child) == "txbxContent":
                 yield child
-            elif _local(child) not in _DROPPED:
+            elif local_name(child) not in _DROPPED:
                 yield from self._boxes(child)
 
     def _is_heading(self, paragraph: Any) -> bool:
@@ -153,8 +207,9 @@ class _Walk:
                 header = True
             cells, column = [], 0
             for cell in _within(row, "tc"):
-                inside = _Walk(self._names)
+                inside = _Walk(self._names, self._part, self._text_of)
                 inside.blocks(cell)
+                self.unread += inside.unread
                 text = one_line(" ".join(text for text, _ in inside.found))
                 span, merge = (
                     cell.find(f"{qn('w:tcPr')}/{qn(name)}") for name in ("w:gridSpan", "w:vMerge")
@@ -170,13 +225,13 @@ class _Walk:
 
 def _within(parent: Any, name: str) -> Iterator[Any]:
     """The nearest elements of that name below an element, whatever they are wrapped in."""
-    for child in parent:
-        if _local(child) == name:
+    for child in office_children(parent):
+        if local_name(child) == name:
             yield child
-        elif _local(child) not in _DROPPED | {"tbl", "tcPr", "trPr"}:
+        elif local_name(child) not in _DROPPED | {"tbl", "tcPr", "trPr"}:
             yield from _within(child, name)
 
 
 def _is_hidden(run: Any) -> bool:
-    mark = run.find(f"{qn('w:rPr')}/{qn('w:vanish')}") if _local(run) == "r" else None
+    mark = run.find(f"{qn('w:rPr')}/{qn('w:vanish')}") if local_name(run) == "r" else None
     return mark is not None and mark.get(qn("w:val")) not in {"0", "false"}

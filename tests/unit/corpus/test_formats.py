@@ -13,11 +13,22 @@ from typing import Any
 import docx
 import openpyxl
 import pptx
+import pypdf
 import pytest
+from docx.opc.packuri import PackURI
+from docx.opc.part import Part
 from docx.oxml import parse_xml
+from lxml import etree
+from pptx.chart.data import CategoryChartData
+from pptx.enum.chart import XL_CHART_TYPE
+from pptx.oxml import parse_xml as parse_slide
+from pypdf.annotations import FreeText
+from pypdf.generic import ArrayObject, DictionaryObject, FloatObject, NameObject, TextStringObject
 
 from invar_ray.corpus.formats.html import parse_html
+from invar_ray.corpus.formats.html import parse_xml as parse_xml_file
 from invar_ray.corpus.formats.pdf import parse_pdf
+from invar_ray.corpus.formats.plain import decoded, parse_notebook
 from invar_ray.corpus.formats.word import parse_docx
 from invar_ray.corpus.readers import read_documents
 from invar_ray.corpus.readlog import ReadLog
@@ -54,11 +65,11 @@ RUN = "<w:r><w:t>{}</w:t></w:r>"
         ('<w:customXml w:element="date">{}</w:customXml>', "The fee is due in May."),
         ('<w:fldSimple w:instr="REF x">{}</w:fldSimple>', "The fee is due in May."),
         ('<w:hyperlink w:anchor="x">{}</w:hyperlink>', "The fee is due in May."),
-        ('<w:sdt><w:sdtContent><w:ins>{}</w:ins></w:sdtContent></w:sdt>', "The fee is due in May."),
+        ("<w:sdt><w:sdtContent><w:ins>{}</w:ins></w:sdtContent></w:sdt>", "The fee is due in May."),
         ('<w:del w:id="1"><w:r><w:delText>due in May</w:delText></w:r></w:del>', "The fee is ."),
         ('<w:moveFrom w:id="1">{}</w:moveFrom>', "The fee is ."),
     ],
-)  # fmt: skip
+)
 def test_what_wraps_a_run_loses_no_text(wrapped: str, expected: str) -> None:
     inner = wrapped.format(RUN.format("due in May"))
     first = '<w:r><w:t xml:space="preserve">The fee is </w:t></w:r>'
@@ -292,3 +303,260 @@ def test_scans_are_read_where_ocr_is_installed() -> None:
     assert "1892" in parsed.text
     assert [place.label for place in parsed.places] == ["page 1"]
     assert parsed.note == "scan.pdf: 1 of 1 pages are scans, read by OCR (first: page 1)"
+
+
+def _boxed(text: str) -> str:
+    """A text box as Word writes it: in the new form and, beside it, in the old one."""
+    box = f"<w:txbxContent><w:p><w:r><w:t>{text}</w:t></w:r></w:p></w:txbxContent>"
+    return (
+        f"<w:p {_W} {_MC}><w:r><mc:AlternateContent><mc:Choice Requires='wps'>{box}</mc:Choice>"
+        f"<mc:Fallback><w:pict>{box}</w:pict></mc:Fallback></mc:AlternateContent></w:r></w:p>"
+    )
+
+
+_MC = 'xmlns:mc="http://schemas.openxmlformats.org/markup-compatibility/2006"'
+_DIAGRAM = (
+    b'<d:dataModel xmlns:d="http://schemas.openxmlformats.org/drawingml/2006/diagram" '
+    b'xmlns:a="http://schemas.openxmlformats.org/drawingml/2006/main"><d:pt><a:p><a:r>'
+    b"<a:t>Keel before mast</a:t></a:r></a:p></d:pt></d:dataModel>"
+)
+_RELATIONS = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
+
+
+def test_of_a_word_file_parts_of_their_own_are_read_once() -> None:
+    """Old and new forms of a box, files within the file, diagrams, formulas, words along a line."""
+    document = docx.Document()
+    body = document.element.body
+    math = "http://schemas.openxmlformats.org/officeDocument/2006/math"
+    package = document.part.package
+    page = Part(PackURI("/word/p.html"), "text/html", b"<p>A page within</p>", package)
+    odd = Part(PackURI("/word/p.rtf"), "application/rtf", b"{\\rtf1}", package)
+    drawn = Part(PackURI("/word/diagrams/data1.xml"), "application/xml", _DIAGRAM, package)
+    ids = [
+        document.part.relate_to(part, f"{_RELATIONS}/{kind}")
+        for part, kind in ((page, "aFChunk"), (odd, "aFChunk"), (drawn, "diagramData"))
+    ]
+    for xml in (
+        _boxed("In both forms"),
+        f"<w:p {_W} {_MC}><w:r><mc:AlternateContent><mc:Choice Requires='x'/><mc:Fallback>"
+        "<w:t>In the old form alone</w:t></mc:Fallback></mc:AlternateContent></w:r></w:p>",
+        f'<w:p {_W} xmlns:m="{math}"><m:oMath><m:r><m:t>a+b</m:t></m:r></m:oMath></w:p>',
+        f'<w:p {_W} xmlns:v="urn:schemas-microsoft-com:vml"><w:r><w:pict><v:textpath '
+        'string="Along a line"/></w:pict></w:r></w:p>',
+        f'<w:p {_W}><w:r><w:ffData><w:ddList><w:result w:val="1"/><w:listEntry w:val="red"/>'
+        '<w:listEntry w:val="green"/></w:ddList></w:ffData></w:r></w:p>',
+        f"<w:p {_W}><w:pPr><w:rPr><w:del w:id='1'/></w:rPr></w:pPr><w:r><w:t>One par</w:t></w:r>"
+        "</w:p>",
+        f"<w:p {_W}><w:r><w:t>agraph.</w:t></w:r></w:p>",
+        f'<w:altChunk {_W} xmlns:r="{_RELATIONS}" r:id="{ids[0]}"/>',
+        f'<w:altChunk {_W} xmlns:r="{_RELATIONS}" r:id="{ids[1]}"/>',
+        f'<w:p {_W} xmlns:r="{_RELATIONS}" xmlns:d="urn:d"><w:r><d:relIds r:dm="{ids[2]}"/></w:r>'
+        "</w:p>",
+    ):
+        body.insert(-1, parse_xml(xml))
+    out = io.BytesIO()
+    document.save(out)
+    parsed = parse_docx(out.getvalue(), "x.docx", 2**25)
+    assert parsed.text.split("\n\n") == [
+        "In both forms",
+        "In the old form alone",
+        "a+b",
+        "Along a line",
+        "green",
+        "One paragraph.",
+        "A page within",
+        "Keel before mast",
+    ]
+    assert parsed.note == "x.docx: 1 files within it are not read"
+
+
+def test_of_slides_and_sheets_what_is_drawn_is_read(tmp_path: Path) -> None:
+    slides = pptx.Presentation()
+    slide = slides.slides.add_slide(slides.slide_layouts[6])
+    box = slide.shapes.add_textbox(0, 0, 1, 1)
+    box.text_frame.text = "Wrapped in two forms"
+    place = box.element.getparent()
+    wrapped = parse_slide(
+        f"<mc:AlternateContent {_MC}><mc:Choice/><mc:Fallback/></mc:AlternateContent>"
+    )
+    place.append(wrapped)
+    wrapped[0].append(box.element)
+    wrapped[1].append(parse_slide(etree.tostring(box.element)))
+    data = CategoryChartData()
+    data.categories = ["Velm", "Tarn"]
+    data.add_series("Fee", (12, 9.5))
+    chart = slide.shapes.add_chart(XL_CHART_TYPE.COLUMN_CLUSTERED, 0, 0, 9, 9, data).chart
+    chart.has_title = True
+    chart.chart_title.text_frame.text = "Harbour fees"
+    group = slide.shapes.add_group_shape().shapes.add_group_shape()
+    group.shapes.add_textbox(0, 0, 1, 1).text_frame.text = "Deep in groups"
+    slides.save(str(tmp_path / "a.pptx"))
+    book = openpyxl.Workbook()
+    book.active.append(["Oda", 3])
+    bars = openpyxl.chart.BarChart()
+    bars.title = "Watches a week"
+    book.active.add_chart(bars, "D1")
+    book.save(tmp_path / "b.xlsx")
+    documents, log = read(tmp_path)
+    assert documents["a.pptx"].text.split("\n") == [
+        "Wrapped in two forms",
+        "Harbour fees",
+        "Fee",
+        "Velm | Fee: 12",
+        "Tarn | Fee: 9.5",
+        "Deep in groups",
+    ]
+    assert documents["b.xlsx"].text == "Oda | 3\n\nWatches a week"
+    assert not log.lines
+
+
+@pytest.mark.parametrize(
+    ("page", "text"),
+    [
+        (
+            "<table><caption>Dues</caption><tr><th>A<th>B<tr><td>1<td>2</table>",
+            "Dues\n\nA | B\n\nA: 1 | B: 2",
+        ),
+        (
+            "<table><tr><td>a<td>b<tr hidden><td>x<td>y<tr><td>c<td hidden>d<td>e</table>",
+            "a | b\n\nc | e",
+        ),
+        ("<p>so <math><mi>E</mi><mo>=</mo><mfrac><mn>1</mn><mn>2</mn></mfrac></math>", "so E=1/2"),
+        ("<svg><title>icon</title><text>Reef</text><text>Pier</text></svg>", "Reef\n\nPier"),
+        (
+            "<x-a><template shadowrootmode=open><p>Shown</template></x-a><template>Not</template>",
+            "Shown",
+        ),
+        ("<iframe srcdoc='&lt;p&gt;A page within'>old browsers</iframe>", "A page within"),
+        (
+            "<h2><button>Opening hours</button></h2><p>At nine.<button>Buy</button>",
+            "Opening hours\n\nAt nine.",
+        ),
+        (
+            "<nav><p>" + "This was never closed. " * 12 + "</p>",
+            "This was never closed. " * 11 + "This was never closed.",
+        ),
+        ("<nav><ul><li><a href=x>Home</a></ul></nav><p>Text", "Text"),
+        ("<div hidden=until-found>Found by search</div><dialog>Later</dialog>", "Found by search"),
+        ("<style>.no,#x{display:none}</style><p class='a no'>A<p id=x>B<p>C", "C"),
+        (
+            "<style>.tab{display:none}.tab.on{display:block}</style><p class=tab>A<p class='tab on'>B",
+            "A\n\nB",
+        ),
+        ("<style>@media print{.p{display:none}}</style><p class=p>A", "A"),
+        ("<p style='opacity: 0'>A<p style='opacity:0.5'>B", "B"),
+        ("<p style='font-size:0'>A<p style='font-size:0.9em'>B", "B"),
+        ("<p>break<wbr>able", "breakable"),
+    ],
+)
+def test_of_a_page_what_is_seen_is_read(page: str, text: str) -> None:
+    assert parse_html(page.encode(), "x.html").text == text
+
+
+@pytest.mark.parametrize(
+    ("declared", "encoding", "text", "says"),
+    [
+        ('<meta charset="utf-8">', "latin-1", "Jörg lädt Käse", ""),
+        ('<meta charset="gb2312">', "utf-8", "Jörg", ""),
+        ('<meta charset="iso-8859-1">', "cp1252", "it’s 5 €", ""),
+        (
+            '<meta http-equiv="x" content="text/html; charset=Shift_JIS">',
+            "cp932",
+            "灯台",
+            "",
+        ),
+        ('<?xml version="1.0" encoding="iso-8859-2"?>', "iso8859_2", "Łódź", ""),
+        ("", "cp1251", "Маяк стоит на острове", "cp1251"),
+        ("", "utf-16-le", "The lamp is lit.", "utf-16-le"),
+        ("<meta charset=nonsense>", "latin-1", "café", ""),
+    ],
+)
+def test_a_page_is_read_in_what_it_is_written_in(
+    declared: str, encoding: str, text: str, says: str
+) -> None:
+    parsed = parse_html(f"{declared}<p>{text}</p>".encode(encoding), "x.html")
+    assert parsed.text == text
+    assert parsed.note == "" if not says else f"read as {says} (a guess)" in parsed.note
+
+
+@pytest.mark.parametrize(
+    ("encoding", "text"),
+    [
+        ("koi8_r", "Смотритель живёт там зимой."),
+        ("cp866", "Смотритель живёт там зимой."),
+        ("iso8859_2", "Strażnik mieszka w latarni; śpi źle."),
+        ("cp1250", "Věž střeží přístav už přes století."),
+        ("cp1254", "Kışın bekçi orada yaşıyor, ışığı yakıyor."),
+        ("cp1255", "השומר גר שם בחורף."),
+        ("cp1257", "Švyturio sargas ten gyvena žiemą."),
+        ("mac_roman", "Der Wärter lädt fünf Körbe, größer als üblich."),
+        ("cp437", "Der Wärter lädt fünf Körbe."),
+        ("cp1252", "Open 9\u201317 daily \u2014 it\u2019s free."),
+        ("gbk", "守塔人住在那里。"),
+        ("big5", "守塔人住在那裡。"),
+        ("cp949", "등대지기는 겨울에 거기 산다."),
+        ("euc_jp", "灯台守は冬もそこに住む。"),
+        ("iso2022_jp", "灯台守は冬もそこに住む。"),
+        ("utf-16-le", "The keeper lives there."),
+        ("utf-16-be", "灯台守は冬もそこに住む。"),
+        ("utf-32-le", "The keeper lives there."),
+    ],
+)
+def test_a_text_in_an_older_encoding_is_guessed_by_its_letters(encoding: str, text: str) -> None:
+    found, note = decoded(text.encode(encoding), "x.txt")
+    assert found == text
+    assert "(a guess)" in note
+
+
+def test_a_few_damaged_bytes_do_not_cost_a_text() -> None:
+    sound = "Ōsaka lies by the sea. " * 20
+    found, note = decoded(sound.encode() + "A café.".encode("latin-1") + b"\xff", "x.txt")
+    assert found == sound + "A café.ÿ"
+    assert "UTF-8 but for its damaged bytes (a guess)" in note
+    assert decoded(b"\x1b[31mred\x1b[0m\xed\xa0\xbd\xed\xb8\x80", "x.txt")[0] == "red\U0001f600"
+
+
+def test_forms_and_notes_of_a_pdf_are_read() -> None:
+    writer = pypdf.PdfWriter(clone_from=io.BytesIO(pdf_bytes(["Entry form"])))
+    writer.add_annotation(0, FreeText(text="Paid in full", rect=(9, 9, 99, 99)))
+    kinds = (("/Tx", TextStringObject("Oda Lind")), ("/Btn", NameObject("/Off")))
+    for kind, value in kinds:
+        field = DictionaryObject(
+            {
+                NameObject("/Subtype"): NameObject("/Widget"),
+                NameObject("/FT"): NameObject(kind),
+                NameObject("/V"): value,
+                NameObject("/Rect"): ArrayObject([FloatObject(each) for each in (9, 9, 99, 99)]),
+            }
+        )
+        writer.pages[0][NameObject("/Annots")].append(writer._add_object(field))
+    out = io.BytesIO()
+    writer.write(out)
+    parsed = parse_pdf(out.getvalue(), "form.pdf", 10**6)
+    assert parsed.text.split("\n") == ["Entry form", "Paid in full", "Oda Lind"]
+
+
+def test_outputs_of_a_notebook_that_are_no_plain_text_are_read() -> None:
+    cell = {
+        "cell_type": "code",
+        "source": "table",
+        "outputs": [
+            {"data": {"text/html": "<table><tr><td>Velm<td>12<tr><td>Tarn<td>9</table>"}},
+            {"data": {"text/markdown": "*Low water*", "text/plain": ""}},
+            {
+                "data": {
+                    "text/html": "<b>bold</b>",
+                    "text/plain": "<IPython.core.display.HTML object>",
+                }
+            },
+            {"output_type": "error", "ename": "KeyError", "evalue": "'lamp'", "traceback": []},
+        ],
+    }
+    text = parse_notebook(json.dumps({"cells": [cell]}).encode(), "x.ipynb").text
+    wanted = ["table", "Velm | 12", "", "Tarn | 9", "*Low water*", "bold", "KeyError: 'lamp'"]
+    assert text.split("\n") == wanted
+
+
+def test_blocks_of_xml_do_not_run_together() -> None:
+    data = b"<m><sec><p>One.</p>Between.<p>Two <b>bo</b>ld.</p></sec></m>"
+    assert parse_xml_file(data, "x.xml").text == "One. Between. Two bold."

@@ -96,10 +96,21 @@ def test_examples(tmp_path: Path) -> None:
 
 
 def test_unusable_rows_can_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    rows = [QUESTION, {**QUESTION, "id": "q2", "answers": [" "]}, QUESTION]
+    rows = [
+        QUESTION,
+        {**QUESTION, "id": "q2", "answers": [" "]},
+        QUESTION,
+        {**QUESTION, "id": "q3", "answers": ["", "so"]},
+        {**QUESTION, "id": "q4", "question": None},
+    ]
     uri = _write(tmp_path / "q.jsonl", rows)
-    assert [example.id for example in read_examples(uri, skip_unusable=True)] == ["q1"]
-    assert "2 rows without an answer or with a taken id were left out" in caplog.text
+    found = read_examples(uri, skip_unusable=True)
+    assert [(example.id, len(example.answers)) for example in found] == [
+        ("q1", len(set(QUESTION["answers"]))),
+        ("q3", 1),
+    ]
+    assert "3 rows were left out (first: " in caplog.text
+    assert "line 2: 'answers' is empty" in caplog.text
 
 
 def test_builtin() -> None:

@@ -18,6 +18,7 @@ from invar_ray.corpus.readers import read_documents, read_examples
 from invar_ray.errors import DataError
 from invar_ray.questions.benchmarks import (
     Benchmark,
+    carried_documents,
     convert_benchmark,
     detect_format,
     read_benchmark,
@@ -243,8 +244,8 @@ FAULTS = [
     (
         "nq-open",
         "x.jsonl",
-        '{"question": "a", "answer": "b"}',
-        r"line 1: 'answer' is 'b'.*a list of strings",
+        '{"question": "a", "answer": {"b": 1}}',
+        r"line 1: 'answer' is {.b.: 1}.*a list of strings",
     ),
     (
         "nq-open",
@@ -672,3 +673,186 @@ def test_a_few_questions_without_gold_are_said_and_not_trained_on(
     assert answerable([*rows, lost], {"d"}) == rows
     with pytest.raises(DataError, match="3 of 4 train questions"):
         answerable([rows[0], lost, lost, lost], {"d"})
+
+
+def _own(folder: Path, text: str) -> Path:
+    path = folder / "set.json"
+    path.write_text(text)
+    return path
+
+
+OAK = [{"text": "oak"}]
+ODD: dict[str, tuple[str, list[str], int]] = {
+    # format -> a set with odd rows, the questions that are sound, and how many documents
+    "nq-open": (
+        lines(
+            {"question": "Who keeps it?", "answer": "Oda"},
+            {"question": "", "answer": ["x"]},
+            {"question": "When?", "answer": [1841]},
+            {"question": "Where?", "answer": None},
+        )
+        + "{cut\n",
+        ["Who keeps it?", "When?"],
+        0,
+    ),
+    "squad": (
+        json.dumps(
+            {
+                "data": [
+                    {
+                        "title": "Pier",
+                        "paragraphs": [
+                            {
+                                "context": "The pier is oak.",
+                                "qas": [
+                                    {
+                                        "id": "1",
+                                        "question": "Of what?",
+                                        "answers": [{"text": "oak"}],
+                                    },
+                                    {"id": "2", "question": "Unlabelled?"},
+                                    {"id": "3", "question": " ", "answers": OAK},
+                                ],
+                            },
+                            {"context": "", "qas": []},
+                            {"qas": []},
+                        ],
+                    },
+                    {"title": "No paragraphs"},
+                    {
+                        "title": "Pier",
+                        "paragraphs": [
+                            {
+                                "context": "The same title, once more.",
+                                "qas": [
+                                    {"id": 4, "question": "Again?", "answers": [{"text": "once"}]}
+                                ],
+                            }
+                        ],
+                    },
+                ]
+            }
+        ),
+        ["Of what?", "Again?"],
+        2,
+    ),
+    "squad-rows": (
+        lines(
+            {"id": 1, "context": "Oak.", "question": "Wood?", "answers": [{"text": "Oak"}]},
+            {"id": 2, "context": None, "question": "Lost?", "answers": {"text": ["x"]}},
+            {"id": 3, "context": "Oak.", "question": "None?", "answers": None},
+        ),
+        ["Wood?"],
+        1,
+    ),
+    "triviaqa": (
+        json.dumps(
+            {
+                "Data": [
+                    {"QuestionId": "1", "Question": "Sea?", "Answer": {"Value": "Inner Sea"}},
+                    {"QuestionId": "2", "Question": "Hidden?"},
+                    {"QuestionId": "3", "Question": "Blank?", "Answer": {"Value": ""}},
+                ]
+            }
+        ),
+        ["Sea?"],
+        0,
+    ),
+    "hotpotqa": (
+        json.dumps(
+            [
+                {**HOTPOT[0], "context": [["A", ["A is old."]], ["B", []]]},
+                {**HOTPOT[0], "_id": "h2", "context": [["A", ["A has another text."]]]},
+                {**HOTPOT[0], "_id": "h3", "answer": ""},
+            ]
+        ),
+        ["Is A older than B?"],
+        1,
+    ),
+    "popqa": (
+        POPQA
+        + '43\tWho?\tthree\tcolumns\n44\ts\tp\tWho wrote?\t["Cora", 7]\t9\n45\ts\tp\tq\t\t1\n',
+        ["What does Dag do?", "Who wrote?"],
+        0,
+    ),
+    "dpr": (
+        json.dumps(
+            [
+                {**DPR[0], "hard_negative_ctxs": [{"title": "", "text": "", "psg_id": 3}]},
+                {"question": "no id", "answers": ["x"], "positive_ctxs": [{"text": "y"}]},
+            ]
+        ),
+        ["who made it"],
+        1,
+    ),
+    "kilt": (lines(*KILT, {"id": "k2", "input": "unlabelled"}), ["who wrote it"], 0),
+    "jsonl": (
+        lines(OWN, {**OWN, "id": 2, "positive_ids": [4]}, {**OWN, "id": None}),
+        ["Why?", "Why?"],
+        0,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_an_odd_row_costs_itself_and_no_more(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    text, questions, documents = ODD[name]
+    path = _own(tmp_path, text)
+    found = read_benchmark(str(path), name, skip_unusable=True)
+    assert [example.question for example in found.examples] == questions
+    assert len(found.documents) == documents
+    assert len({document.id for document in found.documents}) == documents
+    assert f"faulty rows were left out (first: {path}" in caplog.text
+    with pytest.raises(DataError):
+        read_benchmark(str(path), name)
+
+
+def test_a_set_without_a_sound_row_is_refused_for_its_first(tmp_path: Path) -> None:
+    path = _own(tmp_path, lines({"question": "", "answer": ["x"]}))
+    with pytest.raises(DataError, match="line 1: 'question' is ''"):
+        read_benchmark(str(path), "nq-open", skip_unusable=True)
+
+
+@pytest.mark.parametrize(
+    "judged",
+    [
+        "query-id\tcorpus-id\tscore\r\n8\t1\t1.0\r\n9\t1\t0.0\r\n",
+        "8\t0\t1\t2\n9\t0\t1\t0\n",
+        "8 0 1 1\n",
+        "query-id\tcorpus-id\tscore\n8\t1\t1\nnobody\t1\t1\n8\tnowhere\tmaybe\n",
+    ],
+)
+def test_judgements_are_read_in_each_of_their_forms(tmp_path: Path, judged: str) -> None:
+    """Real scores, TREC's four columns, line ends of Windows, packed files, a damaged line."""
+    (tmp_path / "qrels").mkdir()
+    corpus = lines(
+        {"_id": 1, "title": "Bell", "text": None}, {"_id": 2, "text": "Oak."}, {"_id": 3}
+    )
+    (tmp_path / "corpus.jsonl.gz").write_bytes(gzip.compress(corpus.encode()))
+    asked = lines({"_id": 8, "text": "Which bell?"}, {"_id": 9, "text": None})
+    (tmp_path / "queries.jsonl").write_text(asked)
+    (tmp_path / "qrels" / "test.tsv").write_text(judged, newline="")
+    found = read_benchmark(str(tmp_path), skip_unusable=True)
+    assert [(row.id, row.positive_ids) for row in found.examples] == [("8", ("1",))]
+    assert {row.id: row.text for row in found.documents} == {"1": "Bell", "2": "Oak."}
+
+
+def test_files_that_differ_by_their_endings_lose_no_question(tmp_path: Path) -> None:
+    for ending in ("jsonl", "json", "jsonl.gz"):
+        text = lines({"question": f"In {ending}?", "answer": ["yes"]}).encode()
+        (tmp_path / f"set.{ending}").write_bytes(gzip.compress(text) if "gz" in ending else text)
+    found = read_benchmark(str(tmp_path), "nq-open", skip_unusable=True)
+    assert len({example.id for example in found.examples}) == 3
+
+
+def test_files_whose_documents_share_an_id_are_not_mixed(tmp_path: Path) -> None:
+    for number, text in enumerate(("The bell is bronze.", "The bell is tin.")):
+        qas = [{"id": f"q{number}", "question": "Of what?", "answers": [{"text": "x"}]}]
+        data = {"data": [{"title": "Bell", "paragraphs": [{"context": text, "qas": qas}]}]}
+        (tmp_path / f"{number}.json").write_text(json.dumps(data))
+    with pytest.raises(DataError, match=r"1\.json: the document 'Bell/0' has another text"):
+        carried_documents(str(tmp_path))
+    found = read_benchmark(str(tmp_path), skip_unusable=True)
+    assert [example.id for example in found.examples] == ["q0"]

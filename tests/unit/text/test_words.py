@@ -37,6 +37,10 @@ from invar_ray.text.words import fold, terms, words
         ("A café in Brest", "cafe\u0301", "café"),
         ("the of\ufb01ce of the \ufb02eet", "office of the fleet", "of\ufb01ce of the \ufb02eet"),
         ("in Ｂｅｒｌｉｎ 1990", "Berlin", "Ｂｅｒｌｉｎ"),
+        ("ꦗꦮꦏꦛꦗꦮ", "ꦏꦛ", "ꦏꦛ"),  # Javanese, New Tai Lue, Yi: none writes spaces
+        ("ᦎᦷᦑᦺᦖᧈᦉᦲᦗᦸᧂᦉᦱ", "ᦑᦺᦖᧈ", "ᦑᦺᦖᧈ"),
+        ("ꆈꌠꁱꂷꏂꌠ", "ꁱꂷ", "ꁱꂷ"),
+        ("İstanbul ve Bursa", "istanbul", "İstanbul"),
         ("im Jahr ١٩٩٠", "1990", "١٩٩٠"),
         ("Acme™ sells it", "Acme", "Acme"),
         ("a party", "art", ""),
