@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from invar_ray.corpus.formats.encodings import decoded
 from invar_ray.corpus.formats.parsed import clean_text
-from invar_ray.corpus.formats.plain import csv_rows, decoded
+from invar_ray.corpus.formats.plain import csv_rows
 from invar_ray.corpus.json_places import json_entries
 from invar_ray.corpus.rows import id_string, json_row, metadata, string
 from invar_ray.corpus.storage import InputFile, read_bytes, read_lines

@@ -1,4 +1,4 @@
-"""What a text is in that is not UTF-8: a guess, from the letters that come out.
+"""Bytes into text; of what is not UTF-8 a guess, from the letters that come out.
 
 Charset-normalizer says which encodings give no mess.  Several do for a short text; which of them is
 meant, the letters tell: those that a language writes often, else those that a script has at all.
@@ -11,6 +11,18 @@ import re
 import unicodedata
 from functools import cache
 
+from invar_ray.corpus.formats.parsed import clean_text
+from invar_ray.errors import DataError
+
+# UTF-32's little-endian mark starts with that of UTF-16: the longer ones come first.
+_BYTE_ORDER_MARKS = {
+    b"\xff\xfe\x00\x00": "utf-32",
+    b"\x00\x00\xfe\xff": "utf-32",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+}
+_COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
+_ESCAPED = re.compile(rb"\x1b\$[@B]")  # ISO-2022-JP
 _SAMPLE_BYTES = 100_000
 _MAX_MESS = 0.1
 """How much messier (charset-normalizer's chaos, 0 to 1) than the cleanest a candidate may be."""
@@ -42,7 +54,50 @@ _LEAST_KANA = 0.2
 _MARKS = frozenset("\xa0«»„“”‚‘’–—…·•€£§°©®™×½¼¾¿¡　、。，．！？「」『』（）：；")
 
 
-def guess(data: bytes) -> tuple[str, str] | None:
+def decoded(data: bytes, place: str) -> tuple[str, str]:
+    """A file's text, and a note if its encoding was guessed.
+
+    UTF-8, or UTF-16 and UTF-32 with a byte order mark; else what the letters that come out speak
+    for.  Invisible characters go (see :func:`invar_ray.corpus.formats.parsed.clean_text`), and a
+    terminal's colours.
+
+    Raises:
+        DataError: it is no text.
+    """
+    encoding = next(
+        (name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8-sig"
+    )
+    binary = encoding == "utf-8-sig" and b"\x00" in data[:65536]
+    what = "is not text, it holds zero bytes (a binary file)"
+    if not binary:
+        try:
+            text = data.decode(encoding)
+            if encoding != "utf-8-sig" or not _ESCAPED.search(data):
+                return visible(text), ""
+            what = "is not UTF-8 text"
+        except UnicodeDecodeError as error:
+            what = (
+                f"is not {encoding.removesuffix('-sig').upper()} text (byte "
+                f"{data[error.start]:#04x} at offset {error.start}), nor in an encoding that can "
+                "be told"
+            )
+    found = _guess(data) if encoding == "utf-8-sig" else None
+    if found is None:
+        action = "remove it, or give it its true ending" if binary else "save it as UTF-8"
+        raise DataError(f"{place} {what}", action=action)
+    text, name = found
+    note = (
+        f"{place} is not UTF-8: read as {name} (a guess). To do: look at it, or save it as UTF-8."
+    )
+    return visible(text), note
+
+
+def visible(text: str) -> str:
+    """A text without invisible characters and a terminal's colours."""
+    return clean_text(_COLOURS.sub("", text) if "\x1b" in text else text)
+
+
+def _guess(data: bytes) -> tuple[str, str] | None:
     """The text of bytes that are not UTF-8, and what they were taken for; ``None`` if no text.
 
     UTF-8 with some bytes damaged or of an older encoding (they are read as Windows-1252), UTF-16

@@ -15,6 +15,7 @@ from urllib.parse import unquote
 
 from lxml import etree
 
+from invar_ray.corpus.formats.encodings import decoded
 from invar_ray.corpus.formats.parsed import (
     Parsed,
     check_zip,
@@ -22,7 +23,6 @@ from invar_ray.corpus.formats.parsed import (
     one_line,
     table_lines,
 )
-from invar_ray.corpus.formats.plain import decoded
 from invar_ray.errors import DataError
 from invar_ray.schema import Place
 

@@ -13,7 +13,7 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-from invar_ray.corpus.formats.encodings import guess
+from invar_ray.corpus.formats.encodings import decoded, visible
 from invar_ray.corpus.formats.parsed import Parsed, clean_text, joined, one_line, table_lines
 from invar_ray.errors import DataError
 from invar_ray.schema import Place
@@ -27,16 +27,7 @@ _UNDERLINED = re.compile(
 _FENCED = re.compile(r"^ {0,3}(```|~~~).*?(?:^ {0,3}\1[^\n]*$|\Z)", re.MULTILINE | re.DOTALL)
 _FRONT = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*$", re.MULTILINE | re.DOTALL)
 _FRONT_TITLE = re.compile(r"^title:[ \t]*([\"']?)(.+?)\1[ \t]*$", re.MULTILINE)
-# UTF-32's little-endian mark starts with that of UTF-16: the longer ones come first.
-_BYTE_ORDER_MARKS = {
-    b"\xff\xfe\x00\x00": "utf-32",
-    b"\x00\x00\xfe\xff": "utf-32",
-    b"\xff\xfe": "utf-16",
-    b"\xfe\xff": "utf-16",
-}
 _SEPARATOR = re.compile(r"sep=([,;\t|])\r?\n")  # Excel's first line
-_COLOURS = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
-_ESCAPED = re.compile(rb"\x1b\$[@B]")  # ISO-2022-JP
 _OBJECT = re.compile(r"\s*<[^<>]*>\s*$")  # Python's name for an object: it says nothing
 _MAX_DEPTH = 50
 
@@ -149,48 +140,6 @@ def parse_notebook(data: bytes, place: str) -> Parsed:
     return Parsed(title, text, places, note=note)
 
 
-def decoded(data: bytes, place: str) -> tuple[str, str]:
-    """A file's text, and a note if its encoding was guessed.
-
-    UTF-8, or UTF-16 and UTF-32 with a byte order mark; else what
-    :func:`invar_ray.corpus.formats.encodings.guess` takes it for.  Invisible characters go (see
-    :func:`invar_ray.corpus.formats.parsed.clean_text`), and a terminal's colours.
-
-    Raises:
-        DataError: it is no text.
-    """
-    encoding = next(
-        (name for mark, name in _BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8-sig"
-    )
-    binary = encoding == "utf-8-sig" and b"\x00" in data[:65536]
-    what = "is not text, it holds zero bytes (a binary file)"
-    if not binary:
-        try:
-            text = data.decode(encoding)
-            if encoding != "utf-8-sig" or not _ESCAPED.search(data):
-                return _plain(text), ""
-            what = "is not UTF-8 text"
-        except UnicodeDecodeError as error:
-            what = (
-                f"is not {encoding.removesuffix('-sig').upper()} text (byte "
-                f"{data[error.start]:#04x} at offset {error.start}), nor in an encoding that can "
-                "be told"
-            )
-    found = guess(data) if encoding == "utf-8-sig" else None
-    if found is None:
-        action = "remove it, or give it its true ending" if binary else "save it as UTF-8"
-        raise DataError(f"{place} {what}", action=action)
-    text, name = found
-    note = (
-        f"{place} is not UTF-8: read as {name} (a guess). To do: look at it, or save it as UTF-8."
-    )
-    return _plain(text), note
-
-
-def _plain(text: str) -> str:
-    return clean_text(_COLOURS.sub("", text) if "\x1b" in text else text)
-
-
 def _json(data: bytes, place: str) -> tuple[Any, str]:
     text, note = decoded(data, place)
     try:
@@ -230,7 +179,7 @@ def _leaves(value: Any, place: str, name: str = "", depth: int = 0) -> Iterator[
 def _lines(value: Any) -> str:
     """A notebook's text, which is a string or a list of lines."""
     parts = value if isinstance(value, list) else [value]
-    return _plain("".join(part for part in parts if isinstance(part, str)))
+    return visible("".join(part for part in parts if isinstance(part, str)))
 
 
 def _printed(output: Any) -> str:

@@ -14,6 +14,7 @@ import docx
 from docx.oxml import parse_xml
 from docx.oxml.ns import qn
 
+from invar_ray.corpus.formats.encodings import decoded
 from invar_ray.corpus.formats.parsed import (
     Parsed,
     check_zip,
@@ -23,7 +24,6 @@ from invar_ray.corpus.formats.parsed import (
     one_line,
     table_lines,
 )
-from invar_ray.corpus.formats.plain import decoded
 from invar_ray.errors import DataError
 from invar_ray.schema import Place
 

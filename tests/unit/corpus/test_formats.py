@@ -25,10 +25,11 @@ from pptx.oxml import parse_xml as parse_slide
 from pypdf.annotations import FreeText
 from pypdf.generic import ArrayObject, DictionaryObject, FloatObject, NameObject, TextStringObject
 
+from invar_ray.corpus.formats.encodings import decoded
 from invar_ray.corpus.formats.html import parse_html
 from invar_ray.corpus.formats.html import parse_xml as parse_xml_file
 from invar_ray.corpus.formats.pdf import parse_pdf
-from invar_ray.corpus.formats.plain import decoded, parse_notebook
+from invar_ray.corpus.formats.plain import parse_notebook
 from invar_ray.corpus.formats.word import parse_docx
 from invar_ray.corpus.readers import read_documents
 from invar_ray.corpus.readlog import ReadLog
@@ -440,7 +441,7 @@ def test_of_slides_and_sheets_what_is_drawn_is_read(tmp_path: Path) -> None:
         ("<div hidden=until-found>Found by search</div><dialog>Later</dialog>", "Found by search"),
         ("<style>.no,#x{display:none}</style><p class='a no'>A<p id=x>B<p>C", "C"),
         (
-            "<style>.tab{display:none}.tab.on{display:block}</style><p class=tab>A<p class='tab on'>B",
+            "<style>.t{display:none}.t.on{display:block}</style><p class=t>A<p class='t on'>B",
             "A\n\nB",
         ),
         ("<style>@media print{.p{display:none}}</style><p class=p>A", "A"),
