@@ -181,6 +181,12 @@ class AppArgs(Limits):
         default_factory=list, description="Origins whose pages may call; none by default."
     )
     audit_text: bool = Field(False, description="Write questions into the audit log.")
+    examples: list[str] = Field(
+        default_factory=list,
+        description="Questions that the page offers; `invar-ray serve` takes some of the dev "
+        "questions that its generator was measured with. A key that is bound to passages sees "
+        "none.",
+    )
     tracing: Tracing = Field("off", description="OpenTelemetry spans: off, log, or otlp.")
     stability_share: float = Field(
         0.0, ge=0, le=1, description="Share of answers whose stability is measured."

@@ -89,6 +89,7 @@ class IngressReplica:
             retry_after_s=self._args.retry_after_s,
             cors_origins=self._args.cors_origins,
             audit_text=self._args.audit_text,
+            examples=self._args.examples,
             metrics=exposition,
         )
 

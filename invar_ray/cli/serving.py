@@ -9,10 +9,13 @@ from typing import Any
 from invar_ray.answering.current import current_index, fits_generator, newest_generator
 from invar_ray.config import Config
 from invar_ray.console import is_verbose
-from invar_ray.errors import MissingArtifactError, MixedArtifactsError
+from invar_ray.errors import ArtifactError, MissingArtifactError, MixedArtifactsError
 from invar_ray.executor import OnRay, one_error
 from invar_ray.models.encoder import EncoderSpec
+from invar_ray.steps.questions import load_examples
 from invar_ray.store.artifacts import Artifact, Store, open_artifact
+
+_EXAMPLES, _EXAMPLE_CHARS = 4, 80
 
 
 def serve_until_stopped(
@@ -106,9 +109,27 @@ def service_args(index: Artifact, generator: Artifact, config: Config) -> Any:
         mode=config.search.mode,
         reranker=config.search.reranker,
         rerank_depth=config.search.rerank_depth,
+        examples=example_questions(index, generator),
         **settings,
         **length,
     )
+
+
+def example_questions(index: Artifact, generator: Artifact) -> list[str]:
+    """A few short dev questions of the run that made the generator, where it read the passages of
+    this index; none, where the run's questions are gone.
+    """
+    if "readings" not in generator.manifest.parents:
+        return []
+    try:
+        readings = generator.parent("readings")
+        if readings.parent("passages").fingerprint != index.parent("passages").fingerprint:
+            return []
+        asked = load_examples(readings.parent("hits").parent("questions"), "dev")
+    except ArtifactError:
+        return []
+    short = [each.question for each in asked if len(each.question) <= _EXAMPLE_CHARS]
+    return short[:: max(1, len(short) // _EXAMPLES)][:_EXAMPLES]
 
 
 def stop_service() -> None:

@@ -39,6 +39,7 @@ def make_api(
     retry_after_s: float = 1.0,
     cors_origins: Sequence[str] = (),
     audit_text: bool = False,
+    examples: Sequence[str] = (),
     metrics: Callable[[], Awaitable[str]] | None = None,
 ) -> ASGIApp:
     """The web application.
@@ -51,10 +52,11 @@ def make_api(
         retry_after_s: when to come back, in seconds.
         cors_origins: web pages of these origins may call the service; none may by default.
         audit_text: write questions into the audit log.
+        examples: questions that the page offers.
         metrics: the metrics of all processes in Prometheus' form; without it there is no
             ``/metrics``.
     """
-    api = openapi_app(service, limits, audit_text)
+    api = openapi_app(service, limits, audit_text, examples)
     if metrics is not None:
         _add_metrics(api, metrics)
     guarded: ASGIApp = Guard(
@@ -92,7 +94,9 @@ def _add_metrics(api: FastAPI, metrics: Callable[[], Awaitable[str]]) -> None:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
-def openapi_app(service: Service, limits: Limits, audit_text: bool = False) -> FastAPI:
+def openapi_app(
+    service: Service, limits: Limits, audit_text: bool = False, examples: Sequence[str] = ()
+) -> FastAPI:
     """The routes without their guard."""
     api = FastAPI(
         title="invar-ray",
@@ -119,7 +123,9 @@ def openapi_app(service: Service, limits: Limits, audit_text: bool = False) -> F
             )
         )
     ]
-    api.include_router(native_routes(service, limits, audit_text), tags=["invar"], dependencies=key)
+    api.include_router(
+        native_routes(service, limits, audit_text, examples), tags=["invar"], dependencies=key
+    )
     api.include_router(
         openai_routes(service, limits, audit_text), tags=["openai"], dependencies=key
     )

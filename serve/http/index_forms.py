@@ -1,5 +1,6 @@
 """Which index and generator are served, and a change of it, as they go over HTTP."""
 
+from collections.abc import Sequence
 from typing import Annotated, Any
 
 from fastapi import Path
@@ -144,9 +145,12 @@ class IndexResponse(BaseModel):
     generator: GeneratorState
     versions: dict[str, str] = VERSIONS
     limits: Limits
+    examples: list[str] = Field(
+        default_factory=list, description="Questions that the indexed documents answer."
+    )
 
     @classmethod
-    def of(cls, serving: Serving, limits: Limits) -> "IndexResponse":
+    def of(cls, serving: Serving, limits: Limits, examples: Sequence[str] = ()) -> "IndexResponse":
         """From what is served."""
         return cls(
             index=IndexState.of_all(serving),
@@ -155,6 +159,7 @@ class IndexResponse(BaseModel):
             generator=GeneratorState.of(serving.generator),
             versions=serving.versions,
             limits=limits,
+            examples=list(examples),
         )
 
 

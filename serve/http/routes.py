@@ -1,7 +1,7 @@
 """The service's own routes: retrieve, answer, stability, index."""
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -40,7 +40,9 @@ def note_for_audit(request: Request, question: str, with_text: bool) -> None:
     request.scope["invar_audit"] = values | ({"question": question} if with_text else {})
 
 
-def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRouter:
+def native_routes(
+    service: Service, limits: Limits, audit_text: bool, examples: Sequence[str] = ()
+) -> APIRouter:
     """The routes over a service."""
     routes = APIRouter()
 
@@ -138,8 +140,9 @@ def native_routes(service: Service, limits: Limits, audit_text: bool) -> APIRout
         return StabilityResponse.of(wordings, top_k, timings, context.request_id)
 
     @routes.get("/v1/index", response_model=IndexResponse, summary="What is being served")
-    async def index() -> IndexResponse:
-        return IndexResponse.of(await service.describe(), limits)
+    async def index(request: Request) -> IndexResponse:
+        bound = bool(request.scope["invar_context"].where)  # others' documents are not its business
+        return IndexResponse.of(await service.describe(), limits, () if bound else examples)
 
     @routes.post(
         "/admin/index",

@@ -62,7 +62,7 @@ export function showAnswer(reply, found, written) {
 
 function body(reply, written) {
   if (reply.low_confidence) {
-    const sure = reply.probability === null ? "" : `, right with ${percent(reply.probability)}`;
+    const sure = reply.probability === null ? "" : `, ${percent(reply.probability)} likely to be right`;
     return ["Not sure enough to answer from these passages.", make("span", { class: "guess" }, `Its guess${sure}: ${reply.guess || "nothing"}`)];
   }
   if (reply.refused) return [reply.answer];
@@ -130,6 +130,15 @@ export function unlight() {
   if (lit.contains(document.activeElement) && origin?.isConnected) origin.focus();
   light(null, false);
   return true;
+}
+
+// Question, answer and what it rests on, for the clipboard.
+export function asPlainText(question, reply) {
+  const said = reply.low_confidence
+    ? `Not sure enough to answer. A guess: ${reply.guess || "nothing"}`
+    : `${reply.answer || "(no answer)"} ${reply.citations.map(citation => `[${citation.number}]`).join("")}`.trim();
+  const rests = reply.citations.map(({ number, title, document_id, place }) => `[${number}] ${title || document_id}${place ? `, ${place}` : ""}`);
+  return [question, "", said, ...(rests.length ? ["", ...rests] : [])].join("\n");
 }
 
 function fact(name, value, title) {

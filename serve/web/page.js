@@ -1,6 +1,6 @@
 // The page at `/`: what happens when. Rendering is in answer.js and stability.js, calls are in service.js.
 
-import { light, showAnswer, showPassages, showText, unlight } from "./answer.js";
+import { asPlainText, light, showAnswer, showPassages, showText, unlight } from "./answer.js";
 import { Problem, call, events, key } from "./service.js";
 import { stabilityView } from "./stability.js";
 import { $, make, plural, sentence } from "./text.js";
@@ -22,6 +22,7 @@ const TITLES = {
 let running = null; // AbortController of the question that is being answered
 let comparing = null; // the same for the stability panel
 let asked = null; // the request that the answer on the page belongs to
+let answered = null; // the answer on the page
 let seed = 0;
 let again = null; // what "Try again" does
 
@@ -78,6 +79,7 @@ async function ask() {
   if (!question) return $("question").focus();
   running?.abort();
   comparing?.abort();
+  remember(question);
   const mine = (running = new AbortController());
   asked = { question, top_k: number("top-k"), max_new_tokens: number("length") };
   hideProblem();
@@ -132,6 +134,8 @@ function stopped(written) {
 }
 
 function finish(reply) {
+  answered = reply;
+  $("copied").textContent = "";
   if (reply.low_confidence) say("The model is not sure enough to answer from these passages.");
   else if (reply.refused) say("The passages do not answer this question, says the model.");
   else if (!reply.answer) say("Passages were found, but no answer was written.");
@@ -208,6 +212,45 @@ function askThis(text) {
 $("stability-form").addEventListener("submit", event => { event.preventDefault(); compare(); });
 $("others").addEventListener("click", () => { seed += 1; compare(); });
 
+// Earlier questions of this tab, the last one first; like the key they are gone when it is closed.
+
+const REMEMBERED = 20;
+
+function earlier() {
+  try { return JSON.parse(sessionStorage.getItem("invar-asked") ?? "[]"); } catch { return []; }
+}
+
+function remember(question) {
+  const kept = [question, ...earlier().filter(other => other !== question)].slice(0, REMEMBERED);
+  try { sessionStorage.setItem("invar-asked", JSON.stringify(kept)); } catch { /* a full or closed storage */ }
+  showHistory();
+}
+
+const askButton = text => make("li", {}, make("button", { type: "button", dir: "auto", onclick: () => askThis(text) }, text));
+
+function showHistory() {
+  const kept = earlier();
+  $("history").querySelector("ol").replaceChildren(...kept.map(askButton));
+  $("history").hidden = !kept.length;
+}
+
+$("forget").addEventListener("click", () => {
+  sessionStorage.removeItem("invar-asked");
+  showHistory();
+  $("question").focus();
+});
+
+// The clipboard is there on loopback and behind TLS only.
+$("copy").hidden = !navigator.clipboard;
+$("copy").addEventListener("click", async () => {
+  try {
+    await navigator.clipboard.writeText(asPlainText(asked.question, answered));
+    $("copied").textContent = "Copied.";
+  } catch {
+    $("copied").textContent = "The browser does not allow it.";
+  }
+});
+
 // The key
 
 let afterKey = null;
@@ -263,8 +306,10 @@ $("theme").addEventListener("click", () => {
 // What is being served, and what may be asked for.
 async function describe() {
   try {
-    const { index, versions, limits } = await call("v1/index");
-    $("served").textContent = `index ${versions.index.slice(0, 12)}`;
+    const { index, versions, limits, examples } = await call("v1/index");
+    $("examples").querySelector("ul").replaceChildren(...examples.map(askButton));
+    $("examples").hidden = !examples.length;
+    $("served").textContent = "index ready";
     $("served").title = index.error ? `The index asked for last is not served: ${index.error}` : Object.entries(versions).map(pair => pair.join(" ")).join("\n");
     $("served").classList.toggle("warning", Boolean(index.error));
     $("question").maxLength = limits.max_question_chars;
@@ -280,6 +325,7 @@ async function describe() {
 }
 
 showKey();
+showHistory();
 showTheme();
 grow();
 describe();

@@ -21,16 +21,32 @@ from typing import Any
 
 import pytest
 
+from invar_ray.answering.certainty import SIGNS, Certainty
+from invar_ray.models.generator import Generator
 from serve.http.keys import ApiKey
+from serve.replicas.generator import TransformersEngine, load_generator
 from serve.replicas.remote import OpenAIEngine
 from tests.reader import Reader
-from tests.serving import LIMITS, Live, shared_artifacts
+from tests.serving import LIMITS, Artifacts, Live, shared_artifacts
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 webdriver = pytest.importorskip(
     "selenium.webdriver", reason="the package selenium is not installed (extra dev)"
 )
 FERRY = "When does the ferry leave?"
+EXAMPLES = ["What grows in the orchard?", FERRY]
+
+
+def unsure(artifacts: Artifacts) -> TransformersEngine:
+    """The real generator, calibrated so that nothing is sure enough."""
+
+    def load(uri: str) -> Generator:
+        generator = load_generator(uri)
+        zero = Certainty((0.0,) * len(SIGNS), 0.0, 0.9, 0.1, 0.1, 0.5, 100)
+        generator.certainty = zero.to_json()
+        return generator
+
+    return TransformersEngine(artifacts.generator_uri, load)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +73,8 @@ def services(reader: Reader, tmp_path_factory: pytest.TempPathFactory) -> Iterat
     limits = LIMITS.model_copy(update={"max_top_k": 5, "max_new_tokens": 24})
     key = ApiKey(name="mine", sha256=hashlib.sha256(b"sesame").hexdigest())
     made = {
-        "open": Live(artifacts, engine=engine(), limits=limits),
+        "open": Live(artifacts, engine=engine(), limits=limits, examples=EXAMPLES),
+        "unsure": Live(artifacts, engine=unsure(artifacts)),
         "locked": Live(artifacts, engine=engine(), limits=limits, keys=(key,)),
         "sharded": Live(
             artifacts,
@@ -199,6 +216,8 @@ def test_an_answer_streams_and_its_citation_leads_to_the_passage(
     assert page.js("document.activeElement.classList.contains('cite')")
     assert page.js("document.querySelector('.lit') === null")
     versions = services["open"]("GET", "/v1/index").json()["versions"]
+    assert page.text("#versions") == "", "fingerprints are folded away"
+    page.find("#made-by summary").click()
     shown = page.text("#versions")
     assert all(version in shown for version in versions.values())
     assert "search" in page.text("#timings")
@@ -217,7 +236,8 @@ def test_numbers_stand_where_the_model_put_them_and_what_it_did_not_read_has_non
     reply = services["open"](
         "POST", "/v1/answer", json={"question": "When does the ferry leave, twice?", "top_k": 5}
     ).json()
-    assert len(reply["citations"]) == 2
+    # the model cites two; the answer stands in one of them
+    assert [citation["title"] for citation in reply["citations"]] == ["Ferry"]
     assert page.texts(".cite") == [str(citation["number"]) for citation in reply["citations"]]
     assert 0 < len(reply["passages"]) < 5
     unread = page.driver.find_elements("css selector", ".unread")
@@ -292,6 +312,70 @@ def test_refusals_and_silence_look_like_themselves(page: Page, services: dict[st
     assert len(page.texts("#passages h3")) == 3
     page.compare()
     assert "%" in page.text(".score-box b")
+
+
+def test_an_answer_that_is_not_sure_enough_looks_like_none(
+    page: Page, services: dict[str, Live]
+) -> None:
+    page.open(services["unsure"].url)
+    assert not page.find("#examples").is_displayed(), "this service has none"
+    page.ask(FERRY)
+    shown = page.text("#answer.refused")
+    reply = services["unsure"]("POST", "/v1/answer", json={"question": FERRY}).json()
+    assert reply["low_confidence"]
+    assert shown.startswith("Not sure enough to answer from these passages.")
+    assert "Its guess, 50 % likely to be right:" in shown
+    assert "not sure enough" in page.text("#status")
+    assert page.js("document.querySelectorAll('.cite').length") == 0
+    page.picture("unsure")
+
+
+def test_examples_are_asked_and_questions_of_the_tab_are_kept(
+    page: Page, services: dict[str, Live]
+) -> None:
+    page.open(services["open"].url)
+    assert page.texts("#examples button") == EXAMPLES
+    assert not page.find("#history").is_displayed()
+    page.picture("examples")
+    page.find("#examples button").click()
+    page.wait("!document.body.classList.contains('busy') && document.querySelector('.cite')")
+    assert page.text("#answer").startswith("Pears and plums")
+    assert not page.find("#examples").is_displayed()
+    page.ask("<b>silence</b>")
+    page.ask(EXAMPLES[0])
+    page.driver.refresh()
+    page.find("#history summary").click()
+    assert page.texts("#history li") == [EXAMPLES[0], "<b>silence</b>"]
+    page.picture("history")
+    page.driver.find_elements("css selector", "#history li button")[1].click()
+    page.wait("document.querySelector('#answer.nothing')")
+    assert page.texts("#history li") == ["<b>silence</b>", EXAMPLES[0]]
+    page.find("#forget").click()
+    assert not page.find("#history").is_displayed()
+    assert page.js("sessionStorage.getItem('invar-asked')") is None
+    assert page.complaints() == []
+
+
+def test_an_answer_is_copied_with_what_it_rests_on(page: Page, services: dict[str, Live]) -> None:
+    url = services["open"].url
+    allow = {"permission": {"name": "clipboard-write"}, "setting": "granted", "origin": url}
+    page.driver.execute_cdp_cmd("Browser.setPermission", allow)
+    page.open(url)
+    page.js("window.copied = null")
+    page.driver.execute_script(
+        "const write = navigator.clipboard.writeText.bind(navigator.clipboard);"
+        "navigator.clipboard.writeText = text => { window.copied = text; return write(text); }"
+    )
+    page.ask(FERRY)
+    page.find("#copy").click()
+    page.wait("document.getElementById('copied').textContent !== ''")
+    assert page.text("#copied") == "Copied."
+    assert page.js("window.copied") == f"{FERRY}\n\nnine in the morning [1]\n\n[1] Ferry"
+    page.ask("What is the capital of France?")
+    assert page.text("#copied") == ""
+    page.find("#copy").click()
+    page.wait("document.getElementById('copied').textContent !== ''")
+    assert page.js("window.copied").endswith("\n\nThe passages do not answer the question.")
 
 
 def test_errors_say_what_happened_and_leave_a_way_on(
@@ -383,7 +467,7 @@ def test_a_key_is_asked_for_and_stays_in_the_tab(page: Page, services: dict[str,
     assert page.text("#key-open") == "Key: set"
     page.find("#key-open").click()
     page.find("#key-forget").click()
-    assert page.js("sessionStorage.length") == 0
+    assert page.js("sessionStorage.getItem('invar-key')") is None
 
 
 def test_a_missing_shard_is_told(
@@ -490,6 +574,8 @@ def test_axe_finds_nothing(page: Page, services: dict[str, Live], scheme: str) -
         page.ask("When does the ferry leave, twice?")
         page.compare()
         page.find(".cite").click()
+        page.find("#made-by summary").click()
+        page.find("#history summary").click()
         found += faults(f"answer-{size[0]}")
         page.ask("What is the capital of France?")
         found += faults(f"refused-{size[0]}")

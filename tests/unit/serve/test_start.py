@@ -4,6 +4,8 @@ checked.
 
 from __future__ import annotations
 
+import hashlib
+import shutil
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,14 +14,17 @@ from pathlib import Path
 import pytest
 import ray
 
-from invar_ray.cli.serving import serve_until_stopped, service_args
+from invar_ray.cli.serving import example_questions, serve_until_stopped, service_args
 from invar_ray.config import Config, ServeConfig, StorageConfig, load_config, recipe_names
 from invar_ray.errors import ConfigError, InvarError, MissingArtifactError, ResourceError
 from invar_ray.executor import Here
 from invar_ray.pipeline import Pipeline
-from invar_ray.store.artifacts import open_artifact
-from tests.serving import Artifacts, shared_artifacts
-from tests.support import small_config
+from invar_ray.steps import readings
+from invar_ray.steps.questions import load_examples
+from invar_ray.store.artifacts import Plan, open_artifact
+from serve.http.keys import ApiKey
+from tests.serving import Artifacts, Live, shared_artifacts
+from tests.support import World, small_config
 
 
 @pytest.fixture(scope="module")
@@ -93,6 +98,48 @@ def test_artifacts_that_are_not_there_show_before_ray_starts(
         with pytest.raises(InvarError):
             serve_until_stopped(config(tmp_path), index, generator)
     assert not list(tmp_path.iterdir())
+
+
+def test_the_page_offers_dev_questions_of_the_generator_s_run(
+    artifacts: Artifacts, tmp_path: Path
+) -> None:
+    small = World(tmp_path)
+    found = small.hits(small.base_index, "train")
+    read = small.step(
+        "readings",
+        readings.plan(small.config, found, small.passages),
+        lambda to: readings.build(to, found, small.passages),
+    )
+    plan = Plan("generator", "asked", {}, {"readings": read})
+    generator, _ = small.store.get_or_build(plan, lambda building: None)
+    dev = [example.question for example in load_examples(small.questions, "dev")]
+    offered = example_questions(small.base_index, generator)
+    assert len(offered) == 4
+    assert len(set(offered)) == 4
+    assert set(offered) <= set(dev)
+    other = open_artifact(artifacts.index_uri, "index")
+    assert example_questions(other, generator) == [], "they are of other documents"
+    bare = open_artifact(artifacts.generator_uri, "generator")
+    assert example_questions(other, bare) == []
+    shutil.rmtree(Path(small.questions.path()))
+    assert example_questions(small.base_index, generator) == []
+
+
+def test_a_key_that_is_bound_to_passages_sees_no_examples(artifacts: Artifacts) -> None:
+    where = {"equals": {"tenant": "sea"}}
+    keys = [
+        ApiKey(name=name, sha256=hashlib.sha256(name.encode()).hexdigest(), **more)
+        for name, more in (("free", {}), ("bound", {"where": where}))
+    ]
+    live = Live(
+        artifacts, shards=[artifacts.tenants_index_uri], keys=keys, examples=["When does it leave?"]
+    )
+    try:
+        for name, expected in (("free", ["When does it leave?"]), ("bound", [])):
+            served = live("GET", "/v1/index", headers={"X-API-Key": name}).json()
+            assert served["examples"] == expected
+    finally:
+        live.close()
 
 
 @pytest.mark.parametrize("recipe", recipe_names())
