@@ -22,7 +22,7 @@ from ray.exceptions import RayError
 from invar_ray import errors
 from invar_ray.config import ScaleConfig
 from invar_ray.errors import InvarError, ResourceError
-from invar_ray.session import RaySession
+from invar_ray.session import RaySession, check_room
 
 
 class Worker(Protocol):
@@ -172,6 +172,12 @@ class OnRay:
             yield from Here().run(work)
             return
         with self.on_cluster(work.label):
+            one = {"CPU": work.num_cpus} | ({"GPU": work.num_gpus} if work.num_gpus else {})
+            check_room(
+                work.label,
+                [one],
+                "lower scale.cpus_per_worker or scale.embed_gpus_per_worker, or add nodes",
+            )
             yield from _dataset(work).iter_rows()
 
     def in_order(
@@ -290,14 +296,15 @@ def one_error(label: str) -> Iterator[None]:
     try:
         yield
     except RayError as error:  # its doubles of other errors too, whose text is a traceback
-        raise _one_error(error, label) from error
+        raise as_one_error(error, label) from error
     except (InvarError, NotImplementedError, RecursionError):
         raise  # the user's own error, or a mistake in the program
     except (RuntimeError, MemoryError) as error:
-        raise _one_error(error, label) from error
+        raise as_one_error(error, label) from error
 
 
-def _one_error(error: BaseException, label: str) -> InvarError:
+def as_one_error(error: BaseException, label: str) -> InvarError:
+    """What :func:`one_error` raises for an error."""
     for cause in _causes(error):
         if isinstance(cause, InvarError) and not isinstance(cause, RayError):
             return cause

@@ -11,13 +11,15 @@ import signal
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import ray
 from ray._common import tls_utils
 from ray._private import ray_constants
+from ray._private import state as ray_state
 from ray._private import worker as ray_worker
 from ray._private.ray_logging import global_worker_stdstream_dispatcher
 
@@ -28,6 +30,8 @@ from invar_ray.errors import ResourceError
 _WORKERS_START_S = "300"
 """How long to wait for training workers to start, in seconds; 60, Ray's default, is exceeded on
 loaded machines."""
+_NODES_JOIN_S = 20.0
+"""Nodes of a cluster that is coming up have so long to join before work is refused."""
 _LOCAL_CPUS = 4
 """Fewest logical CPUs of a local Ray (Ray schedules by these numbers; they may exceed the machine's
 cores)."""
@@ -260,3 +264,68 @@ def _join(address: str) -> None:
             f"cannot join Ray at {address} ({str(error).strip().splitlines()[0]})",
             action="start it (ray start --head), or correct scale.ray_address or RAY_ADDRESS",
         ) from error
+
+
+Bundle = Mapping[str, float]
+"""What one actor asks for: ``CPU`` and ``GPU``."""
+
+
+def placed(nodes: Sequence[Bundle], bundles: Sequence[Bundle]) -> int:
+    """How many of the bundles find room at the same time on nodes that do nothing else: the largest
+    first, each on the first node that has room.
+    """
+    left = [dict(node) for node in nodes]
+    count = 0
+    for bundle in sorted(
+        bundles, key=lambda each: (each.get("GPU", 0), each.get("CPU", 0)), reverse=True
+    ):
+        for node in left:
+            if all(node.get(name, 0) >= amount - 1e-9 for name, amount in bundle.items()):
+                for name, amount in bundle.items():
+                    node[name] = node.get(name, 0) - amount
+                count += 1
+                break
+    return count
+
+
+def check_room(label: str, bundles: Sequence[Bundle], action: str) -> None:
+    """Refuse work that the connected Ray could never place: Ray would wait for ever, without a
+    word.  What others use at the moment counts as room, since they give it back.
+
+    Args:
+        label: what is asked for, for the message.
+        bundles: one for each actor; all must be placed at the same time.
+        action: what to do where they do not fit.
+
+    Raises:
+        ResourceError: they do not fit on the nodes that are there after some seconds, and no node
+            is added on demand.
+    """
+    deadline = time.monotonic() + _NODES_JOIN_S
+    while True:
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        fitting = placed(nodes, bundles)
+        # Where an autoscaler adds nodes, Ray Train compares with the most that it may add.
+        if fitting == len(bundles) or ray_state.state.get_max_resources_from_cluster_config():
+            return
+        if time.monotonic() > deadline:
+            break
+        time.sleep(1.0)
+    raise ResourceError(
+        f"{label} asks for {_told(bundles)}; Ray has room for {fitting} of these {len(bundles)} "
+        f"(nodes: {_told(nodes) or 'none'})",
+        action=action,
+    )
+
+
+def _told(bundles: Sequence[Bundle]) -> str:
+    """``8 x (8 CPUs, 1 GPU)``: equal ones together."""
+    texts = [
+        ", ".join(
+            f"{bundle[name]:g} {name}{'s'[: bundle[name] != 1]}"
+            for name in ("CPU", "GPU")
+            if bundle.get(name)
+        )
+        for bundle in bundles
+    ]
+    return " and ".join(f"{texts.count(text)} x ({text})" for text in dict.fromkeys(texts))

@@ -16,7 +16,9 @@ from ray.train.torch import TorchTrainer
 from invar_ray.config import Config
 from invar_ray.errors import DataError, ResourceError
 from invar_ray.evaluation.plots import plot_losses
+from invar_ray.executor import as_one_error
 from invar_ray.heap import keep_freed_memory
+from invar_ray.session import Bundle, check_room
 from invar_ray.store.artifacts import Building, join_uri
 from invar_ray.store.files import resolve_uri
 from invar_ray.training.stage import NEGATIVES_FILE, Mine, best_step
@@ -24,6 +26,9 @@ from invar_ray.training.tracking import check_trackers
 
 KEEP_CHECKPOINTS = 2
 """The newest ones; more than one, because the newest may be lost with its node."""
+_STARTS = 6
+"""Groups of workers that find no room in time (each waits for as long as session.py says), before a
+run is given up: half an hour in which a node may come."""
 _RECORD = "checkpoint_manager_snapshot.json"
 """Ray Train's list of a run's checkpoints."""
 
@@ -48,11 +53,12 @@ def train(
         mine: makes new negatives while it trains.
 
     Raises:
-        DataError: a loss was not finite.  ResourceError: no checkpoint came of it.  What fails on
-            Ray is raised as it is.
+        DataError: a loss was not finite.  ResourceError: the cluster has no room for it, it failed
+            once too often, or no checkpoint came of it.  A worker's own error is raised as it is.
     """
     scale, plan = config.scale, building.plan
     check_trackers(scale.trackers)
+    _check_room(config, stage, refreshes=mine is not None)
     storage, name = join_uri(root_uri, ".train"), f"{plan.kind}-{plan.fingerprint}"
     trainer = TorchTrainer(
         _work,
@@ -69,18 +75,22 @@ def train(
             num_workers=scale.num_workers,
             elastic_resize_monitor_interval_s=config.experimental.scale.resize_every_s,
             use_gpu=scale.use_gpu,
-            resources_per_worker={"CPU": scale.cpus_per_worker}
-            | ({"GPU": 1} if scale.use_gpu else {}),
+            resources_per_worker=dict(_worker_bundle(config)),
         ),
         run_config=RunConfig(
             name=name,
             storage_path=storage,
             checkpoint_config=CheckpointConfig(num_to_keep=KEEP_CHECKPOINTS),
-            failure_config=FailureConfig(max_failures=scale.max_failures),
+            failure_config=FailureConfig(
+                max_failures=scale.max_failures, controller_failure_limit=_STARTS
+            ),
             logging_config=LoggingConfig(log_level="WARNING"),
         ),
     )
-    result = _fit(trainer)
+    try:
+        result = _fit(trainer)
+    except ray.train.TrainingFailedError as error:  # none of Ray's other errors
+        raise as_one_error(error, f"training of the {stage}") from error
     fault = (result.return_value or {}).get("fault")
     if fault:
         raise DataError(
@@ -111,6 +121,37 @@ def train(
             "best_step": best,
             "best": next(record for record in log if record["step"] == best),
         }
+
+
+def _worker_bundle(config: Config) -> Bundle:
+    scale = config.scale
+    return {"CPU": scale.cpus_per_worker} | ({"GPU": 1.0} if scale.use_gpu else {})
+
+
+def _check_room(config: Config, stage: str, *, refreshes: bool) -> None:
+    """Refuse a training that could never start, or whose refreshed negatives could never be made
+    beside it.
+    """
+    scale = config.scale
+    workers = scale.num_workers if isinstance(scale.num_workers, int) else scale.num_workers[0]
+    group = [_worker_bundle(config)] * workers
+    check_room(
+        f"training of the {stage}",
+        group,
+        "lower scale.num_workers or scale.cpus_per_worker, or add nodes",
+    )
+    if not refreshes:
+        return
+    gpus = scale.embed_gpus_per_worker
+    embedding = {"CPU": 1.0, "GPU": gpus} if gpus else {"CPU": scale.cpus_per_worker}
+    # The task that mines, and an actor that embeds for it (on a GPU: another one that tokenises).
+    beside = [{"CPU": scale.cpus_per_worker}, embedding, *([{"CPU": 1.0}] if gpus else [])]
+    check_room(
+        f"training of the {stage} with refreshed negatives beside it",
+        [*group, *beside],
+        "leave a GPU to the embedding (scale.num_workers below the number of GPUs), set "
+        "scale.embed_gpus_per_worker=0, or experimental.retriever.refresh_every=null",
+    )
 
 
 def _fit(trainer: TorchTrainer) -> ray.train.Result:
