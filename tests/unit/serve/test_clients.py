@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -213,19 +214,26 @@ def test_langchain_embeds_unmodified(live: Live, artifacts: Artifacts) -> None:
 
     from invar_ray.answering.retriever import open_retriever
 
-    client = OpenAIEmbeddings(
-        model="invar-encoder-passage",
-        base_url=f"{live.url}/v1",
-        api_key="unused",  # type: ignore[arg-type]
-        check_embedding_ctx_length=False,
-        max_retries=0,
+    passages, questions = (
+        OpenAIEmbeddings(
+            model=name,
+            base_url=f"{live.url}/v1",
+            api_key="unused",  # type: ignore[arg-type]
+            check_embedding_ctx_length=False,
+            max_retries=0,
+        )
+        for name in ("invar-encoder-passage", "invar-encoder")
     )
     texts = [f"Pear {number}" for number in range(1001)]
-    rows = client.embed_documents(texts)
+    rows = passages.embed_documents(texts)
     assert len(rows) == 1001
     encoder = open_retriever(artifacts.index_uri).encoder
     expected = encoder.encode_passages([("", texts[1000])])[0]
     np.testing.assert_allclose(rows[1000], expected, atol=1e-5)
+    asked = encoder.encode_queries([FERRY])[0]
+    np.testing.assert_allclose(questions.embed_query(FERRY), asked, atol=1e-5)
+    awaited = asyncio.run(questions.aembed_query(FERRY))
+    np.testing.assert_allclose(awaited, asked, atol=1e-5)
 
 
 @pytest.mark.slow  # its import alone takes seconds
@@ -234,14 +242,18 @@ def test_llama_index_embeds_unmodified(live: Live, artifacts: Artifacts) -> None
 
     from invar_ray.answering.retriever import open_retriever
 
-    client = OpenAILikeEmbedding(
-        model_name="invar-encoder", api_base=f"{live.url}/v1", api_key="unused", max_retries=0
+    passages, questions = (
+        OpenAILikeEmbedding(
+            model_name=name, api_base=f"{live.url}/v1", api_key="unused", max_retries=0
+        )
+        for name in ("invar-encoder-passage", "invar-encoder")
     )
-    texts = [FERRY, *(f"Plum {number}" for number in range(150))]
-    rows = client.get_text_embedding_batch(texts)
+    rows = passages.get_text_embedding_batch([f"Plum {number}" for number in range(151)])
     assert len(rows) == 151
     encoder = open_retriever(artifacts.index_uri).encoder
-    np.testing.assert_allclose(rows[0], encoder.encode_queries([FERRY])[0], atol=1e-5)
+    np.testing.assert_allclose(rows[150], encoder.encode_passages([("", "Plum 150")])[0], atol=1e-5)
+    asked = questions.get_query_embedding(FERRY)
+    np.testing.assert_allclose(asked, encoder.encode_queries([FERRY])[0], atol=1e-5)
 
 
 def test_openai_sends_its_defaults_unharmed(live: Live) -> None:
