@@ -61,7 +61,12 @@ class Check:
 
 
 def run_checks(
-    storage_uri: str, base: str, *, port: int = 8000, retriever_base: str | None = None
+    storage_uri: str,
+    base: str,
+    *,
+    port: int = 8000,
+    retriever_base: str | None = None,
+    recipe: Callable[[], list[Check]] = list,
 ) -> list[Check]:
     """Look at everything that a run on this machine needs.
 
@@ -71,6 +76,7 @@ def run_checks(
             name.
         port: the HTTP port that the endpoint would take.
         retriever_base: of the retriever, where it has one of its own.
+        recipe: looks at the machine for a recipe (:mod:`invar_ray.cli.doctor_recipe`).
 
     Returns:
         One or more findings per subject, in a fixed order. A check that itself breaks becomes a
@@ -90,6 +96,7 @@ def run_checks(
         ("ray", check_ray),
         ("compiler", check_compiler),
         ("port", lambda: check_port(port)),
+        ("recipe", recipe),
     ]
     findings: list[Check] = []
     for name, look in subjects:

@@ -533,6 +533,7 @@ def doctor(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
     fault.
     """
     from invar_ray.cli.doctor import has_failures, render, run_checks
+    from invar_ray.cli.doctor_recipe import check_recipe
 
     settings: Config = load_config(config, overrides or [])
     checks: Any = run_checks(
@@ -540,6 +541,7 @@ def doctor(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
         settings.model.base,
         port=settings.serve.port,
         retriever_base=settings.model.retriever_base,
+        recipe=lambda: check_recipe(settings),
     )
     print(render(checks))
     if has_failures(checks):

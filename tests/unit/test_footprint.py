@@ -44,6 +44,12 @@ def test_a_mapped_index_counts_once_a_node(ledger: dict[str, Step]) -> None:
 
 
 def test_what_fits_is_not_refused() -> None:
+    on_gpu = ["scale.use_gpu=true", "scale.embed_gpus_per_worker=0.5"]
+    one = Machines(gpus=1, gpu_bytes=8 * GB, host_bytes=32 * GB, cpus=8)
+    small = load_config("smollm2_135m", on_gpu)  # "one GPU with 8 GB", says the recipe
+    assert faults(footprint(small, SMALL), one) == []
+    whole = load_config("smollm2_135m", [*on_gpu, "scale.train_tokens_per_chunk=null"])
+    assert {fault.what for fault in faults(footprint(whole, SMALL), one)} == {"gpu"}
     assert faults(footprint(load_config("llama3_8b"), SMALL), H100S) == []
     demo = load_config("demo", ["model.precision=fp32"])
     laptop = Machines(gpus=0, host_bytes=16 * GB, cpus=4)
