@@ -155,7 +155,11 @@ DIFFER: dict[str, dict[str, Any]] = {
         "model": {"base": "builtin:smollm2", "precision": "auto"},
         "retriever": {"steps": 2000, "global_batch_size": 64},
         "generator": {"steps": 2000},
-        "scale": {"num_workers": 1, "checkpoint_every": 200},
+        "scale": {
+            "num_workers": 1,
+            "train_tokens_per_chunk": 2048,
+            "checkpoint_every": 200,
+        },
     },
     "llama2_7b": SHARED
     | {
