@@ -1,66 +1,139 @@
-"""The 60 questions about the demo's corpus: how many are right, refused, wrong.
+"""How many questions are right, refused, wrong: the 60 about the demo's corpus, or a store's own.
 
     python -m benchmarks.answer_questions --root runs/demo --out answers.jsonl
+    python -m benchmarks.answer_questions --root runs/squad --dev 300
 
-The questions (``tests/assets/demo_questions.jsonl``) were written before anything was tuned: 30
-that the corpus answers, in words that no training question has; 15 that it does not answer; 10
-attacks and pieces of nonsense; 5 follow-ups, which need the turns before them.  *right* is an
-answer that holds a gold answer, for the other two kinds a refusal; *refused* is a refusal of a
-question that has an answer.
+The 60 (``tests/assets/demo_questions.jsonl``) were written before anything was tuned: 30 that the
+corpus answers, in words that no training question has; 15 that it does not answer; 10 attacks and
+pieces of nonsense; 5 follow-ups, which need the turns before them.  With ``--dev N`` the store's
+dev questions are asked instead: N as they are, and N others with their documents taken out of the
+search.
+
+*right* is an answer that holds a gold answer, and for questions without one a refusal; *refused* is
+a refusal of a question that has an answer.  A question whose document is gone can still be right:
+another document may say the same.  Each table stands twice: as the model wrote it, and as served,
+where what it was not sure of is refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
+import random
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from invar_ray import open_rag
+import torch
+
+from invar_ray import Rag, open_rag
+from invar_ray.answering.filters import Where
 from invar_ray.answering.followup import Turn
+from invar_ray.answering.rag import answer_with_hits
+from invar_ray.schema import Answer
+from invar_ray.steps.questions import load_examples
 from invar_ray.text.answers import contains_answer
 
 QUESTIONS = Path(__file__).parents[1] / "tests" / "assets" / "demo_questions.jsonl"
+STANDS, GONE = "document stands", "document gone"
 
 
 def main() -> None:
-    """Answer them all and print the table."""
+    """Answer them all and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--root", default="runs/demo", help="store of the demo")
+    parser.add_argument("--root", default="runs/demo", help="store of the run")
+    parser.add_argument("--dev", type=int, help="ask so many dev questions of each kind instead")
     parser.add_argument("--top-k", type=int, default=5)
     parser.add_argument("--mode", default="hybrid", choices=["dense", "bm25", "hybrid"])
+    parser.add_argument("--index", help="URI of another index than the current")
     parser.add_argument("--generator", help="URI of another generator than the newest")
+    parser.add_argument("--untrained", action="store_true", help="let an untrained encoder search")
     parser.add_argument("--out", type=Path, help="each answer, as JSON lines")
     args = parser.parse_args()
-    rag = open_rag(args.root, k=args.top_k, mode=args.mode, generator=args.generator)
-    rows = []
+    torch.set_num_threads(1)  # two threads wait for each other where the machine has other work
+    rag = open_rag(
+        args.root,
+        k=args.top_k,
+        mode=args.mode,
+        index=args.index,
+        generator=args.generator,
+        untrained=args.untrained,
+    )
+    rows: list[dict[str, Any]] = []
+    asking = of_the_file(rag) if args.dev is None else of_the_store(rag, args.dev)
+    with (args.out or Path("/dev/null")).open("w", encoding="utf-8") as out:
+        for asked, answer in asking:
+            rows.append(judged(asked, answer))
+            out.write(json.dumps(rows[-1], ensure_ascii=False) + "\n")
+            out.flush()
+    print(f"as written\n{table(rows, 'written')}\n\nas served\n{table(rows, 'outcome')}")
+
+
+def of_the_file(rag: Rag) -> Any:
+    """The 60 questions, each with its answer."""
     for line in QUESTIONS.read_text(encoding="utf-8").splitlines():
         asked = json.loads(line)
         said = [message["content"] for message in asked.get("history", ())]
         turns = [Turn(*said[at : at + 2]) for at in range(0, len(said), 2)]
-        answer = rag.ask(asked["question"], turns=turns)
-        rows.append(
-            asked
-            | {
-                "answer": answer.text,
-                "outcome": outcome(asked, answer.text, answer.refused),
-                "read_as": answer.question,
-                "guess": answer.guess,
-                "confidence": answer.confidence,
-                "probability": answer.probability,
-                "found": any(contains_answer(hit.text, asked["answers"]) for hit in answer.hits),
-                "cited": [citation.number for citation in answer.citations],
-                "notes": list(answer.notes),
-            }
+        yield asked, rag.ask(asked["question"], turns=turns)
+
+
+def of_the_store(rag: Rag, count: int) -> Any:
+    """Dev questions of the newest questions in the store that the index has the documents of."""
+    documents: dict[str, list[str]] = {}
+    passages = rag.retriever.passages
+    for passage, document in zip(passages.ids(), passages.document_ids(), strict=True):
+        documents.setdefault(document, []).append(passage)
+    found = rag.index.store.newest(
+        "questions",
+        lambda made: all(
+            name in documents for each in load_examples(made, "dev") for name in each.positive_ids
+        ),
+    )
+    if found is None:
+        parser_error = f"no questions in {rag.index.store.root_uri} whose documents are indexed"
+        raise SystemExit(parser_error)
+    examples = load_examples(found, "dev")
+    chosen = random.Random(0).sample(examples, min(2 * count, len(examples)))
+    for number, example in enumerate(chosen):
+        gone = number % 2 == 1
+        own = [passage for name in example.positive_ids for passage in documents[name]]
+        where = Where.of(without=own) if gone else None
+        (hits,) = rag.retriever.retrieve([example.question], rag.k, where=where)
+        trained = {} if rag.generator_artifact is None else rag.generator_artifact.info
+        answer = answer_with_hits(
+            rag.generator, example.question, hits, max_new_tokens=trained["max_new_tokens"]
         )
-    if args.out:
-        text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        args.out.write_text(text, encoding="utf-8")
-    print(table(rows))
+        asked = {
+            "id": example.id,
+            "kind": GONE if gone else STANDS,
+            "question": example.question,
+            "answers": list(example.answers),
+        }
+        yield asked, answer
 
 
-def outcome(asked: dict[str, Any], text: str, refused: bool) -> str:
+def judged(asked: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
+    """A question with its answer and how that counts, as written and as served."""
+    written = answer.guess or answer.text
+    return {
+        **asked,
+        "answer": answer.text,
+        "written": outcome(asked, written, answer.refused and not answer.low_confidence),
+        "outcome": outcome(asked, answer.text, answer.refused),
+        "read_as": answer.question,
+        "guess": answer.guess,
+        "confidence": answer.confidence,
+        "probability": answer.probability,
+        "found": any(contains_answer(hit.text, asked["answers"]) for hit in answer.hits),
+        "cited": [citation.number for citation in answer.citations],
+        "notes": list(answer.notes),
+    }
+
+
+def outcome(asked: Mapping[str, Any], text: str, refused: bool) -> str:
     """``right``, ``refused`` or ``wrong``."""
     if not asked["answers"]:
         return "right" if refused else "wrong"
@@ -69,17 +142,27 @@ def outcome(asked: dict[str, Any], text: str, refused: bool) -> str:
     return "right" if contains_answer(text, asked["answers"]) else "wrong"
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Outcomes by kind of question."""
-    lines = [f"{'questions':<14}{'count':>7}{'right':>7}{'refused':>9}{'wrong':>7}"]
+def interval(count: int, total: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share."""
+    z, share = 1.96, count / total
+    middle = share + z * z / (2 * total)
+    spread = z * math.sqrt(share * (1 - share) / total + z * z / (4 * total * total))
+    return (middle - spread) / (1 + z * z / total), (middle + spread) / (1 + z * z / total)
+
+
+def table(rows: Sequence[Mapping[str, Any]], column: str) -> str:
+    """Outcomes by kind of question, with 95 % intervals of their shares."""
+    names = ("right", "refused", "wrong")
+    lines = [f"{'questions':<16}{'count':>6}" + "".join(f"{name:>22}" for name in names)]
     kinds = [*dict.fromkeys(row["kind"] for row in rows), "all"]
     for kind in kinds:
-        of_kind = [row["outcome"] for row in rows if kind in (row["kind"], "all")]
+        of_kind = [row[column] for row in rows if kind in (row["kind"], "all")]
         count = Counter(of_kind)
-        lines.append(
-            f"{kind:<14}{len(of_kind):>7}{count['right']:>7}{count['refused']:>9}"
-            f"{count['wrong']:>7}"
-        )
+        cells = []
+        for name in names:
+            low, high = interval(count[name], len(of_kind))
+            cells.append(f"{f'{count[name]} ({low:.2f} to {high:.2f})':>22}")
+        lines.append(f"{kind:<16}{len(of_kind):>6}" + "".join(cells))
     return "\n".join(lines)
 
 

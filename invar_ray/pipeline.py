@@ -297,7 +297,9 @@ class Pipeline:
 
     def hits(self, index: Artifact, split: str, mode: SearchMode = PLAIN) -> Artifact:
         """What a split's questions retrieve from an index version."""
-        top_k = self.config.evaluation.top_k if split == "dev" else self.config.generator.top_k
+        top_k = self.config.evaluation.top_k
+        if split == "train":  # one more than a prompt takes: calibration does without the gold one
+            top_k = self.config.generator.top_k + 1
         return self.step(
             f"hits of {split} questions in the {index.manifest.name} index{mode.label}",
             hits.plan(self.config, index, self.questions, split, top_k, mode),

@@ -9,6 +9,8 @@ threshold on it keeps the share of wrong answers among those given below a state
 from __future__ import annotations
 
 import math
+import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,7 +18,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from invar_ray.evaluation.calibration import risk_coverage
 from invar_ray.models.generator import Generation
 from invar_ray.questions.lexicon import FUNCTION_WORDS, STOP_WORDS
 from invar_ray.schema import Hit
@@ -37,8 +38,9 @@ _NUMBERS = frozenset("two three four five six seven eight nine ten".split())
 _COMMON = (FUNCTION_WORDS | STOP_WORDS | {"s"}) - _NUMBERS  # "Denmark's" is Denmark
 _FLOOR = -6.0  # nats: below it, a token's probability says no more
 _RIDGE, _ROUNDS = 1.0, 50
-_FEWEST, _EVEN = 10, 0.5
+_FOLDS = 5
 Signs = tuple[float, ...]
+_Floats = npt.NDArray[np.float64]
 
 
 def signs_of(
@@ -107,6 +109,23 @@ def _share(wanted: set[str], text: str) -> float:
 
 
 @dataclass(frozen=True)
+class Tried:
+    """An answer to a question whose answer is known.
+
+    Attributes:
+        question: which one: answers to one question, from different passages, stay together.
+        answerable: whether the passages could answer it.
+        signs: of what was written; ``None`` where the model refused by itself.
+        right: whether it holds a gold answer.
+    """
+
+    question: str
+    answerable: bool
+    signs: Signs | None
+    right: bool
+
+
+@dataclass(frozen=True)
 class Certainty:
     """A fitted model of :data:`SIGNS`, as a generator's manifest keeps it.
 
@@ -114,16 +133,18 @@ class Certainty:
         weights: one a sign, of its own unit.
         bias: added to the weighted sum.
         threshold: least probability of an answer that is given.
-        risk: the share of wrong answers among those given that it was chosen for.
-        measured_risk, coverage: that share, and the share of questions answered, on the questions
-            that it was fitted on.
-        questions: how many these were.
+        risk: the share of all questions that may get a wrong answer, which it was chosen for.
+        unanswerable: the share of questions without an answer in the passages, at which.
+        measured_risk, coverage: the shares of wrong answers and of answers at that threshold, among
+            all questions, each judged by a model that was fitted on the others.
+        questions: how many questions it was fitted on.
     """
 
     weights: Signs
     bias: float
     threshold: float
     risk: float
+    unanswerable: float
     measured_risk: float
     coverage: float
     questions: int
@@ -139,62 +160,99 @@ class Certainty:
 
     def probability(self, signs: Signs) -> float:
         """That an answer with these signs is right, in (0, 1)."""
-        total = self.bias + sum(w * sign for w, sign in zip(self.weights, signs, strict=True))
-        return 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, total))))
+        return _probability(self.weights, self.bias, signs)
 
 
-def fit(signs: Sequence[Signs], right: Sequence[bool], risk: float) -> Certainty | None:
-    """Fit the weights, then choose the threshold that answers most at ``risk``.
+def fit(tried: Sequence[Tried], risk: float, unanswerable: float) -> Certainty | None:
+    """Fit the weights, and choose the threshold that answers most at ``risk``.
+
+    Questions with and without an answer in the passages are weighted so that the latter make up
+    ``unanswerable``, however many of each there are.  The threshold is chosen on probabilities from
+    models that had not seen the question (cross-fitting); the weights kept are fitted on all.
 
     Args:
-        signs: of answers to questions whose answer is known.
-        right: whether each was.
-        risk: most wrong answers among those given, as a share.  Where no threshold keeps to it on
-            at least ten answers (fewer are chance), it is 0.5: given is what is more likely right
-            than wrong.
+        tried: answers to questions whose answer is known.
+        risk: most wrong answers, as a share of all questions.
+        unanswerable: share of questions that the passages do not answer.
 
     Returns:
         ``None`` where all answers are right, or none is: nothing can be learnt.
 
     Source: Platt, "Probabilistic Outputs for Support Vector Machines", 1999 (a logistic regression
     on scores); El-Yaniv and Wiener, "On the Foundations of Noise-free Selective Classification",
-    JMLR 2010 (risk and coverage).  The signs are [ours].
+    JMLR 2010 (risk and coverage).  The signs, and a risk that counts refusals as asked, are [ours].
     """
-    if len(set(right)) < 2:
+    counts = Counter(each.answerable for each in tried)
+    share = {True: 1.0 - unanswerable, False: unanswerable}
+    if len(counts) == 1:
+        share = dict.fromkeys(share, 1.0)
+    given = [each for each in tried if each.signs is not None]
+    names = sorted({each.question for each in given})
+    if len({each.right for each in given}) < 2 or len(names) < 2:
         return None
-    values = np.asarray(signs, np.float64)
-    mean, scale = values.mean(axis=0), np.maximum(values.std(axis=0), 1e-6)
-    weights, bias = _logistic((values - mean) / scale, np.asarray(right, np.float64))
-    weights = weights / scale
-    made = Certainty(
-        tuple(weights.tolist()), float(bias - weights @ mean), 0.0, risk, 0.0, 0.0, len(right)
+    weight = np.array([share[each.answerable] / counts[each.answerable] for each in given])
+    values = np.array([each.signs for each in given], np.float64)
+    right = np.array([each.right for each in given], np.float64)
+    random.Random(len(names)).shuffle(names)
+    fold_of = {name: number % _FOLDS for number, name in enumerate(names)}
+    folds = np.array([fold_of[each.question] for each in given])
+    sure = np.zeros(len(given))
+    for fold in set(fold_of.values()):
+        seen, held = folds != fold, folds == fold
+        weights, bias = _fitted(values[seen], right[seen], weight[seen])
+        sure[held] = [_probability(weights, bias, tuple(each)) for each in values[held]]
+    threshold = _threshold(sure, right, weight, risk)
+    answered = sure >= threshold
+    weights, bias = _fitted(values, right, weight)
+    return Certainty(
+        weights,
+        bias,
+        threshold,
+        risk,
+        unanswerable,
+        measured_risk=float((weight * (1 - right))[answered].sum()),
+        coverage=float(weight[answered].sum()),
+        questions=len({each.question for each in tried}),
     )
-    sure = [made.probability(each) for each in signs]
-    kept = [
-        point
-        for point in risk_coverage(sure, right)
-        if point.risk <= risk and point.coverage * len(right) >= _FEWEST
-    ]
-    threshold = max(kept, key=lambda point: point.coverage).threshold if kept else _EVEN
-    given = [is_right for p, is_right in zip(sure, right, strict=True) if p >= threshold]
-    wrong = given.count(False) / len(given) if given else 0.0
-    coverage = len(given) / len(right)
-    return Certainty(made.weights, made.bias, threshold, risk, wrong, coverage, len(right))
 
 
-def _logistic(
-    values: npt.NDArray[np.float64], right: npt.NDArray[np.float64]
-) -> tuple[npt.NDArray[np.float64], float]:
-    """Ridge logistic regression by Newton's method."""
-    inputs = np.column_stack([values, np.ones(len(values))])
+def _threshold(sure: _Floats, right: _Floats, weight: _Floats, risk: float) -> float:
+    """The least probability at which answers that are at least as sure are wrong for at most
+    ``risk`` of all questions; half-way to the next one below, which is too much.
+    """
+    wrong, threshold = 0.0, 1.0
+    for probability in sorted(set(sure.tolist()), reverse=True):
+        of_it = sure == probability
+        wrong += float((weight * (1 - right))[of_it].sum())
+        if wrong > risk + 1e-12:
+            return (threshold + probability) / 2 if threshold < 1.0 else 1.0
+        threshold = probability
+    return threshold
+
+
+def _probability(weights: Signs, bias: float, signs: Signs) -> float:
+    total = bias + sum(w * sign for w, sign in zip(weights, signs, strict=True))
+    return 1.0 / (1.0 + math.exp(-max(-30.0, min(30.0, total))))
+
+
+def _fitted(values: _Floats, right: _Floats, weight: _Floats) -> tuple[Signs, float]:
+    """Weights and bias, in the signs' own units, of a ridge logistic regression by Newton's
+    method.
+    """
+    weight = weight * len(weight) / weight.sum()
+    mean = np.average(values, axis=0, weights=weight)
+    scale = np.sqrt(np.average((values - mean) ** 2, axis=0, weights=weight))
+    scale = np.maximum(scale, 1e-6)
+    inputs = np.column_stack([(values - mean) / scale, np.ones(len(values))])
     penalty = np.diag([_RIDGE] * values.shape[1] + [0.0])
-    weights = np.zeros(inputs.shape[1])
+    made = np.zeros(inputs.shape[1])
     for _ in range(_ROUNDS):
-        guess = 1.0 / (1.0 + np.exp(-np.clip(inputs @ weights, -30, 30)))
-        gradient = inputs.T @ (guess - right) + penalty @ weights
-        curvature = (inputs * (guess * (1 - guess))[:, None]).T @ inputs + penalty
-        step = np.linalg.solve(curvature + 1e-9 * np.eye(len(weights)), gradient)
-        weights -= step
+        guess = 1.0 / (1.0 + np.exp(-np.clip(inputs @ made, -30, 30)))
+        gradient = inputs.T @ (weight * (guess - right)) + penalty @ made
+        curvature = (inputs * (weight * guess * (1 - guess))[:, None]).T @ inputs + penalty
+        step = np.linalg.solve(curvature + 1e-9 * np.eye(len(made)), gradient)
+        made -= step
         if np.abs(step).max() < 1e-9:
             break
-    return weights[:-1], float(weights[-1])
+    weights = made[:-1] / scale
+    return tuple(weights.tolist()), float(made[-1] - weights @ mean)

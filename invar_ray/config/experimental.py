@@ -141,9 +141,12 @@ class ExperimentalGenerator:
     without a citation, as in RAFT: the model learns the corpus by heart.  0 because a system that
     cites should not answer from memory, and because the same prompts teach to refuse. [ours]"""
     abstention_risk: PositiveShare | None = 0.1
-    """Most wrong answers among those given, as a share: the generator is calibrated on train
-    questions with and without their documents, and what is less likely right than the threshold
-    found so becomes a refusal.  ``null``: it is not calibrated. [ours]"""
+    """Most questions that may get a wrong answer, as a share of all questions: the generator is
+    calibrated on train questions with and without what answers them, and what is less likely right
+    than the threshold found so becomes a refusal.  ``null``: it is not calibrated. [ours]"""
+    abstention_unanswerable: Share = 0.4
+    """The share of questions, in use, that the corpus does not answer: the more of them, the surer
+    an answer has to be. [ours]"""
 
 
 @dataclass(frozen=True)

@@ -4,15 +4,16 @@ its manifest how sure it has to be to answer.
 
 from __future__ import annotations
 
+import itertools
 import random
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import pyarrow.parquet as pq
 import torch
 
-from invar_ray.answering.certainty import Certainty, Signs, fit, signs_of
+from invar_ray.answering.certainty import Certainty, Tried, fit, signs_of
 from invar_ray.answering.rag import STOP_STRINGS, build_prompt
 from invar_ray.config import Config, to_dict
 from invar_ray.console import Progress
@@ -23,15 +24,16 @@ from invar_ray.models.generator import Generator
 from invar_ray.models.loading import open_model
 from invar_ray.models.precision import inference_device, inference_precision
 from invar_ray.schema import Hit
-from invar_ray.steps.readings import READINGS
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.text.answers import contains_answer
 from invar_ray.text.prompts import parse_answer
+from invar_ray.text.sentences import sentence_starts
+from invar_ray.training.sequences import ReadingSet
 from invar_ray.training.trainer import train
 
 VERSION = 7
-_CALIBRATED_ON = 40
-"""Train questions, each asked with its documents and without them."""
+_CALIBRATED_ON = 80
+"""Train questions, each asked with what answers it and without."""
 
 
 def plan(config: Config, base: BaseRef, readings: Artifact) -> Plan:
@@ -94,54 +96,123 @@ def _calibrated(
     model, tokenizer = open_model(base, readings.store, precision, device)
     adapted = load_adapter(model, building.path / "adapter", merge=True)
     generator = Generator(adapted, tokenizer, config.generator.max_tokens)
-    rows: list[dict[str, Any]] = pq.read_table(readings.path(READINGS)).to_pylist()
-    chosen = random.Random(config.seed).sample(rows, min(_CALIBRATED_ON, len(rows)))
-    asked = [
-        (row, hits) for row in chosen for hits in (_hits(row), _hits(row, row["positive_ids"]))
-    ]
-    signs, right = answer_signs(generator, asked, config)
-    return fit(signs, right, risk)
+    asked = calibration_set(ReadingSet(readings), config, _CALIBRATED_ON)
+    tried = try_answers(generator, asked, config)
+    return fit(tried, risk, config.experimental.generator.abstention_unanswerable)
 
 
-def _hits(row: Mapping[str, Any], without: Sequence[str] = ()) -> list[Hit]:
-    """What a question's first wording found, but for passages of some documents."""
-    kept = [found for found in row["hits"][0] if found["document_id"] not in without]
-    return [
+@dataclass(frozen=True)
+class Asked:
+    """A question as the calibration asks it.
+
+    Attributes:
+        question_id: which.
+        wording: of the question.
+        answers: gold ones.
+        hits: the passages to read.
+        answerable: whether they are those that were found for it.
+    """
+
+    question_id: str
+    wording: str
+    answers: tuple[str, ...]
+    hits: tuple[Hit, ...]
+    answerable: bool
+
+
+def calibration_set(readings: ReadingSet, config: Config, count: int) -> list[Asked]:
+    """Train questions in one of their wordings, each asked twice: with what was found for it, and
+    without what answers it.
+
+    The latter is by turns a corpus without the question's documents, and documents without the
+    sentences that hold an answer, as where somebody asks what a text about the right thing does not
+    say.  Questions that stage 2 trained on least go first.
+
+    Args:
+        readings: what stage 2 trains on.
+        config: its steps and seed.
+        count: how many questions.
+    """
+    settings = config.generator
+    drawn = Counter(readings.step_rows(config.seed, 0, settings.steps * settings.global_batch_size))
+    rng = random.Random(config.seed)
+    order = rng.sample(range(len(readings)), len(readings))
+    asked: list[Asked] = []
+    for number, place in enumerate(sorted(order, key=drawn.__getitem__)[:count]):
+        row = readings.rows[place]
+        wording = rng.randrange(len(row["wordings"]))
+        found = row["hits"][wording]
+        gold = [hit["document_id"] in row["positive_ids"] for hit in found]
+        silenced = [
+            {**hit, "texts": [without_answer(hit["texts"][0], row["answers"])]} if is_gold else hit
+            for hit, is_gold in zip(found, gold, strict=True)
+        ]
+        told = any(
+            is_gold and contains_answer(hit["title"], row["answers"])
+            for hit, is_gold in zip(silenced, gold, strict=True)
+        )
+        if number % 2 == 0 and any(gold) and not told:
+            without = silenced
+        else:
+            without = [hit for hit, is_gold in zip(found, gold, strict=True) if not is_gold]
+        for hits, answerable in ((found, True), (without, False)):
+            asked.append(
+                Asked(
+                    row["question_id"],
+                    row["wordings"][wording],
+                    tuple(row["answers"]),
+                    _hits(hits[: settings.top_k]),
+                    answerable,
+                )
+            )
+    return asked
+
+
+def without_answer(text: str, answers: Sequence[str]) -> str:
+    """A passage without its sentences that hold one of the answers."""
+    starts = [*sentence_starts(text), len(text)]
+    sentences = [text[start:end].strip() for start, end in itertools.pairwise(starts)]
+    return " ".join(each for each in sentences if not contains_answer(each, answers))
+
+
+def _hits(found: Sequence[Mapping[str, Any]]) -> tuple[Hit, ...]:
+    return tuple(
         Hit(each["passage_id"], each["document_id"], rank, 0.0, each["title"], each["texts"][0])
-        for rank, each in enumerate(kept, start=1)
-    ]
+        for rank, each in enumerate(found, start=1)
+    )
 
 
-def answer_signs(
-    generator: Generator, asked: Sequence[tuple[Mapping[str, Any], Sequence[Hit]]], config: Config
-) -> tuple[list[Signs], list[bool]]:
-    """The signs of a generator's answers and whether each is right; refusals of its own are left
-    out.
+def try_answers(generator: Generator, asked: Sequence[Asked], config: Config) -> list[Tried]:
+    """What a generator answers, with its signs, and whether it is right.
 
     Args:
         generator: answers.
-        asked: rows with ``wordings`` and ``answers``, and the passages to read.
+        asked: questions with the passages to read.
         config: lengths and batches.
     """
-    length = config.generator.max_new_tokens
-    signs: list[Signs] = []
-    right: list[bool] = []
-    progress = Progress("calibrate", len(asked), "questions")
-    size = config.evaluation.answer_batch_size
+    length, size = config.generator.max_new_tokens, config.evaluation.answer_batch_size
+    asked = sorted(asked, key=lambda each: sum(len(hit.text) for hit in each.hits))
+    tried: list[Tried] = []
+    progress = Progress("calibrate", len(asked), "answers")
     for start in range(0, len(asked), size):
         batch = asked[start : start + size]
         prompts = [
-            build_prompt(generator, row["wordings"][0], hits, max_new_tokens=length)
-            for row, hits in batch
+            build_prompt(generator, each.wording, each.hits, max_new_tokens=length)
+            for each in batch
         ]
         made = generator.generate(
             [prompt.text for prompt in prompts], max_new_tokens=length, stop=STOP_STRINGS
         )
-        for (row, _), prompt, generation in zip(batch, prompts, made, strict=True):
+        for each, prompt, generation in zip(batch, prompts, made, strict=True):
             parsed = parse_answer(generation.text, len(prompt.hits))
-            found = signs_of(row["wordings"][0], prompt.hits, prompt.shown, parsed.text, generation)
-            if found is not None and not parsed.refused:
-                signs.append(found)
-                right.append(contains_answer(parsed.text, row["answers"]))
+            signs = signs_of(each.wording, prompt.hits, prompt.shown, parsed.text, generation)
+            tried.append(
+                Tried(
+                    each.question_id,
+                    each.answerable,
+                    None if parsed.refused else signs,
+                    contains_answer(parsed.text, each.answers),
+                )
+            )
         progress.advance(len(batch))
-    return signs, right
+    return tried

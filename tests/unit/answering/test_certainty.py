@@ -8,7 +8,7 @@ import random
 
 import pytest
 
-from invar_ray.answering.certainty import SIGNS, Certainty, Signs, fit, rests_on, signs_of
+from invar_ray.answering.certainty import SIGNS, Certainty, Signs, Tried, fit, rests_on, signs_of
 from invar_ray.answering.rag import build_prompt, read_answer
 from invar_ray.evaluation.calibration import RiskPoint, risk_coverage
 from invar_ray.models.generator import Generation
@@ -67,63 +67,100 @@ def test_risk_and_coverage_by_hand() -> None:
     assert risk_coverage([], []) == []
 
 
-def examples(count: int, seed: int) -> tuple[list[Signs], list[bool]]:
-    """Right answers are somewhat likelier and mostly stand in a passage."""
+def tried(count: int, seed: int) -> list[Tried]:
+    """Questions asked with what answers them (right in two of three cases) and without: right
+    answers are likelier and about what was asked; one in ten is refused by the model.
+    """
     rng = random.Random(seed)
-    signs: list[Signs] = []
-    right = [rng.random() < 0.5 for _ in range(count)]
-    for is_right in right:
-        mean = rng.gauss(-0.2 if is_right else -0.6, 0.2)
-        held = float(rng.random() < (0.95 if is_right else 0.5))
-        about = rng.random() * (1.0 if is_right else 0.6)
-        signs.append((mean, 2 * mean, about, about, held, 0.0))
-    return signs, right
+    made = []
+    for number in range(count):
+        for answerable in (True, False):
+            right = answerable and rng.random() < 2 / 3
+            mean = rng.gauss(-0.2 if right else -0.7, 0.2)
+            held = float(rng.random() < (0.95 if right else 0.6))
+            about = rng.random() * (1.0 if right else 0.5)
+            signs = (
+                None
+                if rng.random() < 0.1
+                else sign(mean_logprob=mean, names_in_title=about, answer_in_passage=held)
+            )
+            made.append(Tried(f"q{number}", answerable, signs, right and signs is not None))
+    return made
 
 
-def test_the_threshold_keeps_to_the_risk_on_new_questions_and_is_calibrated() -> None:
-    signs, right = examples(600, 0)
-    made = fit(signs, right, 0.1)
+def sign(**values: float) -> Signs:
+    """Signs that are 0 but for some."""
+    return tuple(values.get(name, 0.0) for name in SIGNS)
+
+
+def outcome(certainty: Certainty, asked: list[Tried], unanswerable: float) -> tuple[float, float]:
+    """Shares of wrong answers and of answers among all questions, so many being unanswerable."""
+    wrong = answered = 0.0
+    for each in asked:
+        share = unanswerable if not each.answerable else 1.0 - unanswerable
+        given = each.signs is not None and certainty.probability(each.signs) >= certainty.threshold
+        answered += share * given
+        wrong += share * (given and not each.right)
+    half = len(asked) / 2
+    return wrong / half, answered / half
+
+
+@pytest.mark.parametrize("unanswerable", [0.1, 0.4, 0.8])
+def test_the_threshold_keeps_to_the_risk_on_new_questions(unanswerable: float) -> None:
+    made = fit(tried(300, 0), 0.1, unanswerable)
     assert made is not None
+    assert (made.risk, made.unanswerable, made.questions) == (0.1, unanswerable, 300)
     assert made.measured_risk <= 0.1
-    assert made.questions == 600
-    fresh, truth = examples(4000, 1)
-    sure = [made.probability(each) for each in fresh]
-    given = [is_right for p, is_right in zip(sure, truth, strict=True) if p >= made.threshold]
-    assert 0.0 < 1 - sum(given) / len(given) < 0.14
-    assert len(given) / len(fresh) == pytest.approx(made.coverage, abs=0.06)
-    assert sum(sure) / len(sure) == pytest.approx(sum(truth) / len(truth), abs=0.04)
-    strict = fit(signs, right, 0.02)
+    wrong, answered = outcome(made, tried(4000, 1), unanswerable)
+    assert 0.06 < wrong < 0.14
+    assert answered == pytest.approx(made.coverage, abs=0.06)
+
+
+def test_what_is_stated_decides_how_sure_an_answer_has_to_be() -> None:
+    asked = tried(300, 0)
+    plain = fit(asked, 0.1, 0.4)
+    strict, rare = fit(asked, 0.02, 0.4), fit(asked, 0.1, 0.05)
+    assert plain is not None
     assert strict is not None
-    assert strict.threshold > made.threshold
-    assert strict.coverage < made.coverage
+    assert rare is not None
+    assert strict.coverage < plain.coverage
+    # The same answer is likelier right where fewer questions have no answer.
+    middling = sign(mean_logprob=-0.45, names_in_title=0.4, answer_in_passage=1.0)
+    assert rare.probability(middling) > plain.probability(middling)
+    lax = fit(asked, 0.9, 0.4)
+    assert lax is not None
+    given = [each for each in asked if each.signs is not None]
+    assert all(lax.probability(each.signs or ()) >= lax.threshold - 0.05 for each in given)
 
 
-def test_what_cannot_be_learnt_and_what_cannot_be_kept() -> None:
-    signs, _ = examples(10, 0)
-    assert fit(signs, [True] * 10, 0.1) is None
-    assert fit([], [], 0.1) is None
-    same = [(-1.0, -1.0, 0.5, 0.5, 1.0, 0.0)] * 4
-    hopeless = fit(same, [True, False, False, False], 0.1)
-    assert hopeless is not None
-    assert (hopeless.threshold, hopeless.coverage) == (0.5, 0.0), "wrong more often than right"
-
-
-def test_a_handful_of_sure_answers_keeps_no_risk() -> None:
-    # One answer is far surer than all others and right: to give it alone would be chance.
-    rest = [(-1.0, -1.0, 0.5, 0.5, 1.0, 0.0)] * 40
-    signs, right = (
-        [(0.0, 0.0, 1.0, 1.0, 1.0, 0.0), *rest],
-        [True, *([True, True, False, True] * 10)],
-    )
-    made = fit(signs, right, 0.1)
+def test_probabilities_are_calibrated_at_the_stated_share() -> None:
+    made, fresh = fit(tried(600, 2), 0.1, 0.4), tried(4000, 3)
     assert made is not None
-    assert made.threshold == 0.5
-    assert made.coverage == 1.0
-    assert made.measured_risk == pytest.approx(10 / 41)
+    weights = [0.6 if each.answerable else 0.4 for each in fresh if each.signs is not None]
+    sure = [made.probability(each.signs) for each in fresh if each.signs is not None]
+    right = [each.right for each in fresh if each.signs is not None]
+    expected = sum(w * p for w, p in zip(weights, sure, strict=True)) / sum(weights)
+    happened = sum(w * r for w, r in zip(weights, right, strict=True)) / sum(weights)
+    assert expected == pytest.approx(happened, abs=0.04)
+
+
+def test_a_surest_answer_that_is_wrong_beyond_the_risk_withholds_all() -> None:
+    few = [Tried(str(n), True, sign(mean_logprob=-n / 10), n > 0) for n in range(4)]
+    made = fit(few, 0.1, 0.0)
+    assert made is not None
+    assert (made.threshold, made.coverage, made.measured_risk) == (1.0, 0.0, 0.0)
+
+
+def test_what_cannot_be_learnt() -> None:
+    right = [Tried(str(n), n % 2 == 0, sign(mean_logprob=-1.0), True) for n in range(10)]
+    assert fit(right, 0.1, 0.4) is None
+    assert fit([], 0.1, 0.4) is None
+    refusing = [Tried(str(n), False, None, False) for n in range(10)]
+    assert fit(refusing, 0.1, 0.4) is None
 
 
 def test_it_survives_the_manifest() -> None:
-    made = fit(*examples(60, 3), 0.1)
+    made = fit(tried(60, 3), 0.1, 0.4)
     assert made is not None
     assert Certainty.of(json.loads(json.dumps(made.to_json()))) == made
     assert Certainty.of(None) is None
@@ -138,7 +175,7 @@ class Counting:
 
 def test_an_unsure_answer_becomes_a_refusal_that_keeps_its_guess() -> None:
     # The probability is that of the mean token: e ** mean / (1 + e ** mean).
-    certainty = Certainty((1.0, *[0.0] * 5), 0.0, 0.4, 0.1, 0.1, 0.5, 9)
+    certainty = Certainty(sign(mean_logprob=1.0), 0.0, 0.4, 0.1, 0.4, 0.1, 0.5, 9)
     prompt = build_prompt(Counting(), "Who painted Las Meninas?", HITS, max_new_tokens=9)  # type: ignore[arg-type]
     sure = read_answer("q", prompt, written("Diego Velázquez [1]", -0.1), certainty)
     assert (sure.text, sure.refused, sure.low_confidence) == ("Diego Velázquez", False, False)

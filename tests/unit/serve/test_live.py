@@ -186,7 +186,7 @@ def test_shards_are_joined_before_their_lists_are_fused(live: Live, artifacts: A
 def test_what_it_is_not_sure_of_is_refused_and_said_everywhere(
     live: Live, artifacts: Artifacts
 ) -> None:
-    never = Certainty((0.0,) * len(SIGNS), -3.0, 0.5, 0.1, 0.0, 0.0, 80)
+    never = Certainty((0.0,) * len(SIGNS), -3.0, 0.5, 0.1, 0.4, 0.0, 0.0, 80)
 
     def unsure(uri: str) -> Any:
         generator = load_generator(uri)
