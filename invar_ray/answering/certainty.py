@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 import random
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ from invar_ray.models.generator import Generation
 from invar_ray.questions.lexicon import FUNCTION_WORDS, STOP_WORDS
 from invar_ray.schema import Hit
 from invar_ray.text.answers import contains_answer
+from invar_ray.text.sentences import sentences_of
 from invar_ray.text.words import words
 
 SIGNS = (
@@ -29,13 +31,25 @@ SIGNS = (
     "least_logprob",
     "names_in_title",
     "names_in_passage",
+    "rest_in_sentence",
     "answer_in_passage",
     "echo",
+    "fits",
 )
+"""What an answer's certainty is read from: the mean and the least log-probability of its tokens;
+how much of what the question names stands in the title, and in title and text, of a passage that
+holds the answer; how much of its other words in the sentence that does; whether any passage holds
+the answer; whether it only repeats the question; whether it is of the kind that is asked for."""
 _STEM = 5
 """Words that agree in so many first letters count as one: "painted" and "painting"."""
 _NUMBERS = frozenset("two three four five six seven eight nine ten".split())
 _COMMON = (FUNCTION_WORDS | STOP_WORDS | {"s"}) - _NUMBERS  # "Denmark's" is Denmark
+_ASKS_NUMBER = re.compile(
+    r"\b(?:when|how (?:many|much|high|tall|long|old|large|big|far|deep|heavy)|"
+    r"(?:what|which|in what) (?:year|number|date))\b",
+    re.IGNORECASE,
+)
+_ASKS_PERSON = re.compile(r"\b(?:who|whom|whose)\b", re.IGNORECASE)
 _FLOOR = -6.0  # nats: below it, a token's probability says no more
 _RIDGE, _ROUNDS = 1.0, 50
 _FOLDS = 5
@@ -59,19 +73,46 @@ def signs_of(
     logprobs = [max(_FLOOR, value) for value in generation.token_logprobs]
     if not logprobs:
         return None
-    read = [(hit.title, f"{hit.title}\n{text}") for hit, text in zip(hits, shown, strict=True)]
-    holding = [(title, text) for title, text in read if contains_answer(text, [answer])]
     asked, said, names = _stems(question), _stems(answer), _names(question)
-    # A passage about what is asked has its name in the title; one that is itself the answer, not.
-    about = [text if contains_answer(title, [answer]) else title for title, text in holding]
+    holding = [
+        (hit.title, text)
+        for hit, text in zip(hits, shown, strict=True)
+        if contains_answer(f"{hit.title}\n{text}", [answer])
+    ]
+    sentences = [
+        sentence
+        for _, text in holding
+        for sentence in sentences_of(text)
+        if contains_answer(sentence, [answer])
+    ]
+    rest = asked - names - said
     return (
         sum(logprobs) / len(logprobs),
         min(logprobs),
-        max((_share(names, each) for each in about), default=0.0),
-        max((_share(names, text) for _, text in holding), default=0.0),
+        max((_about(names, title, text, answer) for title, text in holding), default=0.0),
+        max((_share(names, f"{title}\n{text}") for title, text in holding), default=0.0),
+        max((_share(rest, sentence) for sentence in sentences), default=0.0),
         float(bool(holding)),
         float(bool(said) and said <= asked),
+        _fits(question, answer),
     )
+
+
+def supporting(
+    question: str, hits: Sequence[Hit], shown: Sequence[str], answer: str
+) -> dict[int, float]:
+    """The passages that an answer stands in, by number from 1, each with how much of what the
+    question names its title names, in [0, 1].
+
+    Args:
+        question, hits, shown, answer: see :func:`signs_of`.
+    """
+    names = _names(question)
+    return {
+        number: _about(names, hit.title, text, answer)
+        for number, (hit, text) in enumerate(zip(hits, shown, strict=True), start=1)
+        if contains_answer(f"{hit.title}\n{text}", [answer])
+    }
 
 
 def rests_on(other: str, question: str, shown: Sequence[str], answer: str) -> bool:
@@ -102,6 +143,25 @@ def _names(question: str) -> set[str]:
         or (number > 0 and word.lstrip("\"'(“‘")[:1].isupper())
     ]
     return _stems(" ".join(named)) or _stems(question)
+
+
+def _about(names: set[str], title: str, text: str, answer: str) -> float:
+    """How much of what a question names a passage is about: its title says so, or its text where
+    the title is itself the answer.
+    """
+    return _share(names, text if contains_answer(title, [answer]) else title)
+
+
+def _fits(question: str, answer: str) -> float:
+    """1 where an answer is of the kind that is asked for, a number or a name; -1 where it is not; 0
+    where the question does not say, or is not English.
+    """
+    has_number = any(each.isdigit() for each in answer) or bool(_NUMBERS & set(words(answer)))
+    if _ASKS_NUMBER.search(question):
+        return 1.0 if has_number else -1.0
+    if _ASKS_PERSON.search(question):
+        return 1.0 if answer[:1].isupper() and not has_number else -1.0
+    return 0.0
 
 
 def _share(wanted: set[str], text: str) -> float:

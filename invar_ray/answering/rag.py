@@ -9,14 +9,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from invar_ray.answering.certainty import Certainty, rests_on, signs_of
+from invar_ray.answering.certainty import Certainty, rests_on, signs_of, supporting
 from invar_ray.answering.followup import Turn, stand_alone
 from invar_ray.answering.fusion import fuse_hits
 from invar_ray.answering.rerank import PassageRetriever
 from invar_ray.errors import RequestError
 from invar_ray.models.generator import Generation
 from invar_ray.schema import Answer, Citation, Hit
-from invar_ray.text.answers import contains_answer
 from invar_ray.text.prompts import REFUSAL, fit_prompt, format_answer_prompt, parse_answer
 
 STOP_STRINGS = ("\n\n", "\nQuestion:", "\nPassages:")
@@ -211,10 +210,11 @@ def read_answer(
     """An answer from what the model wrote: its text, and citations of passages that were really in
     the prompt.
 
-    The text decides where it can: of the passages that the model cited those count in which the
-    answer stands (title or text); where it stands in none of them but in another, the first such
-    one is cited, with ``source="matched"`` and one note.  Where the model cited nothing, all that
-    hold the answer are; where it stands nowhere, the model's own citations stay.
+    The text decides where it can.  Those passages count in which the answer stands (title or text),
+    and of several the ones whose title names most of what the question names.  The model's
+    citations of such passages stay; where it cited others only, the first that counts is cited,
+    with ``source="matched"`` and one note.  Where the model cited nothing, all that count are;
+    where the answer stands nowhere, its own citations stay.
 
     With a ``certainty``, an answer that is less likely right than its threshold becomes a refusal
     that keeps it as a guess.  So does one that rests on ``style``, what the model was told of how
@@ -229,7 +229,7 @@ def read_answer(
     probability = None if certainty is None or signs is None else certainty.probability(signs)
     unsure = certainty is not None and probability is not None and probability < certainty.threshold
     notes = list(prompt.notes)
-    read = [f"{hit.title}\n{text}" for hit, text in zip(prompt.hits, prompt.shown, strict=True)]
+    read = [hit.title for hit in prompt.hits] + list(prompt.shown)
     if style and not parsed.refused and rests_on(style, question, read, parsed.text):
         unsure = True
         notes.append("what the model wrote stands in the system prompt and in no passage")
@@ -241,22 +241,18 @@ def read_answer(
     moved = False
     if not parsed.refused and not unsure:
         cited = list(dict.fromkeys(parsed.numbers))
-        holding = [
-            number
-            for number, text in enumerate(read, start=1)
-            if contains_answer(text, [parsed.text])
-        ]
-        kept = [number for number in cited if number in holding]
+        holding = supporting(question, prompt.hits, prompt.shown, parsed.text)
+        meant = [n for n, about in holding.items() if about == max(holding.values())]
+        kept = [number for number in cited if number in meant]
         if kept or not holding:
             source, numbers = "generated", kept or cited
         else:
             moved = bool(cited or unknown)
-            source, numbers = "matched", holding[:1] if moved else holding
+            source, numbers = "matched", meant[:1] if moved else meant
         if moved:
-            notes.append(
-                f"the model cited {_marks([*cited, *unknown])}; the answer stands in "
-                f"{_marks(numbers)}"
-            )
+            also = any(number in holding for number in cited)
+            why = "the passage about what is asked is" if also else "the answer stands in"
+            notes.append(f"the model cited {_marks([*cited, *unknown])}; {why} {_marks(numbers)}")
         citations = tuple(_citation(n, prompt.hits[n - 1], source) for n in numbers)
     if unknown and not moved:
         notes.append(f"removed {_marks(unknown)}: the prompt had {len(prompt.hits)} passages")

@@ -4,7 +4,6 @@ its manifest how sure it has to be to answer.
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,11 +26,11 @@ from invar_ray.schema import Hit
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.text.answers import contains_answer
 from invar_ray.text.prompts import parse_answer
-from invar_ray.text.sentences import sentence_starts
+from invar_ray.text.sentences import sentences_of
 from invar_ray.training.sequences import ReadingSet
 from invar_ray.training.trainer import train
 
-VERSION = 7
+VERSION = 8
 _CALIBRATED_ON = 80
 """Train questions, each asked with what answers it and without."""
 
@@ -170,9 +169,7 @@ def calibration_set(readings: ReadingSet, config: Config, count: int) -> list[As
 
 def without_answer(text: str, answers: Sequence[str]) -> str:
     """A passage without its sentences that hold one of the answers."""
-    starts = [*sentence_starts(text), len(text)]
-    sentences = [text[start:end].strip() for start, end in itertools.pairwise(starts)]
-    return " ".join(each for each in sentences if not contains_answer(each, answers))
+    return " ".join(each for each in sentences_of(text) if not contains_answer(each, answers))
 
 
 def _hits(found: Sequence[Mapping[str, Any]]) -> tuple[Hit, ...]:

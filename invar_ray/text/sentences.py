@@ -4,6 +4,7 @@ places.
 
 from __future__ import annotations
 
+import itertools
 import re
 
 _ABBREVIATIONS = frozenset(
@@ -42,6 +43,12 @@ def sentence_starts(text: str) -> list[int]:
         if starts[-1] < following:
             starts.append(following)
     return starts
+
+
+def sentences_of(text: str) -> list[str]:
+    """The sentences of ``text``, without the white space around them."""
+    starts = [*sentence_starts(text), len(text)]
+    return [text[start:end].strip() for start, end in itertools.pairwise(starts)]
 
 
 def skip_space(text: str, offset: int) -> int:

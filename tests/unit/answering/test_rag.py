@@ -126,6 +126,33 @@ def test_a_citation_of_a_passage_without_the_answer_gives_way_to_one_with_it() -
     ]
 
 
+def test_of_two_passages_that_hold_the_answer_the_one_about_the_question_is_cited() -> None:
+    rivers = [
+        Hit("p1", "d1", 1, 0.9, "Yangtze", "A river of Asia."),
+        Hit("p2", "d2", 2, 0.8, "Mekong", "A river of Asia."),
+    ]
+
+    def cited(reply: str, question: str = "On which landmass do we find the Yangtze?") -> Any:
+        return answer_with_hits(Scripted({"?": reply}), question, rivers, max_new_tokens=10)
+
+    for wrong in ("Asia [2]", "Asia [2] [7]"):
+        moved = cited(wrong)
+        assert [(c.number, c.source) for c in moved.citations] == [(1, "matched")]
+        assert len(moved.notes) == 1, "one note, not two"
+    assert cited("Asia [2]").notes == (
+        "the model cited [2]; the passage about what is asked is [1]",
+    )
+    for fine in ("Asia [1]", "Asia [2] [1]"):
+        kept = cited(fine)
+        assert [(c.number, c.source) for c in kept.citations] == [(1, "generated")]
+        assert kept.notes == ()
+    assert [c.number for c in cited("Asia").citations] == [1]
+    # Where no title says which, the model decides.
+    both = cited("Asia [2]", "On which continent?")
+    assert [(c.number, c.source) for c in both.citations] == [(2, "generated")]
+    assert both.notes == ()
+
+
 def test_a_refusal_cites_nothing() -> None:
     answer = ask(f"{REFUSAL} [1]")
     assert answer.refused
