@@ -52,6 +52,10 @@ _WORKER_ENV = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # it prints every line twice
     # For the service's proxies: Serve's own refusals take the service's form.
     "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "serve.front:middlewares",
+    # A proxy that died is replaced after the third check that finds it so, 10 s apart otherwise;
+    # and one that takes long to start, on a busy machine, is not given up and started anew.
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_PROXY_READY_CHECK_TIMEOUT_S": "60",
 }
 
 

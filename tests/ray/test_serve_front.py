@@ -11,7 +11,7 @@ import socket
 import time
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import httpx
@@ -66,10 +66,16 @@ def ask(url: str, **options: Any) -> httpx.Response:
 
 def replica(name: str) -> int:
     """Process id of the one replica of a deployment."""
-    for process in psutil.process_iter(["cmdline"]):
-        if any(f"ServeReplica:invar-ray:{name}" in part for part in process.info["cmdline"] or ()):
-            return process.pid
-    raise AssertionError(f"no replica of {name}")
+    return process_of(f"ServeReplica:invar-ray:{name}")
+
+
+def process_of(actor: str) -> int:
+    """Process id of an actor of this cluster."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            if any(actor in part for part in process.cmdline()):
+                return process.pid
+    raise AssertionError(f"no {actor}")
 
 
 def wait_until_it_answers(url: str) -> float:
@@ -174,3 +180,25 @@ def test_without_a_replica_it_refuses_at_once(running: str, name: str) -> None:
     print(json.dumps({"killed": name, "seen": seen, "again after": round(recovered + 8, 1)}))
     assert 503 in {status for status, _ in seen}
     assert max(seconds for status, seconds in seen if status == 503) < 5
+
+
+def test_a_proxy_that_died_is_replaced_at_once(running: str) -> None:
+    wait_until_it_answers(running)
+    died = process_of("ProxyActor")
+    os.kill(died, signal.SIGKILL)
+    begin = time.monotonic()
+    while True:  # Serve sees it after the third check, and starts another one
+        with suppress(AssertionError):
+            if process_of("ProxyActor") != died:
+                break
+        assert time.monotonic() - begin < 120
+        time.sleep(0.1)
+    noticed = time.monotonic() - begin
+    while True:
+        with suppress(httpx.TransportError):
+            if ask(running).status_code == 200:
+                break
+        assert time.monotonic() - begin < 120
+        time.sleep(0.2)
+    print(f"another proxy after {noticed:.1f} s, an answer {time.monotonic() - begin:.1f} s")
+    assert noticed < 20, "three checks 10 s apart, Serve's own pace, are 20 s at least"
