@@ -21,6 +21,7 @@ from invar_ray.errors import MixedArtifactsError, RequestError
 from invar_ray.index.blocks import Vectors, read_vectors
 from invar_ray.index.faiss_index import Index, build_faiss, load_index
 from invar_ray.index.probes import check_probes
+from invar_ray.models.batching import refuse_not_finite
 from invar_ray.models.encoder import EncoderSpec, TextEncoder, open_encoder
 from invar_ray.models.loading import BaseOpener
 from invar_ray.models.precision import Precision, made_in
@@ -112,14 +113,25 @@ class Retriever:
         }
 
     def encode_queries(self, questions: Sequence[str]) -> Vectors:
-        """[N, D] unit rows for questions, as the index compares them."""
-        return self.encoder.encode_queries(questions)
+        """[N, D] unit rows for questions, as the index compares them.
+
+        Raises:
+            ModelError: a row is not finite.
+        """
+        rows = self.encoder.encode_queries(questions)
+        refuse_not_finite(rows, [repr(question[:60]) for question in questions])
+        return rows
 
     def encode_passages(self, passages: Sequence[str | tuple[str, str]]) -> Vectors:
-        """[N, D] unit rows for texts or (title, text) pairs, as they would stand in the index."""
-        return self.encoder.encode_passages(
-            [("", each) if isinstance(each, str) else each for each in passages]
-        )
+        """[N, D] unit rows for texts or (title, text) pairs, as they would stand in the index.
+
+        Raises:
+            ModelError: a row is not finite.
+        """
+        pairs = [("", each) if isinstance(each, str) else each for each in passages]
+        rows = self.encoder.encode_passages(pairs)
+        refuse_not_finite(rows, [repr(text[:60]) for _, text in pairs])
+        return rows
 
     def retrieve(
         self,

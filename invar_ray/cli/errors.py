@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -29,7 +30,14 @@ _MACHINE = {
     errno.EACCES: "check the rights, or set storage.root_uri to a folder of yours",
     errno.EPERM: "check the rights, or set storage.root_uri to a folder of yours",
     errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    errno.EFBIG: "raise the limit of a file's size (ulimit -f)",
+    errno.EIO: "look at the disk: it cannot be read or written there",
+    errno.ENAMETOOLONG: "use a shorter path",
+    errno.ENOTDIR: "check the path: a part of it is no folder",
+    errno.ENOMEM: "free some memory, or raise its limit (ulimit -v)",
+    errno.ESTALE: "mount the disk again",
 }
+_SAID = re.compile(r"\(os error (\d+)\)|Cannot allocate memory|can't allocate memory")
 
 
 def explain_errors(
@@ -61,6 +69,11 @@ def explained() -> Iterator[None]:
     """
     signal.signal(signal.SIGTERM, _interrupt)
     reach_loopback_directly()
+    try:
+        os.getcwd()
+    except FileNotFoundError as error:
+        print("error: the current folder is gone. To do: cd to one that exists.", file=sys.stderr)
+        raise SystemExit(1) from error
     for stream in (sys.stdout, sys.stderr):  # an ASCII terminal shows what it can
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -69,16 +82,29 @@ def explained() -> Iterator[None]:
     except InvarError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from error
-    except OSError as error:
-        action = _MACHINE.get(error.errno or 0)
-        if action is None:
+    except Exception as error:
+        number = _errno(error)
+        if number not in _MACHINE:
             raise
-        where = f" ({error.filename})" if error.filename else ""
-        print(f"error: {error.strerror}{where}. To do: {action}.", file=sys.stderr)
+        name = getattr(error, "filename", None)
+        where = f" ({name})" if name else ""
+        print(f"error: {os.strerror(number)}{where}. To do: {_MACHINE[number]}.", file=sys.stderr)
         raise SystemExit(1) from error
     except KeyboardInterrupt as error:
         print("interrupted; what was finished stands, run again to go on", file=sys.stderr)
         raise SystemExit(130) from error
+
+
+def _errno(error: BaseException) -> int:
+    """The operating system's number of a fault; 0 if it is none.  Libraries in C++ and Rust say it
+    in their sentence alone.
+    """
+    if isinstance(error, OSError):
+        return error.errno or 0
+    said = _SAID.search(str(error))
+    if isinstance(error, MemoryError) or (said and not said.group(1)):
+        return errno.ENOMEM
+    return int(said.group(1)) if said else 0
 
 
 def reach_loopback_directly() -> None:

@@ -62,6 +62,8 @@ def load_config(recipe: str = "tiny", overrides: Sequence[str] = ()) -> Config:
         except yaml.YAMLError as error:
             faults.append(f"{key}: value {text!r} is not YAML ({str(error).splitlines()[0]})")
             continue
+        if isinstance(value, str) and " #" in text and text[:1] not in {"'", '"'}:
+            value = text.strip()  # a path may hold what YAML takes for a remark
         _set_path(values, key.strip(), value, faults)
     values = known_only(values, known, "", faults)
     invalid: dict[str, str] = {}

@@ -24,7 +24,14 @@ from typing import Any, Literal
 from invar_ray.corpus.readlog import ReadLog
 from invar_ray.corpus.rowfiles import Row, has_text_rows, read_rows_of
 from invar_ray.corpus.rows import id_string, json_row, string, string_list
-from invar_ray.corpus.storage import ROW_FORMATS, InputFile, corpus_files, find_files, read_lines
+from invar_ray.corpus.storage import (
+    ROW_FORMATS,
+    InputFile,
+    corpus_files,
+    find_files,
+    printable,
+    read_lines,
+)
 from invar_ray.corpus.whole import read_whole
 from invar_ray.errors import DataError
 from invar_ray.schema import Document, Example
@@ -80,7 +87,7 @@ def read_documents(
 
         return itertools.islice(iter(facts.documents()), limit)
     files = corpus_files(uri, format, log=log, exclude=exclude)
-    strict = files[0].uri == uri  # a file that was named itself
+    strict = files[0].uri == printable(uri)  # a file that was named itself
     if strict and log is not None and log.quarantine is None:
         log = None
     return itertools.islice(

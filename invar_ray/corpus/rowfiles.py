@@ -162,7 +162,7 @@ def _cells(line: bytes, place: str) -> list[str]:
 
 def _parquet(file: InputFile, max_bytes: int, kept: Sequence[str]) -> Iterator[Row]:
     try:
-        with file.filesystem.open_input_file(file.path) as stream:
+        with file.seekable() as stream:
             table = pq.ParquetFile(stream)
             names = table.schema_arrow.names
             number = 0

@@ -10,7 +10,7 @@ from typing import Any
 from pyarrow import fs
 
 from invar_ray.corpus import facts
-from invar_ray.corpus.storage import ROW_FORMATS, InputFile, corpus_files, find_files
+from invar_ray.corpus.storage import ROW_FORMATS, InputFile, corpus_files, find_files, what_is_at
 from invar_ray.errors import DataError
 from invar_ray.store.artifacts import digest, resolve_uri
 
@@ -37,14 +37,14 @@ def source_digest(
     if uri == BUILTIN_FACTS:
         return _facts_digest()
     filesystem, path = resolve_uri(uri)
-    info = filesystem.get_file_info(path)
-    if info.type == fs.FileType.NotFound:
+    kind, _ = what_is_at(filesystem, path)
+    if kind == fs.FileType.NotFound:
         raise DataError(
             f"no file or folder {uri}",
             action="check the path; relative paths start where you run the command",
         )
-    if info.type == fs.FileType.File:
-        return _file_digest(filesystem, path)
+    if kind == fs.FileType.File:
+        return _stream_digest(InputFile("", "", path, "", filesystem).raw_stream())
     files = (corpus_files if is_corpus else find_files)(uri, exclude=exclude)
     return digest([[file.name, _content(file, max_bytes)] for file in files])
 
@@ -56,10 +56,6 @@ def _content(file: InputFile, max_bytes: int | None) -> str:
         return _stream_digest(file.raw_stream())
     except OSError:
         return "unreadable"
-
-
-def _file_digest(filesystem: fs.FileSystem, path: str) -> str:
-    return _stream_digest(filesystem.open_input_stream(path, compression=None))
 
 
 def _stream_digest(opened: Any) -> str:

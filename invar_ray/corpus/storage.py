@@ -94,6 +94,12 @@ class InputFile:
             return pa.PythonFile(open(self.path, "rb"), mode="r")
         return self.filesystem.open_input_stream(self.path, compression=None)
 
+    def seekable(self) -> Any:
+        """Open for reading at any place."""
+        if isinstance(self.filesystem, pafs.LocalFileSystem):
+            return pa.PythonFile(open(self.path, "rb"), mode="r")
+        return self.filesystem.open_input_file(self.path)
+
 
 def find_files(
     uri: str, format: str = "auto", *, log: ReadLog | None = None, exclude: str = ""
@@ -122,13 +128,13 @@ def find_files(
         )
     filesystem, path = _open_filesystem(uri)
     try:
-        info = filesystem.get_file_info(path)
-        if info.type == pafs.FileType.NotFound:
+        kind_there, size = what_is_at(filesystem, path)
+        if kind_there == pafs.FileType.NotFound:
             raise DataError(
                 f"there is no file or folder at {uri}",
                 action="check the path, or make the file first",
             )
-        if info.type == pafs.FileType.File:
+        if kind_there == pafs.FileType.File:
             kind = _format_of(path) if format == "auto" else format
             if kind is None:
                 raise DataError(
@@ -136,8 +142,8 @@ def find_files(
                     expected=_wanted("auto"),
                     action="rename it or name its format",
                 )
-            name = _printable(posixpath.basename(path))
-            return [InputFile(_printable(uri), name, path, kind, filesystem, info.size)]
+            name = printable(posixpath.basename(path))
+            return [InputFile(printable(uri), name, path, kind, filesystem, size)]
         if isinstance(filesystem, pafs.LocalFileSystem):
             entries = list(_walk(path, log, os.path.realpath(exclude) if exclude else ""))
         else:
@@ -242,14 +248,15 @@ def _in_folder(
     found = []
     foreign: dict[str, list[str]] = {}
     for path, size in entries:
-        name = _printable(posixpath.relpath(path, folder))
+        name = printable(posixpath.relpath(path, folder))
         kind = _format_of(name)
         if any(part.startswith((".", "_")) for part in name.split("/")):
             continue
         if kind is None:
             foreign.setdefault(posixpath.splitext(name)[1].lower(), []).append(name)
         elif format in {"auto", kind}:
-            found.append(InputFile(f"{uri.rstrip('/')}/{name}", name, path, kind, filesystem, size))
+            place = f"{printable(uri).rstrip('/')}/{name}"
+            found.append(InputFile(place, name, path, kind, filesystem, size))
     wanted = _wanted(format)
     for ending, names in sorted(foreign.items()):
         which = f"{min(names)}" if len(names) == 1 else f"{len(names)} files (first: {min(names)})"
@@ -267,6 +274,17 @@ def _in_folder(
     return sorted(found, key=lambda file: file.name)
 
 
+def what_is_at(filesystem: pafs.FileSystem, path: str) -> tuple[Any, int]:
+    """The kind (pyarrow's ``FileType``) and size of what a path leads to, whatever its name."""
+    if isinstance(filesystem, pafs.LocalFileSystem) and not path.isprintable():
+        if not os.path.exists(path):
+            return pafs.FileType.NotFound, 0
+        is_folder = os.path.isdir(path)
+        return pafs.FileType.Directory if is_folder else pafs.FileType.File, os.path.getsize(path)
+    info = filesystem.get_file_info(path)
+    return info.type, info.size
+
+
 def _wanted(format: str) -> str:
     """The endings of a format, or the main ones of all."""
     if format != "auto":
@@ -277,7 +295,7 @@ def _wanted(format: str) -> str:
     )
 
 
-def _printable(name: str) -> str:
+def printable(name: str) -> str:
     """A file's name as text."""
     if name.isprintable():
         return name

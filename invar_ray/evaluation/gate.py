@@ -8,6 +8,7 @@ of the difference must not lie wholly on the bad side of 0.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -37,6 +38,14 @@ class Limits:
     max_variance_rise: float | None = None
     max_recall_drop: float | None = None
     max_exact_match_drop: float | None = None
+
+    def __post_init__(self) -> None:
+        limits = {name: value for name, value in vars(self).items() if isinstance(value, float)}
+        bad = [name for name, value in limits.items() if not math.isfinite(value)]
+        if bad:  # nothing is above NaN: such a limit would let everything pass
+            raise DataError(
+                f"the limit {bad[0]} is {limits[bad[0]]}", expected="a finite number, or none"
+            )
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -136,7 +137,7 @@ def load_adapter(base: PreTrainedModel, folder: Path, *, merge: bool = False) ->
         ModelError: if the folder is no PEFT folder or does not fit the base.
     """
     model = _with_adapter(base, folder)
-    plain = model.merge_and_unload() if merge else model.get_base_model()
+    plain = _merged(model, folder) if merge else model.get_base_model()
     return plain.eval()
 
 
@@ -161,7 +162,7 @@ def load_merged(
     """
     model = _with_adapter(base, folder)
     before = sample(model.get_base_model().eval())
-    plain = model.merge_and_unload().eval()
+    plain = _merged(model, folder).eval()
     lowest = float((before * sample(plain)).sum(dim=-1).min())
     if not lowest >= 1.0 - tolerance:
         raise ModelError(
@@ -174,13 +175,34 @@ def load_merged(
     return plain
 
 
+def _merged(model: PeftModel, folder: Path) -> PreTrainedModel:
+    """Raises :class:`ModelError` where PEFT cannot merge, or would merge shared layers twice."""
+    why = "its layers are shared (layer_replication)"
+    if not getattr(model.peft_config[_NAME], "layer_replication", None):
+        try:
+            merged: PreTrainedModel = model.merge_and_unload()
+            return merged
+        except (RuntimeError, NotImplementedError) as error:
+            why = _brief(error)
+    raise ModelError(
+        f"the adapter in {folder} cannot be merged into its base: {why}",
+        action="use it beside its base, in fp32 (model.precision=fp32)",
+    )
+
+
 def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     _check_folder(folder)
     try:
         model = PeftModel.from_pretrained(base, str(folder), is_trainable=False)
         _same_names(model, folder)
+        _check_numbers(model, folder)
     except ModelError:
         raise
+    except UnicodeDecodeError as error:
+        raise ModelError(
+            f"the adapter in {folder} cannot be read ({error})",
+            action="download or export it again",
+        ) from error
     except (ValueError, RuntimeError) as error:
         raise ModelError(
             f"the adapter in {folder} does not fit the base ({_brief(error)})",
@@ -195,6 +217,22 @@ def _with_adapter(base: PreTrainedModel, folder: Path) -> PeftModel:
     for parameter in model.parameters():
         parameter.requires_grad_(False)
     return _fused(model)
+
+
+def _check_numbers(model: PeftModel, folder: Path) -> None:
+    """The adapter's weights and scales must be numbers that a model can use."""
+    stored = load_file(folder / "adapter_model.safetensors")
+    odd = [name for name, weight in stored.items() if not weight.is_floating_point()]
+    bad = [name for name, weight in stored.items() if not bool(torch.isfinite(weight).all())]
+    scales = [module.scaling for module in model.modules() if isinstance(module, PeftLinear)]
+    if odd or bad or not all(math.isfinite(one) for scale in scales for one in scale.values()):
+        what = f"{odd[0]} is {stored[odd[0]].dtype}" if odd else "a scale is not finite"
+        raise ModelError(
+            f"the adapter in {folder} is damaged: "
+            + (f"{len(bad)} of its weights are not finite{_first(bad)}" if bad else what),
+            expected="finite floating-point numbers",
+            action="train or download it again",
+        )
 
 
 def _check_folder(folder: Path) -> None:
@@ -278,6 +316,8 @@ def _same_names(model: PeftModel, folder: Path) -> None:
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as stored:
         given = set(stored.keys())
     wanted = set(get_peft_model_state_dict(model, adapter_name=_NAME, save_embedding_layers=False))
+    # Where embeddings are adapted PEFT stores the base's own, too.
+    given -= set(get_peft_model_state_dict(model, save_embedding_layers=True)) - wanted
     if given != wanted:
         missing, extra = sorted(wanted - given), sorted(given - wanted)
         raise ModelError(

@@ -27,6 +27,7 @@ from invar_ray.console import Progress
 from invar_ray.executor import Executor, Work
 from invar_ray.index.blocks import read_vectors
 from invar_ray.losses.alignment import mean_document_vectors
+from invar_ray.models.batching import refuse_not_finite
 from invar_ray.models.encoder import coarse_spec, open_encoder
 from invar_ray.models.precision import inference_device
 from invar_ray.schema import Document, Example, Passage
@@ -94,6 +95,7 @@ def build(
     document_vectors = mean_by_document(passage_vectors, [passage.document_id for passage in rows])
     coarse = open_encoder(coarse_spec(config.coarse), passages.store)
     question_vectors = coarse.encode_queries([example.question for example in examples])
+    refuse_not_finite(question_vectors, [f"question {example.id}" for example in examples])
 
     bm25 = _bm25(rows) if config.experimental.retriever.mining_bm25 else None
     report = MiningReport()

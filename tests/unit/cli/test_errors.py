@@ -30,6 +30,39 @@ def test_a_fault_of_the_machine_is_one_line(
         raise FileNotFoundError(errno.ENOENT, "none", "x")
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError(),
+        RuntimeError("unable to mmap 9 bytes from file <x>: Cannot allocate memory (12)"),
+        ValueError("Error while serializing: I/O error: File too large (os error 27)"),
+        OSError(errno.EIO, os.strerror(errno.EIO)),
+        OSError(errno.ENAMETOOLONG, os.strerror(errno.ENAMETOOLONG), "x" * 300),
+    ],
+)
+def test_a_fault_that_a_library_tells_in_words_is_one_line(
+    error: Exception, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit), explained():
+        raise error
+    said = capsys.readouterr().err
+    assert said.startswith("error: ")
+    assert "To do: " in said
+    assert said.count("\n") == 1
+
+
+def test_a_folder_that_is_gone_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "x").mkdir()
+    monkeypatch.chdir(tmp_path / "x")
+    (tmp_path / "x").rmdir()
+    with pytest.raises(SystemExit), explained():
+        raise AssertionError("it was run")
+    assert "the current folder is gone. To do: cd" in capsys.readouterr().err
+    os.chdir(tmp_path)
+
+
 def test_an_ascii_terminal_shows_what_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))

@@ -13,6 +13,8 @@ from typing import Any
 import docx
 import openpyxl
 import pptx
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pypdf
 import pytest
 from docx.opc.packuri import PackURI
@@ -33,6 +35,8 @@ from invar_ray.corpus.formats.plain import parse_notebook
 from invar_ray.corpus.formats.word import parse_docx
 from invar_ray.corpus.readers import read_documents
 from invar_ray.corpus.readlog import ReadLog
+from invar_ray.corpus.sources import source_digest
+from invar_ray.questions.benchmarks import read_benchmark
 from invar_ray.schema import Document
 from tests.own_documents import pdf_bytes
 
@@ -279,6 +283,21 @@ def test_a_file_name_that_is_no_text_is_read_and_written_so(tmp_path: Path) -> N
     }
     assert not log.lines
     json.dumps([document.uri for document in documents.values()]).encode()
+
+
+def test_folders_and_files_of_rows_with_names_that_are_no_text_are_read(tmp_path: Path) -> None:
+    folder = os.path.join(os.fsencode(tmp_path), b"d\xe9")
+    os.mkdir(folder)
+    pq.write_table(pa.table({"text": ["A row."]}), tmp_path / "x")
+    os.rename(tmp_path / "x", os.path.join(folder, b"\xe8.parquet"))
+    with open(os.path.join(folder, b"\xff.jsonl"), "wb") as stream:
+        stream.write(b'{"question": "Who?", "answer": ["Oda"]}\n')
+    named = os.fsdecode(folder)
+    rows = read_documents(f"{named}/" + os.fsdecode(b"\xe8.parquet"))
+    assert [document.text for document in rows] == ["A row."]
+    (found,) = read_benchmark(f"{named}/" + os.fsdecode(b"\xff.jsonl")).examples
+    assert found.question == "Who?"
+    assert len(source_digest(named)) == len(source_digest(str(tmp_path))) == 16
 
 
 def test_a_damaged_file_of_each_kind_is_one_line(tmp_path: Path) -> None:

@@ -112,6 +112,8 @@ def test_limits_alone_and_tolerances(tmp_path: Path) -> None:
         return [check.passed for check in run_gate(base, worse, Limits(**limits), system="stage 1")]
 
     assert passed() == [True, True, True]
+    with pytest.raises(DataError, match="the limit max_recall_drop is nan"):
+        passed(max_recall_drop=float("nan"))
     assert passed(max_recall_drop=0.0) == [False, True, True]
     assert passed(max_recall_drop=1 / 120) == [True, True, True]
     assert passed(min_recall=0.99, max_variance=0.0, min_exact_match=0.0)[:3] == [

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig as PeftConfig
 from peft import PeftModel, get_peft_model
 from peft.tuners.lora.layer import Linear as PeftLinear
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
@@ -414,6 +416,54 @@ def test_a_bias_on_b_is_scaled_as_peft_does(tmp_path: Path) -> None:
     ids = torch.tensor([[2, 3, 4, 5]])
     ours = load_adapter(random_llama(), tmp_path)
     assert torch.allclose(logits(ours, ids), logits(theirs, ids), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["embeddings", "shared layers", "bias on B"])
+def test_what_cannot_be_merged_is_used_beside_its_base(tmp_path: Path, kind: str) -> None:
+    options: dict[str, Any] = {
+        "embeddings": {"target_modules": ["embed_tokens", "q_proj"]},
+        "shared layers": {"layer_replication": [[0, 2], [1, 2]]},
+        "bias on B": {"lora_bias": True},
+    }[kind]
+    config = PeftConfig(
+        **{"r": 4, "target_modules": ["q_proj"], "task_type": "CAUSAL_LM"} | options
+    )
+    theirs = get_peft_model(random_llama(layers=2), config).eval()
+    with torch.no_grad():
+        for name, value in theirs.named_parameters():
+            if "lora_" in name:
+                value.copy_(torch.linspace(-0.3, 0.3, value.numel()).view(value.shape))
+    theirs.save_pretrained(str(tmp_path))
+    ids = torch.tensor([[2, 3, 4, 5]])
+    wanted = logits(theirs, ids)
+    assert torch.allclose(
+        logits(load_adapter(random_llama(layers=2), tmp_path), ids), wanted, atol=1e-5
+    )
+    if kind == "embeddings":
+        merged = load_adapter(random_llama(layers=2), tmp_path, merge=True)
+        assert torch.allclose(logits(merged, ids), wanted, atol=1e-4)
+    else:
+        with pytest.raises(ModelError, match="cannot be merged into its base"):
+            load_adapter(random_llama(layers=2), tmp_path, merge=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda weight: torch.full_like(weight, torch.nan), "1 of its weights are not finite"),
+        (lambda weight: torch.full_like(weight, torch.inf), "1 of its weights are not finite"),
+        (lambda weight: weight.to(torch.int8), "is torch.int8"),
+    ],
+)
+def test_weights_that_are_no_numbers_are_refused(
+    tmp_path: Path, change: Callable[[torch.Tensor], torch.Tensor], message: str
+) -> None:
+    save_random(random_llama(), tmp_path, LoraConfig())
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    first = min(weights)
+    save_file(weights | {first: change(weights[first])}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=f"is damaged: .*{message}"):
+        load_adapter(random_llama(), tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["weights", "json", "kind", "field"])
