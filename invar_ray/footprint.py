@@ -225,9 +225,11 @@ class _Ledger:
             seconds += made.build_seconds / (self.scale.cpu_workers or 1)
             return Step(label, (self._job(held),), seconds, made.memory_bytes + words / 10)
         if label == "training set":
-            objects = rows * (2 * self.text + _PASSAGE_OBJECT)
-            vectors = 2 * rows * 4.0 * int(self.coarse.hidden_size)
-            job = self._job(objects + vectors + 4.0 * meta.weigh(self.coarse).whole)
+            # The teacher's vectors are a mapped file; their means, one a document, are not, and
+            # what the questions touch are objects.
+            means = 2 * rows * 4.0 * int(self.coarse.hidden_size)
+            touched = self._slots() * (self._slot_bytes() + _PASSAGE_OBJECT)
+            job = self._job(rows * self.text + means + touched)
             start = "retriever" if self.config.retriever.init else "base"
             search = self._search(start, "MineBlock")
             seconds += self._search_seconds(start, self.corpus.train)

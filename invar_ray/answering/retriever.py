@@ -58,6 +58,10 @@ class Passages:
         )
         return passages
 
+    def column(self, name: str) -> pa.Array:
+        """A column of short texts (ids) as it lies in memory, in row order."""
+        return self._table.column(name).combine_chunks()
+
     def ids(self) -> list[str]:
         """All passage ids, in row order."""
         ids: list[str] = self._table.column("id").to_pylist()

@@ -234,7 +234,7 @@ def load_documents(artifact: Artifact, ids: Collection[str] | None = None) -> di
 def document_ids(artifact: Artifact) -> set[str]:
     """Ids of the documents that gave at least one passage."""
     table = pq.read_table(artifact.path("passages.parquet"), columns=["document_id"])
-    return set(table.column("document_id").to_pylist())
+    return set(table.column("document_id").unique().to_pylist())
 
 
 def load_passages(artifact: Artifact) -> list[Passage]:

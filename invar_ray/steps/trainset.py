@@ -8,32 +8,33 @@
 
 from __future__ import annotations
 
-import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as compute
 import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import save_file
 
 from invar_ray.answering.bm25 import Bm25
-from invar_ray.answering.retriever import open_retriever
+from invar_ray.answering.retriever import Passages, open_retriever
 from invar_ray.config import Config
 from invar_ray.console import Progress
 from invar_ray.executor import Executor, Work
-from invar_ray.index.blocks import read_vectors
+from invar_ray.index.blocks import vector_blocks
 from invar_ray.losses.alignment import mean_document_vectors
 from invar_ray.models.batching import refuse_not_finite
-from invar_ray.models.encoder import coarse_spec, open_encoder
+from invar_ray.models.encoder import EncoderSpec, coarse_spec, open_encoder
 from invar_ray.models.precision import inference_device
 from invar_ray.schema import Document, Example, Passage
-from invar_ray.steps.passages import load_documents, load_passages
+from invar_ray.steps.passages import load_documents
 from invar_ray.steps.questions import answerable, load_examples, load_wordings
-from invar_ray.store.artifacts import Artifact, Building, Plan
+from invar_ray.store.artifacts import Artifact, Building, Plan, open_artifact
 from invar_ray.text.answers import contains_answer
 from invar_ray.text.windows import resize_windows
 from invar_ray.training.mining import MiningReport, select_negatives, union_by_best_rank
@@ -41,7 +42,13 @@ from invar_ray.training.mining import MiningReport, select_negatives, union_by_b
 VERSION = 2
 Floats = npt.NDArray[np.float32]
 _QUERIES_PER_BATCH = 512
-_BLOCK = pa.schema([("block", pa.int64()), ("texts", pa.list_(pa.string()))])
+_BLOCK = pa.schema(
+    [
+        ("block", pa.int64()),
+        ("texts", pa.list_(pa.string())),
+        ("questions", pa.list_(pa.string())),
+    ]
+)
 
 
 def plan(
@@ -80,24 +87,22 @@ def build(
 ) -> None:
     """Mine negatives, cut windows and take the teacher's vectors.
 
-    The retriever's base searches on ``scale.embed_workers`` actors where the executor has them, so
-    that a large one is never in the driver; only the teacher is.
+    Retriever and teacher encode on ``scale.embed_workers`` actors where the executor has them, so
+    that no model is in the driver; and of the corpus it makes those passages and documents objects
+    that the questions touch.
 
     Raises:
         DataError: if the positive documents of many training questions are not in the corpus.
     """
-    documents, rows = load_documents(passages), load_passages(passages)
-    families = load_wordings(questions, "train")
-    held = {passage.document_id for passage in rows}
-    examples = answerable(load_examples(questions, "train"), held)
-    positives = find_positives(examples, rows)
-    _, passage_vectors = read_vectors(teacher)
-    document_vectors = mean_by_document(passage_vectors, [passage.document_id for passage in rows])
-    coarse = open_encoder(coarse_spec(config.coarse), passages.store)
-    question_vectors = coarse.encode_queries([example.question for example in examples])
-    refuse_not_finite(question_vectors, [f"question {example.id}" for example in examples])
-
-    bm25 = _bm25(rows) if config.experimental.retriever.mining_bm25 else None
+    table = Passages(passages)
+    families, asked = load_wordings(questions, "train"), load_examples(questions, "train")
+    document_ids = table.column("document_id")
+    gold = _of_documents(
+        table, document_ids, {n for example in asked for n in example.positive_ids}
+    )
+    examples = answerable(asked, {passage.document_id for passage in gold.values()})
+    positives = find_positives(examples, gold)
+    bm25 = _bm25(passages) if config.experimental.retriever.mining_bm25 else None
     report = MiningReport()
     g, depth, first_rank = (
         config.experimental.coarse.document_weight,
@@ -105,32 +110,40 @@ def build(
         config.experimental.retriever.mining_first_rank,
     )
     negatives: list[list[int]] = []
-    row_of = {passage.id: row for row, passage in enumerate(rows)}
-    found_ids = _search(config, index, [families[example.id] for example in examples], executor)
-    for start in range(0, len(examples), _QUERIES_PER_BATCH):
-        block = examples[start : start + _QUERIES_PER_BATCH]
+    blocks = [
+        examples[start : start + _QUERIES_PER_BATCH]
+        for start in range(0, len(examples), _QUERIES_PER_BATCH)
+    ]
+    mined = _mine(config, index, _row_numbers(index, passages, table), blocks, families, executor)
+    taught = _Taught(teacher, document_ids, building.path)
+    for block, (found, question_vectors) in zip(blocks, mined, strict=True):
         wordings = [families[example.id] for example in block]
         texts = [text for family in wordings for text in family]
-        ranked = iter([[row_of[name] for name in next(found_ids)] for _ in texts])
+        ranked = iter(found)
         by_words = iter(
-            [[row for row, _ in found] for found in bm25.search(texts, depth)] if bm25 else []
+            [[row for row, _ in hits] for hits in bm25.search(texts, depth)] if bm25 else []
         )
-        for offset, example in enumerate(block):
-            lists = [next(ranked) for _ in wordings[offset]]
-            if bm25:
-                lists += [next(by_words) for _ in wordings[offset]]
-            candidates = union_by_best_rank(lists, first_rank)
+        lists = [
+            [next(ranked) for _ in family] + ([next(by_words) for _ in family] if bm25 else [])
+            for family in wordings
+        ]
+        candidates = [union_by_best_rank(each, first_rank) for each in lists]
+        seen = sorted({row for rows in candidates for row in rows})
+        texts_of = gold | dict(zip(seen, table.rows(seen), strict=True))
+        for example, each, rows, vector in zip(
+            block, lists, candidates, question_vectors, strict=True
+        ):
             if first_rank > 1:
-                report.dropped["rank too high"] += len(union_by_best_rank(lists)) - len(candidates)
-            number = start + offset
-            scored = [*candidates, positives[number]]
-            scores = (1 - g) * passage_vectors[scored] @ question_vectors[number]
-            scores = scores + g * document_vectors[scored] @ question_vectors[number]
+                report.dropped["rank too high"] += len(union_by_best_rank(each)) - len(rows)
+            positive = positives[len(negatives)]
+            scored = [*rows, positive]
+            scores = (1 - g) * taught.passages[scored] @ vector
+            scores = scores + g * taught.documents(scored) @ vector
             negatives.append(
                 select_negatives(
-                    candidates,
                     rows,
-                    positives[number],
+                    texts_of,
+                    positive,
                     example.answers,
                     scores,
                     count=config.retriever.num_hard_negatives,
@@ -142,6 +155,8 @@ def build(
 
     slots = sorted({*positives, *(row for chosen in negatives for row in chosen)})
     slot_of = {row: number for number, row in enumerate(slots)}
+    held = dict(zip(slots, table.rows(slots), strict=True))
+    documents = load_documents(passages, {passage.document_id for passage in held.values()})
     windows = config.rewrites.num_windows
     question_table = pa.table(
         {
@@ -150,7 +165,7 @@ def build(
             "answers": [list(example.answers) for example in examples],
             "positive": pa.array([slot_of[row] for row in positives], pa.int64()),
             "positive_texts": [
-                _render(documents, rows[row], example.answers, windows, config.seed)
+                _render(documents, held[row], example.answers, windows, config.seed)
                 for row, example in zip(positives, examples, strict=True)
             ],
             "negatives": pa.array(
@@ -160,68 +175,134 @@ def build(
     )
     slot_table = pa.table(
         {
-            "passage_id": [rows[row].id for row in slots],
-            "document_id": [rows[row].document_id for row in slots],
-            "title": [rows[row].title for row in slots],
-            "start": [rows[row].start for row in slots],
-            "end": [rows[row].end for row in slots],
-            "texts": [_render(documents, rows[row], (), windows, config.seed) for row in slots],
+            "passage_id": [held[row].id for row in slots],
+            "document_id": [held[row].document_id for row in slots],
+            "title": [held[row].title for row in slots],
+            "start": [held[row].start for row in slots],
+            "end": [held[row].end for row in slots],
+            "texts": [_render(documents, held[row], (), windows, config.seed) for row in slots],
         }
     )
     pq.write_table(question_table, building.path / "questions.parquet")
     pq.write_table(slot_table, building.path / "slots.parquet")
     save_file(
         {
-            "questions": question_vectors,
-            "slots": np.ascontiguousarray(passage_vectors[slots]),
-            "documents": np.ascontiguousarray(document_vectors[slots]),
+            "questions": np.concatenate(
+                [np.empty((0, taught.passages.shape[1]), np.float32)]
+                + [vectors for _, vectors in mined]
+            ),
+            "slots": np.ascontiguousarray(taught.passages[slots]),
+            "documents": taught.documents(slots),
         },
         str(building.path / "teacher.safetensors"),
     )
-    mined = {"kept": report.kept, "dropped": dict(sorted(report.dropped.items()))}
-    (building.path / "mining.json").write_text(json.dumps(mined, indent=2), encoding="utf-8")
-    building.info |= {"questions": len(examples), "slots": len(slots), "mining": mined}
+    taught.close()
+    told = {"kept": report.kept, "dropped": dict(sorted(report.dropped.items()))}
+    (building.path / "mining.json").write_text(json.dumps(told, indent=2), encoding="utf-8")
+    building.info |= {"questions": len(examples), "slots": len(slots), "mining": told}
+
+
+class _Taught:
+    """The teacher's vectors of all passages, in a file that is mapped: what is looked at is in
+    memory, and the system may take it back.
+
+    Args:
+        teacher: the ``vectors`` artifact.
+        document_ids: of each passage.
+        folder: the file lies there until :meth:`close`.
+    """
+
+    def __init__(self, teacher: Artifact, document_ids: pa.Array, folder: Path) -> None:
+        teacher.verify()
+        blocks = vector_blocks(teacher)
+        self._file = folder / "teacher.tmp"
+        self.passages: Floats = np.memmap(
+            self._file, np.float32, "w+", shape=(blocks.rows, blocks.dimension)
+        )
+        for start, matrix in blocks.some():
+            self.passages[start : start + len(matrix)] = matrix
+        numbered = document_ids.dictionary_encode()
+        self._owner = numbered.indices.to_numpy().astype(np.int64)
+        means = mean_document_vectors(
+            torch.from_numpy(self.passages), torch.from_numpy(self._owner), len(numbered.dictionary)
+        )
+        self._means: Floats = means.numpy()
+
+    def documents(self, rows: Sequence[int]) -> Floats:
+        """[n, M]: for each passage the normalised mean vector of its document's passages (METHOD
+        "Alignment").
+        """
+        return self._means[self._owner[rows]]
+
+    def close(self) -> None:
+        """Remove the file."""
+        self._file.unlink()
 
 
 class MineBlock:
-    """Opens an index version once, then searches blocks of wordings.
+    """Opens an index version and the teacher once, then searches blocks of wordings.
 
     Args:
         index_uri: of the index.
         top_k: passages for each wording.
-        device: where its encoder runs.
+        teacher: the teacher's encoder, as JSON.
+        device: where both encoders run.
     """
 
-    def __init__(self, index_uri: str, top_k: int, device: str = "cpu") -> None:
+    def __init__(
+        self, index_uri: str, top_k: int, teacher: dict[str, Any], device: str = "cpu"
+    ) -> None:
         self._retriever = open_retriever(index_uri, device=device, memory_map=True)
+        store = open_artifact(index_uri, "index").store
+        self._teacher = open_encoder(EncoderSpec.from_json(teacher), store, device=device)
         self._top_k = top_k
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
-        """One block: for each wording the ids of the passages found, best first."""
-        hits = self._retriever.retrieve(list(row["texts"]), self._top_k)
-        return {"block": int(row["block"]), "ids": [[hit.passage_id for hit in h] for h in hits]}
+        """One block: for each wording the rows of the passages found, best first, and the teacher's
+        vectors of the questions, float32.
+        """
+        queries = self._retriever.encode_queries(list(row["texts"]))
+        _, rows = self._retriever.index.search(queries, self._top_k)
+        vectors = self._teacher.encode_queries(list(row["questions"]))
+        return {
+            "block": int(row["block"]),
+            "rows": [found[found >= 0].tolist() for found in rows],
+            "vectors": np.ascontiguousarray(vectors, dtype=np.float32).tobytes(),
+        }
 
 
-def _search(
-    config: Config, index: Artifact, families: Sequence[Sequence[str]], executor: Executor
-) -> Iterator[list[str]]:
-    """For each wording of each family, in order, the ids of the passages found."""
-    scale = config.scale
-    blocks = [
-        [text for family in families[start : start + _QUERIES_PER_BATCH] for text in family]
-        for start in range(0, len(families), _QUERIES_PER_BATCH)
+def _mine(
+    config: Config,
+    index: Artifact,
+    row_numbers: npt.NDArray[np.int64] | None,
+    examples: Sequence[Sequence[Example]],
+    families: Mapping[str, Sequence[str]],
+    executor: Executor,
+) -> list[tuple[list[list[int]], Floats]]:
+    """For each block of examples: for each wording the rows of the passages found, and the
+    teacher's vector [M] of each question.
+    """
+    scale, teacher = config.scale, coarse_spec(config.coarse)
+    rows: list[dict[str, Any]] = [
+        {
+            "block": number,
+            "texts": [text for example in block for text in families[example.id]],
+            "questions": [example.question for example in block],
+        }
+        for number, block in enumerate(examples)
     ]
-    progress = Progress("mine", sum(map(len, blocks)), "wordings")
+    progress = Progress("mine", sum(len(row["texts"]) for row in rows), "wordings")
     work = Work(
         label=progress.label,
         worker=MineBlock,
         arguments={
             "index_uri": index.uri,
             "top_k": config.experimental.retriever.mining_depth,
+            "teacher": teacher.to_json(),
             "device": inference_device(scale),
         },
-        rows=[{"block": number, "texts": texts} for number, texts in enumerate(blocks)],
-        texts=len(families),
+        rows=rows,
+        texts=sum(map(len, examples)),
         # One block is searched here: actors start slower. With GPUs it always leaves.
         leaves_from=max(scale.in_process_below, _QUERIES_PER_BATCH),
         schema=_BLOCK,
@@ -229,27 +310,59 @@ def _search(
         num_cpus=scale.cpus_per_worker,
         num_gpus=scale.embed_gpus_per_worker,
     )
-    found: dict[int, list[list[str]]] = {}
+    mined: dict[int, tuple[list[list[int]], Floats]] = {}
     for row in executor.run(work):
-        found[int(row["block"])] = [list(ids) for ids in row["ids"]]
-        progress.advance(len(row["ids"]))
-    return itertools.chain.from_iterable(found[number] for number in sorted(found))
+        number = int(row["block"])
+        vectors = np.frombuffer(row["vectors"], np.float32).reshape(len(examples[number]), -1)
+        refuse_not_finite(vectors, [f"question {example.id}" for example in examples[number]])
+        found = [list(each) for each in row["rows"]]
+        if row_numbers is not None:
+            found = [row_numbers[each].tolist() for each in found]
+        mined[number] = found, vectors
+        progress.advance(len(found))
+    return [mined[number] for number in sorted(mined)]
 
 
-def _bm25(rows: Sequence[Passage]) -> Bm25:
-    texts = [f"{passage.title} {passage.text}" for passage in rows]
-    return Bm25(texts)
+def _row_numbers(
+    index: Artifact, passages: Artifact, table: Passages
+) -> npt.NDArray[np.int64] | None:
+    """For each row of the index the passage's row; ``None`` where they are the same (a refresh may
+    search a part).
+    """
+    searched = index.parent("passages")
+    if searched.fingerprint == passages.fingerprint:
+        return None
+    ids = Passages(searched).column("id")
+    return np.asarray(compute.index_in(ids, value_set=table.column("id")), dtype=np.int64)
 
 
-def find_positives(examples: Sequence[Example], passages: Sequence[Passage]) -> list[int]:
+def _of_documents(
+    table: Passages, document_ids: pa.Array, documents: set[str]
+) -> dict[int, Passage]:
+    """Row -> passage, of these documents alone, in row order."""
+    wanted = compute.is_in(document_ids, value_set=pa.array(sorted(documents), pa.string()))
+    rows = np.flatnonzero(wanted.to_numpy(zero_copy_only=False)).tolist()
+    return dict(zip(rows, table.rows(rows), strict=True))
+
+
+def _bm25(passages: Artifact) -> Bm25:
+    table = pq.read_table(passages.path("passages.parquet"), columns=["title", "text"])
+    return Bm25([f"{row['title']} {row['text']}" for row in table.to_pylist()])
+
+
+def find_positives(examples: Sequence[Example], passages: Mapping[int, Passage]) -> list[int]:
     """For each example that :func:`answerable` keeps the row of its positive passage: the first of
     its documents' passages that holds an answer, else the first.
+
+    Args:
+        examples: the questions.
+        passages: row -> passage, in row order; of the questions' documents at least.
 
     Raises:
         DataError: if too many have no document in the corpus.
     """
     of_document: dict[str, list[int]] = {}
-    for row, passage in enumerate(passages):
+    for row, passage in passages.items():
         of_document.setdefault(passage.document_id, []).append(row)
     chosen = []
     for example in answerable(examples, of_document):
@@ -263,18 +376,6 @@ def find_positives(examples: Sequence[Example], passages: Sequence[Passage]) -> 
             )
         )
     return chosen
-
-
-def mean_by_document(vectors: Floats, document_ids: Sequence[str]) -> Floats:
-    """[N, D]: for each passage the normalised mean vector of its document's passages (METHOD
-    "Alignment").
-    """
-    numbers: dict[str, int] = {}
-    owner = np.asarray(
-        [numbers.setdefault(document_id, len(numbers)) for document_id in document_ids]
-    )
-    means = mean_document_vectors(torch.from_numpy(vectors), torch.from_numpy(owner), len(numbers))
-    return np.asarray(means.numpy()[owner], dtype=np.float32)
 
 
 def _render(

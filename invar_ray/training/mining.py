@@ -7,7 +7,7 @@ wordings only (a variant pattern) lives there.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -39,7 +39,7 @@ def union_by_best_rank(lists: Sequence[Sequence[int]], first_rank: int = 1) -> l
 
 def select_negatives(
     candidates: Sequence[int],
-    passages: Sequence[Passage],
+    passages: Mapping[int, Passage],
     positive: int,
     answers: Sequence[str],
     teacher_scores: npt.NDArray[np.float32],
@@ -56,7 +56,8 @@ def select_negatives(
     contrastive loss's mask, METHOD "Contrastive").
 
     Args:
-        candidates: rows, best first; ``passages[row]`` is the passage.
+        candidates: rows, best first.
+        passages: those in these rows, and the positive's.
         positive: row of the positive.
         teacher_scores: s_T of each candidate, then of the positive as the last entry.
         report: counts are added to it.

@@ -5,7 +5,7 @@ artifact.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,22 +16,24 @@ import torch
 from safetensors.numpy import load_file
 
 from invar_ray.answering.bm25 import Bm25
+from invar_ray.answering.retriever import Passages
 from invar_ray.errors import DataError
 from invar_ray.executor import Here, Work
 from invar_ray.losses.masks import contrastive_allowed
 from invar_ray.models.encoder import COARSE_MAX_TOKENS
 from invar_ray.models.minilm import CoarseEncoder
-from invar_ray.schema import Example, Passage
+from invar_ray.pipeline import Pipeline
+from invar_ray.schema import Document, Example, Passage
 from invar_ray.steps import trainset as trainset_step
 from invar_ray.steps.passages import load_documents, load_passages
 from invar_ray.steps.questions import load_examples, load_rewrites
-from invar_ray.steps.trainset import MineBlock, find_positives, mean_by_document
+from invar_ray.steps.trainset import MineBlock, find_positives
 from invar_ray.steps.trainset import build as build_trainset
 from invar_ray.steps.trainset import plan as trainset_plan
 from invar_ray.store.artifacts import Artifact
 from invar_ray.text.answers import contains_answer
 from invar_ray.training.batches import Trainset
-from tests.support import World, with_retriever, world
+from tests.support import ISLANDS, World, with_retriever, world
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +70,7 @@ def example(answers: tuple[str, ...], positive_ids: tuple[str, ...], id: str = "
 def test_positive_is_chosen_by_the_answer(
     answers: tuple[str, ...], documents: tuple[str, ...], row: int
 ) -> None:
-    assert find_positives([example(answers, documents)], PASSAGES) == [row]
+    assert find_positives([example(answers, documents)], dict(enumerate(PASSAGES))) == [row]
 
 
 def test_missing_positives_are_counted_and_the_first_is_named() -> None:
@@ -78,32 +80,13 @@ def test_missing_positives_are_counted_and_the_first_is_named() -> None:
         example(("x",), (), "empty"),
     ]
     with pytest.raises(DataError) as caught:
-        find_positives(examples, PASSAGES)
+        find_positives(examples, dict(enumerate(PASSAGES)))
     assert str(caught.value) == (
         "2 of 3 train questions have no positive document in the corpus (first: bad, "
         "positive_ids ['c', 'd', 'e']). "
         "Expected: positive_ids that are ids of corpus rows (all but 10%). "
         "To do: use the corpus that the questions were made for, or raise corpus.limit."
     )
-
-
-def test_document_vector_is_the_normalised_mean_by_hand() -> None:
-    vectors = np.asarray([[1, 0], [0, 1], [0.6, 0.8], [-1, 0]], dtype=np.float32)
-    found = mean_by_document(vectors, ["a", "b", "a", "b"])
-    # a: (1.6, 0.8) / sqrt(3.2); b: (-1, 1) / sqrt(2)
-    a, b = [1.6 / 3.2**0.5, 0.8 / 3.2**0.5], [-(0.5**0.5), 0.5**0.5]
-    assert np.allclose(found, [a, b, a, b], atol=1e-6)
-    assert found.dtype == np.float32
-
-
-def test_document_of_one_passage_is_that_passage() -> None:
-    vectors = np.asarray([[0.6, 0.8], [1, 0]], dtype=np.float32)
-    assert np.allclose(mean_by_document(vectors, ["a", "b"]), vectors)
-
-
-def test_document_whose_vectors_cancel_gives_no_nan() -> None:
-    vectors = np.asarray([[1, 0], [-1, 0]], dtype=np.float32)
-    assert mean_by_document(vectors, ["a", "a"]).tolist() == [[0, 0], [0, 0]]
 
 
 # A whole artifact
@@ -120,7 +103,9 @@ def test_positives_and_negatives_of_the_artifact(small: World) -> None:
         slot for row in questions for slot in row["negatives"]
     }
     assert wanted == set(range(len(slots))), "every slot is used, and every slot used is there"
-    for item, row, gold in zip(examples, questions, find_positives(examples, rows), strict=True):
+    for item, row, gold in zip(
+        examples, questions, find_positives(examples, dict(enumerate(rows))), strict=True
+    ):
         assert slots[row["positive"]]["passage_id"] == rows[gold].id
         assert contains_answer(rows[gold].text, item.answers)
         assert (
@@ -174,13 +159,20 @@ def test_teacher_vectors_are_minilm_s(small: World) -> None:
     slots = pq.read_table(small.trainset.path("slots.parquet")).to_pylist()
     rows = load_passages(small.passages)
     vectors = coarse.encode_passages([(passage.title, passage.text) for passage in rows])
+
+    def of_document(name: str) -> list[int]:
+        return [row for row, passage in enumerate(rows) if passage.document_id == name]
+
     place = {passage.id: row for row, passage in enumerate(rows)}
     chosen = [place[slot["passage_id"]] for slot in slots]
     # what a float16 rounds by, and 1e-5 for other paddings
     assert (
         np.abs(teacher["slots"] - vectors[chosen]) <= 2.0**-11 * np.abs(vectors[chosen]) + 1e-5
     ).all()
-    means = mean_by_document(vectors, [passage.document_id for passage in rows])
+    means = np.stack(
+        [sum(vectors[row] for row in of_document(rows[at].document_id)) for at in range(len(rows))]
+    )
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
     assert (
         np.abs(teacher["documents"] - means[chosen]).max() < 2.0**-11 * np.abs(vectors).max() + 1e-5
     )
@@ -274,9 +266,10 @@ def test_mining_is_work_for_actors_that_have_what_embedding_has(
             return iter([MineBlock(**arguments)(dict(row)) for row in work.rows])
 
     def refuse(*arguments: Any, **options: Any) -> None:
-        raise AssertionError("the driver opens a retriever")
+        raise AssertionError("the driver opens a model")
 
-    monkeypatch.setattr(trainset_step, "open_retriever", refuse)
+    for name in ("open_retriever", "open_encoder"):
+        monkeypatch.setattr(trainset_step, name, refuse)
     parents = (
         small.passages,
         small.questions,
@@ -291,3 +284,32 @@ def test_mining_is_work_for_actors_that_have_what_embedding_has(
     assert (work.workers, work.num_gpus, work.arguments["device"]) == ((3, 3), 0.5, "cuda")
     for name in ("questions.parquet", "slots.parquet"):
         assert pq.read_table(made.path(name)) == pq.read_table(small.trainset.path(name))
+
+
+def test_of_a_corpus_the_driver_makes_what_the_questions_touch(
+    small: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not every passage and document: there may be millions."""
+    touched: set[int] = set()
+    real = Passages.rows
+
+    def watched(self: Passages, rows: Sequence[int]) -> list[Passage]:
+        touched.update(rows)
+        return real(self, rows)
+
+    loaded: list[int] = []
+
+    def counted(*arguments: Any) -> dict[str, Document]:
+        found = load_documents(*arguments)
+        loaded.append(len(found))
+        return found
+
+    monkeypatch.setattr(Passages, "rows", watched)
+    monkeypatch.setattr(trainset_step, "load_documents", counted)
+    questions = replace(small.config.questions, train_limit=1)
+    config = with_retriever(replace(small.config, questions=questions), mining_depth=2)
+    with Pipeline(config, quiet=True, executor=Here()) as run:
+        assert run.trainset.info["questions"] == 1
+    assert 0 < len(touched) < small.passages.info["passages"] / 2
+    assert len(loaded) == 1
+    assert 0 < loaded[0] < len(ISLANDS) / 2

@@ -33,7 +33,7 @@ def select(
     report = MiningReport()
     found = select_negatives(
         candidates,
-        passages,
+        dict(enumerate(passages)),
         positive,
         answers,
         np.asarray([*scores, own], dtype=np.float32),
