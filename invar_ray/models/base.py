@@ -1,18 +1,21 @@
 """From a name to a model: a built-in base, a folder, or a model hub's name.
 
-A built-in base is written out once, as an artifact of kind ``model``; folders and hub names are
-used where they are. The generator's base is a causal LM, and the retriever's the same one, unless
-it has a base of its own: an encoder, or another causal LM.
+A built-in base, and one that a URI names, is written out once, as an artifact of kind ``model``;
+folders and hub names are used where they are, hub names at one commit. The generator's base is a
+causal LM, and the retriever's the same one, unless it has a base of its own: an encoder, or another
+causal LM.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import HfApi, constants, try_to_load_from_cache
 from transformers import (
     AutoConfig,
     AutoTokenizer,
@@ -32,6 +35,8 @@ BUILTIN = (SMOLLM2, TINY)
 BUILTIN_RETRIEVER = (*BUILTIN, MINILM)
 """Bases of the retriever."""
 _ARTIFACT = "artifact:"
+_COMMIT = re.compile("[0-9a-f]{40}")
+_HUB_TIMEOUT_S = 10.0
 
 
 @dataclass(frozen=True)
@@ -40,7 +45,7 @@ class BaseRef:
 
     Attributes:
         location: ``artifact:<ref>`` below the store's root, a folder, or a hub name.
-        revision: commit of a hub name.
+        revision: commit of a hub name: every node and every later day takes the same weights.
         fingerprint: changes whenever the weights or the tokenizer could.
         pooling: of an encoder (BERT, ModernBERT ..): how its token states were trained to become
             one vector; ``None`` for a causal LM.
@@ -77,6 +82,11 @@ class BaseRef:
                 action="put the old weights back, or train and index again with the new ones",
             )
         return self.location
+
+
+def is_remote(base: str) -> bool:
+    """Whether a base is a folder that its URI names (s3://, gs:// ..)."""
+    return "://" in base
 
 
 def name_and_revision(base: str) -> tuple[str, str | None]:
@@ -141,13 +151,13 @@ def stored_base(model: Artifact) -> BaseRef:
 
 
 def _resolve(base: str, builtin: tuple[str, ...], built: Artifact | None) -> BaseRef:
-    if base in builtin:
-        if built is None:
-            raise ModelError(
-                f"the base {base} has not been built",
-                action="run python -m jobs.run_pipeline",
-            )
+    if built is not None and (base in builtin or is_remote(base)):
         return stored_base(built)
+    if base in builtin or is_remote(base):
+        raise ModelError(
+            f"the base {base} has not been built into the store",
+            action="run python -m jobs.run_pipeline",
+        )
     if base.startswith("builtin:"):
         expected = " or ".join(builtin) or "a folder or a hub name"
         raise ModelError(f"there is no base {base!r}", expected=expected)
@@ -160,7 +170,37 @@ def _resolve(base: str, builtin: tuple[str, ...], built: Artifact | None) -> Bas
             expected="a folder with config.json, tokenizer and safetensors",
         )
     name, revision = name_and_revision(base)
-    return BaseRef(name, revision, digest({"name": name, "revision": revision}))
+    commit = hub_commit(name, revision)
+    return BaseRef(name, commit, digest({"name": name, "revision": commit}))
+
+
+def hub_commit(name: str, revision: str | None) -> str:
+    """The commit that a hub name stands for: the hub's newest of a branch or tag, or, where the hub
+    cannot be asked, the one in the local cache.
+
+    Args:
+        name: of the hub.
+        revision: a commit, which is taken as it is, a branch or a tag; ``None`` is ``main``.
+
+    Raises:
+        ModelError: neither knows it.
+    """
+    if revision is not None and _COMMIT.fullmatch(revision):
+        return revision
+    refused: Exception = OSError("HF_HUB_OFFLINE is set, and it is not in the local cache")
+    if not constants.is_offline_mode():
+        try:
+            asked = HfApi(constants.ENDPOINT).model_info(
+                name, revision=revision, timeout=_HUB_TIMEOUT_S
+            )
+        except Exception as error:  # its HTTP library differs by version, and so do its errors
+            refused = error
+        else:
+            return str(asked.sha)
+    cached = try_to_load_from_cache(name, "config.json", revision=revision)
+    if isinstance(cached, str):
+        return Path(cached).parent.name  # snapshots/<commit>/config.json
+    raise unresolved(name, refused) from refused
 
 
 def _stored_pooling(source: str, revision: str | None) -> Pooling:

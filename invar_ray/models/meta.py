@@ -6,6 +6,7 @@ Shape legend: B rows, T tokens of each, H hidden size, V vocabulary, N positions
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,10 +31,18 @@ from transformers.integrations.sdpa_attention import repeat_kv
 
 from invar_ray.config import Config, LoraConfig
 from invar_ray.models.adapters import new_adapter
-from invar_ray.models.base import MINILM, SMOLLM2, TINY, name_and_revision, unresolved
+from invar_ray.models.base import (
+    MINILM,
+    SMOLLM2,
+    TINY,
+    is_remote,
+    name_and_revision,
+    unresolved,
+)
 from invar_ray.models.encoder import BiEncoder
 from invar_ray.models.precision import torch_dtype
 from invar_ray.models.trunk import is_causal
+from invar_ray.store.files import resolve_uri
 
 _ATTENTION = "fused_without_values"
 _SMOLLM2 = {
@@ -159,6 +168,13 @@ def known_description(base: str, config: Config | None = None) -> PretrainedConf
         }
     elif name in KNOWN:
         values = dict(KNOWN[name])
+    elif is_remote(name):
+        filesystem, path = resolve_uri(name)
+        try:
+            with filesystem.open_input_stream(f"{path.rstrip('/')}/config.json") as stream:
+                values = json.loads(stream.read())
+        except (OSError, ValueError) as error:
+            raise unresolved(base, error) from error
     else:
         try:
             found: PretrainedConfig = AutoConfig.from_pretrained(name, revision=revision)

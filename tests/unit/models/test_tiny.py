@@ -191,16 +191,6 @@ def test_folder_has_a_fingerprint_by_content(small: World, tmp_path: Path) -> No
     assert resolve(two).fingerprint not in {before, after}
 
 
-def test_hub_name_has_a_fingerprint_by_name_and_revision(small: World) -> None:
-    def resolve(name: str) -> BaseRef:
-        return resolve_base(replace(small.config.model, base=name), None)
-
-    names = ("a/b", "a/c", "a/b@1", "a/b@2")
-    assert len({resolve(name).fingerprint for name in names}) == 4
-    assert (resolve("a/b").location, resolve("a/b").revision) == ("a/b", None)
-    assert (resolve("a/b@1").location, resolve("a/b@1").revision) == ("a/b", "1")
-
-
 def test_folder_that_is_none_is_refused(small: World, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="no folder"):
         resolve_base(replace(small.config.model, base=str(tmp_path / "missing")), None)
