@@ -401,6 +401,7 @@ def save_llama(folder: Path, **shape: Any) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    return folder
 
 
 def save_cross_encoder(folder: Path, labels: int = 1, seed: int = 0) -> Path:
