@@ -3,7 +3,9 @@
 import { $, make, marked, nameOf, percent, seconds, sentence } from "./text.js";
 
 const MARK = /\[\s*\d+(?:\s*[,;\-\u2013]\s*\d+)*\s*\]/g;
-export const SCORES = { dense: "cosine", bm25: "BM25", hybrid: "score" };
+const SCORES = { dense: "cosine", bm25: "BM25", hybrid: "score" };
+// What the scores of a response are: a reranker's, or by how it was searched.
+export const scoreOf = ({ versions, mode }) => (versions.reranker ? "relevance" : SCORES[mode] ?? "score");
 const reduced = () => matchMedia("(prefers-reduced-motion: reduce)").matches;
 
 // While the model writes: its text as it comes. Numbers are links only once the service has checked them.
@@ -12,11 +14,11 @@ export function showText(text) {
   $("answer").replaceChildren(text);
 }
 
-export function showPassages(found, mode) {
-  $("passages").replaceChildren(...found.map(passage => card(passage, mode)));
+export function showPassages(found, score) {
+  $("passages").replaceChildren(...found.map(passage => card(passage, score)));
 }
 
-function card(passage, mode, state = "", answer = "") {
+function card(passage, score, state = "", answer = "") {
   const tags = { cited: "cited", matched: "holds the answer", unread: "not read: no room in the prompt" };
   const item = make(
     "li",
@@ -32,7 +34,7 @@ function card(passage, mode, state = "", answer = "") {
   );
   const meter = make("span", { class: "meter", "aria-hidden": "true" }, make("span"));
   meter.firstChild.style.width = percent(Math.max(0, Math.min(1, passage.score))).replace(" ", "");
-  const foot = make("footer", {}, make("span", { class: "score" }, `${SCORES[mode] ?? "score"} `, make("b", {}, passage.score.toFixed(3))), meter);
+  const foot = make("footer", {}, make("span", { class: "score" }, `${score} `, make("b", {}, passage.score.toFixed(3))), meter);
   const where = passage.place || passage.uri;
   if (where && where !== nameOf(passage)) foot.append(make("span", { class: "place" }, where));
   item.append(foot);
@@ -49,7 +51,7 @@ export function showAnswer(reply, found, written) {
       const read = given.get(passage.passage_id);
       const source = cited.get(passage.passage_id)?.source;
       const state = !read ? "unread" : source === "matched" ? "matched" : source ? "cited" : "";
-      return card({ ...passage, number: read?.number }, reply.mode, state, reply.guess || reply.answer);
+      return card({ ...passage, number: read?.number }, scoreOf(reply), state, reply.guess || reply.answer);
     }),
   );
   $("answer").className = "text" + (reply.refused ? " refused" : reply.answer ? "" : " nothing");

@@ -1,6 +1,6 @@
 // The page at `/`: what happens when. Rendering is in answer.js and stability.js, calls are in service.js.
 
-import { asPlainText, light, showAnswer, showPassages, showText, unlight } from "./answer.js";
+import { asPlainText, light, scoreOf, showAnswer, showPassages, showText, unlight } from "./answer.js";
 import { Problem, call, events, key } from "./service.js";
 import { stabilityView } from "./stability.js";
 import { $, make, plural, sentence } from "./text.js";
@@ -95,7 +95,7 @@ async function ask() {
     for await (const { name, data } of events("v1/answer", { ...asked, stream: true }, mine.signal)) {
       if (name === "passages") {
         found = data.passages;
-        showPassages(found, data.mode);
+        showPassages(found, scoreOf(data));
         showText("");
         $("result").hidden = false;
         say(`${plural(found.length, "passage")} found, the answer is being written …`);

@@ -1,6 +1,6 @@
 // The same question in other words: what was found, what was answered, and what of it changed.
 
-import { SCORES, light } from "./answer.js";
+import { light, scoreOf } from "./answer.js";
 import { changed, make, nameOf, percent, plural } from "./text.js";
 
 const same = (a, b) => (a.refused || b.refused ? a.refused === b.refused : normal(a.answer) === normal(b.answer));
@@ -22,7 +22,7 @@ export function stabilityView(result, askThis) {
       result.agreement === null || silent(result.wordings) ? null : score(result.agreement, "of the answers agree", "Share of pairs of wordings with the same answer"),
     ),
     make("p", { class: "verdict" }, verdict(anchor, others)),
-    make("ol", { class: "wordings" }, ...result.wordings.map(wording => card(wording, anchor, columns, home, askThis, result.mode))),
+    make("ol", { class: "wordings" }, ...result.wordings.map(wording => card(wording, anchor, columns, home, askThis, scoreOf(result)))),
     make("p", { class: "small" }, "A square is a passage, in each row the same one, with its rank there. Filled: the rank of the question as asked; tinted: another rank; outlined: a new passage; dashed: not found."),
   ];
 }
@@ -53,7 +53,7 @@ function order(wordings) {
   return [...seen.values()];
 }
 
-function card(wording, anchor, columns, home, askThis, mode) {
+function card(wording, anchor, columns, home, askThis, score) {
   const first = wording === anchor;
   const ranks = new Map(wording.passages.map(passage => [passage.passage_id, passage]));
   const strip = make(
@@ -76,7 +76,7 @@ function card(wording, anchor, columns, home, askThis, mode) {
   if (wording.answer !== null) item.append(answer(wording, anchor, first));
   if (!first) {
     const fresh = wording.passages.filter(passage => !home.has(passage.passage_id));
-    if (fresh.length) item.append(details(fresh, mode));
+    if (fresh.length) item.append(details(fresh, score));
     item.append(make("button", { type: "button", class: "plain", onclick: () => askThis(wording.text) }, "Ask this instead"));
   }
   return item;
@@ -105,11 +105,11 @@ function answer(wording, anchor, first) {
   return make("p", { class: "said other" }, make("b", {}, "Other answer "), text);
 }
 
-function details(fresh, mode) {
+function details(fresh, score) {
   return make(
     "details",
     {},
     make("summary", {}, `New: ${fresh.map(nameOf).join(", ")}`),
-    ...fresh.map(passage => make("p", { class: "fresh-passage", dir: "auto" }, make("b", {}, nameOf(passage)), ` ${passage.text} `, make("span", { class: "small" }, `${SCORES[mode] ?? "score"} ${passage.score.toFixed(3)}`))),
+    ...fresh.map(passage => make("p", { class: "fresh-passage", dir: "auto" }, make("b", {}, nameOf(passage)), ` ${passage.text} `, make("span", { class: "small" }, `${score} ${passage.score.toFixed(3)}`))),
   );
 }

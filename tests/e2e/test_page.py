@@ -26,8 +26,11 @@ from invar_ray.models.generator import Generator
 from serve.http.keys import ApiKey
 from serve.replicas.generator import TransformersEngine, load_generator
 from serve.replicas.remote import OpenAIEngine
+from serve.replicas.reranker import RerankerReplica, load_reranker
+from serve.replicas.targets import LocalTarget
 from tests.reader import Reader
 from tests.serving import LIMITS, Artifacts, Live, shared_artifacts
+from tests.support import save_cross_encoder
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 webdriver = pytest.importorskip(
@@ -42,7 +45,16 @@ def unsure(artifacts: Artifacts) -> TransformersEngine:
 
     def load(uri: str) -> Generator:
         generator = load_generator(uri)
-        zero = Certainty((0.0,) * len(SIGNS), 0.0, 0.9, 0.1, 0.1, 0.5, 100)
+        zero = Certainty(
+            weights=(0.0,) * len(SIGNS),
+            bias=0.0,
+            threshold=0.9,
+            risk=0.1,
+            unanswerable=0.1,
+            measured_risk=0.1,
+            coverage=0.5,
+            questions=100,
+        )
         generator.certainty = zero.to_json()
         return generator
 
@@ -70,11 +82,18 @@ def services(reader: Reader, tmp_path_factory: pytest.TempPathFactory) -> Iterat
             max_context=165,
         )
 
+    cross = save_cross_encoder(tmp_path_factory.mktemp("cross") / "encoder")
+    reranker = RerankerReplica(lambda: load_reranker(str(cross), artifacts.index_uri))
     limits = LIMITS.model_copy(update={"max_top_k": 5, "max_new_tokens": 24})
     key = ApiKey(name="mine", sha256=hashlib.sha256(b"sesame").hexdigest())
     made = {
         "open": Live(artifacts, engine=engine(), limits=limits, examples=EXAMPLES),
         "unsure": Live(artifacts, engine=unsure(artifacts)),
+        "reranked": Live(
+            artifacts,
+            engine=engine(),
+            service={"reranker": LocalTarget("reranker", reranker), "rerank_depth": 5},
+        ),
         "locked": Live(artifacts, engine=engine(), limits=limits, keys=(key,)),
         "sharded": Live(
             artifacts,
@@ -328,6 +347,18 @@ def test_an_answer_that_is_not_sure_enough_looks_like_none(
     assert "not sure enough" in page.text("#status")
     assert page.js("document.querySelectorAll('.cite').length") == 0
     page.picture("unsure")
+
+
+def test_scores_are_called_what_they_are(page: Page, services: dict[str, Live]) -> None:
+    for name, called in (("open", "score"), ("reranked", "relevance")):
+        page.open(services[name].url)
+        page.ask(FERRY)
+        page.compare()
+        shown = page.texts("#passages .score")
+        assert shown
+        assert all(each.split()[0] == called for each in shown)
+        reply = services[name]("POST", "/v1/answer", json={"question": FERRY}).json()
+        assert shown[0].split()[1] == f"{reply['passages'][0]['score']:.3f}"
 
 
 def test_examples_are_asked_and_questions_of_the_tab_are_kept(
