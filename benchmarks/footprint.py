@@ -1,9 +1,9 @@
 """What actors really hold at their peak, against what ``invar-ray plan`` says of them.
 
 ``python -m benchmarks.footprint`` runs embedding, stage 1 and stage 2 on the CPU, a step each, once
-with SmolLM2-135M in fp32 (the constants of ``invar_ray/footprint.py`` were set on these) and once
-with a random LLaMA of another shape in bf16: wider, fewer layers, grouped heads, a head of its own.
-Exit status 1 where ledger and measurement are more than 15 % apart.
+with SmolLM2-135M in fp32 and once with a random LLaMA of another shape in bf16: wider, fewer
+layers, grouped heads, a head of its own. Exit status 1 where ledger and measurement are more than
+15 % apart.
 
 A process's peak is its ``VmHWM``, read ten times a second.
 """
@@ -119,33 +119,32 @@ def other_base(folder: Path) -> Path:
     return folder
 
 
-def measure(root: Path, overrides: list[str]) -> list[tuple[str, float, float]]:
-    """(phase, bytes by the ledger, bytes measured) of one run."""
+def measure(root: Path, overrides: list[str]) -> Iterator[tuple[str, float, float]]:
+    """(phase, bytes by the ledger, bytes measured) of one run, as its steps end."""
     settings = [*SETTINGS, *overrides, f"storage.root_uri={root / 'store'}"]
     config = load_config("smollm2_135m", settings)
     with watched() as peaks, Pipeline(config) as pipeline:
         _ = pipeline.base, pipeline.passages, pipeline.questions
         peaks.phase = "embed"
         vectors = pipeline.base_index.parent("vectors")
+        tokens = vectors.info["usage"]["tokens"] / vectors.info["rows"]
+        corpus = Corpus(vectors.info["rows"], round(tokens), 12, 4)
+        said = {
+            step.label: step.actors[1].host
+            for step in footprint(config, corpus)[:-1]
+            if len(step.actors) > 1
+        }
+        yield "embed", said["embed passages (base)"], peaks.of("embed")
         peaks.phase = "between"
         _ = pipeline.trainset
         peaks.phase = "stage 1"
         _ = pipeline.retriever
+        yield "stage 1", said["stage 1: retriever"], peaks.of("stage 1")
         peaks.phase = "between"
         _ = pipeline.readings
         peaks.phase = "stage 2"
         _ = pipeline.generator
-    tokens = vectors.info["usage"]["tokens"] / vectors.info["rows"]
-    corpus = Corpus(vectors.info["rows"], round(tokens), 12, 4)
-    steps = {step.label: step for step in footprint(config, corpus)}
-    labels = {
-        "embed": "embed passages (base)",
-        "stage 1": "stage 1: retriever",
-        "stage 2": "stage 2: generator",
-    }
-    return [
-        (phase, steps[label].actors[1].host, peaks.of(phase)) for phase, label in labels.items()
-    ]
+        yield "stage 2", said["stage 2: generator"], peaks.of("stage 2")
 
 
 def main() -> None:
