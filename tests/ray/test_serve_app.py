@@ -26,6 +26,7 @@ from serve.client import ask
 from serve.http.index_forms import IndexResponse
 from serve.http.protocol import AnswerResponse, RetrieveResponse
 from tests.serving import TEXTS, Artifacts, fault, shared_artifacts
+from tests.support import save_cross_encoder
 
 
 @pytest.fixture(scope="module")
@@ -84,6 +85,21 @@ def test_retrieve(service: Local) -> None:
     assert [passage.rank for passage in body.passages] == [1, 2]
     assert body.passages[0].score >= body.passages[1].score
     assert {"index", "encoder"} <= set(body.versions)
+
+
+@pytest.mark.parametrize("topology", ["split", "colocated"])
+def test_a_reranker_is_a_deployment_of_its_own(
+    artifacts: Artifacts, tmp_path: Path, topology: str
+) -> None:
+    cross = save_cross_encoder(tmp_path / "cross")
+    args = app_args(artifacts, reranker=str(cross), rerank_depth=4, topology=topology)
+    service = Local(build_app(args))
+    body = {"query": "Who kept the light?", "documents": list(TEXTS.values()), "top_n": 2}
+    ranked = service("POST", "/v1/rerank", json=body)
+    assert ranked.status_code == 200, ranked.text
+    assert len(ranked.json()["results"]) == 2
+    found = service("POST", "/v1/retrieve", json={"question": body["query"], "top_k": 2}).json()
+    assert found["versions"]["reranker"] == ranked.json()["invar"]["versions"]["reranker"]
 
 
 def test_answer(service: Local) -> None:
