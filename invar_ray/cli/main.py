@@ -177,6 +177,25 @@ def train(
 
 @app.command()
 @explain_errors
+def tune(
+    overrides: Overrides = None,
+    config: Recipe = DEFAULT,
+    weights: Annotated[
+        str, typer.Option(help="Values of retriever.invariance_weight, with commas between.")
+    ] = "0,10,40,160",
+) -> None:
+    """Train stage 1 once for each weight of the invariance loss, on part of the train questions,
+    and say which to set; the dev questions are not looked at.
+    """
+    from invar_ray.cli.tune import advice, parse_weights, render, run_trials
+
+    trials = run_trials(load_config(config, overrides or []), parse_weights(weights))
+    print(render(trials))
+    print(advice(trials))
+
+
+@app.command()
+@explain_errors
 def evaluate(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
     """Evaluate the systems that evaluation.systems names; print the tables and where the report
     is.

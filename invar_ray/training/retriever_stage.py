@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +36,7 @@ from invar_ray.training.batches import StepPlan, Trainset
 from invar_ray.training.objective import Rows, objective
 from invar_ray.training.stage import (
     HELDOUT,
+    HELDOUT_OVERLAP,
     Ahead,
     Chunking,
     Forward,
@@ -133,8 +135,8 @@ class RetrieverStage:
         return metrics | {"padded_tokens": float(cache.padded_tokens)}
 
     def measure(self, forward: Forward, chunking: Chunking) -> Metrics:
-        """See :class:`Stage`: Recall@5 of held-out questions, among their passages and a sample of
-        the others.
+        """See :class:`Stage`: recall and overlap of held-out questions, among their passages and a
+        sample of the others.
         """
         self._ahead.forget()
         trainset = self._measured
@@ -157,15 +159,18 @@ class RetrieverStage:
         self.module.train()
         contents = torch.as_tensor(trainset.contents_of(slots), device=passages.device)
         gold = [slots.index(trainset.positives[row]) for row in rows]
-        metrics: Metrics = {}
+        metrics: Metrics = {"heldout_questions": float(len(rows))}
         sizes = self._sizes()
         for size in sizes:
             cosines = unit_prefix(queries, size) @ unit_prefix(passages, size).T
-            anchor, worst = _recall_at_5(
-                cosines, gold, [len(family) for family in families], contents
-            )
+            counts = [len(family) for family in families]
+            anchor, worst = _recall_at_5(cosines, gold, counts, contents)
             of_size = "" if size == sizes[0] else f"_{size}"
-            metrics |= {f"heldout_recall_at_5{of_size}": anchor, f"{HELDOUT}{of_size}": worst}
+            metrics |= {
+                f"heldout_recall_at_5{of_size}": anchor,
+                f"{HELDOUT}{of_size}": worst,
+                f"{HELDOUT_OVERLAP}{of_size}": _overlap_at_10(cosines, counts),
+            }
         return metrics
 
     def adopt(self, trainset_ref: str) -> None:
@@ -338,3 +343,20 @@ def _recall_at_5(
             hits.append(int((scores[others] >= scores[place]).sum()) < 5)
         anchor, worst = anchor + hits[0], worst + all(hits)
     return anchor / len(gold), worst / len(gold)
+
+
+def _overlap_at_10(cosines: Tensor, counts: list[int]) -> float:
+    """Jaccard overlap of the first 10 columns of a question's wordings with its anchor's, mean
+    over wordings, then questions; 1 where no question has a second wording.
+
+    Args:
+        cosines, counts: as :func:`_recall_at_5` takes them.
+    """
+    top = cosines.topk(min(10, cosines.shape[1]), dim=1).indices.tolist()
+    lists = iter(set(line) for line in top)
+    means = []
+    for count in counts:
+        anchor, *others = [next(lists) for _ in range(count)]
+        if others:
+            means.append(fmean(len(anchor & other) / len(anchor | other) for other in others))
+    return fmean(means) if means else 1.0

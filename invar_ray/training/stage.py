@@ -16,6 +16,7 @@ from invar_ray.config import Config, OptimizerConfig
 from invar_ray.models.adapters import save_adapter
 
 HELDOUT = "heldout_worst_recall_at_5"
+HELDOUT_OVERLAP = "heldout_overlap_at_10"
 T = TypeVar("T")
 WEIGHT_DECAY = 0.0
 """AdamW's, decoupled: adapters are small and start at zero."""

@@ -15,10 +15,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
+from invar_ray.cli.tune import run_trials
 from invar_ray.errors import DataError, ResourceError
 from invar_ray.pipeline import Pipeline
 from invar_ray.steps import generator
-from invar_ray.store.artifacts import Artifact
+from invar_ray.store.artifacts import Artifact, Store
 from invar_ray.training import trainer
 from tests.distributed.small_store import small_config, small_store
 
@@ -302,3 +303,20 @@ def test_the_best_heldout_step_is_kept_and_patience_ends_the_run(
     assert last.keys() == best.keys()
     assert all(any(torch.equal(value, other) for other in best.values()) for value in kept.values())
     assert not any(torch.equal(value, other) for value in kept.values() for other in last.values())
+
+
+@pytest.mark.slow
+def test_weights_are_tried_on_titles_that_no_trial_saw(local_ray: Any, prepared: Path) -> None:
+    root = copied(prepared, "tune")
+    config = small_config(
+        root,
+        ["retriever.steps=3", "retriever.invariance_ramp_steps=1", "scale.checkpoint_every=50"],
+    )
+    trials = run_trials(config, [0.0, 160.0])
+    assert [trial.weight for trial in trials] == [0.0, 160.0]
+    assert trials[0].questions == trials[1].questions > 0
+    made = [Store(str(root)).open(f"retriever/{p.name}") for p in (root / "retriever").iterdir()]
+    assert len(made) == 2
+    assert all(adapter.info["arm"].startswith("weight-") for adapter in made), "none is served"
+    assert adapter_files(made[0]) != adapter_files(made[1])
+    assert run_trials(config, [160.0, 0.0]) == trials[::-1], "the second call trains nothing"

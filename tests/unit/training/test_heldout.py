@@ -13,7 +13,13 @@ from invar_ray.errors import DataError
 from invar_ray.models.encoder import llm_spec
 from invar_ray.training.batches import Trainset
 from invar_ray.training.retriever_stage import RetrieverStage
-from invar_ray.training.stage import HELDOUT, Chunking, best_step, is_exhausted
+from invar_ray.training.stage import (
+    HELDOUT,
+    HELDOUT_OVERLAP,
+    Chunking,
+    best_step,
+    is_exhausted,
+)
 from tests import support
 
 ALONE = Chunking(200, lambda count: count, torch.Tensor.backward)
@@ -66,20 +72,26 @@ def test_what_is_measured_is_the_recall_of_a_plain_search(world: support.World) 
         (title, cuts[0]) for title, cuts in zip(trainset.titles, trainset.slot_texts, strict=True)
     ]
     passages = torch.from_numpy(encoder.encode_passages(texts))
-    anchor, worst = [], []
+    anchor, worst, overlaps = [], [], []
     for row in trainset.heldout:
         gold = texts[trainset.positives[row]][1]
-        hits = []
+        hits, tops = [], []
         for vector in torch.from_numpy(encoder.encode_queries(trainset.wordings[row])):
             order = (passages @ vector).argsort(descending=True).tolist()
+            tops.append(set(order[:10]))
             ranked = list(dict.fromkeys(texts[place][1] for place in order))
             hits.append(gold in ranked[:5])
         anchor.append(hits[0])
         worst.append(all(hits))
+        others = [len(tops[0] & top) / len(tops[0] | top) for top in tops[1:]]
+        overlaps.append(sum(others) / len(others))
     assert found == {
+        "heldout_questions": len(trainset.heldout),
         "heldout_recall_at_5": sum(anchor) / len(anchor),
         HELDOUT: sum(worst) / len(worst),
+        HELDOUT_OVERLAP: pytest.approx(sum(overlaps) / len(overlaps)),
     }
+    assert 0 < found[HELDOUT_OVERLAP] < 1
     assert 0 < found[HELDOUT] <= found["heldout_recall_at_5"]
 
 
