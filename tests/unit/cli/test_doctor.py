@@ -202,6 +202,20 @@ def test_model_folders(tmp_path: Path) -> None:
     assert only(doctor.check_model(str(tmp_path))).status == "ok"
 
 
+def test_a_folder_that_a_uri_names(tmp_path: Path) -> None:
+    check = only(doctor.check_model(f"file://{tmp_path}"))
+    assert check.status == "fail"
+    assert "lacks config.json" in check.detail
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(b"")
+    check = only(doctor.check_model(f"file://{tmp_path}"))
+    assert check.status == "ok"
+    assert "copied into the store" in check.detail
+    gone = only(doctor.check_model(f"file://{tmp_path}/gone"))
+    assert gone.status == "fail"
+    assert gone.action
+
+
 def test_neither_folder_nor_name() -> None:
     assert only(doctor.check_model("/no/such/folder")).status == "fail"
 
