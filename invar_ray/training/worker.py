@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypedDict, cast
 
@@ -16,8 +17,9 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from invar_ray import console
-from invar_ray.config import Config, to_dict
+from invar_ray.config import Config, ScaleConfig, to_dict
 from invar_ray.console import Progress
+from invar_ray.errors import ResourceError
 from invar_ray.store.artifacts import Store
 from invar_ray.store.files import join_uri, resolve_uri
 from invar_ray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -129,8 +131,9 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
             # one that was cut off.
             torch.manual_seed(config.seed * _SEED_STRIDE + step * 1009 + rank)
             rate = learning_rate(optimizer, step, stage.steps)
-            metrics = step_gradients(stage, engine, step, config.scale.train_tokens_per_chunk)
-            norm = engine.step(rate)
+            with memory_advice(config.scale, step):
+                metrics = step_gradients(stage, engine, step, config.scale.train_tokens_per_chunk)
+                norm = engine.step(rate)
             averaged = _mean_over_ranks(metrics, device)
             record = {"step": step + 1, "learning_rate": rate, "gradient_norm": norm, **averaged}
             if not isinstance(config.scale.num_workers, int):
@@ -191,6 +194,31 @@ def step_gradients(
         return stage.accumulate(
             engine, step, Chunking(tokens_per_chunk, largest_over_ranks, engine.backward)
         )
+
+
+@contextlib.contextmanager
+def memory_advice(scale: ScaleConfig, step: int) -> Iterator[None]:
+    """Say what to do where a GPU's memory does not suffice for a step.  It is raised, not returned
+    as a fault: the other ranks wait in a collective, which only the end of the group ends.
+
+    Raises:
+        ResourceError: for torch's own error.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        budget = scale.train_tokens_per_chunk
+        advice = (
+            f"halve scale.train_tokens_per_chunk ({budget})"
+            if budget is not None
+            else f"set scale.train_tokens_per_chunk, for instance to {_MEASURE_TOKENS}"
+        )
+        if not scale.gradient_checkpointing:
+            advice += ", or set scale.gradient_checkpointing=true"
+        raise ResourceError(
+            f"step {step + 1} does not fit into a GPU's memory ({str(error).splitlines()[0]})",
+            action=f"{advice}; training goes on from its last checkpoint",
+        ) from error
 
 
 def _resume(run: str, unrecorded: Sequence[str]) -> Checkpoint | None:

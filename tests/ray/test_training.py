@@ -320,3 +320,24 @@ def test_weights_are_tried_on_titles_that_no_trial_saw(local_ray: Any, prepared:
     assert all(adapter.info["arm"].startswith("weight-") for adapter in made), "none is served"
     assert adapter_files(made[0]) != adapter_files(made[1])
     assert run_trials(config, [160.0, 0.0]) == trials[::-1], "the second call trains nothing"
+
+
+@pytest.mark.slow
+def test_a_step_that_does_not_fit_ends_in_advice(
+    local_ray: Any, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def work(payload: dict[str, Any]) -> Any:
+        import torch
+
+        from invar_ray.training.worker import STAGES, train_worker
+
+        class Large(STAGES["retriever"]):  # type: ignore[misc,name-defined]
+            def loss(self, forward: Any, step: int) -> Any:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+
+        STAGES["retriever"] = Large
+        return dict(train_worker(payload))
+
+    monkeypatch.setattr(trainer, "_work", work)
+    with pytest.raises(ResourceError, match=r"step 1 does not fit.*set scale\.train_tokens"):
+        train(copied(prepared, "large"), "retriever", "scale.max_failures=0")

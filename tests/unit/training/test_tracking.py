@@ -7,13 +7,15 @@ from __future__ import annotations
 import importlib.util
 import struct
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
-from invar_ray.config import load_config
+from invar_ray.config import ScaleConfig, load_config
 from invar_ray.errors import ConfigError, ResourceError
 from invar_ray.training.tracking import check_trackers, open_trackers
-from invar_ray.training.worker import fault_of
+from invar_ray.training.worker import fault_of, memory_advice
 
 
 def scalars(folder: Path) -> dict[tuple[str, int], float]:
@@ -74,3 +76,27 @@ def test_a_fault_names_what_is_not_finite() -> None:
         {"step": 3, "loss": float("nan"), "gradient_norm": float("inf"), "accuracy": 1.0}
     )
     assert bad == "step 3: loss, gradient_norm not a finite number"
+
+
+@pytest.mark.parametrize(
+    ("settings", "advice"),
+    [
+        (
+            {"train_tokens_per_chunk": 512},
+            "halve scale.train_tokens_per_chunk (512), or set scale.gradient_checkpointing=true; ",
+        ),
+        (
+            {"gradient_checkpointing": True},
+            "set scale.train_tokens_per_chunk, for instance to 8192; training goes on",
+        ),
+    ],
+)
+def test_a_step_that_does_not_fit_says_what_to_do(settings: dict[str, Any], advice: str) -> None:
+    with pytest.raises(ResourceError) as caught, memory_advice(ScaleConfig(**settings), 6):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB.\nmore")
+    assert str(caught.value).startswith(
+        "step 7 does not fit into a GPU's memory (CUDA out of memory. Tried to allocate 9 GiB.). "
+        f"To do: {advice}"
+    )
+    with pytest.raises(RuntimeError, match="another"), memory_advice(ScaleConfig(), 6):
+        raise RuntimeError("another")
