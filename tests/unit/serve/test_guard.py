@@ -8,6 +8,7 @@ import json
 import logging
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -85,6 +86,31 @@ def test_bodies_that_do_not_come_hold_no_place(shared: Artifacts) -> None:
             live.run(asyncio.sleep(0.2))
             for _ in range(3):
                 assert live("POST", "/v1/retrieve", json={"question": FERRY}).status_code == 200
+    finally:
+        live.close()
+
+
+def test_a_busy_service_does_not_count_its_own_time_against_a_body(
+    shared: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.http.guard.BODY_TIMEOUT_S", 0.6)
+    live = Live(shared)
+    try:
+        body = json.dumps({"question": FERRY}).encode()
+        with begun(live, "/v1/retrieve", len(body), body[:1]) as connection:
+            live.run(asyncio.sleep(0.2))
+
+            def work(pieces: int) -> None:
+                time.sleep(0.5)
+                if pieces > 1:
+                    live.loop.call_soon(work, pieces - 1)
+
+            live.loop.call_soon_threadsafe(work, 4)
+            time.sleep(1.2)
+            connection.sendall(body[1:])
+            assert connection.recv(100).split(b" ")[1] == b"200"
+        with begun(live, "/v1/retrieve", len(body), body[:1]) as connection:
+            assert connection.recv(100).split(b" ")[1] == b"408"
     finally:
         live.close()
 
