@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import random
-import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -23,7 +22,6 @@ from invar_ray.models.generator import Generation
 from invar_ray.questions.lexicon import FUNCTION_WORDS, STOP_WORDS
 from invar_ray.schema import Hit
 from invar_ray.text.answers import contains_answer
-from invar_ray.text.sentences import sentences_of
 from invar_ray.text.words import words
 
 SIGNS = (
@@ -31,25 +29,16 @@ SIGNS = (
     "least_logprob",
     "names_in_title",
     "names_in_passage",
-    "rest_in_sentence",
     "answer_in_passage",
     "echo",
-    "fits",
 )
 """What an answer's certainty is read from: the mean and the least log-probability of its tokens;
 how much of what the question names stands in the title, and in title and text, of a passage that
-holds the answer; how much of its other words in the sentence that does; whether any passage holds
-the answer; whether it only repeats the question; whether it is of the kind that is asked for."""
+holds the answer; whether any passage does; whether it only repeats the question."""
 _STEM = 5
 """Words that agree in so many first letters count as one: "painted" and "painting"."""
 _NUMBERS = frozenset("two three four five six seven eight nine ten".split())
 _COMMON = (FUNCTION_WORDS | STOP_WORDS | {"s"}) - _NUMBERS  # "Denmark's" is Denmark
-_ASKS_NUMBER = re.compile(
-    r"\b(?:when|how (?:many|much|high|tall|long|old|large|big|far|deep|heavy)|"
-    r"(?:what|which|in what) (?:year|number|date))\b",
-    re.IGNORECASE,
-)
-_ASKS_PERSON = re.compile(r"\b(?:who|whom|whose)\b", re.IGNORECASE)
 _FLOOR = -6.0  # nats: below it, a token's probability says no more
 _RIDGE, _ROUNDS = 1.0, 50
 _FOLDS = 5
@@ -79,22 +68,13 @@ def signs_of(
         for hit, text in zip(hits, shown, strict=True)
         if contains_answer(f"{hit.title}\n{text}", [answer])
     ]
-    sentences = [
-        sentence
-        for _, text in holding
-        for sentence in sentences_of(text)
-        if contains_answer(sentence, [answer])
-    ]
-    rest = asked - names - said
     return (
         sum(logprobs) / len(logprobs),
         min(logprobs),
         max((_about(names, title, text, answer) for title, text in holding), default=0.0),
         max((_share(names, f"{title}\n{text}") for title, text in holding), default=0.0),
-        max((_share(rest, sentence) for sentence in sentences), default=0.0),
         float(bool(holding)),
         float(bool(said) and said <= asked),
-        _fits(question, answer),
     )
 
 
@@ -150,18 +130,6 @@ def _about(names: set[str], title: str, text: str, answer: str) -> float:
     the title is itself the answer.
     """
     return _share(names, text if contains_answer(title, [answer]) else title)
-
-
-def _fits(question: str, answer: str) -> float:
-    """1 where an answer is of the kind that is asked for, a number or a name; -1 where it is not; 0
-    where the question does not say, or is not English.
-    """
-    has_number = any(each.isdigit() for each in answer) or bool(_NUMBERS & set(words(answer)))
-    if _ASKS_NUMBER.search(question):
-        return 1.0 if has_number else -1.0
-    if _ASKS_PERSON.search(question):
-        return 1.0 if answer[:1].isupper() and not has_number else -1.0
-    return 0.0
 
 
 def _share(wanted: set[str], text: str) -> float:

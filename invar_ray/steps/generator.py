@@ -30,7 +30,7 @@ from invar_ray.text.sentences import sentences_of
 from invar_ray.training.sequences import ReadingSet
 from invar_ray.training.trainer import train
 
-VERSION = 8
+VERSION = 9
 _CALIBRATED_ON = 80
 """Train questions, each asked with what answers it and without."""
 
