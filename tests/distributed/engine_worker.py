@@ -4,9 +4,10 @@ World 1 makes the small store below ROOT and writes metrics and gradients of eve
 autograd, without DeepSpeed: the reference.  Through the engine each ZeRO stage computes every case,
 GradCache and gradient checkpointing on and off (OUT/parity-*): with GRID ``full`` in all
 combinations on 1 rank too, with ``pairwise`` on more ranks and so that any two of (loss, ZeRO
-stage, GradCache and checkpointing) meet.  On more ranks, ``pairwise`` also trains without
-interruption and through a checkpoint on disk, and writes both ends (OUT/state-*).  The process
-group comes from the environment (MASTER_ADDR, ...).
+stage, GradCache and checkpointing) meet; with ``bf16`` in that precision, a projection on top, in
+all combinations on more ranks (the reference stays in fp32).  On more ranks, ``pairwise`` and
+``bf16`` also train without interruption and through a checkpoint on disk, and write both ends
+(OUT/state-*).  The process group comes from the environment (MASTER_ADDR, ...).
 """
 
 from __future__ import annotations
@@ -30,11 +31,20 @@ from tests.support import with_retriever
 
 ZERO_STAGES = (0, 1, 2, 3)
 STATE_ZERO_STAGES = (0, 2, 3)
+BF16_ZERO_STAGES = (1, 2, 3)  # 0 is refused, see config/run.py
+BF16_OVERRIDES = ("model.projection_dim=96",)
 # (GradCache, gradient checkpointing)
 MODES = ((False, False), (True, True), (True, False), (False, True))
 # With the first budget queries are one chunk and passages are several, with the second both are
 # several.
 CHUNK_TOKENS = (400, 120)
+# Of runs that are resumed: the stage, how, and its token budget.
+STATE_CASES: dict[str, int | None] = {"retriever": None}
+BF16_STATE_CASES = STATE_CASES | {
+    "retriever, cache": 400,
+    "generator": None,
+    "generator, cache": 120,
+}
 STEP = 3  # of the batch; not 0, where the invariance loss has no weight
 ALONE: dict[str, Any] = {
     "alignment_weight": 0.0,
@@ -93,7 +103,7 @@ def make_engine(stage: Any, zero_stage: int, max_grad_norm: float) -> Any:
     return Engine(
         stage.module,
         zero_stage=zero_stage,
-        precision="fp32",
+        precision=stage.config.model.precision,
         weight_decay=0.01,
         max_grad_norm=max_grad_norm,
     )
@@ -122,7 +132,7 @@ def modes_of(grid: str, case: int, zero_stage: int) -> Sequence[tuple[bool, bool
     """All modes, or the one of a Latin square, in which each case and each ZeRO stage meets every
     mode.
     """
-    return MODES if grid == "full" else (MODES[(case + zero_stage) % len(MODES)],)
+    return (MODES[(case + zero_stage) % len(MODES)],) if grid == "pairwise" else MODES
 
 
 def cell(case: str, mode: tuple[bool, bool]) -> str:
@@ -166,7 +176,8 @@ def recomputing(stage: Any, on: bool) -> None:
 
 
 def parity(small: SmallStore, out: Path, rank: int, world: int, grid: str, engines: bool) -> None:
-    for zero_stage in ZERO_STAGES if engines else (None,):
+    engine_stages = BF16_ZERO_STAGES if grid == "bf16" else ZERO_STAGES
+    for zero_stage in engine_stages if engines else (None,):
         found: dict[str, Tensor] = {}
         counts = counted_chunks() if engines else []
         for name, cases in (("retriever", RETRIEVER_CASES), ("generator", GENERATOR_CASES)):
@@ -242,14 +253,22 @@ PLANTED: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def state(small: SmallStore, out: Path, rank: int, world: int) -> None:
+def state(
+    small: SmallStore,
+    out: Path,
+    rank: int,
+    world: int,
+    zero_stage: int,
+    case: str,
+    tokens: int | None,
+) -> None:
     from invar_ray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+    from invar_ray.training.worker import step_gradients
 
     def train(engine: Any, stage: Any, first: int, last: int) -> list[float]:
         norms = []
         for step in range(first, last):
-            loss, _ = stage.loss(engine, step)
-            engine.backward(loss)
+            step_gradients(stage, engine, step, tokens)
             norms.append(engine.step(2e-3))
         return norms
 
@@ -260,57 +279,64 @@ def state(small: SmallStore, out: Path, rank: int, world: int) -> None:
             flat |= {f"{key}/{name}": value for name, value in group.items()}
         return flat | {"adam_step": torch.tensor(found.adam_step)}
 
-    for zero_stage in STATE_ZERO_STAGES:
-        whole_stage = make_stage("retriever", small, small.config, rank, world)
-        whole = make_engine(whole_stage, zero_stage, 1.0)
-        begin = end(whole)
-        norms = train(whole, whole_stage, 0, 3)
-        half, half_state = end(whole), whole.state()
-        folder = out / f"checkpoint-z{zero_stage}"
-        if rank == 0:
-            folder.mkdir()
-            save_checkpoint(folder, Checkpoint(3, half_state, []), "run")
-        torch.distributed.barrier()
-        norms += train(whole, whole_stage, 3, 6)
+    name = case.partition(",")[0]
+    whole_stage = make_stage(name, small, small.config, rank, world)
+    whole = make_engine(whole_stage, zero_stage, 1.0)
+    begin = end(whole)
+    norms = train(whole, whole_stage, 0, 3)
+    half, half_state = end(whole), whole.state()
+    folder = out / f"checkpoint-{case}-z{zero_stage}"
+    if rank == 0:
+        folder.mkdir()
+        save_checkpoint(folder, Checkpoint(3, half_state, []), "run")
+    torch.distributed.barrier()
+    norms += train(whole, whole_stage, 3, 6)
 
-        read = load_checkpoint(folder, "run").engine
-        stage = make_stage("retriever", small, small.config, rank, world)
-        with torch.no_grad():
-            for name, parameter in stage.module.named_parameters():
-                if name in read.parameters:
-                    parameter.copy_(read.parameters[name])
-        resumed = make_engine(stage, zero_stage, 1.0)
-        resumed.load_state(read)
-        loaded = end(resumed)
-        later = train(resumed, stage, 3, 6)
-        found = {
-            "norms/whole": torch.tensor(norms, dtype=torch.float64),
-            "norms/resumed": torch.tensor(later, dtype=torch.float64),
-        }
-        for part, values in (
-            ("begin", begin),
-            ("half", half),
-            ("loaded", loaded),
-            ("whole", end(whole)),
-            ("resumed", end(resumed)),
-        ):
-            found |= {f"{part}/{key}": value for key, value in values.items()}
-        save_file(found, out / f"state-z{zero_stage}-w{world}-r{rank}.safetensors")
+    read = load_checkpoint(folder, "run").engine
+    stage = make_stage(name, small, small.config, rank, world)
+    with torch.no_grad():
+        for key, parameter in stage.module.named_parameters():
+            if key in read.parameters:
+                parameter.copy_(read.parameters[key])
+    resumed = make_engine(stage, zero_stage, 1.0)
+    resumed.load_state(read)
+    loaded = end(resumed)
+    later = train(resumed, stage, 3, 6)
+    found = {
+        "norms/whole": torch.tensor(norms, dtype=torch.float64),
+        "norms/resumed": torch.tensor(later, dtype=torch.float64),
+        "inv_freq": stage.module.base.model.rotary_emb.inv_freq.clone(),
+    }
+    for part, values in (
+        ("begin", begin),
+        ("half", half),
+        ("loaded", loaded),
+        ("whole", end(whole)),
+        ("resumed", end(resumed)),
+    ):
+        found |= {f"{part}/{key}": value for key, value in values.items()}
+    save_file(found, out / f"state-{case}-z{zero_stage}-w{world}-r{rank}.safetensors")
 
 
 def main(root: str, out: Path, rank: int, world: int, grid: str) -> None:
     torch.set_num_threads(1)
-    small = small_store(root)
+    half = grid == "bf16"
+    small = small_store(root, BF16_OVERRIDES if half else ())
     if world == 1:
         parity(small, out, rank, world, grid, engines=False)
-        if grid == "pairwise":
+        if grid != "full":
             return
     from invar_ray.training.engine import init_distributed
 
     init_distributed(use_gpu=False)
+    if half:
+        model = replace(small.config.model, precision="bf16")
+        small = replace(small, config=replace(small.config, model=model))
     parity(small, out, rank, world, grid, engines=True)
-    if grid == "pairwise":
-        state(small, out, rank, world)
+    if grid != "full":
+        for case, tokens in (BF16_STATE_CASES if half else STATE_CASES).items():
+            for zero_stage in BF16_ZERO_STAGES if half else STATE_ZERO_STAGES:
+                state(small, out, rank, world, zero_stage, case, tokens)
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
 

@@ -35,7 +35,7 @@ def differing(one: dict[str, Tensor], other: dict[str, Tensor]) -> list[str]:
 def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
     engine_runs: Any, zero_stage: int, rank: int
 ) -> None:
-    run = engine_runs.load(f"state-z{zero_stage}-w2-r{rank}")
+    run = engine_runs.load(f"state-retriever-z{zero_stage}-w2-r{rank}")
     begin, half, loaded, whole, resumed = (
         part(run, name) for name in ("begin", "half", "loaded", "whole", "resumed")
     )
@@ -52,7 +52,7 @@ def test_a_resumed_run_is_bit_equal_to_an_uninterrupted_one(
 
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)
 def test_the_gradient_norm_is_a_number_and_resumes(engine_runs: Any, zero_stage: int) -> None:
-    run = engine_runs.load(f"state-z{zero_stage}-w2-r0")
+    run = engine_runs.load(f"state-retriever-z{zero_stage}-w2-r0")
     norms, later = run["norms/whole"], run["norms/resumed"]
     assert torch.isfinite(norms).all()
     assert (norms > 0).all()
@@ -61,8 +61,12 @@ def test_the_gradient_norm_is_a_number_and_resumes(engine_runs: Any, zero_stage:
 
 def test_zero_stages_train_alike(engine_runs: Any) -> None:
     """Sharding says where state lies, not what is computed (up to the order of sums)."""
-    ends = [part(engine_runs.load(f"state-z{stage}-w2-r0"), "whole") for stage in ZERO_STAGES]
-    norms = [engine_runs.load(f"state-z{stage}-w2-r0")["norms/whole"] for stage in ZERO_STAGES]
+    ends = [
+        part(engine_runs.load(f"state-retriever-z{stage}-w2-r0"), "whole") for stage in ZERO_STAGES
+    ]
+    norms = [
+        engine_runs.load(f"state-retriever-z{stage}-w2-r0")["norms/whole"] for stage in ZERO_STAGES
+    ]
     for end, norm in zip(ends[1:], norms[1:], strict=True):
         torch.testing.assert_close(norm, norms[0], rtol=1e-3, atol=0)
         for key, value in end.items():
