@@ -521,7 +521,32 @@ def _check_folder(folder: Path) -> Check:
     if faults:
         action = "point model.base at a complete model folder with safetensors weights"
         return Check("model", "fail", f"{folder} lacks {', '.join(faults)}", action)
-    return Check("model", "ok", str(folder))
+    return _check_family(folder)
+
+
+def _check_family(folder: Path) -> Check:
+    """Whether training takes it: asked of the model itself, without its weights."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    from invar_ray.models.trunk import is_causal
+
+    try:
+        described = AutoConfig.from_pretrained(folder)
+        named = (getattr(described, "architectures", None) or [type(described).__name__])[0]
+        if described.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES:
+            return Check("model", "ok", f"{folder}: an encoder, for model.retriever_base alone")
+        with torch.device("meta"):
+            fits = is_causal(AutoModelForCausalLM.from_config(described))
+    except (OSError, ValueError) as error:
+        said = str(error).splitlines()[0][:200]
+        action = "point model.base at a folder that transformers reads"
+        return Check("model", "fail", f"{folder}: {said}", action)
+    if not fits:
+        action = "take a model of LLaMA's family (LLaMA, SmolLM, Mistral, Qwen, Gemma, Phi ..)"
+        return Check("model", "fail", f"{folder} is a {named}, which training refuses", action)
+    return Check("model", "ok", f"{folder} ({named})")
 
 
 def _check_hub(name: str) -> Check:

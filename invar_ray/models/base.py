@@ -125,14 +125,23 @@ def resolve_retriever_base(name: str, built: Artifact | None) -> BaseRef:
         "ForCausalLM"
     ):
         return found
-    prompts = _stored_json(source, found.revision, "config_sentence_transformers.json").get(
-        "prompts", {}
-    )
-    return replace(
-        found,
-        pooling=_stored_pooling(source, found.revision),
-        query_prefix=prompts.get("query", ""),
-        passage_prefix=prompts.get("document", prompts.get("passage", "")),
+    pooling, query, passage = stored_form(source, found.revision)
+    return replace(found, pooling=pooling, query_prefix=query, passage_prefix=passage)
+
+
+def stored_form(source: str, revision: str | None) -> tuple[Pooling, str, str]:
+    """How a model's sentence-transformers files say that texts become vectors: the pooling, and
+    what stands before a query and a passage; without such files the mean, and nothing.
+
+    Raises:
+        ModelError: it pools in a way that is not known here, or changes vectors after it.
+    """
+    prompts = _stored_json(source, revision, "config_sentence_transformers.json").get("prompts", {})
+    query = prompts.get("query", "")
+    return (
+        _stored_pooling(source, revision),
+        query or "",
+        prompts.get("document", prompts.get("passage", "")) or "",
     )
 
 
@@ -210,6 +219,14 @@ def _stored_pooling(source: str, revision: str | None) -> Pooling:
         ModelError: in a way that is not known here.
     """
     modules = _stored_json(source, revision, "modules.json") or []
+    kinds = [str(module["type"]).rpartition(".")[2] for module in modules]
+    more = [kind for kind in kinds if kind not in {"Transformer", "Pooling", "Normalize"}]
+    if more:
+        raise ModelError(
+            f"{source!r} has a part that is not known here: {more[0]}",
+            expected="a transformer, a pooling and a normalisation",
+            action="use another encoder",
+        )
     paths = [str(module["path"]) for module in modules if str(module["type"]).endswith("Pooling")]
     if not paths:
         return "mean"
@@ -229,7 +246,7 @@ def _stored_pooling(source: str, revision: str | None) -> Pooling:
         raise ModelError(
             f"{source!r} pools by {', '.join(sorted(stated - {''})) or 'nothing'}",
             expected="mean, cls or lasttoken, one of them",
-            action="set model.retriever_base to another encoder",
+            action="use another encoder",
         )
     return known.pop()
 

@@ -20,7 +20,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from invar_ray.config import CoarseConfig, ModelConfig
 from invar_ray.errors import ModelError
 from invar_ray.models.adapters import load_adapter, load_merged
-from invar_ray.models.base import BaseRef, folder_fingerprint, load_tokenizer
+from invar_ray.models.base import BaseRef, folder_fingerprint, load_tokenizer, stored_form
 from invar_ray.models.batching import (
     DEFAULT_TOKENS_PER_BATCH,
     EncodeStats,
@@ -147,18 +147,31 @@ def llm_spec(
 
 
 def coarse_spec(config: CoarseConfig) -> EncoderSpec:
-    """Describe the coarse encoder (MiniLM): mean pooling, no prefixes."""
+    """Describe the coarse encoder: it pools, and stands before texts, as its own description says,
+    unless the settings say otherwise.
+
+    Raises:
+        ModelError: it pools in a way that is not known here.
+    """
     folder = Path(config.model).expanduser()
     content = folder_fingerprint(folder) if folder.is_dir() else digest({"coarse": config.model})
+    builtin = config.model.startswith("builtin:")
+    source = str(folder) if folder.is_dir() else config.model
+    form: tuple[Pooling, str, str] = ("mean", "", "")
+    pooling, query, passage = form if builtin else stored_form(source, None)
+    if config.query_prefix is not None:
+        query = config.query_prefix
+    if config.passage_prefix is not None:
+        passage = config.passage_prefix
     return EncoderSpec(
         kind="coarse",
         base=BaseRef(config.model, None, content),
         adapter=None,
         adapter_fingerprint=None,
-        pooling="mean",
+        pooling=pooling,
         projection_dim=None,
-        query_prefix="",
-        passage_prefix="",
+        query_prefix=query,
+        passage_prefix=passage,
         query_max_tokens=COARSE_MAX_TOKENS,
         passage_max_tokens=COARSE_MAX_TOKENS,
     )
@@ -186,7 +199,12 @@ def open_encoder(
     """
     if spec.kind == "coarse":
         return CoarseEncoder(
-            spec.base.location, spec.query_max_tokens, spec.fingerprint, device=device
+            spec.base.location,
+            spec.query_max_tokens,
+            spec.fingerprint,
+            pooling=spec.pooling,
+            prefixes=(spec.query_prefix, spec.passage_prefix),
+            device=device,
         )
     tolerance = MERGE_TOLERANCE[torch_dtype(precision)]
     model, tokenizer = open_trunk(spec, store, precision, device, open_base_tree=open_base_tree)
@@ -254,7 +272,8 @@ def open_tokenizer(
     """
     if spec.kind == "coarse":
         coarse = coarse_tokenizer(spec.base.location)
-        return lambda passages: coarse_passage_ids(coarse, passages, spec.passage_max_tokens)
+        most, prefix = spec.passage_max_tokens, spec.passage_prefix
+        return lambda passages: coarse_passage_ids(coarse, passages, most, prefix)
     tokenizer = load_tokenizer(
         spec.base.folder_or_name(store), spec.base.revision, ends=spec.kind == "llm"
     )

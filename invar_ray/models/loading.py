@@ -70,7 +70,7 @@ def open_model(
     elif not is_causal(model):
         raise ModelError(
             f"{source!r} is a {type(model).__name__}",
-            expected="a LLaMA-family causal LM (LLaMA, SmolLM, Mistral, Qwen ..)",
+            expected="a LLaMA-family causal LM (LLaMA, SmolLM, Mistral, Qwen, Gemma, Phi ..)",
         )
     return model, load_tokenizer(source, ref.revision, ends=not ref.is_encoder)
 

@@ -9,8 +9,10 @@ from transformers import PreTrainedModel
 
 from invar_ray.errors import ModelError
 
-ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
-"""What LLaMA's family calls the linear layers of its attention."""
+ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "dense")
+"""What LLaMA's family calls the linear layers of its attention; the last two are Phi-3's and Phi's
+names.
+"""
 
 
 def is_causal(model: nn.Module) -> bool:

@@ -199,6 +199,8 @@ def test_model_folders(tmp_path: Path) -> None:
     assert "config.json" not in check.detail
     (tmp_path / "tokenizer.json").write_text("{}")
     (tmp_path / "model.safetensors").write_bytes(b"")
+    assert only(doctor.check_model(str(tmp_path))).status == "fail"  # of no kind of model
+    (tmp_path / "config.json").write_text('{"model_type": "llama", "num_hidden_layers": 1}')
     assert only(doctor.check_model(str(tmp_path))).status == "ok"
 
 
