@@ -73,7 +73,8 @@ class Changes:
             RequestError, Conflict: what can be refused without looking at anything.
         """
         self._index.accept(uris)
-        if any(not task.done() for task in self._tasks.values()):
+        # Not whether its task has ended: that still writes the state which everybody may read.
+        if any(self._known[name].state == "running" for name in self._tasks):
             raise Conflict("another change of the index is under way", 1.0)
         change = Change(uuid.uuid4().hex)
         self._known[change.id] = change

@@ -14,6 +14,7 @@ import httpx
 import pytest
 
 from serve.replicas.retriever import load_retriever
+from serve.versions import Current
 from tests.serving import Artifacts, Live, copy_of, fault, root_of, shared_artifacts
 from tests.unit.serve.test_index import ADMIN, FERRY, ROOT, active, published, ready
 
@@ -62,6 +63,30 @@ def until(done: Callable[[], bool]) -> None:
     while not done():
         assert time.monotonic() < deadline
         time.sleep(0.02)
+
+
+def test_a_store_that_writes_slowly_does_not_hold_up_the_next_change(
+    artifacts: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a reader is told is done is done: its state may still be on the way to the store."""
+    writing, written = Current.write_change, threading.Event()
+
+    def slowly(self: Current, name: str, values: dict[str, Any]) -> None:
+        if values.get("state") == "done":
+            assert written.wait(60)
+        writing(self, name, values)
+
+    monkeypatch.setattr(Current, "write_change", slowly)
+    gate = Gate()
+    gate.open.set()
+    with closing(serving(artifacts, gate)) as live:
+        first = post(live, index_uri=artifacts.other_index_uri)
+        until(lambda: state(live, first.headers["Location"])["state"] == "done")
+        second = post(live, index_uri=artifacts.index_uri)
+        written.set()
+        assert second.status_code == 202, second.text
+        until(lambda: state(live, second.headers["Location"])["state"] == "done")
+        assert active(live) == [artifacts.index_uri]
 
 
 def test_a_change_is_a_job(artifacts: Artifacts) -> None:
