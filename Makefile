@@ -62,9 +62,9 @@ PYTEST = $(BIN)/python -m pytest -m "not slow and not gpu and not realdata" --du
 # With PYTEST_ARGS one process runs what they name.
 test: $(STAMP) ## every test that needs no GPU, no network and no data of yours
 ifeq ($(PYTEST_ARGS),)
-	@log=$$(mktemp); $(PYTEST) tests/distributed tests/e2e tests/ray > $$log 2>&1 & others=$$!; \
-	$(PYTEST) tests/unit; unit=$$?; \
-	echo "tests/unit ended with $$unit; waiting for tests/distributed, tests/e2e and tests/ray"; \
+	@log=$$(mktemp); $(PYTEST) tests/e2e tests/ray > $$log 2>&1 & others=$$!; \
+	$(PYTEST) tests/unit tests/distributed; unit=$$?; \
+	echo "tests/unit and tests/distributed ended with $$unit; waiting for tests/e2e and tests/ray"; \
 	wait $$others; status=$$?; cat $$log; rm -f $$log; exit $$((unit + status))
 else
 	@$(PYTEST) $(PYTEST_ARGS)
