@@ -201,7 +201,7 @@ def test_each_recipe_as_jobs_with_all_work_on_actors(recipe: str, tmp_path: Path
             time.sleep(0.5)
         check_answer(found[1])
         job.send_signal(signal.SIGINT)
-        assert job.wait(timeout=120) == 130, log.read_text()
+        assert job.wait(timeout=120) == 0, log.read_text()  # Ctrl-C is how serving ends
     finally:
         job.kill()
 
