@@ -11,6 +11,7 @@ import io
 import posixpath
 import re
 import zipfile
+from collections.abc import Iterator
 from urllib.parse import unquote
 
 from lxml import etree
@@ -43,8 +44,6 @@ _HIDDEN_STYLE = re.compile(
     r"font-size\s*:\s*0[a-z]*\s*(?=[;!]|$)|mso-hide\s*:\s*all",
     re.IGNORECASE,
 )
-_RULE = re.compile(r"([^{}@]+)\{([^{}]*)\}")
-_AT_RULE = re.compile(r"@[^{};]*(?:;|\{(?:[^{}]*\{[^{}]*\})*[^{}]*\})")
 _SIMPLE_SELECTOR = re.compile(r"(?:\w+)?([.#][\w-]+)$")
 _HEADINGS = frozenset("h1 h2 h3 h4 h5 h6".split())
 _DECLARED = re.compile(
@@ -62,16 +61,24 @@ _LARGER = {
     "euc_kr": "cp949",
 }
 _DEFAULT = "cp1252"  # what browsers take a page for that declares nothing
+# Python's, and no page's: some take minutes for what is not theirs.
+_NO_CHARSETS = frozenset("punycode idna unicode-escape raw-unicode-escape utf-7".split())
+_MAX_FRAMES = 4  # pages within pages within pages. [ours]
 _BETWEEN = {"mfrac": "/", "msup": "^", "msub": "_"}  # MathML: between the parts of such an element
 _PROSE_CHARS = 200  # more of it in paragraphs, and <nav> holds more than navigation. [ours]
 
 
-def parse_html(data: bytes, place: str) -> Parsed:
+def parse_html(data: bytes, place: str, frames: int = _MAX_FRAMES) -> Parsed:
     """The visible text of a page: blocks apart by an empty line, cells of a row by a bar, beside
     the names of their columns; no scripts, navigation, menus, or what is hidden by attribute or
     style.
 
     Its title is ``<title>``, else the first heading; its places are its headings.
+
+    Args:
+        data: the file.
+        place: its name, for messages.
+        frames: how deep pages within it are read.
 
     Raises:
         DataError: it is no HTML.
@@ -91,7 +98,7 @@ def parse_html(data: bytes, place: str) -> Parsed:
     titles = (one_line("".join(each.itertext())) for each in root.iterfind(".//head/title"))
     title = next(titles, "")
     writer = _Writer()
-    _walk(root, writer, _hidden_names(root))
+    _walk(root, writer, _hidden_names(root), frames)
     writer.close()
     headings = [place for place in writer.places if place.label]
     return Parsed(
@@ -114,6 +121,8 @@ def _decoded(data: bytes, place: str) -> tuple[str, str]:
             continue
         try:
             known = codecs.lookup(name).name
+            if known in _NO_CHARSETS:
+                continue
             return data.decode(_LARGER.get(known, known)), ""
         except (LookupError, ValueError):
             continue
@@ -125,10 +134,9 @@ def _hidden_names(root: etree._Element) -> frozenset[str]:
     """The classes (``.x``) and ids (``#x``) that the page's own style hides, and no other of its
     rules shows, as those of tabs do.
     """
-    sheets = " ".join("".join(style.itertext()) for style in root.iter("style"))
-    sheets = _AT_RULE.sub(" ", re.sub(r"/\*.*?\*/", " ", sheets, flags=re.DOTALL))
     hidden, shown = set(), set()
-    for selectors, style in _RULE.findall(sheets):
+    sheets = "\n".join("".join(style.itertext()) for style in root.iter("style"))
+    for selectors, style in _rules(sheets):
         for selector in map(str.strip, selectors.split(",")):
             simple = _SIMPLE_SELECTOR.match(selector)
             if _HIDDEN_STYLE.search(style):
@@ -136,6 +144,26 @@ def _hidden_names(root: etree._Element) -> frozenset[str]:
             elif re.search(r"display|visibility|opacity", style):
                 shown |= set(re.findall(r"[.#][\w-]+", selector))
     return frozenset(hidden - shown)
+
+
+def _rules(sheet: str) -> Iterator[tuple[str, str]]:
+    """Selectors and declarations of a style sheet's rules, without those inside others (``@media
+    print`` ..): in one pass, since a hostile sheet may be megabytes of anything.
+    """
+    first, *rest = sheet.split("/*")
+    sheet = first + "".join(part.partition("*/")[2] for part in rest)
+    depth = start = 0
+    selectors = ""
+    for brace in re.finditer("[{}]", sheet):
+        text, start = sheet[start : brace.start()], brace.end()
+        if brace.group() == "{":
+            if depth == 0:
+                selectors = text.rpartition(";")[2].strip()  # behind "@import ..;"
+            depth += 1
+            continue
+        if depth == 1 and not selectors.startswith("@"):
+            yield selectors, text
+        depth = max(0, depth - 1)
 
 
 class _Writer:
@@ -180,7 +208,7 @@ class _Writer:
             self._length += len(kept) + 2
 
 
-def _walk(root: etree._Element, writer: _Writer, names: frozenset[str]) -> None:
+def _walk(root: etree._Element, writer: _Writer, names: frozenset[str], frames: int) -> None:
     skipping = preformatted = 0
     for event, element in etree.iterwalk(root, events=("start", "end")):
         tag = element.tag if isinstance(element.tag, str) else ""
@@ -188,7 +216,7 @@ def _walk(root: etree._Element, writer: _Writer, names: frozenset[str]) -> None:
             if skipping or _is_hidden(tag, element, names):
                 skipping += 1
             elif tag == "iframe":  # a page within the page; what stands between its marks is not
-                for block in _inner(element).split("\n\n"):
+                for block in _inner(element, frames).split("\n\n"):
                     writer.close()
                     writer.write(block)
                 writer.close()
@@ -254,9 +282,11 @@ def _holds_prose(nav: etree._Element) -> bool:
     return sum(paragraphs) > _PROSE_CHARS
 
 
-def _inner(frame: etree._Element) -> str:
+def _inner(frame: etree._Element, frames: int) -> str:
     page = frame.get("srcdoc", "")
-    return parse_html(page.encode("utf-8", "replace"), "srcdoc").text if page.strip() else ""
+    if frames == 0 or not page.strip():
+        return ""
+    return parse_html(page.encode("utf-8", "replace"), "srcdoc", frames - 1).text
 
 
 def _caption(table: etree._Element, names: frozenset[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gzip
+import html
 import io
 import json
 import os
@@ -115,6 +116,41 @@ def test_rows_of_tables_keep_the_names_of_their_columns() -> None:
     head = "".join(f"<th>{name}</th>" for name in rows[0])
     html = f"<table><thead><tr>{head}</tr></thead><tbody>{cells}</tbody></table>"
     assert parse_html(html.encode(), "x").text.split("\n\n")[:2] == wanted
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize(
+    "sheet", ["a", "@", "@a{b{", "/*", "a,", " ", "}"], ids=lambda text: text.strip() or "blanks"
+)
+def test_a_style_sheet_of_anything_is_read_in_one_pass(sheet: str) -> None:
+    page = f"<style>{sheet * 400_000}</style><p>Mara keeps the light.</p>"
+    assert parse_html(page.encode(), "page.html").text == "Mara keeps the light."
+
+
+def test_rules_inside_others_and_remarks_hide_nothing() -> None:
+    sheet = """@import url(x.css); .gone { display: none } /* .a { display: none } */
+    @media print { .b { display: none } } .c { color: red } .d .e { display: none }"""
+    shown = "".join(f"<p class={name}>{name}</p>" for name in ("gone", "a", "b", "c", "d", "e"))
+    page = f"<style>{sheet}</style>{shown}"
+    assert parse_html(page.encode(), "page.html").text.split() == ["a", "b", "c", "d", "e"]
+
+
+def test_pages_within_pages_end_somewhere() -> None:
+    page = "<p>innermost</p>"
+    for level in range(600):
+        page = f'<p>{level}</p><iframe srcdoc="{html.escape(page)}"></iframe>'
+    assert parse_html(page.encode(), "page.html").text.split() == [
+        "599",
+        "598",
+        "597",
+        "596",
+        "595",
+    ]
+
+
+def test_a_charset_of_python_s_own_is_none() -> None:
+    page = "<meta charset=unicode_escape><p>caf\xe9 C:\\new</p>".encode("cp1252")
+    assert parse_html(page, "page.html").text == "caf\xe9 C:\\new"
 
 
 def test_of_a_page_what_is_hidden_or_navigation_goes() -> None:
