@@ -370,7 +370,7 @@ class _Ledger:
         state = trainable * (self.bytes + 16.0 / shared)
         base = _PROCESS["train"] + held
         if not on_gpu:
-            kept = 1.45 if self.scale.keep_freed_memory else 1.0
+            kept = 1.45 if self.scale.keep_freed_memory else 1.0  # measured, see ScaleConfig
             host = base + weights + state + peak * kept
             return Actor("training worker", ranks, host, cpus=self.scale.cpus_per_worker)
         bucket = _BUCKET * self.bytes if self.scale.zero_stage else 0
@@ -488,7 +488,9 @@ class _Ledger:
         return self.config.generator.top_k * (self.corpus.tokens + _FRAME_TOKENS) + 96
 
     def _top_k(self, label: str) -> int:
-        return self.config.generator.top_k if "train" in label else self.config.evaluation.top_k
+        if "train" in label:  # one more than a prompt takes, see Pipeline.hits
+            return self.config.generator.top_k + 1
+        return self.config.evaluation.top_k
 
     def _trainable(self, first: bool) -> int:
         config = self.config
@@ -557,11 +559,7 @@ def host_bytes(step: Step, machines: Machines) -> float:
     for actor in step.actors:
         if actor.cpus == 0.0 and machines.job_bytes is not None:
             continue
-        each = math.ceil(actor.count / machines.nodes)
-        if actor.gpus and machines.gpus:
-            # as many as a node's GPUs take, where nodes have to be filled
-            each = min(actor.count, max(each, 1))
-        total += each * actor.host + actor.mapped
+        total += math.ceil(actor.count / machines.nodes) * actor.host + actor.mapped
     return total
 
 

@@ -277,9 +277,9 @@ def _collect(uri: str, format: str, items: Iterator[Item], skip_unusable: bool) 
                 refused.add((document.uri, document.id))
                 _refuse_other_text(documents.get(document.id, document), document, place)
                 refused.discard((document.uri, document.id))
-            for uri, id in refused:  # questions whose document could not be taken
-                if example is not None and id in example.positive_ids and place.startswith(uri):
-                    raise DataError(f"{place}: its document {id!r} was left out")
+            for file, name in refused:  # questions whose document could not be taken
+                if example is not None and name in example.positive_ids and place.startswith(file):
+                    raise DataError(f"{place}: its document {name!r} was left out")
         except DataError as error:
             if not skip_unusable:
                 raise
