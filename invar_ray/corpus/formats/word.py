@@ -34,7 +34,7 @@ _DIAGRAM = "{http://schemas.openxmlformats.org/officeDocument/2006/relationships
 _SPACES = {"tab": " ", "br": " ", "cr": " ", "noBreakHyphen": "-", "ptab": " "}
 
 
-def parse_docx(data: bytes, place: str, max_bytes: int) -> Parsed:
+def parse_docx(data: bytes, place: str, max_bytes: int, *, within: bool = False) -> Parsed:
     """The text of a Word file: paragraphs and, as one paragraph each, the rows of tables, in
     reading order; text boxes, diagrams and charts after their paragraph, footnotes at the end.
 
@@ -46,7 +46,9 @@ def parse_docx(data: bytes, place: str, max_bytes: int) -> Parsed:
     Args:
         data: the file.
         place: its name, for messages.
-        max_bytes: the largest file that is read; it also bounds what the file may unpack to.
+        max_bytes: the largest file that is read; it also bounds what the file may unpack to, and
+            the text of the files within it.
+        within: it stands within another one; Word files within it are not read.
 
     Raises:
         DataError: it is encrypted, damaged, no Word file, holds no text, or unpacks to too much.
@@ -59,7 +61,7 @@ def parse_docx(data: bytes, place: str, max_bytes: int) -> Parsed:
     try:
         check_zip(data, place, max_bytes)
         document = docx.Document(io.BytesIO(data))
-        paragraphs, unread = _paragraphs(document, place, max_bytes)
+        paragraphs, unread = _paragraphs(document, _inner_files(place, max_bytes, within))
         title = one_line(document.core_properties.title or "")
     except DataError:
         raise
@@ -85,13 +87,13 @@ def parse_docx(data: bytes, place: str, max_bytes: int) -> Parsed:
 
 
 def _paragraphs(
-    document: docx.document.Document, place: str, max_bytes: int
+    document: docx.document.Document, text_of: Callable[[Any], str | None]
 ) -> tuple[list[tuple[str, bool]], int]:
     """Text and whether it is a heading, of each paragraph that holds text; how many files within
     the file could not be read.
     """
     names = {style.style_id: style.name or "" for style in document.styles}
-    walk = _Walk(names, document.part, lambda part: _within_file(part, place, max_bytes))
+    walk = _Walk(names, document.part, text_of)
     walk.blocks(document.element.body)
     for relation in document.part.rels.values():
         if not relation.is_external and relation.reltype.endswith(("/footnotes", "/endnotes")):
@@ -101,9 +103,32 @@ def _paragraphs(
     return [(text, is_heading) for text, is_heading in walk.found if text], walk.unread
 
 
-def _within_file(part: Any, place: str, max_bytes: int) -> str | None:
+def _inner_files(place: str, max_bytes: int, within: bool) -> Callable[[Any], str | None]:
+    """Reads the files within a Word file, each once however often it stands in the text: a few
+    kilobytes that name themselves a thousand times would fill any memory.
+    """
+    known: dict[str, str | None] = {}
+    length = 0
+
+    def text_of(part: Any) -> str | None:
+        nonlocal length
+        name = str(part.partname)
+        if name not in known:
+            known[name] = _inner_text(part, place, max_bytes, within)
+        length += len(known[name] or "")
+        if length > max_bytes:
+            raise DataError(
+                f"{place}: the files within it hold more than {max_bytes / 2**20:g} MB of text",
+                action="split it, or raise corpus.max_file_mb",
+            )
+        return known[name]
+
+    return text_of
+
+
+def _inner_text(part: Any, place: str, max_bytes: int, within: bool) -> str | None:
     """The text of a file that stands within a Word file as a part of its text; ``None`` if it is of
-    another kind.
+    a kind that is not read.
     """
     kind = part.content_type
     if "html" in kind:
@@ -111,7 +136,7 @@ def _within_file(part: Any, place: str, max_bytes: int) -> str | None:
 
         return parse_html(part.blob, place).text
     if "wordprocessingml" in kind:
-        return parse_docx(part.blob, place, max_bytes).text
+        return None if within else parse_docx(part.blob, place, max_bytes, within=True).text
     return decoded(part.blob, place)[0] if kind == "text/plain" else None
 
 

@@ -37,6 +37,7 @@ from invar_ray.corpus.formats.word import parse_docx
 from invar_ray.corpus.readers import read_documents
 from invar_ray.corpus.readlog import ReadLog
 from invar_ray.corpus.sources import source_digest
+from invar_ray.errors import DataError
 from invar_ray.questions.benchmarks import read_benchmark
 from invar_ray.schema import Document
 from tests.own_documents import pdf_bytes
@@ -424,6 +425,32 @@ def test_of_a_word_file_parts_of_their_own_are_read_once() -> None:
         "Keel before mast",
     ]
     assert parsed.note == "x.docx: 1 files within it are not read"
+
+
+def _holding(inner: bytes, times: int, text: str) -> bytes:
+    """A Word file that names another one so many times."""
+    document = docx.Document()
+    document.add_paragraph(text)
+    kind = "application/vnd.openxmlformats-officedocument.wordprocessingml.document"
+    part = Part(PackURI("/word/inner.docx"), kind, inner, document.part.package)
+    id = document.part.relate_to(part, f"{_RELATIONS}/aFChunk")
+    for _ in range(times):
+        chunk = f'<w:altChunk {_W} xmlns:r="{_RELATIONS}" r:id="{id}"/>'
+        document.element.body.insert(-1, parse_xml(chunk))
+    out = io.BytesIO()
+    document.save(out)
+    return out.getvalue()
+
+
+@pytest.mark.timeout(60)
+def test_word_files_within_word_files_end_somewhere() -> None:
+    data = _holding(b"", 0, "level 0")
+    for level in range(1, 5):
+        data = _holding(data, 200, f"level {level}")  # 200 ** 4 times the innermost
+    parsed = parse_docx(data, "x.docx", 2**25)
+    assert parsed.text.split("\n\n") == ["level 4", *["level 3"] * 200]
+    with pytest.raises(DataError, match="the files within it hold more than"):
+        parse_docx(_holding(_holding(b"", 0, "x" * 9000), 200, ""), "x.docx", 2**20)
 
 
 def test_of_slides_and_sheets_what_is_drawn_is_read(tmp_path: Path) -> None:
