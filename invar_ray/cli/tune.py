@@ -62,7 +62,8 @@ def run_trials(
         ConfigError: the weights are none of these.
         DataError: there are too few titles to set some aside.
     """
-    if not weights or min(weights) < 0 or len(set(weights)) < len(weights):
+    usable = all(0.0 <= weight < math.inf for weight in weights)
+    if not weights or not usable or len(set(weights)) < len(weights):
         raise ConfigError(
             f"weights are {list(weights)}",
             expected="one or more numbers from 0 on, each once",

@@ -27,7 +27,7 @@ def test_of_equals_the_lighter_weight_is_taken() -> None:
     assert chosen([trial(40, 0.9, 0.5), trial(10, 0.9, 0.5)]).weight == 10
 
 
-@pytest.mark.parametrize("weights", ["0,ten", "", "-1,2", "4,4"])
+@pytest.mark.parametrize("weights", ["0,ten", "", "-1,2", "4,4", "1,nan", "inf"])
 def test_weights_that_are_none_are_refused_before_anything_is_made(
     weights: str, tmp_path: Path
 ) -> None:
