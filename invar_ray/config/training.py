@@ -85,9 +85,10 @@ class GeneratorConfig:
     top_k: PositiveInt = 5
     """Passages in the prompt (published: 5)."""
     distractor_share: Share = 0.2
-    """Share of examples without an oracle (a passage that holds an answer): only distractors, and
-    the target is the fixed refusal.  RAFT (arXiv 2403.10131) leaves the oracle out as often, but
-    keeps the answer as target: see ``experimental.generator.oracle_free_share``. [ours]"""
+    """Share of examples without an oracle (a passage that holds an answer): half of them lose the
+    passages that hold one, half only their sentences that do, and the target is the fixed refusal.
+    RAFT (arXiv 2403.10131) leaves the oracle out as often, but keeps the answer as target: see
+    ``experimental.generator.oracle_free_share``. [ours]"""
     max_tokens: int = 512
     """Longest training sequence in tokens; passages are dropped by rank to fit."""
     max_new_tokens: PositiveInt = 24

@@ -58,6 +58,7 @@ class Answered:
         removed: citations that pointed nowhere and were removed.
         probability: that ``text`` is right, calibrated, if known.
         unsure: too unsure to be given: a service refuses, with ``text`` as its guess.
+        reordered: what it said from the same passages in reverse, if it was asked.
     """
 
     text: str
@@ -69,6 +70,7 @@ class Answered:
     removed: int = 0
     probability: float | None = None
     unsure: bool = False
+    reordered: str | None = None
 
 
 def ranked_documents(family: FoundFamily) -> list[list[str]]:
@@ -156,6 +158,8 @@ def answer_columns(
     ``answer_agreement`` is the share of rewrites whose answer equals the anchor's after the rule's
     normalisation, right or wrong, and ``answer_agreement_f1`` the words that they share; two
     refusals agree, a refusal and an answer do not.
+    ``order_flip_rate`` is 1 where a right answer turns wrong when only the order of its passages
+    changes, 0 where it stays right; wrong answers are not asked again.
     ``citation_precision`` is the share of cited documents that are gold, of answers that cite;
     ``citation_recall`` the share of the gold documents in the prompt that are cited, where there
     are any; ``removed_citations`` the number of marks that pointed to no passage of the prompt.
@@ -173,6 +177,9 @@ def answer_columns(
             "accuracy": score.accuracy,
             "abstained": float(anchor.refused or anchor.unsure),
             "flip_rate": flip_rate([right]),
+            "order_flip_rate": None
+            if anchor.reordered is None
+            else 1.0 - rule.score(anchor.reordered, family.answers).exact_match,
             **_agreement(anchor, texts[1:], rule),
             "citation_precision": fmean(name in gold for name in anchor.cited)
             if anchor.cited and gold
@@ -185,32 +192,6 @@ def answer_columns(
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
     return columns
-
-
-def order_flip_column(
-    families: Sequence[FoundFamily],
-    answers: Sequence[Sequence[Answered]],
-    reordered: Sequence[Sequence[Answered]],
-    rule: AnswerRule,
-) -> list[float | None]:
-    """1 where an anchor's right answer turns wrong when only the order of its passages changes, 0
-    where it stays right, ``None`` where it was wrong or was not asked again.
-
-    Args:
-        families: the questions.
-        answers: of each question in its wordings, the anchor's first.
-        reordered: of the first questions, each answer from the same passages in another order.
-        rule: says what is right.
-    """
-    column: list[float | None] = [None] * len(families)
-    for number, again in enumerate(reordered):
-        gold = families[number].answers
-        right = [
-            rule.score(answer.text, gold).exact_match == 1.0
-            for answer in (answers[number][0], *again)
-        ]
-        column[number] = flip_rate([right])
-    return column
 
 
 def _agreement(

@@ -14,11 +14,12 @@ from invar_ray.answering.rag import answer_batch
 from invar_ray.config import Config
 from invar_ray.console import Progress
 from invar_ray.evaluation.measure import Answered, FoundFamily
+from invar_ray.evaluation.scoring import answer_rule
 from invar_ray.executor import Executor, Work
 from invar_ray.models.base import BaseRef
 from invar_ray.models.loading import open_base_generator, open_generator
 from invar_ray.models.precision import inference_device, inference_precision
-from invar_ray.schema import Document, Hit
+from invar_ray.schema import Answer, Document, Hit
 from invar_ray.steps.hits import HIT_TYPE
 from invar_ray.store.artifacts import Artifact, Store
 
@@ -51,15 +52,15 @@ class AnswerTask:
     """What one generator answers for one row of the report.
 
     Attributes:
-        reorders: the label of the task whose anchors this one asks again with their passages in
-            reverse: no row of its own.
+        gold: of each question its gold answers: an anchor that is answered right is asked again
+            with its passages in reverse.  Empty: none is.
     """
 
     label: str
     system: str
     generator_uri: str
     prompts: Prompts
-    reorders: str | None = None
+    gold: tuple[tuple[str, ...], ...] = ()
 
 
 def answer_tasks(
@@ -72,11 +73,9 @@ def answer_tasks(
     if not families or system.generator is None:
         return []
     uri = system.generator.uri if isinstance(system.generator, Artifact) else ""
-    tasks = [AnswerTask(system.name, system.name, uri, _prompts(families, config))]
-    reordered = [_reordered(asked) for asked in tasks[0].prompts]
-    if any(reordered):
-        label = f"{system.name}, passages reversed"
-        tasks.append(AnswerTask(label, system.name, uri, reordered, reorders=system.name))
+    varies = config.evaluation.answer_wordings > 1
+    gold = tuple(tuple(family.answers) for family in families) if varies else ()
+    tasks = [AnswerTask(system.name, system.name, uri, _prompts(families, config), gold)]
     if system.shows_bounds:
         closed: Prompts = [[(family.wordings[0], [])] for family in families]
         tasks.append(AnswerTask(f"{system.name}, closed book", system.name, uri, closed))
@@ -127,16 +126,22 @@ class AnswerBlock:
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         """One block; answers in its order."""
-        answers = answer_batch(
-            self._generator,
-            list(row["questions"]),
-            [[Hit(**hit) for hit in hits] for hits in row["hits"]],
-            max_new_tokens=self._config.generator.max_new_tokens,
-            batch_size=self._config.evaluation.answer_batch_size,
-        )
+        questions = list(row["questions"])
+        given = [[Hit(**hit) for hit in hits] for hits in row["hits"]]
+        answers = self._answers(questions, given)
+        rule = answer_rule(self._config.evaluation.answer_rule)
+        right = [
+            number
+            for number, (gold, hits) in enumerate(zip(row["gold"], given, strict=True))
+            if len(gold)
+            and len(hits) > 1
+            and rule.score(_written(answers[number]), list(gold)).exact_match == 1.0
+        ]
+        again = self._answers([questions[n] for n in right], [given[n][::-1] for n in right])
+        reordered = dict(zip(right, map(_written, again), strict=True))
         found = [
             {
-                "text": answer.guess or answer.text,
+                "text": _written(answer),
                 "refused": answer.refused and not answer.low_confidence,
                 "probability": answer.probability,
                 "unsure": answer.low_confidence,
@@ -145,10 +150,25 @@ class AnswerBlock:
                 "shown": list(dict.fromkeys(hit.document_id for hit in answer.hits)),
                 "seconds": answer.timings["generate_s"],
                 "removed": answer.removed_citations,
+                "reordered": reordered.get(number),
             }
-            for answer in answers
+            for number, answer in enumerate(answers)
         ]
         return {"block": int(row["block"]), "answers": found}
+
+    def _answers(self, questions: list[str], hits: list[list[Hit]]) -> list[Answer]:
+        return answer_batch(
+            self._generator,
+            questions,
+            hits,
+            max_new_tokens=self._config.generator.max_new_tokens,
+            batch_size=self._config.evaluation.answer_batch_size,
+        )
+
+
+def _written(answer: Answer) -> str:
+    """What the model wrote, given or not."""
+    return answer.guess or answer.text
 
 
 _BLOCK = pa.schema(
@@ -156,6 +176,7 @@ _BLOCK = pa.schema(
         ("block", pa.int64()),
         ("questions", pa.list_(pa.string())),
         ("hits", pa.list_(pa.list_(HIT_TYPE))),
+        ("gold", pa.list_(pa.list_(pa.string()))),
     ]
 )
 
@@ -175,12 +196,6 @@ def _prompts(families: Sequence[FoundFamily], config: Config) -> Prompts:
     ]
 
 
-def _reordered(asked: Sequence[tuple[str, list[Hit]]]) -> list[tuple[str, list[Hit]]]:
-    """The anchor with its passages in reverse, of a question that is asked in several wordings."""
-    anchor, found = asked[0]
-    return [(anchor, found[::-1])] if len(asked) > 1 and len(found) > 1 else []
-
-
 def _gold(family: FoundFamily, documents: Mapping[str, Document], top_k: int) -> list[Hit]:
     gold = [documents[name] for name in family.positive_ids if name in documents][:top_k]
     return [
@@ -196,13 +211,19 @@ def _answer_with(
     tasks: Sequence[AnswerTask],
     executor: Executor,
 ) -> dict[str, list[list[Answered]]]:
-    flat = [prompt for task in tasks for question in task.prompts for prompt in question]
+    flat = [
+        (*prompt, list(gold) if number == 0 else [])
+        for task in tasks
+        for question, gold in zip(task.prompts, task.gold or [()] * len(task.prompts), strict=True)
+        for number, prompt in enumerate(question)
+    ]
     size = config.evaluation.answer_batch_size
     blocks = [
         {
             "block": number,
-            "questions": [question for question, _ in flat[start : start + size]],
-            "hits": [[asdict(hit) for hit in hits] for _, hits in flat[start : start + size]],
+            "questions": [question for question, _, _ in flat[start : start + size]],
+            "hits": [[asdict(hit) for hit in hits] for _, hits, _ in flat[start : start + size]],
+            "gold": [gold for _, _, gold in flat[start : start + size]],
         }
         for number, start in enumerate(range(0, len(flat), size))
     ]
@@ -241,6 +262,7 @@ def _answer_with(
                 int(answer["removed"]),
                 answer["probability"],
                 bool(answer["unsure"]),
+                answer["reordered"],
             )
             for answer in row["answers"]
         ]

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from invar_ray.answering.certainty import Certainty, Tried, fit, signs_of
+from invar_ray.answering.certainty import Tried, fit, signs_of
 from invar_ray.answering.rag import STOP_STRINGS, build_prompt
 from invar_ray.config import Config, to_dict
 from invar_ray.console import Progress
@@ -26,13 +26,13 @@ from invar_ray.schema import Hit
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.text.answers import contains_answer
 from invar_ray.text.prompts import parse_answer
-from invar_ray.text.sentences import sentences_of
-from invar_ray.training.sequences import ReadingSet
+from invar_ray.training.sequences import ReadingSet, silenced
 from invar_ray.training.trainer import train
 
-VERSION = 9
+VERSION = 10
 _CALIBRATED_ON = 80
 """Train questions, each asked with what answers it and without."""
+_KINDS = {True: "answerable", False: "unanswerable"}
 
 
 def plan(config: Config, base: BaseRef, readings: Artifact) -> Plan:
@@ -78,15 +78,16 @@ def build(
         "max_new_tokens": config.generator.max_new_tokens,
     }
     risk = config.experimental.generator.abstention_risk
-    if risk is not None:
-        made = _calibrated(building, config, base, readings, risk)
+    if risk is not None and (tried := _tried(building, config, base, readings)) is not None:
+        made = fit(tried, risk, config.experimental.generator.abstention_unanswerable)
         building.info["certainty"] = None if made is None else made.to_json()
+        building.info["tried"] = summary(tried)
 
 
-def _calibrated(
-    building: Building, config: Config, base: BaseRef, readings: Artifact, risk: float
-) -> Certainty | None:
-    """How sure the new generator has to be, from its answers to train questions."""
+def _tried(
+    building: Building, config: Config, base: BaseRef, readings: Artifact
+) -> list[Tried] | None:
+    """The new generator's answers to train questions; ``None`` where it cannot be asked here."""
     device = inference_device(config.scale)
     if device != "cpu" and not torch.cuda.is_available():
         print("  this process has no GPU: the generator is not calibrated and never abstains")
@@ -96,8 +97,7 @@ def _calibrated(
     adapted = load_adapter(model, building.path / "adapter", merge=True)
     generator = Generator(adapted, tokenizer, config.generator.max_tokens)
     asked = calibration_set(ReadingSet(readings), config, _CALIBRATED_ON)
-    tried = try_answers(generator, asked, config)
-    return fit(tried, risk, config.experimental.generator.abstention_unanswerable)
+    return try_answers(generator, asked, config)
 
 
 @dataclass(frozen=True)
@@ -142,16 +142,16 @@ def calibration_set(readings: ReadingSet, config: Config, count: int) -> list[As
         wording = rng.randrange(len(row["wordings"]))
         found = row["hits"][wording]
         gold = [hit["document_id"] in row["positive_ids"] for hit in found]
-        silenced = [
-            {**hit, "texts": [without_answer(hit["texts"][0], row["answers"])]} if is_gold else hit
+        quiet = [
+            {**hit, "texts": [silenced(hit["texts"][0], row["answers"])]} if is_gold else hit
             for hit, is_gold in zip(found, gold, strict=True)
         ]
         told = any(
             is_gold and contains_answer(hit["title"], row["answers"])
-            for hit, is_gold in zip(silenced, gold, strict=True)
+            for hit, is_gold in zip(quiet, gold, strict=True)
         )
         if number % 2 == 0 and any(gold) and not told:
-            without = silenced
+            without = quiet
         else:
             without = [hit for hit, is_gold in zip(found, gold, strict=True) if not is_gold]
         for hits, answerable in ((found, True), (without, False)):
@@ -165,11 +165,6 @@ def calibration_set(readings: ReadingSet, config: Config, count: int) -> list[As
                 )
             )
     return asked
-
-
-def without_answer(text: str, answers: Sequence[str]) -> str:
-    """A passage without its sentences that hold one of the answers."""
-    return " ".join(each for each in sentences_of(text) if not contains_answer(each, answers))
 
 
 def _hits(found: Sequence[Mapping[str, Any]]) -> tuple[Hit, ...]:
@@ -213,3 +208,14 @@ def try_answers(generator: Generator, asked: Sequence[Asked], config: Config) ->
             )
         progress.advance(len(batch))
     return tried
+
+
+def summary(tried: Sequence[Tried]) -> dict[str, dict[str, int]]:
+    """How many answers are right, wrong and refused by the model itself, before any threshold:
+    ``answerable`` and ``unanswerable`` -> outcome -> number.
+    """
+    counts = {kind: dict.fromkeys(("right", "wrong", "refused"), 0) for kind in _KINDS.values()}
+    for each in tried:
+        said = "refused" if each.signs is None else "right" if each.right else "wrong"
+        counts[_KINDS[each.answerable]][said] += 1
+    return counts

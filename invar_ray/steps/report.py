@@ -34,7 +34,6 @@ from invar_ray.evaluation.measure import (
     between_questions,
     change_column,
     depth_of,
-    order_flip_column,
     probability,
     ranked_documents,
     retrieval_columns,
@@ -55,7 +54,7 @@ from invar_ray.steps.hits import load_hits
 from invar_ray.steps.passages import load_documents
 from invar_ray.store.artifacts import Artifact, Building, Plan
 
-VERSION = 8
+VERSION = 9
 _NOT_IN_PLAN = {
     "num_rewrites",  # it is in the questions
     "systems",  # they are in the hits
@@ -175,10 +174,7 @@ def build(
     ]
     answers = answer_all(config, base, passages.store, tasks, executor)
     for task in tasks:
-        if task.reorders is None:
-            made.add_answers(task, hits[task.system][:count], answers[task.label])
-        else:
-            made.add_order_flips(task.reorders, answers[task.reorders], answers[task.label])
+        made.add_answers(task, hits[task.system][:count], answers[task.label])
     _write_answers(
         building.path / "answers.jsonl", tasks, {name: hits[name][:count] for name in hits}, answers
     )
@@ -261,16 +257,6 @@ class _Rows:
             self.columns[task.label], self.families[task.label] = columns, families
         self.extra[task.label] = self.extra.get(task.label, {}) | extra
 
-    def add_order_flips(
-        self,
-        name: str,
-        answers: Sequence[Sequence[Answered]],
-        reordered: Sequence[Sequence[Answered]],
-    ) -> None:
-        families = self.families[name][: len(answers)]
-        column = order_flip_column(families, answers, reordered, self.rule)
-        self._add_columns(name, {"order_flip_rate": column})
-
     def _add_columns(self, name: str, columns: Columns) -> None:
         """Columns of a row's first questions."""
         whole = len(self.families[name])
@@ -284,7 +270,7 @@ class _Rows:
             names += dict.fromkeys(
                 [
                     system.name,
-                    *(t.label for t in tasks if t.system == system.name and t.reorders is None),
+                    *(task.label for task in tasks if task.system == system.name),
                 ]
             )
         rows, tables = [], []
@@ -360,8 +346,6 @@ def _write_answers(
     with open(path, "w", encoding="utf-8") as stream:
         for task in tasks:
             for family, texts in zip(hits[task.system], answers[task.label], strict=True):
-                if not texts:
-                    continue
                 record = {
                     "system": task.label,
                     "question_id": family.question_id,
@@ -369,6 +353,7 @@ def _write_answers(
                     "answers": list(family.answers),
                     "positive_ids": list(family.positive_ids),
                     "texts": [answer.text for answer in texts],
+                    "reordered": texts[0].reordered,
                     "refused": [answer.refused for answer in texts],
                     "confidences": [answer.confidence for answer in texts],
                     "probabilities": [answer.probability for answer in texts],

@@ -24,6 +24,7 @@ from invar_ray.models.generator import encode_prompt
 from invar_ray.store.artifacts import Artifact
 from invar_ray.text.answers import contains_answer
 from invar_ray.text.prompts import REFUSAL, fit_prompt, format_answer_prompt, format_target
+from invar_ray.text.sentences import sentences_of
 from invar_ray.text.tokens import text_ids
 
 _SEED_STRIDE = 1_000_003
@@ -78,21 +79,33 @@ class ReadingSet:
         The target is the answer that stands in the passage cited: one of a gold document, where any
         holds an answer. Where none does, the target is the fixed refusal; in oracle-free examples,
         and where no passage fits, it is the first answer, which cites nothing.
+
+        Every other question that is to be refused keeps its passages without the sentences that
+        hold an answer (:func:`silenced`), the others lose these passages: a corpus can lack what is
+        asked, or say other things about it.  Those behind ``top_k`` take the empty places, so that
+        a prompt's length does not tell which it is.
         """
         row = self.rows[number]
         wording = rng.randrange(len(row["wordings"])) if extra.use_rewrites else 0
-        found = row["hits"][wording][: config.top_k]
+        found = row["hits"][wording]
         window = (
             rng.randrange(max((len(hit["texts"]) for hit in found), default=1))
             if extra.vary_windows
             else 0
         )
-        passages = [_shown(hit, window, row) for hit in found]
+        every = [_shown(hit, window, row) for hit in found]
+        passages = every[: config.top_k]
         distractors = [passage for passage in passages if not passage.answers]
         draw = rng.random()
-        hides = draw < config.distractor_share + extra.oracle_free_share and bool(distractors)
+        refuses = draw < config.distractor_share
+        hides = draw < config.distractor_share + extra.oracle_free_share
         if hides:
-            passages = distractors
+            if refuses and rng.random() < 0.5:
+                every = [_silent(passage, row["answers"]) for passage in every]
+            without = [passage for passage in every if not passage.answers][: config.top_k]
+            hides = bool(without)
+        if hides:
+            passages = without
         elif extra.insert_oracle and row.get("oracle") and len(distractors) == len(passages):
             oracle = _shown(row["oracle"], window, row)
             passages = [*passages[: config.top_k - 1], oracle]
@@ -111,7 +124,7 @@ class ReadingSet:
         best = _best(passages)
         if best is not None:
             target = format_target(best.answers[0], passages.index(best) + 1)
-        elif not passages or (hides and draw >= config.distractor_share):
+        elif not passages or (hides and not refuses):
             target = format_target(row["answers"][0], None)
         else:
             target = REFUSAL
@@ -264,6 +277,21 @@ def _shown(hit: dict[str, Any], window: int, row: dict[str, Any]) -> _Shown:
         _standing(hit["title"], text, row["answers"]),
         hit["document_id"] in row["positive_ids"],
     )
+
+
+def silenced(text: str, answers: Sequence[str]) -> str:
+    """A passage without its sentences that hold one of the answers."""
+    return " ".join(each for each in sentences_of(text) if not contains_answer(each, answers))
+
+
+def _silent(passage: _Shown, answers: Sequence[str]) -> _Shown:
+    """A passage without the sentences that hold an answer; as it is, where nothing would be left,
+    or its title is one.
+    """
+    text = silenced(passage.text, answers) if passage.answers else passage.text
+    if not text or contains_answer(passage.title, answers):
+        return passage
+    return _Shown(passage.title, text, _standing(passage.title, text, answers), passage.is_gold)
 
 
 def _best(passages: Sequence[_Shown]) -> _Shown | None:

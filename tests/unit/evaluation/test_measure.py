@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,16 +18,17 @@ from invar_ray.evaluation.measure import (
     answer_columns,
     between_questions,
     change_column,
-    order_flip_column,
     probability,
     retrieval_columns,
 )
 from invar_ray.evaluation.scoring import answer_rule
 from invar_ray.executor import Here
+from invar_ray.models.generator import Generation
 from invar_ray.models.precision import Precision
 from invar_ray.pipeline import Pipeline
 from invar_ray.schema import Hit
-from invar_ray.steps.answers import System, answer_tasks
+from invar_ray.steps import answers as steps_answers
+from invar_ray.steps.answers import AnswerBlock, System, answer_tasks
 from invar_ray.steps.hits import (
     SearchBlock,
     SearchMode,
@@ -137,12 +139,10 @@ def test_answers_by_hand() -> None:
 
 
 def test_the_order_of_passages_by_hand() -> None:
-    families = [family(name, "ga", "ag") for name in "pqrs"]
-    answers = [[said("g")], [said("g")], [said("no")], [said("g")]]
-    again = [[said("the g")], [said("a")], [said("g")], []]
-    column = order_flip_column(families, answers, again, RULE)
-    # right both times; right, then wrong; wrong before (no flip); not asked again
-    assert column == [0.0, 1.0, None, None]
+    families = [family(name, "ga", "ag") for name in "pqr"]
+    again = "the g", "a", None  # right again; wrong; not asked
+    answers = [[replace(said("g"), reordered=text)] for text in again]
+    assert answer_columns(families, answers, RULE)["order_flip_rate"] == [0.0, 1.0, None]
 
 
 def made(small: World) -> Artifact:
@@ -259,8 +259,44 @@ def test_gold_documents_make_the_oracle_rows(small: World, tmp_path: Path) -> No
     assert answer_tasks(System("BM25", bm25, None), families, documents, small.config) == []
     evaluation = replace(small.config.evaluation, answer_wordings=2, num_reworded_answers=1)
     config = replace(small.config, evaluation=evaluation)
-    first, reverse = answer_tasks(system, families, documents, config)[:2]
-    assert reverse.reorders == first.label == "base"
-    question, found = first.prompts[0][0]
-    assert len(found) > 1
-    assert reverse.prompts == [[(question, found[::-1])], []]  # the first, which is reworded too
+    tasks = answer_tasks(system, families, documents, config)
+    # What is asked in several wordings is asked with its passages in reverse, too.
+    assert [bool(task.gold) for task in tasks] == [True, False, False]
+    assert list(tasks[0].gold) == [family.answers for family in families]
+
+
+class Reads:
+    """Says what the first passage says, and keeps the prompts."""
+
+    max_context = 400
+
+    def __init__(self) -> None:
+        self.prompts: list[str] = []
+
+    def count_tokens(self, text: str) -> int:
+        return len(text.split())
+
+    def generate(self, prompts: list[str], **options: Any) -> list[Generation]:
+        self.prompts += prompts
+        said = [prompt.split("[1] ")[1].split("\n")[0] for prompt in prompts]
+        return [Generation(text, [-0.1], 1, "eos") for text in said]
+
+
+def test_only_right_answers_are_asked_again_with_their_passages_in_reverse(
+    small: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads: Any = Reads()
+    monkeypatch.setattr(steps_answers, "open_base_generator", lambda *_, **__: reads)
+    block = AnswerBlock(small.store.root_uri, asdict(small.base), "", small.config)
+    one, other = ({"passage_id": n, "document_id": n, "rank": 1, "score": 1.0} for n in "ab")
+    found = [one | {"title": "", "text": "Salt"}, other | {"title": "", "text": "Ice"}]
+    asked: dict[str, Any] = {
+        "block": 0,
+        "questions": ["right", "alone", "wrong", "no gold"],
+        "hits": [found, found[:1], found, found],
+        "gold": [["the salt"], ["Salt"], ["Ice"], []],
+    }
+    answers = block(asked)["answers"]
+    assert [answer["text"] for answer in answers] == ["Salt"] * 4
+    assert [answer["reordered"] for answer in answers] == ["Ice", None, None, None]
+    assert len(reads.prompts) == 5

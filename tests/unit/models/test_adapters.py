@@ -367,7 +367,8 @@ def test_evaluation_answers_in_the_models_precision(small: World, trained: bool)
         generator=replace(small.config.generator, max_tokens=64, max_new_tokens=4),
     )
     half = replace(full, model=replace(full.model, precision="bf16"))
-    row = {"block": 0, "questions": ["Who built the lighthouse of Garsa?"], "hits": [[]]}
+    asked = "Who built the lighthouse of Garsa?"
+    row = {"block": 0, "questions": [asked], "hits": [[]], "gold": [[]]}
     found = {}
     for name, settings in {"fp32": full, "bf16": half}.items():
         block = answering.AnswerBlock(small.store.root_uri, asdict(small.base), uri, settings)

@@ -12,12 +12,12 @@ import pytest
 
 from invar_ray.config import Config, load_config
 from invar_ray.models.generator import Generation
-from invar_ray.steps.generator import calibration_set, try_answers, without_answer
+from invar_ray.steps.generator import calibration_set, summary, try_answers
 from invar_ray.steps.readings import READING_SCHEMA, READINGS
 from invar_ray.store.artifacts import Building, Plan, Store
 from invar_ray.text.answers import contains_answer
 from invar_ray.text.prompts import REFUSAL
-from invar_ray.training.sequences import ReadingSet
+from invar_ray.training.sequences import ReadingSet, silenced
 
 COUNT = 12
 
@@ -65,7 +65,7 @@ def config(**generator: Any) -> Config:
 def test_each_question_is_asked_with_what_answers_it_and_without(readings: ReadingSet) -> None:
     asked = calibration_set(readings, config(top_k=3, steps=1, global_batch_size=1), COUNT)
     assert len(asked) == 2 * COUNT
-    silenced = 0
+    quiet = 0
     for with_it, without in zip(asked[::2], asked[1::2], strict=True):
         assert (with_it.answerable, without.answerable) == (True, False)
         assert with_it.question_id == without.question_id
@@ -76,9 +76,9 @@ def test_each_question_is_asked_with_what_answers_it_and_without(readings: Readi
         assert contains_answer(f"{with_it.hits[0].title} {with_it.hits[0].text}", with_it.answers)
         assert not any(contains_answer(text, without.answers) for text in texts)
         if without.hits[0].document_id == with_it.hits[0].document_id:
-            silenced += 1
+            quiet += 1
             assert without.hits[0].text == "It is of salt. Ferries come."
-    assert 0 < silenced < COUNT, "both kinds of not knowing are there"
+    assert 0 < quiet < COUNT, "both kinds of not knowing are there"
     assert asked == calibration_set(
         readings, config(top_k=3, steps=1, global_batch_size=1), COUNT
     ), "a run repeats"
@@ -95,9 +95,9 @@ def test_questions_that_were_trained_on_come_last(readings: ReadingSet) -> None:
 
 def test_sentences_that_hold_an_answer_go() -> None:
     text = "Salt is made there. The keeper, Mara Voss, left. Dr. Voss stayed."
-    assert without_answer(text, ["mara voss"]) == "Salt is made there. Dr. Voss stayed."
-    assert without_answer(text, ["nobody"]) == text
-    assert without_answer("Mara Voss.", ["Mara Voss"]) == ""
+    assert silenced(text, ["mara voss"]) == "Salt is made there. Dr. Voss stayed."
+    assert silenced(text, ["nobody"]) == text
+    assert silenced("Mara Voss.", ["Mara Voss"]) == ""
 
 
 class Reading:
@@ -136,3 +136,7 @@ def test_what_was_tried_says_whether_it_was_right_or_refused(readings: ReadingSe
         (False, False, True),
     }
     assert {each.question for each in tried} == {f"q{number}" for number in range(COUNT)}
+    assert summary(tried) == {
+        "answerable": {"right": COUNT, "wrong": 0, "refused": 0},
+        "unanswerable": {"right": 0, "wrong": 0, "refused": COUNT},
+    }

@@ -242,6 +242,36 @@ def test_share_of_distractors_is_met(hits: ReadingSet, tokenizer: Any) -> None:
     assert 0.15 < sum(refused) / len(refused) < 0.35
 
 
+def test_what_is_refused_lacks_the_passage_or_only_its_sentences(make: Any, tokenizer: Any) -> None:
+    """Both have as many passages as a prompt that is answered: the next one found fills up."""
+    told = "It is of salt. The keeper was Mara Voss. Ferries come."
+    rows = [[hit(0, "Salt."), hit(1, told), hit(2, "Ice."), hit(3, "Tar.")]] * 3
+    hits = make([question(0, hits=rows)])
+    config = PLAIN.but(top_k=3, distractor_share=1.0)
+    seen = Counter(
+        tuple(passages_in(sequence(hits, tokenizer, config, seed=seed).prompt))
+        for seed in range(200)
+    )
+    silent = ("Salt.", "It is of salt. Ferries come.", "Ice.")
+    assert set(seen) == {silent, ("Salt.", "Ice.", "Tar.")}
+    assert 70 < seen[silent] < 130
+    titled = [[hit(0, "Salt."), hit(1, told, title="Voss"), hit(2, "Ice."), hit(3, "Tar.")]] * 3
+    hits = make([question(0, hits=titled)])  # a title that is the answer cannot be silenced
+    for seed in range(10):
+        found = sequence(hits, tokenizer, config, seed=seed)
+        assert passages_in(found.prompt) == ["Salt.", "Ice.", "Tar."]
+
+
+@pytest.mark.parametrize("top_k", [2, 3])
+def test_the_answer_stands_at_every_place_as_often(make: Any, tokenizer: Any, top_k: int) -> None:
+    rows = [[hit(1, "The keeper was Mara Voss."), hit(0, "Salt."), hit(2, "Ice.")]] * 3
+    hits = make([question(0, hits=rows)])
+    config = PLAIN.but(top_k=top_k, shuffle_passages=True)
+    targets = Counter(sequence(hits, tokenizer, config, seed=seed).target for seed in range(300))
+    assert set(targets) == {f"Mara Voss [{place}]" for place in range(1, top_k + 1)}
+    assert all(abs(count / 300 - 1 / top_k) < 0.1 for count in targets.values())
+
+
 def test_refusal_is_never_taught_on_a_prompt_without_passages(make: Any, tokenizer: Any) -> None:
     """All hits hold the answer, so no distractor is left: "the passages do not answer" would be
     about nothing.
