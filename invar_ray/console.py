@@ -1,7 +1,7 @@
 """What a run says: one line a finished step, how far the run is and how long it will still take.
 
 On a terminal the last line moves; in a file or a job's log nothing does, and a long step says where
-it stands every half minute.  What only helps to find a fault is said with ``-v``
+it stands every minute.  What only helps to find a fault is said with ``-v``
 (:func:`detail`).  Workers of a local Ray hand their lines to the driver, which knows the run
 (:func:`from_worker`); what else they print, Ray's own notices above all, is shown with ``-v`` only.
 """
@@ -24,10 +24,12 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-_LOG_EVERY_S = 30.0
+_LOG_EVERY_S = 60.0
 _WORKER_EVERY_S = 1.0
-_WORTH_A_LINE_S = 1.0
+_WORTH_A_LINE_S = 5.0
 """A step that took less is counted, and printed with ``-v`` only."""
+_TRUSTED_SHARE = 0.2
+"""Of a step: from here on how long the rest takes is judged by how long this took."""
 _AS_LINE, _AS_PROGRESS = "invar-says ", "invar-progress "
 
 in_worker = False
@@ -160,10 +162,12 @@ class Run:
             now = left.pop(self._label, 0.0) if self._label else 0.0
             speed = self._took / self._guessed if self._guessed else 1.0
             passed = time.monotonic() - self._started
+            here = max(0.0, speed * now - passed)
             if now and self._share > 0:
-                here = passed / self._share * (1 - self._share)
-            else:
-                here = max(0.0, speed * now - passed)
+                # A beginning holds the start of processes: it says little of what is to come.
+                trust = min(1.0, self._share / _TRUSTED_SHARE)
+                found = passed / self._share * (1 - self._share)
+                here = trust * found + (1 - trust) * here
             return here + speed * sum(left.values())
 
     def line(self, text: str) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -96,11 +96,14 @@ class Pipeline:
         if self._asked.model.precision != "auto":
             return self._asked
         sizes, use_gpu = layer_sizes(self.base, self.store), self._asked.scale.use_gpu
-        decided, _ = self.store.get_or_build(
+        decided, reused = self.store.get_or_build(
             precision.plan(), lambda to: precision.build(to, sizes, use_gpu=use_gpu), alone=True
         )
         taken = precision.taken_in(decided)
-        self._say(f"precision auto: {taken}, and stays so in this store: {decided.info['because']}")
+        if not reused:
+            self._say(
+                f"precision auto: {taken}, and stays so in this store: {decided.info['because']}"
+            )
         return replace(self._asked, model=replace(self._asked.model, precision=taken))
 
     @cached_property
@@ -203,6 +206,10 @@ class Pipeline:
         other._arm = name
         other.seconds, other.cpu_seconds = self.seconds, self.cpu_seconds
         return other
+
+    def _told(self, label: str) -> str:
+        """A step's label as this run says it."""
+        return label if self._arm is None else f"{self._arm}: {label}"
 
     def check_questions(self) -> None:
         """Refuse questions that the corpus cannot answer, before anything is embedded for them.
@@ -399,7 +406,7 @@ class Pipeline:
     ) -> Artifact:
         """The artifact of a plan: opened where it stands, else made, with its times kept."""
         started, cpu = time.monotonic(), time.process_time()
-        label = label if self._arm is None else f"{self._arm}: {label}"
+        label = self._told(label)
 
         def timed(building: Building) -> None:
             if not self._quiet:
@@ -429,14 +436,12 @@ class Pipeline:
         """
         self.check_questions()
         counts = [len(questions.load_examples(self.questions, split)) for split in ("train", "dev")]
-        bases = self.retriever_base, self.base
-        depths = self.config.model.retriever_layers, None
-        retriever, generator = (
-            weigh(describe(base, self.store), depth)
-            for base, depth in zip(bases, depths, strict=True)
-        )
-        size = self.passages.info["passages"]
-        steps = outline(self.config, (retriever, generator), goal, size, *counts)
+        steps = self._outline(goal, counts)
+        if goal == "report":
+            arms = [
+                step for name in self.config.evaluation.arms for step in self._of_arm(name, counts)
+            ]
+            steps[-1:-1] = arms
         standing = _standing(self.config, goal)
         missing = [(label, seconds) for label, seconds in steps if label not in standing]
         console.run.expect(missing)
@@ -450,6 +455,34 @@ class Pipeline:
             self._say(
                 textwrap.fill(", ".join(slow), 96, initial_indent="  ", subsequent_indent="  ")
             )
+
+    def _outline(self, goal: Goal, counts: Sequence[int]) -> list[tuple[str, float]]:
+        bases = self.retriever_base, self.base
+        depths = self.config.model.retriever_layers, None
+        retriever, generator = (
+            weigh(describe(base, self.store), depth)
+            for base, depth in zip(bases, depths, strict=True)
+        )
+        size = self.passages.info["passages"]
+        return outline(self.config, (retriever, generator), goal, size, *counts)
+
+    def _of_arm(self, name: str, counts: Sequence[int]) -> list[tuple[str, float]]:
+        """The steps that one of ``evaluation.arms`` adds to those of the report."""
+        arm = self.arm(name)
+        seconds = dict(arm._outline("report", counts))
+        own = {
+            "stage 1: retriever": "stage 1: retriever",
+            "embed passages (arm)": "embed passages (retriever)",
+            "index (arm)": "index (retriever)",
+            "hits of dev questions in the arm index": "training set",  # a search, too
+        }
+        if arm.config.retriever.init not in (None, self.config.retriever.init):
+            own = {
+                "embed passages (starter)": "embed passages (base)",
+                "index (starter)": "index (base)",
+                "training set": "training set",
+            } | own
+        return [(arm._told(label), seconds[like]) for label, like in own.items()]
 
     def _say(self, text: str) -> None:
         if not self._quiet:
@@ -470,13 +503,21 @@ class _Dry(Pipeline):
         found = self.store.find(plan)
         if found is None:
             raise _Missing
-        self.reused.append(label)
+        self.reused.append(self._told(label))
         return found
+
+    def arm(self, name: str) -> Pipeline:
+        """As the run's own, and makes nothing either."""
+        other = _Dry(arm_config(self.config, name), quiet=True, executor=self.executor)
+        other._arm, other.reused = name, self.reused
+        return other
 
 
 def _standing(config: Config, goal: Goal) -> list[str]:
-    """Labels of the steps before the first that is missing."""
+    """Labels of the steps that stand, on each way to the goal up to the first that is missing."""
     dry = _Dry(config, quiet=True, executor=Here())
-    with contextlib.suppress(_Missing):
-        getattr(dry, goal)
+    ways = ["retriever", "index", "generator", "report"]
+    for way in ways[: ways.index(goal) + 1]:
+        with contextlib.suppress(_Missing):
+            getattr(dry, way)
     return dry.reused

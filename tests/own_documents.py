@@ -221,7 +221,7 @@ def write_faulty(folder: Path) -> dict[str, str]:
     os.mkfifo(folder / "bad" / "pipe.txt")
     return {
         "bad/locked.pdf": "is encrypted. To do: save it without a password.",
-        "bad/scan.pdf": "holds no text on its 1 pages (a scan?). To do: pip install",
+        "bad/scan.pdf": "holds no text on its 1 page (a scan?). To do: pip install",
         "bad/cut.pdf": "cannot be read as PDF (",
         "bad/empty.txt": "is empty. To do: remove it.",
         "bad/blank.md": "holds no text. To do: remove it.",

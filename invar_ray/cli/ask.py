@@ -79,9 +79,11 @@ def print_answer(answer: Mapping[str, Any]) -> None:
     """An answer with its citations: file and place where the document has them, title, and the
     passage's beginning.
     """
-    print(f"answer: {answer['answer'] or '(the model wrote nothing)'}")
     if answer.get("low_confidence"):
-        print(f"  not sure enough; its guess ({answer['probability']:.0%}): {answer['guess']}")
+        sure = f"{answer['probability']:.0%}"
+        print(f"answer: none that is sure enough; the best guess ({sure} sure): {answer['guess']}")
+    else:
+        print(f"answer: {answer['answer'] or '(the model wrote nothing)'}")
     passages = {passage["passage_id"]: passage for passage in answer["passages"]}
     for citation in answer["citations"]:
         passage = passages.get(citation["passage_id"], {})

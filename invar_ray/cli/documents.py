@@ -36,6 +36,8 @@ from invar_ray.store.published import Published
 
 _FOUND_AMONG = 5
 """A question is kept if its document is among so many."""
+_ENOUGH = 100
+"""So many questions are worth a training."""
 
 
 def index_documents(config: Config, adapter_uri: str | None, options: str = "") -> Artifact:
@@ -152,6 +154,11 @@ def write_questions(
         _say(
             "only one document gave questions: dev is its last part, so the dev figures will "
             "flatter"
+        )
+    if len(kept) < _ENOUGH:
+        _say(
+            f"{len(kept)} questions show how it works and teach little; hundreds are better: more "
+            "documents, or a language model that asks (--endpoint, --model)"
         )
     for question in kept[:: -(-len(kept) // samples)]:
         _say(f"  {question.example.question}  ->  {question.example.answers[0]}")

@@ -2,8 +2,8 @@
 
 =========  =========================================================================================
 documents  ``.jsonl(.gz|.zst)`` and ``.parquet``, a document a row with ``text`` and perhaps ``id``
-           (or ``_id``), ``title, uri``; ``.tsv(.gz|.zst)`` as DPR's ``psgs_w100``; ``.csv`` and
-           ``.json`` lists with such rows; every other kind of
+           (or ``_id``), ``title, uri``; ``.tsv(.gz|.zst)`` as DPR's ``psgs_w100``; ``.csv``,
+           ``.tsv`` and ``.json`` lists with such rows; every other kind of
            :data:`invar_ray.corpus.storage.ENDINGS`, a document a file; folders of all these,
            BEIR's too; ``builtin:facts``
 questions  ``.jsonl(.gz)`` with ``id, question, answers[], positive_ids[]`` and maybe
@@ -263,7 +263,9 @@ def _brief(error: DataError, file: InputFile) -> str:
 
 
 def _holds_rows(file: InputFile) -> bool:
-    return file.format in ROW_FORMATS or (file.format in {"csv", "json"} and has_text_rows(file))
+    if file.format in {"csv", "tsv", "json"}:
+        return has_text_rows(file)
+    return file.format in ROW_FORMATS
 
 
 def _of_file(

@@ -54,8 +54,8 @@ ENDINGS |= {
     for packed in ("gz", "zst")
 }
 ROW_FORMATS = frozenset({"jsonl", "parquet", "tsv"})
-"""Formats whose files hold a document a row (a CSV or JSON file may, too); any other is one
-document.
+"""Formats whose files hold a document a row (CSV and JSON files may, a TSV file may be a plain
+table); any other is one document.
 """
 _BENCHMARKS = ROW_FORMATS - {"parquet"} | {"csv", "json"}
 
@@ -257,15 +257,13 @@ def _in_folder(
         elif format in {"auto", kind}:
             place = f"{printable(uri).rstrip('/')}/{name}"
             found.append(InputFile(place, name, path, kind, filesystem, size))
-    wanted = _wanted(format)
+    wanted, said = _wanted(format), False
     for ending, names in sorted(foreign.items()):
         which = f"{min(names)}" if len(names) == 1 else f"{len(names)} files (first: {min(names)})"
         what = f"ending {ending}" if ending else "a name without ending"
-        _left_out(
-            log,
-            f"{which}: nothing here reads {what}. To do: convert to one of {wanted}, or remove.",
-            len(names),
-        )
+        to_do = f"convert to one of {wanted}, or remove" if not said else "as for the first"
+        said = True
+        _left_out(log, f"{which}: nothing here reads {what}. To do: {to_do}.", len(names))
     if not found:
         raise DataError(
             f"the folder {uri} holds no file to read ({len(entries)} entries seen)",

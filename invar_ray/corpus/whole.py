@@ -77,8 +77,8 @@ def _parse(file: InputFile, data: bytes, max_bytes: int) -> Parsed:
             if file.format == "epub":
                 return html.parse_epub(data, file.uri, max_bytes)
             return (html.parse_html if file.format == "html" else html.parse_xml)(data, file.uri)
-        case "csv":
-            return parse_csv(data, file.uri)
+        case "csv" | "tsv":
+            return parse_csv(data, file.uri, "\t" if file.format == "tsv" else None)
         case "json" | "ipynb":
             return (parse_json if file.format == "json" else parse_notebook)(data, file.uri)
     name = file.name.lower().removesuffix(".gz").removesuffix(".zst")

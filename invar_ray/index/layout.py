@@ -32,6 +32,8 @@ COMPACT_ABOVE = 0.2
 vectors is written compact; below, it keeps the files of the version before and adds its own.  Which
 vectors count is the same."""
 _READ_ROWS = 8192
+_TRAINED = ("retriever", "arm")
+"""Names of vectors whose encoder changes with each training."""
 
 
 @dataclass
@@ -68,9 +70,9 @@ def make_layout(
     """
     contents = _contents(passages)
     count, step = len(contents), config.scale.shard_rows
-    earlier, reason = None, ""
+    earlier, reason, is_expected = None, "", False
     if config.scale.incremental:
-        earlier, reason = _earlier_vectors(
+        earlier, reason, is_expected = _earlier_vectors(
             passages.store,
             building.plan,
             spec.fingerprint,
@@ -78,7 +80,8 @@ def make_layout(
             passages,
         )
     if reason:
-        console.say(f"  full reindex: {reason}")
+        tell = console.detail if is_expected else console.say
+        tell(f"  full reindex: {reason}")
     found = np.full(count, -1, np.int64)
     names: list[str] = []
     size = dead = 0
@@ -163,9 +166,10 @@ def _batches(passages: Artifact, columns: list[str]) -> Iterator[pa.RecordBatch]
 
 def _earlier_vectors(
     store: Store, plan: Plan, encoder: str, precision: Precision, passages: Artifact
-) -> tuple[Artifact | None, str]:
-    """The newest ``vectors`` that rows can be taken from, and why the newest of this name cannot
-    (empty if it can).
+) -> tuple[Artifact | None, str, bool]:
+    """The newest ``vectors`` that rows can be taken from; why the newest of this name cannot (empty
+    if it can); and whether that is expected: the retriever was trained anew, or is another arm of a
+    report.
 
     Args:
         store: where to look.
@@ -174,16 +178,17 @@ def _earlier_vectors(
         precision: that it runs in: one version's vectors are all of one.
         passages: what is embedded.
     """
-    reason = ""
+    reason, is_expected = "", False
     for artifact in reversed(store.list("vectors")):
         if artifact.ref == plan.ref:
             continue
         why = _vectors_differ(artifact, plan, encoder, precision, passages)
         if not why:
-            return artifact, ""
+            return artifact, "", False
         if not reason and artifact.manifest.name == plan.name and _same_corpus(artifact, passages):
             reason = f"{artifact.ref} cannot be used: {why}"
-    return None, reason
+            is_expected = plan.name in _TRAINED and artifact.manifest.config["encoder"] != encoder
+    return None, reason, is_expected
 
 
 def _vectors_differ(

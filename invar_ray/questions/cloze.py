@@ -89,12 +89,21 @@ _LIST_MARK = re.compile(r"^(?:[-*•+>]|\(?\d{1,2}[.)])\s+")
 _OPENERS = PRONOUNS | frozenset(
     """this that these those here such his her its their my your our who what which when where why how and but or so
     thus hence therefore however also then instead both neither either one some others another see note
-    please if""".split()
+    please if nobody everybody anybody everyone anyone nothing everything none""".split()
 )
 _LEANING = frozenset("it he she they we i you this these those his her its their such".split())
-_BROKEN = re.compile(r"[a-z0-9)]\.[A-Z]|^\w+, (?:and|or|but) ")
+# The second: a heading and a sentence that a page ran together ("Brackwater tunnel The tunnel is").
+_BROKEN = re.compile(
+    r"[a-z0-9)]\.[A-Z]|[a-z] (?:The|This|These|It|They|There|An|Its|Our|Your) [a-z]"
+    r"|^\w+, (?:and|or|but) "
+)
 _RELATIVE = frozenset("that which who whose whom where when while because".split())
 _VERBS = frozenset(PAST.values()) | PARTICIPLES | frozenset(third_person(base) for base in PAST)
+_PRESENT = {third_person(base): base for base in PAST}
+_BEFORE_AN_AMOUNT = frozenset(
+    "than every least most about only nearly almost up some over under roughly around".split()
+)
+"""What stays with a number: "more than 9 hours" does not part into "How many hours .. more than"."""
 _BASES = {past: base for base, past in sorted(PAST.items(), reverse=True)}
 
 
@@ -146,6 +155,11 @@ def questions_of(sentence: str, title: str) -> Iterator[tuple[str, str, list[str
             continue
         if body.count(answer) > 1:
             continue
+        before = body[: match.start()].split()
+        if kind == "number" and before and _is_named(before):
+            continue  # "Bus 47 stops": no number of stops
+        if kind == "agent" and not any(_is_participle(word) for word in before):
+            continue  # "the book Moss by Ada Morvane": nobody did it
         asked = wh.format(
             **{key: value.lower() for key, value in match.groupdict().items() if key != "a"}
         )
@@ -219,6 +233,10 @@ def _fronted(body: str, span: tuple[int, int], asked: str) -> str | None:
         ),
         None,
     )
+    if words and words[-1].lower() in _BEFORE_AN_AMOUNT | (PREPOSITIONS - {"by"}):
+        return None  # it would be left behind
+    if span[0] and at is None and words and (plain := _without_auxiliary(words, asked, after)):
+        return plain
     if (
         at is None
         or at > 6
@@ -238,6 +256,26 @@ def _fronted(body: str, span: tuple[int, int], asked: str) -> str | None:
             return None  # "has 52 rooms": here it is the main verb
         return _tidy(f"{asked} {verb} {subject} {rest}{after}")
     return _tidy(f"{asked} did {subject} {_BASES[verb]} {rest}{after}")
+
+
+def _without_auxiliary(words: list[str], asked: str, after: str) -> str | None:
+    """``A wagon holds nine tonnes``: the verb right before what is asked for, its subject short."""
+    *subject, verb = words
+    if not 1 <= len(subject) <= 4 or verb not in _PRESENT:
+        return None
+    if any(word.endswith(",") or word.lower() in PREPOSITIONS for word in subject):
+        return None
+    said = _small_start(" ".join(subject))
+    return _tidy(f"{asked} does {said} {_PRESENT[verb]}{after}")
+
+
+def _is_named(before: list[str]) -> bool:
+    """Whether a number that follows these words belongs to a name: ``Bus 47``."""
+    return before[-1][:1].isupper() and before[-1].lower() not in FUNCTION_WORDS
+
+
+def _is_participle(word: str) -> bool:
+    return word in PARTICIPLES or word.endswith("ed")
 
 
 def _tidy(question: str) -> str:

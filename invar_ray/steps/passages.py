@@ -39,7 +39,7 @@ from invar_ray.store.earlier import DIGESTS, EarlierCut, batched, content_digest
 from invar_ray.store.rowgroups import GroupWriter
 from invar_ray.text.chunking import chunk_document, passages_at
 
-VERSION = 7
+VERSION = 8
 SKIPPED = "skipped.txt"
 QUARANTINE = "quarantine.jsonl"
 _BATCH = 256
@@ -169,7 +169,9 @@ def build(
         }
         building.info["changes"] = {"since": before.ref, **changes}
         listed = ", ".join(f"{count:,} {name}" for name, count in changes.items())
-        console.say(f"  documents since {before.ref}: {listed}")
+        # Without a document in common the earlier ones were another corpus.
+        tell = console.say if before.unchanged or before.changed else console.detail
+        tell(f"  documents since {before.ref}: {listed}")
 
 
 class _Cutter:

@@ -69,7 +69,7 @@ def parse_pdf(data: bytes, place: str, max_chars: int) -> Parsed:
                     f"{place} is encrypted", action="save it without a password"
                 ) from error
             raise DataError(
-                f"{place} cannot be read as PDF ({one_line(str(error))[:120]})",
+                f"{place} cannot be read as PDF ({one_line(str(error))[:120].rstrip('.')})",
                 action="open it in a viewer and save it again",
             ) from error
         try:
@@ -110,7 +110,7 @@ def _pages(file: Any, place: str, count: int, title: str, max_chars: int) -> Par
                 action="save it again from a viewer",
             )
         raise DataError(
-            f"{place} holds no text on its {count} pages (a scan?)",
+            f"{place} holds no text on its {count} page{'s' if count != 1 else ''} (a scan?)",
             action="pip install 'invar-ray[ocr]', or run it through OCR (such as: ocrmypdf)",
         )
     whole = _BROKEN.sub(" ", "\n".join(text for _, text in texts))

@@ -66,15 +66,20 @@ def parse_restructured(data: bytes, place: str) -> Parsed:
     return Parsed(title, text, _quoted(headings), unit="line", note=note)
 
 
-def parse_csv(data: bytes, place: str) -> Parsed:
+def parse_csv(data: bytes, place: str, parted_by: str | None = None) -> Parsed:
     """A CSV table: each row is a paragraph, its values beside the names of their columns.
+
+    Args:
+        data: the file.
+        place: its name, for messages.
+        parted_by: what parts the cells; ``None`` finds out.
 
     Raises:
         DataError: it is no table.
     """
     text, note = decoded(data, place)
     try:
-        rows = csv_rows(text)
+        rows = csv_rows(text, parted_by)
     except csv.Error as error:
         raise DataError(
             f"{place} cannot be read as CSV ({error})", action="write it again"
@@ -83,16 +88,16 @@ def parse_csv(data: bytes, place: str) -> Parsed:
     return Parsed("", "\n\n".join(line for _, line in lines), unit="row", note=note)
 
 
-def csv_rows(text: str) -> list[list[str]]:
+def csv_rows(text: str, parted_by: str | None = None) -> list[list[str]]:
     """The rows of a CSV text, whatever parts its cells (comma, semicolon, tab or bar)."""
     named = _SEPARATOR.match(text)
     text = text[named.end() :] if named else text
     try:
         dialect: Any = csv.Sniffer().sniff(
-            text[:20_000], delimiters=named.group(1) if named else ",;\t|"
+            text[:20_000], delimiters=parted_by or (named.group(1) if named else ",;\t|")
         )
     except csv.Error:
-        dialect = csv.excel
+        dialect = csv.excel_tab if parted_by == "\t" else csv.excel
     limit = csv.field_size_limit(max(len(text), 1))
     try:
         return [row for row in csv.reader(io.StringIO(text), dialect) if any(map(str.strip, row))]

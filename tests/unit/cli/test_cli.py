@@ -98,6 +98,14 @@ def test_empty_answer_is_said_and_its_passages_named(capsys: pytest.CaptureFixtu
     assert "no citation; the passages were:\n  (1) Francium: Francium is a metal." in shown
 
 
+def test_a_guess_is_told_as_one(capsys: pytest.CaptureFixture[str]) -> None:
+    found = {"answer": "The passages do not answer the question.", "citations": [], "passages": []}
+    print_answer({**found, "low_confidence": True, "guess": "Fr", "probability": 0.456})
+    shown = capsys.readouterr().out
+    assert "answer: none that is sure enough; the best guess (46% sure): Fr" in shown
+    assert "do not answer" not in shown
+
+
 def test_serving_a_mistyped_store_fails_at_once_and_makes_nothing(tmp_path: Path) -> None:
     place = tmp_path / "mistyped"
     # In a process of its own: what it had to import says how fast it can be on any machine.

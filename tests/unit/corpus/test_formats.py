@@ -298,15 +298,17 @@ def test_what_is_left_out_is_counted_by_file_and_said_once(
 ) -> None:
     for number in range(3):
         (tmp_path / f"{number}.bin").write_bytes(b"x")
+        (tmp_path / f"{number}.dat").write_bytes(b"x")
         (tmp_path / f"page {number}.pdf").write_bytes(b"%PDF-1.4")
     (tmp_path / "sound.txt").write_text("A text.")
     log = ReadLog(echo=True)
     assert len(list(read_documents(str(tmp_path), log=log))) == 1
-    assert log.files == 6
+    assert log.files == 9
     said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
-    assert len(said) == 2
+    assert len(said) == 3
+    assert sum(".docx, .pptx" in line for line in said) == 1  # what can be read, once
     assert said[0].startswith("  left out: 3 files (first: 0.bin): nothing here reads ending .bin")
-    assert said[1].startswith("  left out: 3 files (first: page 0.pdf) cannot be read as PDF")
+    assert said[2].startswith("  left out: 3 files (first: page 0.pdf) cannot be read as PDF")
 
 
 def test_a_file_name_that_is_no_text_is_read_and_written_so(tmp_path: Path) -> None:

@@ -52,13 +52,22 @@ def test_table_with_named_columns_and_without(tmp_path: Path) -> None:
     ]
 
 
-def test_another_table_is_no_corpus(tmp_path: Path) -> None:
-    place = tmp_path / "ages.tsv"
-    place.write_text("name\tage\nAda\t36\n")
-    with pytest.raises(
-        DataError, match=r"ages\.tsv is no table of documents \(its first line has 2 columns\)"
-    ):
-        list(read_documents(str(place)))
+@pytest.mark.parametrize(
+    ("table", "row"),
+    [
+        ("name\tage\nAda\t36\n", "name: Ada | age: 36"),
+        (
+            "train\tdeparts\tarrives\n7\t09:40\t10:22\n",
+            "train: 7 | departs: 09:40 | arrives: 10:22",
+        ),
+        ("From, to\tFare\nArvon, Belisk\t4,50\n", "From, to: Arvon, Belisk | Fare: 4,50"),
+    ],
+)
+def test_another_table_is_one_document(tmp_path: Path, table: str, row: str) -> None:
+    (tmp_path / "ages.tsv").write_text(table)
+    (found,) = read_documents(str(tmp_path))
+    assert (found.id, found.title) == ("ages.tsv", "ages")
+    assert row in found.text
 
 
 def test_zstd_is_unpacked(tmp_path: Path) -> None:

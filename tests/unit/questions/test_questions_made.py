@@ -107,6 +107,34 @@ def test_sentences_and_their_questions(
 
 
 @pytest.mark.parametrize(
+    ("sentence", "question"),
+    [
+        ("The Carrow wagon holds nine tonnes.", "How many tonnes does the Carrow wagon hold?"),
+        (
+            "The crew of Arvon may work more than nine hours.",
+            "The crew of Arvon may work more than how many hours?",
+        ),
+        (
+            "The Arvon works sold the crane for 840 crowns.",
+            "The Arvon works sold the crane for how many crowns?",
+        ),
+        (
+            "The axles of the Kestrel are oiled every 80 miles.",
+            "The axles of the Kestrel are oiled every how many miles?",
+        ),
+    ],
+)
+def test_no_small_word_is_left_behind_by_the_number_that_it_belongs_to(
+    sentence: str, question: str
+) -> None:
+    assert made_of(sentence)["number"][0] == question
+
+
+def test_who_did_it_is_asked_only_where_something_was_done() -> None:
+    assert "agent" not in made_of("The Arvon shop sells the book Moss by Ada Morvane.")
+
+
+@pytest.mark.parametrize(
     "sentence",
     [
         "It was dug by Ada Morvane in 1841.",
@@ -120,6 +148,9 @@ def test_sentences_and_their_questions(
         "Arvon 1841, Belisk 1842, Corrie 1843.",
         "It began in 1841.The harbour of Arvon was finished.",
         "The school was opened in 1841.",
+        "Nobody of the Arvon crew may work nine hours.",
+        "Arvon tunnel The tunnel was dug in 1841.",
+        "Bus 47 stops at the gate.",
     ],
 )
 def test_what_leans_on_other_text_or_is_no_sentence_makes_nothing(sentence: str) -> None:

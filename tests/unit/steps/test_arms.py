@@ -8,6 +8,8 @@ import pytest
 
 from invar_ray.config import arm_config, load_config
 from invar_ray.errors import ConfigError
+from invar_ray.executor import Here
+from invar_ray.pipeline import _Dry, _Missing, _standing
 from invar_ray.steps import retriever
 from tests.support import World
 
@@ -61,4 +63,27 @@ def test_an_arm_trains_another_adapter_on_the_same_artifacts(tmp_path: Path) -> 
     assert own.fingerprint != other.fingerprint
     assert other.name == f"{own.name}-plain"
     assert "plain: training set" in arm.reused
+    assert {label for label, _ in world._of_arm("plain", (12, 12))} == {
+        "plain: stage 1: retriever",
+        "plain: embed passages (arm)",
+        "plain: index (arm)",
+        "plain: hits of dev questions in the arm index",
+    }
     assert not world.reused  # made by this very run, so nothing stands from an earlier one
+
+
+def test_what_stands_is_looked_up_without_training_an_arm(tmp_path: Path) -> None:
+    world = World(tmp_path, "evaluation.arms={plain: {retriever: {invariance_weight: 0.0}}}")
+    world.trainset  # noqa: B018
+    dry = _Dry(world.config, quiet=True, executor=Here())
+    with pytest.raises(_Missing):
+        dry.arm("plain").retriever  # noqa: B018
+    assert "plain: training set" in dry.reused
+    assert not world.store.list("retriever")
+
+
+def test_what_stands_behind_a_missing_step_is_seen(tmp_path: Path) -> None:
+    world = World(tmp_path)
+    world.trainset  # noqa: B018
+    # The report asks for hits of dev questions first, of which there are none.
+    assert "training set" in _standing(world.config, "report")
