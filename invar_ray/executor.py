@@ -8,6 +8,7 @@ rows come out.
 from __future__ import annotations
 
 import contextlib
+import math
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -83,9 +84,24 @@ class Executor(Protocol):
         ...
 
     def in_order(
-        self, function: Callable[[Any], Any], items: Iterable[Any], workers: int
+        self,
+        function: Callable[[Any], Any],
+        items: Iterable[Any],
+        workers: int,
+        *,
+        num_cpus: float = 1.0,
+        memory: float = 0.0,
     ) -> Iterator[Any]:
-        """As ``map(function, items)``, on ``workers`` tasks of Ray; 0 stays in this process."""
+        """As ``map(function, items)``, on ``workers`` tasks of Ray; 0 stays in this process.
+
+        Args:
+            function: what is done; it travels.
+            items: each travels to a task.
+            workers: how many tasks at the same time.
+            num_cpus: of each.
+            memory: bytes that each holds; with some, tasks go to different nodes where they can,
+                and to none that has not that much.
+        """
         ...
 
     def connect(self) -> None:
@@ -120,7 +136,13 @@ class Here:
             yield made
 
     def in_order(
-        self, function: Callable[[Any], Any], items: Iterable[Any], workers: int
+        self,
+        function: Callable[[Any], Any],
+        items: Iterable[Any],
+        workers: int,
+        *,
+        num_cpus: float = 1.0,
+        memory: float = 0.0,
     ) -> Iterator[Any]:
         """See :meth:`Executor.in_order`; in this process, whatever ``workers`` is."""
         return map(function, items)
@@ -181,15 +203,26 @@ class OnRay:
             yield from _dataset(work).iter_rows()
 
     def in_order(
-        self, function: Callable[[Any], Any], items: Iterable[Any], workers: int
+        self,
+        function: Callable[[Any], Any],
+        items: Iterable[Any],
+        workers: int,
+        *,
+        num_cpus: float = 1.0,
+        memory: float = 0.0,
     ) -> Iterator[Any]:
         """See :meth:`Executor.in_order`."""
         if workers == 0:
             yield from map(function, items)
             return
         self.connect()
+        needs: dict[str, Any] = {"num_cpus": num_cpus}
+        if memory:
+            one = {"CPU": num_cpus, "memory": memory}
+            check_room("a task", [one], "set index.shards higher, or scale.cpu_workers lower")
+            needs |= {"memory": math.ceil(memory), "scheduling_strategy": "SPREAD"}
         shared = ray.put(function)
-        task = ray.remote(num_cpus=1)(_apply).options(max_retries=3)
+        task = ray.remote(_apply).options(max_retries=3, **needs)
         running: deque[Any] = deque()
         try:
             for item in items:  # what fails in reading them is none of Ray's

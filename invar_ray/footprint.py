@@ -17,17 +17,8 @@ from invar_ray.answering.bm25 import MOST_PASSAGES
 from invar_ray.answering.fusion import QUERY_REWRITES
 from invar_ray.config import Config, load_config
 from invar_ray.errors import InvarError
-from invar_ray.index.build import Limits
-from invar_ray.index.planner import (
-    AUTO,
-    DEFAULT_LATENCY_MS,
-    DEFAULT_RECALL,
-    RATES,
-    Candidate,
-    Need,
-    candidates,
-    plan_index,
-)
+from invar_ray.index.build import first_planned
+from invar_ray.index.planner import RATES, Candidate
 from invar_ray.models import meta
 from invar_ray.models.base import MINILM
 from invar_ray.models.encoder import COARSE_MAX_TOKENS
@@ -439,21 +430,7 @@ class _Ledger:
         return cut or projected or int(self.retriever.hidden_size)
 
     def _index(self, dimension: int) -> Candidate:
-        rows, settings = self.corpus.passages, self.config.index
-        limits = Limits.of(settings)
-        need = Need(
-            rows,
-            dimension,
-            limits.recall_target or DEFAULT_RECALL,
-            limits.max_memory_bytes,
-            limits.max_latency_ms or DEFAULT_LATENCY_MS,
-        )
-        if settings.factory == AUTO:
-            return plan_index(need).tries[0]
-        named = (("PQ", "IVF-PQ"), ("SQ8", "IVF-SQ8"), ("HNSW", "HNSW"), ("IVF", "IVF-Flat"))
-        kind = next((kind for part, kind in named if part in settings.factory), "Flat")
-        found = candidates(need)
-        return next((one for one in found if one.kind == kind), found[0])
+        return first_planned(self.config.index, self.corpus.passages, dimension)
 
     def _search_seconds(self, index: str, questions: int, rewrites: int = 0) -> float:
         dimension = self._dimension(index)

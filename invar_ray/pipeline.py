@@ -9,9 +9,9 @@ from __future__ import annotations
 import contextlib
 import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import TracebackType
 
@@ -31,7 +31,7 @@ from invar_ray.models.base import (
     resolve_base,
     resolve_retriever_base,
 )
-from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec
+from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec, vector_size
 from invar_ray.models.meta import weigh
 from invar_ray.outline import Goal, outline
 from invar_ray.steps import (
@@ -46,6 +46,7 @@ from invar_ray.steps import (
     report,
     retriever,
     rows,
+    shards,
     trainset,
     vectors,
 )
@@ -317,25 +318,35 @@ class Pipeline:
         )
 
     @cached_property
-    def reindexed(self) -> Artifact:
-        """What ``jobs.reindex`` makes: the index of ``index.encoder``."""
-        wanted = self.config.index
-        if wanted.encoder == "minilm":
-            return self.coarse_index
-        if wanted.encoder == "base":
-            return self.base_index
-        if wanted.encoder == "retriever":
-            return self.index
-        if wanted.encoder == "starter":
-            return self.index_with(self.starter)
-        return self.index_with(open_artifact(wanted.encoder, "retriever"))
+    def reindexed(self) -> tuple[Artifact, ...]:
+        """What ``jobs.reindex`` makes: the index of ``index.encoder``, one artifact a shard."""
+        encoder = self._reindexing
+        size = partial(vector_size, encoder[1], self.store)
+        count = shards.number(self.config.index, self.passages.info["passages"], size)
+        return (self.index_of(*encoder),) if count == 1 else self.sharded(*encoder, count)
+
+    @property
+    def _reindexing(self) -> tuple[str, EncoderSpec, Artifact | None]:
+        wanted = self.config.index.encoder
+        if wanted == "minilm":
+            return "minilm", coarse_spec(self.config.coarse), None
+        if wanted == "base":
+            return "base", self.bare_spec, None
+        if wanted == "retriever":
+            return self._named(self.retriever)
+        if wanted == "starter":
+            return self._named(self.starter)
+        return self._named(open_artifact(wanted, "retriever"))
 
     def index_with(self, adapter: Artifact) -> Artifact:
         """An index of this run's passages under a given stage-1 adapter."""
+        return self.index_of(*self._named(adapter))
+
+    def _named(self, adapter: Artifact) -> tuple[str, EncoderSpec, Artifact]:
         name = "starter" if adapter.manifest.name == "starter" else "retriever"
         if "arm" in adapter.info:
             name = "arm"
-        return self.index_of(name, self.spec_of(adapter), adapter)
+        return name, self.spec_of(adapter), adapter
 
     def spec_of(self, adapter: Artifact) -> EncoderSpec:
         """The encoder of a stage-1 adapter, its vectors cut where the config says so."""
@@ -374,17 +385,59 @@ class Pipeline:
             cut: the passages; ``None`` takes the run's.
         """
         cut = cut or self.passages
-        made = self.step(
-            f"embed passages ({name})",
-            vectors.plan(self.config, cut, spec, name, adapter),
-            lambda to: vectors.build(to, self.config, cut, spec, executor=self.executor),
-            resumable=True,
-        )
+        made = self._embedded(name, spec, adapter, cut)
         return self.step(
             f"index ({name})",
             index.plan(self.config, made, cut, name),
             lambda to: index.build(to, self.config, made, cut, say=self._say),
         )
+
+    def _embedded(
+        self, name: str, spec: EncoderSpec, adapter: Artifact | None, cut: Artifact
+    ) -> Artifact:
+        return self.step(
+            f"embed passages ({name})",
+            vectors.plan(self.config, cut, spec, name, adapter),
+            lambda to: vectors.build(to, self.config, cut, spec, executor=self.executor),
+            resumable=True,
+        )
+
+    def sharded(
+        self, name: str, spec: EncoderSpec, adapter: Artifact | None, count: int
+    ) -> tuple[Artifact, ...]:
+        """The indexes of the passages' shards under an encoder, each verified; embedded one shard
+        after the other, built by tasks at the same time.
+
+        Args:
+            name, spec, adapter: see :meth:`index_of`.
+            count: how many shards.
+        """
+        with self._timed(f"cut into {count} shards"):
+            cuts = shards.cut(self.config, self.passages, count)
+        names = [f"{name}-{shards.name(shard, count)}" for shard in range(count)]
+        embedded = [
+            self._embedded(each, spec, adapter, cut) for each, cut in zip(names, cuts, strict=True)
+        ]
+        with self._timed(f"index ({name}), {count} shards"):
+            return shards.build_indexes(
+                self.config, name, embedded, cuts, executor=self.executor, say=self._say
+            )
+
+    @contextlib.contextmanager
+    def _timed(self, label: str) -> Iterator[None]:
+        """What no single plan names, told and timed as a step."""
+        started, cpu = time.monotonic(), time.process_time()
+        if not self._quiet:
+            console.run.begin(label)
+        try:
+            yield
+        except BaseException:
+            console.run.stop()
+            raise
+        self.seconds[label] = round(time.monotonic() - started, 2)
+        self.cpu_seconds[label] = round(time.process_time() - cpu, 2)
+        if not self._quiet:
+            console.run.end(label)
 
     def keep_numbers(self) -> Path | None:
         """``report.json`` of this run's report at the top of its store, where ``compare`` and

@@ -271,7 +271,7 @@ def _join(address: str) -> None:
 
 
 Bundle = Mapping[str, float]
-"""What one actor asks for: ``CPU`` and ``GPU``."""
+"""What one actor asks for: ``CPU``, ``GPU``, and ``memory`` in bytes."""
 
 
 def placed(nodes: Sequence[Bundle], bundles: Sequence[Bundle]) -> int:
@@ -315,21 +315,23 @@ def check_room(label: str, bundles: Sequence[Bundle], action: str) -> None:
         if time.monotonic() > deadline:
             break
         time.sleep(1.0)
+    memory = any("memory" in bundle for bundle in bundles)
     raise ResourceError(
-        f"{label} asks for {_told(bundles)}; Ray has room for {fitting} of these {len(bundles)} "
-        f"(nodes: {_told(nodes) or 'none'})",
+        f"{label} asks for {_told(bundles, memory=memory)}; Ray has room for {fitting} of these "
+        f"{len(bundles)} (nodes: {_told(nodes, memory=memory) or 'none'})",
         action=action,
     )
 
 
-def _told(bundles: Sequence[Bundle]) -> str:
-    """``8 x (8 CPUs, 1 GPU)``: equal ones together."""
+def _told(bundles: Sequence[Bundle], *, memory: bool) -> str:
+    """``8 x (8 CPUs, 1 GPU)``: equal ones together; with their ``memory`` where that counts."""
     texts = [
         ", ".join(
             f"{bundle[name]:g} {name}{'s'[: bundle[name] != 1]}"
             for name in ("CPU", "GPU")
             if bundle.get(name)
         )
+        + (f", {bundle['memory'] / 1e9:.3g} GB" if memory and bundle.get("memory") else "")
         for bundle in bundles
     ]
     return " and ".join(f"{texts.count(text)} x ({text})" for text in dict.fromkeys(texts))

@@ -33,15 +33,8 @@ def main(pipeline: Pipeline, options: dict[str, str]) -> None:
         )
     published = Published(pipeline.store, options["published"])
     before = published.current()
-    reindex.main(pipeline)
-    expected = before.number if before else 0
-    version = published.publish([pipeline.reindexed], expected=expected, note=options["note"])
-    done = (
-        "is current already"
-        if before is not None and before.number == version.number
-        else "is current now"
-    )
-    print(f"version {version.number} {done}; serve it with index_uri: {published.uri}")
+    shards = reindex.report(pipeline)
+    reindex.publish(published, shards, before.number if before else 0, options["note"])
     if int(options["keep"]):
         gone = collect(published, int(options["keep"]), min_age_s=_MIN_AGE_S)
         print(f"gave up {len(gone.versions)} versions, removed {len(gone.removed)} artifacts")

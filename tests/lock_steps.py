@@ -23,8 +23,8 @@ import grimp
 
 LOCK = Path(__file__).parent / "assets" / "step_code.json"
 KINDS = (
-    "base precision passages questions vectors index trainset retriever hits readings generator "
-    "report"
+    "base precision passages questions vectors shards centroids index trainset retriever hits "
+    "readings generator report"
 ).split()
 NOT_CONTENT = (
     "invar_ray.console",

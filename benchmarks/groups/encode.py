@@ -138,7 +138,7 @@ def pipeline(count: int) -> Callable[[], Measured]:
     def work() -> Measured:
         with tempfile.TemporaryDirectory(prefix="invar-bench-", dir="/tmp") as folder:
             with Pipeline(_config(Path(folder), texts), quiet=True) as made:
-                vectors = made.reindexed.parent("vectors")
+                vectors = made.reindexed[0].parent("vectors")
             entries = [
                 (path.stat().st_mtime, json.loads(path.read_text())["rows"])
                 for path in vectors.path("shards").glob("*.json")

@@ -42,10 +42,16 @@ class IndexConfig:
     Science, as all of this section.
     """
     max_memory_mb: PositiveFloat | None = None
-    """For ``auto``: most memory of the loaded index, in MB (10^6 bytes); ``null``: no limit."""
+    """For ``auto``: most memory of the loaded index, of each shard, in MB (10^6 bytes); ``null``:
+    no limit."""
     max_latency_ms: PositiveFloat | None = None
     """For ``auto``: longest search of one query on one core, as the planner predicts it; ``null``
     is 50.
+    """
+    shards: PositiveInt | Literal["auto"] = "auto"
+    """How many indexes ``jobs.reindex`` makes of the corpus, which is cut by a hash of the
+    documents' ids; each is built where there is room for it, and the service asks all.  ``auto``
+    is the lowest power of 2 at which each keeps to the limits above, so 1 for most corpora.
     """
 
 

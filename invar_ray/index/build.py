@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -21,6 +22,7 @@ from invar_ray.index.faiss_index import (
     Index,
     add_all,
     exact_best,
+    give_centroids,
     new_index,
     save_index,
     train,
@@ -31,6 +33,7 @@ from invar_ray.index.planner import (
     DEFAULT_RECALL,
     Candidate,
     Need,
+    named,
     plan_index,
     render,
 )
@@ -58,6 +61,16 @@ class Limits:
         memory = None if settings.max_memory_mb is None else int(settings.max_memory_mb * 1e6)
         return Limits(settings.recall_target, memory, settings.max_latency_ms)
 
+    def need(self, rows: int, dimension: int) -> Need:
+        """What the planner is asked for so many vectors."""
+        return Need(
+            rows,
+            dimension,
+            DEFAULT_RECALL if self.recall_target is None else self.recall_target,
+            self.max_memory_bytes,
+            DEFAULT_LATENCY_MS if self.max_latency_ms is None else self.max_latency_ms,
+        )
+
 
 def index_settings(settings: IndexConfig) -> dict[str, Any]:
     """What of a config decides an index, for its plan."""
@@ -70,6 +83,26 @@ def index_settings(settings: IndexConfig) -> dict[str, Any]:
     }
 
 
+def first_planned(settings: IndexConfig, rows: int, dimension: int) -> Candidate:
+    """What is predicted of the index that a config asks for: of ``auto`` the type tried first.
+
+    Raises:
+        ResourceError: if no type fits the limits.
+    """
+    need = Limits.of(settings).need(rows, dimension)
+    if settings.factory == AUTO:
+        return plan_index(need).tries[0]
+    return named(settings.factory, need)
+
+
+def lists_to_share(factory: str) -> int:
+    """Lists of an IVF whose centroids other indexes can share; 0 of any other, such as one that
+    turns its vectors before.
+    """
+    found = re.match(r"IVF(\d+)", factory)
+    return int(found[1]) if found else 0
+
+
 def build_index(
     building: Building,
     vectors: Artifact,
@@ -79,6 +112,7 @@ def build_index(
     *,
     limits: Limits | None = None,
     workers: int = 1,
+    centroids: Vectors | None = None,
     say: Callable[[str], None] = lambda text: None,
 ) -> None:
     """Fill an index artifact from a ``vectors`` artifact, in the order of its ``passages``.
@@ -90,6 +124,8 @@ def build_index(
         num_lists_searched: depth of an explicit IVF; of a planned index it is measured.
         limits: for ``auto``; of an explicit factory only ``recall_target`` counts, if it is set.
         workers: threads that add blocks, each to a part of its own.
+        centroids: [L, D] of an IVF of L lists, trained on more than these vectors; an index of
+            another type, or of other lists, does without.
         say: prints the plan and what came of it.
 
     Raises:
@@ -102,10 +138,14 @@ def build_index(
     blocks = vector_blocks(vectors)
     check_ids(blocks, vectors, passages)
     limits = limits or Limits()
+
+    def filled(factory: str, training_rows: int) -> Any:
+        return fill(blocks, factory, training_rows, workers, centroids)
+
     if factory == AUTO:
-        info = _build_planned(building, blocks, limits, workers, say)
+        info = _build_planned(building, blocks, limits, filled, say)
     else:
-        info = _build_named(building, blocks, factory, num_lists_searched, limits, workers, say)
+        info = _build_named(building, blocks, factory, num_lists_searched, limits, filled, say)
     building.info |= {
         "encoder": vectors.info["encoder"],
         "precision": made_in(vectors),
@@ -122,10 +162,10 @@ def _build_named(
     factory: str,
     depth: int,
     limits: Limits,
-    workers: int,
+    filled: Callable[[str, int], Any],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    built = fill(blocks, factory, _TRAINING_ROWS, workers)
+    built = filled(factory, _TRAINING_ROWS)
     save_index(built, building.path / INDEX_FILE)
     info: dict[str, Any] = {"factory": factory, "num_lists_searched": depth}
     if limits.recall_target is not None and factory != "Flat":
@@ -151,23 +191,17 @@ def _build_planned(
     building: Building,
     blocks: VectorBlocks,
     limits: Limits,
-    workers: int,
+    filled: Callable[[str, int], Any],
     say: Callable[[str], None],
 ) -> dict[str, Any]:
-    need = Need(
-        blocks.rows,
-        blocks.dimension,
-        DEFAULT_RECALL if limits.recall_target is None else limits.recall_target,
-        limits.max_memory_bytes,
-        DEFAULT_LATENCY_MS if limits.max_latency_ms is None else limits.max_latency_ms,
-    )
+    need = limits.need(blocks.rows, blocks.dimension)
     choice = plan_index(need)
     say(render(choice))
     trial = sampled_trial(blocks, limits.num_queries)
     best, best_factory = 0.0, ""
     for candidate in choice.tries:
         started, used = time.monotonic(), time.process_time()
-        built = fill(blocks, candidate.factory, candidate.training_rows, workers)
+        built = filled(candidate.factory, candidate.training_rows)
         seconds, cpu = time.monotonic() - started, time.process_time() - used
         save_index(built, building.path / INDEX_FILE)
         depth, recall, latency = tune(Index(built), candidate, trial, need.recall_target)
@@ -200,9 +234,19 @@ def _build_planned(
     )
 
 
-def fill(blocks: VectorBlocks, factory: str, training_rows: int, workers: int = 1) -> Any:
-    """A FAISS index of all blocks, trained on a sample of them."""
+def fill(
+    blocks: VectorBlocks,
+    factory: str,
+    training_rows: int,
+    workers: int = 1,
+    centroids: Vectors | None = None,
+) -> Any:
+    """A FAISS index of all blocks, trained on a sample of them; its lists are those of
+    ``centroids`` where it has as many.
+    """
     index = new_index(blocks.dimension, factory, blocks.rows)
+    if centroids is not None and lists_to_share(factory) == len(centroids):
+        give_centroids(index, centroids)
     if not index.is_trained:
         train(index, blocks.sample(training_rows, _SEED)[0], factory)
     # Neighbouring blocks go to one worker: parts are merged in order, and the result is that of

@@ -216,6 +216,19 @@ def train(index: Any, sample: Vectors, factory: str) -> None:
         core.clustering_index = None
 
 
+def centroids_of(index: Any) -> Vectors:
+    """[L, D] centroids of a trained IVF."""
+    core = _core(index)
+    return np.asarray(core.quantizer.reconstruct_n(0, core.nlist), dtype=np.float32)
+
+
+def give_centroids(index: Any, centroids: Vectors) -> None:
+    """Let an empty, untrained IVF take the [L, D] centroids of another: :func:`train` then trains
+    what is left, its codes.
+    """
+    _core(index).quantizer.add(np.ascontiguousarray(centroids))
+
+
 def add(index: Any, rows: Vectors, first: int, assigner: Any = None) -> None:
     """Add [n, D] rows as numbers ``first``, ``first`` + 1 ..
 

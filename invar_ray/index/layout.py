@@ -24,6 +24,7 @@ from invar_ray.store.earlier import (
     column_hashes,
     cutting_differs,
     hashes_of,
+    holds_all_of,
     passage_digest,
 )
 
@@ -208,6 +209,8 @@ def _vectors_differ(
         parent = artifact.parent("passages")
     except ArtifactError as error:
         return f"its passages cannot be opened ({error})"
+    if not holds_all_of(parent.manifest.config, passages.manifest.config):
+        return "it is of other shards of the corpus"
     return cutting_differs(parent, passages.manifest.config, passages.manifest.version)
 
 

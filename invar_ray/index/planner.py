@@ -36,7 +36,7 @@ OPQ_ROUNDS = (8, 10, 2)
 """
 _NEIGHBOURS = 32
 """G of the graph; its lowest layer keeps 2 G."""
-_POINTS_PER_LIST = 64
+POINTS_PER_LIST = 64
 """Training rows per list; FAISS warns below 39 and drops those above 256."""
 _FLAT_QUANTIZER = 65_536
 """Most lists whose centroids are compared one by one; above, a graph finds them."""
@@ -153,6 +153,14 @@ def plan_index(need: Need) -> Choice:
             "into shards",
         )
     return choice
+
+
+def named(factory: str, need: Need) -> Candidate:
+    """What is predicted of an explicit factory: as of the planner's own of its type."""
+    parts = (("PQ", "IVF-PQ"), ("SQ8", "IVF-SQ8"), ("HNSW", "HNSW"), ("IVF", "IVF-Flat"))
+    kind = next((kind for part, kind in parts if part in factory), "Flat")
+    found = candidates(need)
+    return next((one for one in found if one.kind == kind), found[0])
 
 
 def candidates(need: Need) -> list[Candidate]:
@@ -286,7 +294,7 @@ def _hnsw(need: Need) -> Candidate:
 def _ivf(need: Need, kind: Kind, code: int = 0) -> Candidate:
     rows, dimension, lists = need.rows, need.dimension, number_of_lists(need.rows)
     each, fixed = memory_of(kind, rows, dimension, lists=lists, code=code)
-    sample = min(rows, max(_POINTS_PER_LIST * lists, _POINTS_PER_LIST * _CENTROIDS if code else 0))
+    sample = min(rows, max(POINTS_PER_LIST * lists, POINTS_PER_LIST * _CENTROIDS if code else 0))
     graph = lists > _FLAT_QUANTIZER
     quantizer = f"IVF{lists}_HNSW{_NEIGHBOURS}" if graph else f"IVF{lists}"
     compared = 64 * _NEIGHBOURS // 2 if graph else lists

@@ -20,7 +20,14 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from invar_ray.config import CoarseConfig, ModelConfig
 from invar_ray.errors import ModelError
 from invar_ray.models.adapters import load_adapter, load_merged
-from invar_ray.models.base import BaseRef, folder_fingerprint, load_tokenizer, stored_form
+from invar_ray.models.base import (
+    BaseRef,
+    description,
+    folder_fingerprint,
+    hidden_size,
+    load_tokenizer,
+    stored_form,
+)
 from invar_ray.models.batching import (
     DEFAULT_TOKENS_PER_BATCH,
     EncodeStats,
@@ -29,7 +36,12 @@ from invar_ray.models.batching import (
     pad_right,
 )
 from invar_ray.models.loading import BaseOpener, open_model
-from invar_ray.models.minilm import CoarseEncoder, coarse_passage_ids, coarse_tokenizer
+from invar_ray.models.minilm import (
+    CoarseEncoder,
+    coarse_passage_ids,
+    coarse_source,
+    coarse_tokenizer,
+)
 from invar_ray.models.pooling import Pooling, pool
 from invar_ray.models.precision import torch_dtype
 from invar_ray.models.quantized import Quantize
@@ -175,6 +187,20 @@ def coarse_spec(config: CoarseConfig) -> EncoderSpec:
         query_max_tokens=COARSE_MAX_TOKENS,
         passage_max_tokens=COARSE_MAX_TOKENS,
     )
+
+
+def vector_size(spec: EncoderSpec, store: Store) -> int:
+    """D of an encoder, without its weights.
+
+    Raises:
+        ModelError: if the description of its base cannot be loaded.
+    """
+    known = spec.dimensions or spec.projection_dim
+    if known is not None:
+        return known
+    if spec.kind == "coarse":
+        return int(description(coarse_source(spec.base.location)).hidden_size)
+    return hidden_size(spec.base, store)
 
 
 def open_encoder(

@@ -53,7 +53,7 @@ class CoarseEncoder:
     ) -> None:
         self._tokenizer = coarse_tokenizer(name)
         try:
-            self._model = load_weights(AutoModel, _source(name), torch.float32, device)
+            self._model = load_weights(AutoModel, coarse_source(name), torch.float32, device)
         except (OSError, ValueError) as error:
             raise _unresolved(name, error) from error
         self._max_tokens = max_tokens
@@ -92,7 +92,7 @@ class CoarseEncoder:
 def coarse_tokenizer(name: str) -> Any:
     """The tokenizer of a coarse encoder; errors as :class:`CoarseEncoder`."""
     try:
-        return AutoTokenizer.from_pretrained(_source(name))
+        return AutoTokenizer.from_pretrained(coarse_source(name))
     except (OSError, ValueError) as error:
         raise _unresolved(name, error) from error
 
@@ -105,7 +105,8 @@ def coarse_passage_ids(
     return text_ids(tokenizer, texts, max_tokens=max_tokens)
 
 
-def _source(name: str) -> str:
+def coarse_source(name: str) -> str:
+    """Folder or hub name of a coarse encoder."""
     return str(minilm_folder()) if name == BUILTIN else name
 
 

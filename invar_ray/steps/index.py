@@ -10,19 +10,29 @@ from invar_ray.answering.bm25 import FOLDER, MOST_PASSAGES, Bm25
 from invar_ray.answering.fusion import DENSE_WEIGHT
 from invar_ray.config import Config
 from invar_ray.index.build import Limits, build_index, index_settings
+from invar_ray.steps.centroids import load_centroids
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.text.words import terms
 
 VERSION = 3
 
 
-def plan(config: Config, vectors: Artifact, passages: Artifact, name: str) -> Plan:
-    """The index of these vectors."""
+def plan(
+    config: Config,
+    vectors: Artifact,
+    passages: Artifact,
+    name: str,
+    centroids: Artifact | None = None,
+) -> Plan:
+    """The index of these vectors; a shard's has the ``centroids`` of all shards where its type has
+    any.
+    """
+    parents = {"vectors": vectors, "passages": passages}
     return Plan(
         kind="index",
         name=name,
         config=index_settings(config.index) | {"dense_weight": _dense_weight(config, vectors)},
-        parents={"vectors": vectors, "passages": passages},
+        parents=parents if centroids is None else parents | {"centroids": centroids},
         version=VERSION,
     )
 
@@ -32,6 +42,7 @@ def build(
     config: Config,
     vectors: Artifact,
     passages: Artifact,
+    centroids: Artifact | None = None,
     *,
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
@@ -42,6 +53,7 @@ def build(
         config: the run.
         vectors: what is searched.
         passages: whose they are.
+        centroids: see :func:`plan`.
         say: gets what the planner has to say.
     """
     build_index(
@@ -52,6 +64,7 @@ def build(
         config.index.num_lists_searched,
         limits=Limits.of(config.index),
         workers=config.scale.cpu_workers or 1,
+        centroids=None if centroids is None else load_centroids(centroids),
         say=say,
     )
     write_bm25(building, passages, say)

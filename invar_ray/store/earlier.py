@@ -136,7 +136,7 @@ def earlier_passages(store: Store, plan: Plan) -> tuple[Artifact | None, str]:
 def cutting_differs(artifact: Artifact, wanted: Mapping[str, Any], version: int) -> str:
     """What of the settings of ``passages`` differs from those that are wanted; empty if nothing."""
     was = artifact.manifest.config
-    if artifact.manifest.version != version or DIGESTS not in artifact.manifest.files:
+    if artifact.manifest.version != version:
         return (
             f"this release cuts otherwise (version {artifact.manifest.version} of the step, now "
             f"{version})"
@@ -146,6 +146,20 @@ def cutting_differs(artifact: Artifact, wanted: Mapping[str, Any], version: int)
             what = "the tokenizer of the base" if key == "tokenizer" else f"corpus.{key}"
             return f"{what} was {was.get(key)} and is {wanted[key]} now"
     return ""
+
+
+def holds_all_of(earlier: Mapping[str, Any], wanted: Mapping[str, Any]) -> bool:
+    """Whether ``passages`` of these settings hold what others may have in common with them: the
+    same shard, one of fewer shards that this one is a part of, or the whole corpus.
+    """
+    shard, count = earlier.get("shard", (0, 1))
+    number, of = wanted.get("shard", (0, 1))
+    return bool(of % count == 0 and number % count == shard)
+
+
+def shard_of(document_id: str, count: int) -> int:
+    """Which of ``count`` shards a document belongs to."""
+    return int.from_bytes(id_digest(document_id)[:8], "big") % count
 
 
 def batched(

@@ -41,8 +41,8 @@ def collect(
     Args:
         published: the versions of one index.
         keep: how many publications stay, the current one counted (it stays in any case).
-        parents: remove ``vectors`` and ``passages`` too where no artifact that stays in the store
-            is made of them.
+        parents: remove ``centroids``, ``vectors`` and ``passages`` too where no artifact that stays
+            in the store is made of them.
         min_age_s: versions that were current within so many seconds stay: somebody may be loading
             them.
         dry_run: only say what would go.
@@ -107,7 +107,9 @@ def _held_elsewhere(published: Published) -> set[str]:
 
 
 def _orphans(store: Store, going: Sequence[str]) -> list[str]:
-    """Vectors and passages of artifacts that go, where nothing that stays is made of them."""
+    """Centroids, vectors and passages of artifacts that go, where nothing that stays is made of
+    them.
+    """
     gone = set(going)
     selector = fs.FileSelector(store.root, allow_not_found=True)
     kinds = [
@@ -118,7 +120,7 @@ def _orphans(store: Store, going: Sequence[str]) -> list[str]:
         and entry.base_name != FOLDER
     ]
     artifacts = [artifact for kind in kinds for artifact in store.list(kind)]
-    for kind in ("vectors", "passages"):  # in this order: vectors are made of passages
+    for kind in ("centroids", "vectors", "passages"):  # in this order: vectors are made of passages
         wanted = {
             ref
             for artifact in artifacts

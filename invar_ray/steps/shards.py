@@ -1,0 +1,298 @@
+"""A corpus that no node holds: the ``passages`` artifact cut into shards by a hash of the
+documents' ids, and an index of each, built and verified by a task of its own.
+
+A shard's passages are named by what they say, not by the corpus they come from: where they did not
+change, neither they nor what is made of them is made again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from invar_ray.config import Config, IndexConfig
+from invar_ray.errors import ArtifactError, ConfigError, ResourceError
+from invar_ray.executor import Executor
+from invar_ray.index.blocks import vector_blocks
+from invar_ray.index.build import Limits, first_planned, lists_to_share
+from invar_ray.index.planner import AUTO, Candidate
+from invar_ray.steps import centroids, index
+from invar_ray.steps.verify import verify_index
+from invar_ray.store.artifacts import Artifact, Building, Plan
+from invar_ray.store.earlier import shard_of
+from invar_ray.store.rowgroups import GROUP_ROWS
+
+VERSION = 1
+_MOST = 4096
+"""Shards that ``auto`` goes up to."""
+_READ_ROWS = 4096
+
+
+def number(settings: IndexConfig, rows: int, dimension: Callable[[], int]) -> int:
+    """How many shards a corpus of so many passages has; see ``index.shards``.
+
+    Args:
+        settings: says how many, or the limits of each.
+        rows: all passages.
+        dimension: of their vectors; asked only where it decides.
+
+    Raises:
+        ResourceError: if no number of shards keeps to the limits.
+    """
+    if settings.shards != "auto":
+        return settings.shards
+    if settings.factory != AUTO and settings.max_memory_mb is None:
+        return 1
+    count, width = 1, dimension()
+    while True:
+        try:
+            _fitting(settings, -(-rows // count), width)
+            return count
+        except ResourceError:
+            if count >= min(_MOST, rows):
+                raise
+            count *= 2
+
+
+def _fitting(settings: IndexConfig, rows: int, dimension: int) -> Candidate:
+    found = first_planned(settings, rows, dimension)
+    most = Limits.of(settings).max_memory_bytes
+    if most is not None and found.memory_bytes > most:
+        raise ResourceError(
+            f"an index {settings.factory} of {rows:,} vectors needs {found.memory_bytes:,} bytes",
+            expected=f"{most:,} or less (index.max_memory_mb)",
+            action="set index.factory to auto",
+        )
+    return found
+
+
+def name(shard: int, count: int) -> str:
+    """Of a shard, counted from 0, among so many: ``2of4`` is the second."""
+    return f"{shard + 1}of{count}"
+
+
+def cut(config: Config, passages: Artifact, count: int) -> list[Artifact]:
+    """The ``passages`` of each shard, in the memory of some rows; those that stand stay.
+
+    Raises:
+        ConfigError: if a shard would be empty.
+    """
+    store, plans = passages.store, _plans(config, passages, count)
+    missing = [plan for plan in plans if store.find(plan) is None]
+    with contextlib.ExitStack() as stack:
+        made = [stack.enter_context(store.build(plan)) for plan in missing]
+        if made:
+            build(made, passages)
+    return [store.open(plan.ref) for plan in plans]
+
+
+def _plans(config: Config, passages: Artifact, count: int) -> list[Plan]:
+    contents = [hashlib.sha256() for _ in range(count)]
+    rows = [0] * count
+    for shard, table in _shards(passages, range(count), count):
+        rows[shard] += table.num_rows
+        for row in table.to_pylist():
+            contents[shard].update(json.dumps(row).encode())
+    if not all(rows):
+        raise ConfigError(
+            f"index.shards is {count}: shard {rows.index(0) + 1} of {sum(rows):,} passages is "
+            "empty",
+            expected="fewer shards than documents, by far",
+            action="set index.shards lower, or to auto",
+        )
+    cutting = ("chunk_tokens", "chunk_stride", "tokenizer", "metadata")
+    return [
+        Plan(
+            kind="passages",
+            name=f"{config.name}-{name(shard, count)}",
+            config={key: passages.manifest.config[key] for key in cutting}
+            | {"shard": [shard, count], "content": hasher.hexdigest(), "split": VERSION},
+            parents={},
+            version=passages.manifest.version,
+        )
+        for shard, hasher in enumerate(contents)
+    ]
+
+
+def build(buildings: Sequence[Building], passages: Artifact) -> None:
+    """Fill shards in one pass over all passages.
+
+    Args:
+        buildings: each gets ``passages.parquet``.
+        passages: of the whole corpus.
+    """
+    with contextlib.ExitStack() as stack:
+        writers = {}
+        for building in buildings:
+            shard, count = building.plan.config["shard"]
+            writers[shard] = stack.enter_context(_Writer(building.path / "passages.parquet"))
+        for shard, table in _shards(passages, list(writers), count):
+            writers[shard].add(table)
+    for building, writer in zip(buildings, writers.values(), strict=True):
+        building.info |= {
+            "source": passages.info["source"],
+            "documents": writer.documents,
+            "passages": writer.rows,
+            "cut_from": passages.ref,
+        }
+
+
+def _shards(
+    passages: Artifact, shards: Sequence[int], count: int
+) -> Iterator[tuple[int, pa.Table]]:
+    """(shard, its rows of some), in the order of all passages."""
+    store = passages.store
+    with store.filesystem.open_input_file(
+        store.location(f"{passages.ref}/passages.parquet")
+    ) as stream:
+        for batch in pq.ParquetFile(stream).iter_batches(_READ_ROWS):
+            ids = batch.column("document_id").to_pylist()
+            owner = np.asarray([shard_of(id, count) for id in ids])
+            table = pa.Table.from_batches([batch])
+            for shard in shards:
+                yield shard, table.filter(pa.array(owner == shard))
+
+
+class _Writer:
+    """Writes tables to a Parquet file in row groups whose borders depend on the rows alone."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._writer: pq.ParquetWriter | None = None
+        self._waiting: list[pa.Table] = []
+        self._last = ""
+        self.rows = self.documents = 0
+
+    def add(self, table: pa.Table) -> None:
+        """Add rows, those of a document one after the other."""
+        if self._writer is None:
+            self._writer = pq.ParquetWriter(self._path, table.schema)
+        for id in table.column("document_id").to_pylist():
+            self.documents += id != self._last
+            self._last = id
+        self.rows += table.num_rows
+        self._waiting.append(table)
+        while sum(part.num_rows for part in self._waiting) >= GROUP_ROWS:
+            self._flush(GROUP_ROWS)
+
+    def _flush(self, rows: int) -> None:
+        whole = pa.concat_tables(self._waiting)
+        if self._writer is not None:
+            self._writer.write_table(whole.slice(0, rows), row_group_size=rows)
+        self._waiting = [whole.slice(rows)]
+
+    def __enter__(self) -> _Writer:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        left = sum(part.num_rows for part in self._waiting)
+        if kind is None and left:
+            self._flush(left)
+        if self._writer is not None:
+            self._writer.close()
+
+
+def build_indexes(
+    config: Config,
+    name: str,
+    vectors: Sequence[Artifact],
+    passages: Sequence[Artifact],
+    *,
+    executor: Executor,
+    say: Callable[[str], None] = lambda line: None,
+) -> tuple[Artifact, ...]:
+    """The index of each shard, built where it is missing; all are verified.
+
+    Args:
+        config: the run.
+        name: of the encoder.
+        vectors, passages: of each shard.
+        executor: builds each in a task, on different nodes where they can be.
+        say: gets how many there are to build.
+
+    Raises:
+        ArtifactError: if a check of :func:`verify_index` fails.
+        ResourceError: if no node has room for one.
+    """
+    store, rows = vectors[0].store, max(made.info["rows"] for made in vectors)
+    dimension = vector_blocks(vectors[0]).dimension
+    planned = first_planned(config.index, rows, dimension)
+    apart = partial(
+        executor.in_order,
+        num_cpus=config.scale.cpu_workers or 1,
+        memory=planned.memory_bytes + 4.0 * planned.training_rows * dimension,
+    )
+    factory = planned.factory if config.index.factory == AUTO else config.index.factory
+    lists, trained = lists_to_share(factory), None
+    if lists and config.scale.incremental:
+        trained = centroids.standing(store, vectors[0], name, factory, lists)
+    if lists and trained is None:
+        plan = centroids.plan(vectors, name, factory, lists)
+        [ref] = apart(_TrainCentroids(plan), [list(vectors)], 1)
+        trained = store.open(ref)
+    parts = [
+        (index.plan(config, made, cut, made.manifest.name, trained), made, cut, trained)
+        for made, cut in zip(vectors, passages, strict=True)
+    ]
+    missing = sum(store.find(plan) is None for plan, *_ in parts)
+    say(f"  {missing} of {len(parts)} shards to index, all to verify")
+    return tuple(map(store.open, apart(_BuildIndex(config), parts, len(parts))))
+
+
+@dataclass(frozen=True)
+class _TrainCentroids:
+    """Trains the centroids of all shards; travels to a task."""
+
+    plan: Plan
+
+    def __call__(self, vectors: Sequence[Artifact]) -> str:
+        """Their ref."""
+        store = vectors[0].store
+        made, _ = store.get_or_build(self.plan, lambda to: centroids.build(to, vectors), alone=True)
+        return made.ref
+
+
+@dataclass(frozen=True)
+class _BuildIndex:
+    """Builds the index of a shard and verifies it; travels to a task.
+
+    Attributes:
+        config: the run.
+    """
+
+    config: Config
+
+    def __call__(self, parts: tuple[Plan, Artifact, Artifact, Artifact | None]) -> str:
+        """The index's ref; of its plan, its vectors, passages and centroids.
+
+        Raises:
+            ArtifactError: if a check of :func:`verify_index` fails.
+        """
+        plan, vectors, passages, trained = parts
+        made, _ = vectors.store.get_or_build(
+            plan,
+            lambda to: index.build(to, self.config, vectors, passages, trained),
+            alone=True,
+        )
+        found = verify_index(made, samples=0, seed=0)
+        if found.faults:
+            raise ArtifactError(
+                f"{made.uri} is not sound: {'; '.join(found.faults)}",
+                action="delete that folder, and run it again with scale.incremental=false",
+            )
+        return made.ref
