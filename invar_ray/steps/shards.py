@@ -81,6 +81,61 @@ def name(shard: int, count: int) -> str:
     return f"{shard + 1}of{count}"
 
 
+def plan(config: Config, passages: Artifact, shard: int, count: int, content: str) -> Plan:
+    """The ``passages`` of a shard, counted from 0, among so many; ``content`` is a hash of its
+    rows.
+    """
+    cutting = ("chunk_tokens", "chunk_stride", "tokenizer", "metadata")
+    return Plan(
+        kind="passages",
+        name=f"{config.name}-{name(shard, count)}",
+        config={key: passages.manifest.config[key] for key in cutting}
+        | {"shard": [shard, count], "content": content, "split": VERSION},
+        parents={},
+        version=passages.manifest.version,
+    )
+
+
+def cut(config: Config, passages: Artifact, count: int) -> list[Artifact]:
+    """The ``passages`` of each shard, in the memory of some rows; those that stand stay.
+
+    Raises:
+        ConfigError: if a shard would be empty.
+    """
+    contents = _contents(passages, count)
+    plans = [plan(config, passages, shard, count, contents[shard]) for shard in range(count)]
+    store = passages.store
+    missing = [one for one in plans if store.find(one) is None]
+    with contextlib.ExitStack() as stack:
+        made = [stack.enter_context(store.build(one)) for one in missing]
+        if made:
+            build(made, passages)
+    return [store.open(one.ref) for one in plans]
+
+
+def _contents(passages: Artifact, count: int) -> list[str]:
+    """A hash of the rows of each shard: all that a reader of it sees."""
+    hashers = [hashlib.sha256() for _ in range(count)]
+    rows = [0] * count
+    for shard, table in _shards(passages, range(count), count):
+        rows[shard] += table.num_rows
+        for row in table.to_pylist():
+            hashers[shard].update(json.dumps(row).encode())
+    if not all(rows):
+        raise ConfigError(
+            f"index.shards is {count}: shard {rows.index(0) + 1} of {sum(rows):,} passages is "
+            "empty",
+            expected="fewer shards than documents, by far",
+            action="set index.shards lower, or to auto",
+        )
+    return [hasher.hexdigest() for hasher in hashers]
+
+
+def name(shard: int, count: int) -> str:
+    """Of a shard, counted from 0, among so many: ``2of4`` is the second."""
+    return f"{shard + 1}of{count}"
+
+
 def cut(config: Config, passages: Artifact, count: int) -> list[Artifact]:
     """The ``passages`` of each shard, in the memory of some rows; those that stand stay.
 
