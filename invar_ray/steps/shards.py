@@ -131,54 +131,6 @@ def _contents(passages: Artifact, count: int) -> list[str]:
     return [hasher.hexdigest() for hasher in hashers]
 
 
-def name(shard: int, count: int) -> str:
-    """Of a shard, counted from 0, among so many: ``2of4`` is the second."""
-    return f"{shard + 1}of{count}"
-
-
-def cut(config: Config, passages: Artifact, count: int) -> list[Artifact]:
-    """The ``passages`` of each shard, in the memory of some rows; those that stand stay.
-
-    Raises:
-        ConfigError: if a shard would be empty.
-    """
-    store, plans = passages.store, _plans(config, passages, count)
-    missing = [plan for plan in plans if store.find(plan) is None]
-    with contextlib.ExitStack() as stack:
-        made = [stack.enter_context(store.build(plan)) for plan in missing]
-        if made:
-            build(made, passages)
-    return [store.open(plan.ref) for plan in plans]
-
-
-def _plans(config: Config, passages: Artifact, count: int) -> list[Plan]:
-    contents = [hashlib.sha256() for _ in range(count)]
-    rows = [0] * count
-    for shard, table in _shards(passages, range(count), count):
-        rows[shard] += table.num_rows
-        for row in table.to_pylist():
-            contents[shard].update(json.dumps(row).encode())
-    if not all(rows):
-        raise ConfigError(
-            f"index.shards is {count}: shard {rows.index(0) + 1} of {sum(rows):,} passages is "
-            "empty",
-            expected="fewer shards than documents, by far",
-            action="set index.shards lower, or to auto",
-        )
-    cutting = ("chunk_tokens", "chunk_stride", "tokenizer", "metadata")
-    return [
-        Plan(
-            kind="passages",
-            name=f"{config.name}-{name(shard, count)}",
-            config={key: passages.manifest.config[key] for key in cutting}
-            | {"shard": [shard, count], "content": hasher.hexdigest(), "split": VERSION},
-            parents={},
-            version=passages.manifest.version,
-        )
-        for shard, hasher in enumerate(contents)
-    ]
-
-
 def build(buildings: Sequence[Building], passages: Artifact) -> None:
     """Fill shards in one pass over all passages.
 
