@@ -364,6 +364,7 @@ CONDITIONAL = {
     "index.factory": "above",
     "index.num_lists_searched": "for IVF factories, below",
     "index.max_memory_mb": "for the factory auto, below",
+    "index.shards": "cuts what jobs.reindex makes, in test_shards",
     "index.max_latency_ms": "for the factory auto, below",
 }
 
