@@ -41,6 +41,28 @@ def length_batches(lengths: Sequence[int], tokens_per_batch: int) -> Iterator[li
         start += count
 
 
+def by_length(
+    encode: Callable[[Tensor, Tensor], Tensor], rows_per_part: int
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """``encode`` ([n, T] ids, [n, T] mask -> [n, D]) over rows of like length, each part without
+    the columns that are padding in all of it; the vectors in the rows' order.
+
+    The number of parts follows from the number of rows alone: ranks with equally many rows call
+    ``encode`` equally often.
+    """
+
+    def encode_parts(ids: Tensor, mask: Tensor) -> Tensor:
+        lengths = mask.sum(dim=1)
+        order = lengths.argsort(descending=True, stable=True)
+        parts = []
+        for rows in order.split(rows_per_part):
+            width = int(lengths[rows[0]])
+            parts.append(encode(ids[rows, :width], mask[rows, :width]))
+        return torch.cat(parts)[order.argsort().to(parts[0].device)]
+
+    return encode_parts
+
+
 def packs(lengths: Sequence[int], capacity: int) -> list[list[int]]:
     """Positions in groups whose lengths add up to at most ``capacity`` (a longer one is alone):
     first fit, longest first, as in bin packing.

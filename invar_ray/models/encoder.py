@@ -35,7 +35,7 @@ from invar_ray.models.batching import (
     encode_in_batches,
     pad_right,
 )
-from invar_ray.models.loading import BaseOpener, open_model
+from invar_ray.models.loading import ATTENTION, BaseOpener, open_model
 from invar_ray.models.minilm import (
     CoarseEncoder,
     coarse_passage_ids,
@@ -260,6 +260,7 @@ def open_trunk(
     precision: str = "fp32",
     device: str = "cpu",
     *,
+    attention: str = ATTENTION,
     quantize: Quantize | None = None,
     open_base_tree: BaseOpener | None = None,
 ) -> tuple[PreTrainedModel, Any]:
@@ -273,7 +274,9 @@ def open_trunk(
     if open_base_tree is not None:
         model, tokenizer = open_base_tree(spec.base, store)
     else:
-        model, tokenizer = open_model(spec.base, store, precision, device, quantize=quantize)
+        model, tokenizer = open_model(
+            spec.base, store, precision, device, attention=attention, quantize=quantize
+        )
     keep_first_layers(model, spec.num_layers)
     longest = max(spec.query_max_tokens, spec.passage_max_tokens)
     # An encoder has one learned vector for each position: beyond them it stops in the middle.

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
 from invar_ray.errors import ModelError, RequestError
@@ -131,6 +132,9 @@ class Generator:
                 action="use the tokenizer that belongs to the model",
             )
         self.model, self.tokenizer, self.version = model.eval(), tokenizer, version
+        head = model.get_output_embeddings()
+        if head is not None and _in_one_block not in head._forward_pre_hooks.values():
+            head.register_forward_pre_hook(_in_one_block)
         self.certainty: dict[str, Any] | None = None
         self.max_context: int = int(context)
         pad = tokenizer.pad_token_id
@@ -305,6 +309,13 @@ class Generator:
         text = text.strip()
         row.send(text)  # what was held back because it might have become a stop string
         return Generation(text, logprobs[: len(ids)], len(ids), finish, len(row.prompt))
+
+
+def _in_one_block(_: Any, states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """The last positions of a batch of prompts lie apart in memory, and torch's matmul would then
+    copy the head's weights once a prompt (SmolLM2, 16 prompts: a sixth of the time).
+    """
+    return (states[0].contiguous(), *states[1:])
 
 
 def _end_tokens(model: Any, tokenizer: Any) -> list[int]:

@@ -218,12 +218,18 @@ def _answer_with(
         for number, prompt in enumerate(question)
     ]
     size = config.evaluation.answer_batch_size
+    # Prompts of like length together, longest first: little padding, and time left is told well.
+    order = sorted(
+        range(len(flat)), key=lambda place: -sum(len(hit.text) for hit in flat[place][1])
+    )
     blocks = [
         {
             "block": number,
-            "questions": [question for question, _, _ in flat[start : start + size]],
-            "hits": [[asdict(hit) for hit in hits] for _, hits, _ in flat[start : start + size]],
-            "gold": [gold for _, _, gold in flat[start : start + size]],
+            "questions": [flat[place][0] for place in order[start : start + size]],
+            "hits": [
+                [asdict(hit) for hit in flat[place][1]] for place in order[start : start + size]
+            ],
+            "gold": [flat[place][2] for place in order[start : start + size]],
         }
         for number, start in enumerate(range(0, len(flat), size))
     ]
@@ -267,7 +273,9 @@ def _answer_with(
             for answer in row["answers"]
         ]
         progress.advance(len(row["answers"]))
-    answers = iter([answer for number in sorted(found) for answer in found[number]])
+    in_blocks = [answer for number in sorted(found) for answer in found[number]]
+    in_order = dict(zip(order, in_blocks, strict=True))
+    answers = (in_order[place] for place in range(len(flat)))
     return {
         task.label: [[next(answers) for _ in question] for question in task.prompts]
         for task in tasks

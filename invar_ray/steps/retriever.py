@@ -20,7 +20,7 @@ from invar_ray.store.garbage import remove
 from invar_ray.training.stage import NEGATIVES_FILE
 from invar_ray.training.trainer import train
 
-VERSION = 2
+VERSION = 3
 
 
 STARTER = "builtin:starter"

@@ -83,6 +83,17 @@ def test_equals_a_manual_forward_pass(
         assert result.confidence == pytest.approx(sum(logprobs) / 6, abs=1e-4)
 
 
+def test_the_head_sees_states_in_one_block(model: LlamaForCausalLM, generator: Generator) -> None:
+    """Else torch copies its weights once a prompt."""
+    seen: list[bool] = []
+    handle = model.lm_head.register_forward_pre_hook(
+        lambda _, states: seen.append(states[0].is_contiguous())
+    )
+    generator.generate(["one two", "three four five", "six"], max_new_tokens=2)
+    handle.remove()
+    assert seen == [True, True]
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_batch_equals_one_by_one(generator: Generator, temperature: float) -> None:
     options: dict[str, Any] = {"max_new_tokens": 8, "temperature": temperature, "seed": 5}

@@ -127,9 +127,11 @@ def test_every_loader_takes_the_precision_that_was_made(
     loaded.clear()
     LOADERS[loader](made)
     wanted = DTYPES[made.run.config.model.precision]
+    # The backward of torch's own kernel is slow on a CPU in bf16.
+    kernel = "eager" if loader == "stage 1" and wanted == torch.bfloat16 else "sdpa"
     assert loaded
     for name, types, devices, attention in loaded:
-        assert (types, devices, attention) == ({wanted}, {"cpu"}, "sdpa"), name
+        assert (types, devices, attention) == ({wanted}, {"cpu"}, kernel), name
 
 
 def test_colocated_loads_one_base_for_both(made: Made, loaded: Loaded) -> None:
