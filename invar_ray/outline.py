@@ -13,6 +13,7 @@ from invar_ray.answering.rerank import Reranking
 from invar_ray.config import Config
 from invar_ray.models.meta import Weights
 from invar_ray.steps.hits import SearchMode
+from invar_ray.steps.trainset import is_own_teacher
 
 Goal = Literal["retriever", "generator", "report"]
 
@@ -68,11 +69,15 @@ def outline(
     )
     reading = min(stage2.max_tokens, stage2.top_k * tokens + 60)
     answer = 2.0 * (shapes[1].layer * shapes[1].layers + shapes[1].head)
+    bare = [("embed passages (base)", embed), ("index (base)", 0.5)]
     steps = [
         ("embed passages (minilm)", teacher),
         ("index (minilm)", 0.5),
-        ("embed passages (base)", embed),
-        ("index (base)", 0.5),
+        *(
+            []
+            if is_own_teacher(config)
+            else [("embed passages (base)", embed), ("index (base)", 0.5)]
+        ),
         ("training set", search(train, 1)),
         (
             "stage 1: retriever",

@@ -51,6 +51,14 @@ _BLOCK = pa.schema(
 )
 
 
+def is_own_teacher(config: Config) -> bool:
+    """Whether stage 1 starts from the very model that teaches it: its negatives are then mined from
+    the teacher's index, and nothing is embedded twice.
+    """
+    model = config.model
+    return model.retriever_base == config.coarse.model and model.retriever_layers is None
+
+
 def plan(
     config: Config, passages: Artifact, questions: Artifact, index: Artifact, teacher: Artifact
 ) -> Plan:

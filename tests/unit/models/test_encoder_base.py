@@ -21,10 +21,12 @@ from invar_ray.config import LoraConfig
 from invar_ray.errors import ModelError
 from invar_ray.executor import Here
 from invar_ray.models.adapters import load_adapter, new_adapter
-from invar_ray.models.base import resolve_retriever_base
+from invar_ray.models.base import describe, resolve_retriever_base
 from invar_ray.models.batching import pad_right
 from invar_ray.models.encoder import EncoderSpec, llm_spec, open_encoder, query_ids
 from invar_ray.models.loading import open_model
+from invar_ray.models.meta import weigh
+from invar_ray.outline import outline
 from invar_ray.pipeline import Pipeline
 from invar_ray.steps import retriever as retriever_step
 from invar_ray.store.artifacts import Artifact, Building, Plan
@@ -387,3 +389,16 @@ def test_minilm_is_a_base_that_every_node_can_open(tmp_path: Path, minilm_path: 
             quiet=True,
             executor=Here(),
         ).base
+
+
+def test_a_base_that_is_its_own_teacher_is_embedded_once(bert: Path, tmp_path: Path) -> None:
+    """Negatives come from the teacher's index; the plan that is printed says so, too."""
+    run = Run(tmp_path, bert, f"coarse.model={bert}")
+    assert run.trainset.parent("index").ref == run.coarse_index.ref
+    assert run.trainset.info["mining"]["kept"] > 0
+    assert not [label for label in run.seconds if "(base)" in label]
+    shapes = (weigh(describe(run.retriever_base, run.store)), weigh(describe(run.base, run.store)))
+    said = dict(outline(run.config, shapes, "retriever", 24, 12, 12))
+    assert not [label for label in said if "(base)" in label]
+    other = Run(tmp_path, bert, "model.retriever_layers=1", f"coarse.model={bert}")
+    assert other.mined_index.ref == other.base_index.ref
