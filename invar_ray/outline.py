@@ -73,11 +73,7 @@ def outline(
     steps = [
         ("embed passages (minilm)", teacher),
         ("index (minilm)", 0.5),
-        *(
-            []
-            if is_own_teacher(config)
-            else [("embed passages (base)", embed), ("index (base)", 0.5)]
-        ),
+        *([] if is_own_teacher(config) else bare),
         ("training set", search(train, 1)),
         (
             "stage 1: retriever",
