@@ -46,7 +46,7 @@ class IndexConfig:
     no limit."""
     max_latency_ms: PositiveFloat | None = None
     """For ``auto``: longest search of one query on one core, as the planner predicts it; ``null``
-    is 50.
+    is 50, or what the quickest takes that can be built.
     """
     shards: PositiveInt | Literal["auto"] = "auto"
     """How many indexes ``jobs.reindex`` makes of the corpus, which is cut by a hash of the

@@ -83,15 +83,23 @@ def index_settings(settings: IndexConfig) -> dict[str, Any]:
     }
 
 
-def first_planned(settings: IndexConfig, rows: int, dimension: int) -> Candidate:
+def first_planned(
+    settings: IndexConfig, rows: int, dimension: int, *, strict: bool = False
+) -> Candidate:
     """What is predicted of the index that a config asks for: of ``auto`` the type tried first.
+
+    Args:
+        settings: what is asked for.
+        rows, dimension: N and D.
+        strict: a type that misses the latency is none, whether somebody asked for it or not.
 
     Raises:
         ResourceError: if no type fits the limits.
     """
     need = Limits.of(settings).need(rows, dimension)
     if settings.factory == AUTO:
-        return plan_index(need).tries[0]
+        asked = strict or settings.max_latency_ms is not None
+        return plan_index(need, strict=asked).tries[0]
     return named(settings.factory, need)
 
 
@@ -195,7 +203,7 @@ def _build_planned(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     need = limits.need(blocks.rows, blocks.dimension)
-    choice = plan_index(need)
+    choice = plan_index(need, strict=limits.max_latency_ms is not None)
     say(render(choice))
     trial = sampled_trial(blocks, limits.num_queries)
     best, best_factory = 0.0, ""

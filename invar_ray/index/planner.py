@@ -11,7 +11,7 @@ measured (:mod:`invar_ray.index.build`), and refused below the target.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from invar_ray.errors import ResourceError
@@ -38,6 +38,9 @@ _NEIGHBOURS = 32
 """G of the graph; its lowest layer keeps 2 G."""
 POINTS_PER_LIST = 64
 """Training rows per list; FAISS warns below 39 and drops those above 256."""
+MOST_ALONE_S = 7200.0
+"""Longest build by one process, in seconds: what cannot be built in parts, a graph, is out above
+it, for it would keep a nightly job to the day."""
 _FLAT_QUANTIZER = 65_536
 """Most lists whose centroids are compared one by one; above, a graph finds them."""
 
@@ -127,16 +130,36 @@ class Choice:
     rejected: tuple[tuple[Candidate, str], ...]
 
 
-def plan_index(need: Need) -> Choice:
+def plan_index(need: Need, *, strict: bool = True) -> Choice:
     """Order the types by what they lose: exact, IVF on floats, IVF on 8-bit scalars, a graph,
     product codes.
 
     The graph comes late although it is the quickest to search: it can neither be built in parts nor
     shrink.
 
+    Args:
+        need: what it must do.
+        strict: ``False``: nobody asked for the latency, so where no type has it, those that miss
+            nothing else are taken, the quickest first, at any depth.
+
     Raises:
         ResourceError: if no type can meet the limits; says by how much each misses.
     """
+    choice = _choice(need)
+    if not choice.tries and not strict:
+        slower = _choice(replace(need, max_latency_ms=math.inf))
+        by_latency = sorted(slower.tries, key=lambda candidate: candidate.latency_ms)
+        choice = Choice(need, tuple(by_latency), slower.rejected)
+    if not choice.tries:
+        raise ResourceError(
+            f"no index type fits:\n{render(choice)}\n",
+            action="raise index.max_memory_mb or index.max_latency_ms, lower index.recall_target, "
+            "or cut the corpus into shards (index.shards)",
+        )
+    return choice
+
+
+def _choice(need: Need) -> Choice:
     tries, rejected = [], []
     for candidate in candidates(need):
         reason = _reason(candidate, need)
@@ -144,15 +167,7 @@ def plan_index(need: Need) -> Choice:
             rejected.append((candidate, reason))
         else:
             tries.append(candidate)
-    choice = Choice(need, tuple(tries), tuple(rejected))
-    if not tries:
-        raise ResourceError(
-            f"no index type fits:\n{render(choice)}\n",
-            action="raise index.max_memory_mb or index.max_latency_ms, lower index.recall_target, "
-            "or cut the corpus "
-            "into shards",
-        )
-    return choice
+    return Choice(need, tuple(tries), tuple(rejected))
 
 
 def named(factory: str, need: Need) -> Candidate:
@@ -263,6 +278,8 @@ def _reason(candidate: Candidate, need: Need) -> str:
         reasons.append(f"needs {_size(candidate.memory_bytes)}")
     if candidate.latency_ms > need.max_latency_ms:
         reasons.append(f"takes {candidate.latency_ms:.3g} ms")
+    if not candidate.merges and candidate.build_seconds > MOST_ALONE_S:
+        reasons.append(f"takes {_time(candidate.build_seconds)} to build, by one process")
     if candidate.recall < need.recall_target:
         reasons.append(f"recall@10 of about {candidate.recall:.2f}")
     return " and ".join(reasons)

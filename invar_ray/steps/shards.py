@@ -65,7 +65,7 @@ def number(settings: IndexConfig, rows: int, dimension: Callable[[], int]) -> in
 
 
 def _fitting(settings: IndexConfig, rows: int, dimension: int) -> Candidate:
-    found = first_planned(settings, rows, dimension)
+    found = first_planned(settings, rows, dimension, strict=True)
     most = Limits.of(settings).max_memory_bytes
     if most is not None and found.memory_bytes > most:
         raise ResourceError(

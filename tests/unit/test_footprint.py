@@ -38,7 +38,7 @@ def test_llama3_8b_on_eight_gpus_is_what_arithmetic_says(ledger: dict[str, Step]
 
 def test_a_mapped_index_counts_once_a_node(ledger: dict[str, Step]) -> None:
     step = ledger["hits of dev questions in the base index"]
-    assert step.actors[1].mapped > 21e6 * 4096 * 2
+    assert step.actors[1].mapped > 21e6 * 4096  # IVF on 8-bit values
     one, two = host_bytes(step, H100S), host_bytes(step, replace(H100S, nodes=2))
     assert one - two == pytest.approx(4 * step.actors[1].host)
 

@@ -5,6 +5,7 @@ takes.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -104,6 +105,20 @@ def test_codes_are_as_long_as_memory_allows() -> None:
         for memory in (250_000_000, 150_000_000, 100_000_000)
     ]
     assert sizes == ["192x8np", "96x8np", "48x8np"]
+
+
+def test_a_graph_that_takes_a_night_is_not_chosen() -> None:
+    need = Need(21_000_000, 4096)  # 32 hours of one process
+    with pytest.raises(ResourceError, match=r"takes 32\.5 h to build, by one process"):
+        plan_index(need)
+    choice = plan_index(need, strict=False)  # the 50 ms are nobody's wish
+    assert [each.kind for each in choice.tries] == ["IVF-SQ8", "IVF-Flat", "Flat"]
+    assert all(each.merges for each in choice.tries)
+    assert choice.tries[0].depths[-1] == number_of_lists(need.rows)
+    reasons = {candidate.kind: reason for candidate, reason in choice.rejected}
+    assert reasons["HNSW"] == "takes 32.5 h to build, by one process"
+    part = plan_index(replace(need, rows=need.rows // 16))
+    assert part.tries[0].kind == "IVF-SQ8"
 
 
 def test_what_cannot_be_done_says_by_how_much() -> None:
