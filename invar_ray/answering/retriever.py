@@ -304,7 +304,7 @@ def open_retriever(
         _same_adapter(artifact, spec, open_artifact(adapter_uri, "retriever"))
     index = load_index(artifact, memory_map=memory_map)
     passages = artifact.parent("passages")
-    passages.verify()
+    passages.verify_copy()
     rows = Passages(passages)
     if len(rows) != index.size:
         raise MixedArtifactsError(

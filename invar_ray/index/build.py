@@ -161,7 +161,10 @@ def build_index(
         "dimension": blocks.dimension,
         **info,
     }
-    (building.path / "probes.parquet").write_bytes(vectors.path("probes.parquet").read_bytes())
+    store = vectors.store
+    # Not by vectors.path(), which takes all of an object store's vectors to this machine.
+    with store.filesystem.open_input_file(store.location(f"{vectors.ref}/probes.parquet")) as file:
+        (building.path / "probes.parquet").write_bytes(file.read())
 
 
 def _build_named(

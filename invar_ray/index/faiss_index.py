@@ -364,13 +364,13 @@ def open_index(path: Path, depth: int = 1, *, memory_map: bool = False) -> Index
 
 
 def load_index(artifact: Artifact, *, memory_map: bool = False) -> Index:
-    """Load and verify an ``index`` artifact; errors as :meth:`Artifact.verify`.
+    """Load and verify an ``index`` artifact; errors as :meth:`Artifact.verify_copy`.
 
     Args:
         artifact: of kind ``index``.
         memory_map: see :func:`open_index`.
     """
-    artifact.verify()
+    artifact.verify_copy()
     depth = artifact.info.get("search_depth", artifact.info.get("num_lists_searched", 1))
     return open_index(artifact.path(INDEX_FILE), int(depth), memory_map=memory_map)
 

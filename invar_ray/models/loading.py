@@ -182,7 +182,7 @@ def open_generator(
         ArtifactError: if the artifact cannot be used.  ModelError: if its base is gone or changed.
     """
     artifact = open_artifact(generator_uri, "generator")
-    artifact.verify()
+    artifact.verify_copy()
     base = BaseRef(**artifact.info["base"])
     if open_base_tree is None:
         model, tokenizer = open_model(base, artifact.store, precision or made_in(artifact), device)

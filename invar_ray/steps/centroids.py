@@ -76,7 +76,7 @@ def load_centroids(artifact: Artifact) -> Vectors:
     Raises:
         CorruptArtifactError: the file is not the one that was written.
     """
-    artifact.verify()
+    artifact.verify_copy()
     return np.asarray(np.load(artifact.path(_FILE), allow_pickle=False), dtype=np.float32)
 
 

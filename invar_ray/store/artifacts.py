@@ -102,6 +102,13 @@ class Artifact:
         """
         self.store.check_files(self.ref, self.manifest, contents=True)
 
+    def verify_copy(self) -> None:
+        """As :meth:`verify`, for who then reads what :meth:`path` gives: of an object store the
+        local copy is read, and not what lies there.
+        """
+        folder = self.path().as_posix()
+        check_files(folder, fs.LocalFileSystem(), self.manifest, True, self.uri)
+
 
 @dataclass
 class Building:
@@ -289,14 +296,21 @@ class Store:
         return self.open(plan.ref), False
 
     def local_folder(self, artifact: Artifact) -> Path:
-        """Local folder of an artifact; for object stores a verified copy in the user's cache."""
+        """Local folder of an artifact; for object stores a verified copy in the user's cache, which
+        the first of a machine's processes makes and the others wait for.
+        """
         if self.is_local:
             return Path(self.location(artifact.ref))
         cache = Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "invar_ray"
         target = cache / f"{artifact.manifest.kind}-{artifact.fingerprint}"
         if (target / MANIFEST).exists():
             return target
-        cache.mkdir(parents=True, exist_ok=True)
+        with _locked(cache / ".locks" / target.name):
+            if not (target / MANIFEST).exists():
+                self._download(artifact, cache, target)
+        return target
+
+    def _download(self, artifact: Artifact, cache: Path, target: Path) -> None:
         staging = Path(tempfile.mkdtemp(dir=cache, prefix=".download-"))
         fs.copy_files(
             self.location(artifact.ref),
@@ -313,9 +327,8 @@ class Store:
         )
         try:
             staging.rename(target)
-        except OSError:  # another process was faster; its copy is as good
+        except OSError:  # a machine whose cache is shared was faster; its copy is as good
             shutil.rmtree(staging, ignore_errors=True)
-        return target
 
     def check_files(self, ref: str, manifest: Manifest, *, contents: bool) -> None:
         """Compare files with the manifest; see :meth:`Artifact.verify`."""
@@ -377,13 +390,7 @@ class Store:
         fixed name.
         """
         place = Path(self.root) / ".locks" / f"{plan.kind}-{plan.fingerprint}"
-        place.parent.mkdir(parents=True, exist_ok=True)
-        with open(place, "w", encoding="utf-8") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                console.say(f"  another run is making {plan.ref}: waiting for it")
-                fcntl.flock(lock, fcntl.LOCK_EX)
+        with _locked(place, f"  another run is making {plan.ref}: waiting for it"):
             yield
 
     def _rename(self, staging: Path, final: Path) -> None:
@@ -410,6 +417,20 @@ class Store:
                 f"cannot read {path} ({error})",
                 action="check the bucket, the credentials and the network",
             ) from error
+
+
+@contextlib.contextmanager
+def _locked(place: Path, waiting: str = "") -> Iterator[None]:
+    """Hold a file's lock; who has to wait for it says so."""
+    place.parent.mkdir(parents=True, exist_ok=True)
+    with open(place, "w", encoding="utf-8") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if waiting:
+                console.say(waiting)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def check_trained(root_uri: str, kind: str) -> None:

@@ -90,7 +90,7 @@ def export_adapter(
         raise DataError(
             f"{folder} is there and not empty", expected="a new folder", action="name another one"
         )
-    adapter.verify()
+    adapter.verify_copy()
     if report is not None and not _mentions(report, adapter.ref):
         raise MixedArtifactsError(
             f"{report.uri} does not measure {adapter.uri}",

@@ -4,6 +4,13 @@ would be.
 
 from __future__ import annotations
 
+import contextlib
+import re
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +74,63 @@ def test_publish_find_open_verify_and_download(store: Store, tmp_path: Path) -> 
     assert (folder / "deep" / "notes.txt").read_text(encoding="utf-8") == "hello"
     assert (folder / "shards" / "part-0.bin").read_bytes() == b"\x00\x01" * 500
     assert opened.path("deep/notes.txt") == folder / "deep" / "notes.txt"
-    assert [path.name for path in (tmp_path / "cache" / "invar_ray").iterdir()] == [folder.name], (
-        "no rests of downloads"
-    )
+    left = {path.name for path in (tmp_path / "cache" / "invar_ray").iterdir()}
+    assert left == {folder.name, ".locks"}, "no rests of downloads"
+
+
+READ = """
+import sys
+from invar_ray.store.artifacts import open_artifact
+artifact = open_artifact(sys.argv[1])
+artifact.verify_copy()
+print(len(artifact.path("large.bin").read_bytes()))
+"""
+LARGE = 4_000_000
+
+
+def test_four_processes_of_a_machine_read_an_artifact_once(store: Store, tmp_path: Path) -> None:
+    def body(building: Building) -> None:
+        (building.path / "large.bin").write_bytes(bytes(LARGE))
+
+    made = store.get_or_build(PLAN, body)[0]
+    uri, query = made.uri.split("?")
+    found = re.search(r"127\.0\.0\.1(?::|%3A)(\d+)", query)
+    assert found is not None
+    with counting(int(found[1])) as (port, bytes_read):
+        asked = f"{uri}?{query.replace(found[1], str(port))}"
+        command = [sys.executable, "-c", READ, asked]
+        readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+        assert [reader.communicate(timeout=120)[0] for reader in readers] == [f"{LARGE}\n"] * 4
+        assert LARGE < bytes_read() < 1.1 * LARGE
+
+
+@contextlib.contextmanager
+def counting(upstream: int) -> Iterator[tuple[int, Callable[[], int]]]:
+    """A port before a server's, and how many bytes the server sent through it."""
+    counts: list[int] = []
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def copy(source: socket.socket, target: socket.socket, sent: list[int]) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65_536):
+                sent.append(len(data))
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+    def accept() -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                client, _ = listener.accept()
+                server = socket.create_connection(("127.0.0.1", upstream))
+                for pair in ((client, server, []), (server, client, counts)):
+                    threading.Thread(target=copy, args=pair, daemon=True).start()
+
+    threading.Thread(target=accept, daemon=True).start()
+    try:
+        yield listener.getsockname()[1], lambda: sum(counts)
+    finally:
+        listener.shutdown(socket.SHUT_RDWR)
+        listener.close()
 
 
 def test_parent_is_found_below_the_same_root(store: Store) -> None:
