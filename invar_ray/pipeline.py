@@ -197,9 +197,9 @@ class Pipeline:
     @cached_property
     def mined_index(self) -> Artifact:
         """What negatives are mined from: the index of the encoder that stage 1 starts from."""
-        if self.init is not None:
-            return self.index_with(self.init)
-        return self.coarse_index if trainset.is_own_teacher(self.config) else self.base_index
+        if trainset.is_own_teacher(self.config):
+            return self.coarse_index
+        return self.base_index if self.init is None else self.index_with(self.init)
 
     def arm(self, name: str) -> Pipeline:
         """The run of one of ``evaluation.arms``: another stage 1 over the same data, its steps told

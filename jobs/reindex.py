@@ -34,11 +34,13 @@ _COUNTED = ("embedded", "reused", "tombstones")
 
 
 def main(pipeline: Pipeline) -> None:
-    """Print what it took and the index's URI; several shards are published."""
+    """Print what it took and the index's URI; several shards are published, and one that takes the
+    place of several.
+    """
     published = Published(pipeline.store)
     before = published.current()
     shards = report(pipeline)
-    if len(shards) > 1:
+    if len(shards) > 1 or (before is not None and len(before.index) > 1):
         publish(published, shards, before.number if before else 0)
 
 

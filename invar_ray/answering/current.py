@@ -44,11 +44,15 @@ def current_index(store: Store, corpus: str | None = None) -> Artifact:
         published = Published(store)
         for version in reversed(published.history()):
             with contextlib.suppress(MissingArtifactError):  # collected
-                index = published.open(version)[0]
-                if _is_of(index, corpus):
-                    return index
+                shards = published.open(version)
+                if _is_of(shards[0], corpus):
+                    return _the_one(shards, store)
         return _made_last(store, corpus)
-    index, *more = current_shards(store)
+    return _the_one(current_shards(store), store)
+
+
+def _the_one(shards: list[Artifact], store: Store) -> Artifact:
+    index, *more = shards
     if more:
         raise MixedArtifactsError(
             f"the current version at {Published(store).uri} has {len(more) + 1} shards",

@@ -2,7 +2,8 @@
 all.
 
 They stand until the shards' size asks for another number of lists, so that a shard whose passages
-did not change keeps its index.
+did not change keeps its index: of a corpus that changed they are still the old sample's. Another
+corpus gets its own.
 """
 
 from __future__ import annotations
@@ -82,6 +83,7 @@ def load_centroids(artifact: Artifact) -> Vectors:
 
 def _settings(vectors: Artifact, factory: str, lists: int) -> dict[str, object]:
     return {
+        "corpus": vectors.parent("passages").info["source"],
         "encoder": vectors.manifest.config["encoder"],
         "precision": made_in(vectors),
         "factory": factory.partition(",")[0] + ",Flat",  # codes are each index's own

@@ -56,7 +56,8 @@ def is_own_teacher(config: Config) -> bool:
     the teacher's index, and nothing is embedded twice.
     """
     model = config.model
-    return model.retriever_base == config.coarse.model and model.retriever_layers is None
+    same = model.retriever_base == config.coarse.model and model.retriever_layers is None
+    return same and config.retriever.init is None
 
 
 def plan(

@@ -49,6 +49,8 @@ from invar_ray.training.stage import (
 )
 
 HELDOUT_QUESTIONS = 200
+SHORT_TOKENS = 512
+"""Up to here plain attention trains faster than torch's kernel, on a CPU in bf16."""
 HELDOUT_PASSAGES = 1000  # beside those of the held-out questions
 ROWS_PER_PART = 16
 """Texts that are padded together.  The demo's steps, whole: 1.45 places a token; in parts of 16:
@@ -87,7 +89,11 @@ class RetrieverStage:
         self._store = store
         self.trainset = self._open_trainset(inputs["trainset"])
         self._measured = self.trainset  # measurements stay comparable when negatives are refreshed
-        slow_kernel = config.model.precision == "bf16" and not config.scale.use_gpu
+        slow_kernel = (
+            config.model.precision == "bf16"
+            and not config.scale.use_gpu
+            and self.spec.passage_max_tokens <= SHORT_TOKENS
+        )
         base, self.tokenizer = open_trunk(
             self.spec,
             store,

@@ -31,5 +31,7 @@ def test_the_published_index_is_current_with_all_its_shards(tmp_path: Path) -> N
     assert [shard.ref for shard in current_shards(store)] == [first.ref, last.ref]
     with pytest.raises(MixedArtifactsError, match="has 2 shards"):
         current_index(store)
+    with pytest.raises(MixedArtifactsError, match="has 2 shards"):
+        current_index(store, str(tmp_path / "corpus.jsonl"))
     args = AppArgs(store_uri=store.root_uri, generator_uri="g").resolved()
     assert args.configured == (first.uri, last.uri)

@@ -400,5 +400,7 @@ def test_a_base_that_is_its_own_teacher_is_embedded_once(bert: Path, tmp_path: P
     shapes = (weigh(describe(run.retriever_base, run.store)), weigh(describe(run.base, run.store)))
     said = dict(outline(run.config, shapes, "retriever", 24, 12, 12))
     assert not [label for label in said if "(base)" in label]
+    started = support.with_retriever(run.config, init="of/an/adapter")
+    assert "embed passages (base)" in dict(outline(started, shapes, "retriever", 24, 12, 12))
     other = Run(tmp_path, bert, "model.retriever_layers=1", f"coarse.model={bert}")
     assert other.mined_index.ref == other.base_index.ref

@@ -160,6 +160,27 @@ def test_centroids_are_trained_once_and_stay(tmp_path: Path) -> None:
     assert trained not in gone, "an index that is not published stays, and so do its centroids"
 
 
+def test_another_corpus_gets_centroids_of_its_own(tmp_path: Path) -> None:
+    settings = ("index.shards=2", "index.factory=IVF8,SQ8", "index.num_lists_searched=8")
+    first = run(tmp_path, corpus(COUNT), *settings).reindexed
+    other = write_lines(tmp_path / "others.jsonl", corpus(COUNT + 1))
+    second = run(tmp_path, corpus(COUNT), *settings, f"corpus.uri={other}").reindexed
+    trained = [{index.manifest.parents["centroids"] for index in made} for made in (first, second)]
+    assert [len(refs) for refs in trained] == [1, 1]
+    assert trained[0] != trained[1]
+
+
+def test_one_index_takes_the_place_of_shards(tmp_path: Path) -> None:
+    """Else the service would stay with the old shards, and the job would say that all is well."""
+    reindex.main(run(tmp_path, corpus(COUNT), "index.shards=2"))
+    pipeline = run(tmp_path, corpus(COUNT - 1))
+    reindex.main(pipeline)
+    assert Published(pipeline.store).need().index == tuple(i.ref for i in pipeline.reindexed)
+    alone = run(tmp_path / "alone", corpus(12))
+    reindex.main(alone)
+    assert Published(alone.store).current() is None
+
+
 def test_damage_is_found_where_an_index_is_built_and_nothing_is_published(
     tmp_path: Path,
 ) -> None:
