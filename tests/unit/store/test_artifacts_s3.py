@@ -82,10 +82,12 @@ READ = """
 import sys
 from invar_ray.store.artifacts import open_artifact
 artifact = open_artifact(sys.argv[1])
+print("ready", flush=True)
+sys.stdin.readline()
 artifact.verify_copy()
 print(len(artifact.path("large.bin").read_bytes()))
 """
-LARGE = 4_000_000
+LARGE = 20_000_000
 
 
 def test_four_processes_of_a_machine_read_an_artifact_once(store: Store, tmp_path: Path) -> None:
@@ -99,7 +101,13 @@ def test_four_processes_of_a_machine_read_an_artifact_once(store: Store, tmp_pat
     with counting(int(found[1])) as (port, bytes_read):
         asked = f"{uri}?{query.replace(found[1], str(port))}"
         command = [sys.executable, "-c", READ, asked]
-        readers = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for _ in range(4)]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
+        readers = [subprocess.Popen(command, **pipes) for _ in range(4)]
+        for reader in readers:
+            assert reader.stdout.readline() == "ready\n"
+        for reader in readers:
+            reader.stdin.write("now\n")
+            reader.stdin.flush()
         assert [reader.communicate(timeout=120)[0] for reader in readers] == [f"{LARGE}\n"] * 4
         assert LARGE < bytes_read() < 1.1 * LARGE
 
