@@ -14,6 +14,9 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as compute
 import pyarrow.parquet as pq
 
 from invar_ray.config import Config
@@ -23,11 +26,12 @@ from invar_ray.schema import PASSAGE_SCHEMA
 from invar_ray.steps import index as index_step
 from invar_ray.steps import trainset as trainset_step
 from invar_ray.steps import vectors as vectors_step
-from invar_ray.steps.passages import VERSION, load_passages
+from invar_ray.steps.passages import VERSION
 from invar_ray.store.artifacts import Artifact, Building, Plan, Store
-from invar_ray.store.rowgroups import GroupWriter
+from invar_ray.store.rowgroups import TableWriter
 
 NAME = "refresh"
+_READ_ROWS = 8192
 
 
 def refresh_negatives(
@@ -125,19 +129,23 @@ def _part(config: Config, passages: Artifact, trainset: Artifact) -> Artifact:
     )
 
     def body(building: Building) -> None:
-        rows = load_passages(passages)
-        held = set(
-            pq.read_table(trainset.path("slots.parquet"), columns=["passage_id"])
-            .column(0)
-            .to_pylist()
-        )
-        drawn = random.Random(f"{config.seed}-part").sample(
-            range(len(rows)), math.ceil(share * len(rows))
-        )
-        kept = sorted({*drawn, *(row for row, passage in enumerate(rows) if passage.id in held)})
-        with GroupWriter(building.path / "passages.parquet", PASSAGE_SCHEMA) as writer:
-            for row in kept:
-                writer.add(rows[row], len(rows[row].text))
-        building.info |= {"passages": len(kept), "of": len(rows)}
+        slots = pq.read_table(trainset.path("slots.parquet"), columns=["passage_id"]).column(0)
+        held = slots.unique()
+        start = 0
+        with (
+            pq.ParquetFile(passages.path("passages.parquet")) as file,
+            TableWriter(building.path / "passages.parquet") as writer,
+        ):
+            count = file.metadata.num_rows
+            kept = np.zeros(count, bool)
+            draw = random.Random(f"{config.seed}-part")
+            kept[draw.sample(range(count), math.ceil(share * count))] = True
+            for batch in file.iter_batches(_READ_ROWS, columns=PASSAGE_SCHEMA.names):
+                some = pa.Table.from_batches([batch])
+                needed = compute.is_in(some.column("id"), value_set=held)
+                drawn = pa.array(kept[start : start + some.num_rows])
+                writer.add(some.filter(compute.or_(needed, drawn)))
+                start += some.num_rows
+        building.info |= {"passages": writer.rows, "of": count}
 
     return passages.store.get_or_build(plan, body, alone=True)[0]

@@ -13,8 +13,6 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from types import TracebackType
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +28,7 @@ from invar_ray.steps import centroids, index
 from invar_ray.steps.verify import verify_index
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.store.earlier import shard_of
-from invar_ray.store.rowgroups import GROUP_ROWS
+from invar_ray.store.rowgroups import TableWriter
 
 VERSION = 1
 _MOST = 4096
@@ -142,13 +140,17 @@ def build(buildings: Sequence[Building], passages: Artifact) -> None:
         writers = {}
         for building in buildings:
             shard, count = building.plan.config["shard"]
-            writers[shard] = stack.enter_context(_Writer(building.path / "passages.parquet"))
+            writers[shard] = stack.enter_context(TableWriter(building.path / "passages.parquet"))
+        documents, last = dict.fromkeys(writers, 0), dict.fromkeys(writers, "")
         for shard, table in _shards(passages, list(writers), count):
             writers[shard].add(table)
-    for building, writer in zip(buildings, writers.values(), strict=True):
+            for id in table.column("document_id").to_pylist():  # one's passages are neighbours
+                documents[shard] += id != last[shard]
+                last[shard] = id
+    for building, (shard, writer) in zip(buildings, writers.items(), strict=True):
         building.info |= {
             "source": passages.info["source"],
-            "documents": writer.documents,
+            "documents": documents[shard],
             "passages": writer.rows,
             "cut_from": passages.ref,
         }
@@ -168,50 +170,6 @@ def _shards(
             table = pa.Table.from_batches([batch])
             for shard in shards:
                 yield shard, table.filter(pa.array(owner == shard))
-
-
-class _Writer:
-    """Writes tables to a Parquet file in row groups whose borders depend on the rows alone."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._writer: pq.ParquetWriter | None = None
-        self._waiting: list[pa.Table] = []
-        self._last = ""
-        self.rows = self.documents = 0
-
-    def add(self, table: pa.Table) -> None:
-        """Add rows, those of a document one after the other."""
-        if self._writer is None:
-            self._writer = pq.ParquetWriter(self._path, table.schema)
-        for id in table.column("document_id").to_pylist():
-            self.documents += id != self._last
-            self._last = id
-        self.rows += table.num_rows
-        self._waiting.append(table)
-        while sum(part.num_rows for part in self._waiting) >= GROUP_ROWS:
-            self._flush(GROUP_ROWS)
-
-    def _flush(self, rows: int) -> None:
-        whole = pa.concat_tables(self._waiting)
-        if self._writer is not None:
-            self._writer.write_table(whole.slice(0, rows), row_group_size=rows)
-        self._waiting = [whole.slice(rows)]
-
-    def __enter__(self) -> _Writer:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        left = sum(part.num_rows for part in self._waiting)
-        if kind is None and left:
-            self._flush(left)
-        if self._writer is not None:
-            self._writer.close()
 
 
 def build_indexes(

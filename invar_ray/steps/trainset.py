@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 from safetensors.numpy import save_file
 
-from invar_ray.answering.bm25 import Bm25
+from invar_ray.answering.bm25 import FOLDER, Bm25
 from invar_ray.answering.retriever import Passages, open_retriever
 from invar_ray.config import Config
 from invar_ray.console import Progress
@@ -111,7 +111,7 @@ def build(
     )
     examples = answerable(asked, {passage.document_id for passage in gold.values()})
     positives = find_positives(examples, gold)
-    bm25 = _bm25(passages) if config.experimental.retriever.mining_bm25 else None
+    bm25 = _bm25(index, passages) if config.experimental.retriever.mining_bm25 else None
     report = MiningReport()
     g, depth, first_rank = (
         config.experimental.coarse.document_weight,
@@ -354,7 +354,11 @@ def _of_documents(
     return dict(zip(rows, table.rows(rows), strict=True))
 
 
-def _bm25(passages: Artifact) -> Bm25:
+def _bm25(index: Artifact, passages: Artifact) -> Bm25:
+    """Of all passages: the index's own, mapped, where it has one and searches no part of them."""
+    has_one = any(name.startswith(f"{FOLDER}/") for name in index.manifest.files)
+    if has_one and index.manifest.parents["passages"] == passages.ref:
+        return Bm25.open(index.path(FOLDER))
     table = pq.read_table(passages.path("passages.parquet"), columns=["title", "text"])
     return Bm25([f"{row['title']} {row['text']}" for row in table.to_pylist()])
 

@@ -202,7 +202,9 @@ def test_mined_negatives_pass_the_contrastive_mask(small: World) -> None:
         assert bool(allowed[i, column]) != other_cut
 
 
-def test_bm25_joins_and_the_rank_range_is_reported(small: World) -> None:
+def test_bm25_joins_and_the_rank_range_is_reported(
+    small: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def mined(**settings: Any) -> tuple[Artifact, list[set[str]]]:
         config = with_retriever(small.config, **settings)
         parents = (
@@ -221,6 +223,11 @@ def test_bm25_joins_and_the_rank_range_is_reported(small: World) -> None:
 
     rows = load_passages(small.passages)
     bm25 = Bm25([f"{row.title} {row.text}" for row in rows])
+
+    def refused(*_: Any) -> None:
+        raise AssertionError("the index has its own BM25: the corpus is not read as objects")
+
+    monkeypatch.setattr(Bm25, "__init__", refused)
     rewrites = load_rewrites(small.questions, "train")
     few = {"mining_depth": 8, "num_hard_negatives": 40}
     (plain, dense), (_, both) = mined(**few), mined(**few, mining_bm25=True)
