@@ -240,10 +240,9 @@ class Store:
         the contents are
             equal.
         """
-        suffix = "" if resumable else f"-{uuid.uuid4().hex[:8]}"
+        held = contextlib.ExitStack()
         if self.is_local:
-            staging = Path(self.root) / ".staging" / f"{plan.kind}-{plan.fingerprint}{suffix}"
-            staging.mkdir(parents=True, exist_ok=True)
+            staging = held.enter_context(self._staging(plan, resumable))
             building = Building(plan, staging, self.filesystem, str(staging))
         else:
             staging = Path(tempfile.mkdtemp(prefix="invar-"))
@@ -261,6 +260,31 @@ class Store:
         finally:
             if not (resumable and self.is_local):
                 shutil.rmtree(staging, ignore_errors=True)
+            held.close()
+
+    @contextlib.contextmanager
+    def _staging(self, plan: Plan, resumable: bool) -> Iterator[Path]:
+        """The folder that an artifact of a local store is made in.  What a killed writer of the
+        same plan left is removed: the lock of its folder is free.
+        """
+        name, folder = f"{plan.kind}-{plan.fingerprint}", Path(self.root) / ".staging"
+        if resumable:
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            yield folder / name
+            return
+        locks = Path(self.root) / ".locks"
+        for left in folder.glob(f"{name}-*"):
+            lock = locks / f"staging-{left.name}"
+            with contextlib.suppress(OSError), open(lock, encoding="utf-8") as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left, ignore_errors=True)
+                lock.unlink()
+        name += f"-{uuid.uuid4().hex[:8]}"
+        lock = locks / f"staging-{name}"
+        with _locked(lock):
+            (folder / name).mkdir(parents=True)
+            yield folder / name
+            lock.unlink(missing_ok=True)
 
     def get_or_build(
         self,

@@ -7,6 +7,8 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -155,6 +157,33 @@ def test_body_that_raises_leaves_nothing(store: Store) -> None:
     assert store.find(PLAN) is None
     assert [path for path in Path(store.root).rglob("*") if path.is_file()] == []
     assert entries(Path(store.root) / ".staging") == []
+
+
+KILLED = """
+import os, signal, sys
+from invar_ray.store.artifacts import Plan, Store
+
+def body(building):
+    (building.path / "half.bin").write_bytes(b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+Store(sys.argv[1]).get_or_build(Plan("index", "small", {}), body)
+"""
+
+
+def test_what_a_killed_writer_left_is_removed_and_a_living_one_stays(store: Store) -> None:
+    plan, staging = Plan("index", "small", {}), Path(store.root) / ".staging"
+    subprocess.run([sys.executable, "-c", KILLED, store.root], check=False)
+    [dead] = entries(staging)
+    with store.build(plan) as living:
+        assert entries(staging) == [living.path.name] != [dead]
+        with store.build(plan) as other:
+            fill(other)
+            assert living.path.exists()
+        fill(living)
+    assert store.find(plan) is not None
+    assert entries(staging) == []
+    assert not list((Path(store.root) / ".locks").glob("staging-*"))
 
 
 def test_resumable_body_that_raises_leaves_its_staging_for_the_next_run(store: Store) -> None:
