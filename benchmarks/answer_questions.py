@@ -31,12 +31,13 @@ import torch
 from invar_ray import Rag, open_rag
 from invar_ray.answering.filters import Where
 from invar_ray.answering.followup import Turn
-from invar_ray.answering.rag import answer_with_hits
+from invar_ray.answering.rag import answer_batch
 from invar_ray.schema import Answer
 from invar_ray.steps.questions import load_examples
 from invar_ray.text.answers import contains_answer
 
 QUESTIONS = Path(__file__).parents[1] / "tests" / "assets" / "demo_questions.jsonl"
+BATCH, NEW_TOKENS = 16, 24
 STANDS, GONE = "document stands", "document gone"
 
 
@@ -93,26 +94,35 @@ def of_the_store(rag: Rag, count: int) -> Any:
         ),
     )
     if found is None:
-        parser_error = f"no questions in {rag.index.store.root_uri} whose documents are indexed"
-        raise SystemExit(parser_error)
+        raise SystemExit(f"no questions in {rag.index.store.root_uri} whose documents are indexed")
     examples = load_examples(found, "dev")
-    chosen = random.Random(0).sample(examples, min(2 * count, len(examples)))
-    for number, example in enumerate(chosen):
-        gone = number % 2 == 1
-        own = [passage for name in example.positive_ids for passage in documents[name]]
-        where = Where.of(without=own) if gone else None
-        (hits,) = rag.retriever.retrieve([example.question], rag.k, where=where)
-        trained = {} if rag.generator_artifact is None else rag.generator_artifact.info
-        answer = answer_with_hits(
-            rag.generator, example.question, hits, max_new_tokens=trained["max_new_tokens"]
+    if len(examples) < 2 * count:
+        raise SystemExit(f"{found.ref} has {len(examples)} dev questions, {2 * count} are needed")
+    chosen = random.Random(0).sample(examples, 2 * count)
+    trained = {} if rag.generator_artifact is None else rag.generator_artifact.info
+    for start in range(0, len(chosen), BATCH):
+        batch = chosen[start : start + BATCH]
+        kinds = [GONE if number % 2 else STANDS for number in range(len(batch))]
+        hits = []
+        for example, kind in zip(batch, kinds, strict=True):
+            own = [passage for name in example.positive_ids for passage in documents[name]]
+            where = Where.of(without=own) if kind == GONE else None
+            hits += rag.retriever.retrieve([example.question], rag.k, where=where)
+        answers = answer_batch(
+            rag.generator,
+            [example.question for example in batch],
+            hits,
+            max_new_tokens=trained.get("max_new_tokens", NEW_TOKENS),
+            batch_size=BATCH,
         )
-        asked = {
-            "id": example.id,
-            "kind": GONE if gone else STANDS,
-            "question": example.question,
-            "answers": list(example.answers),
-        }
-        yield asked, answer
+        for example, kind, answer in zip(batch, kinds, answers, strict=True):
+            asked = {
+                "id": example.id,
+                "kind": kind,
+                "question": example.question,
+                "answers": list(example.answers),
+            }
+            yield asked, answer
 
 
 def judged(asked: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
