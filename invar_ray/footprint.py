@@ -13,7 +13,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from invar_ray.answering.bm25 import MOST_PASSAGES
+from invar_ray.answering.bm25 import build_bytes
 from invar_ray.answering.fusion import QUERY_REWRITES
 from invar_ray.config import Config, load_config
 from invar_ray.errors import InvarError
@@ -211,7 +211,7 @@ class _Ledger:
             return Step(label, (job, *self._embed(name)), seconds, rows * 2.0 * dimension)
         if label.startswith("index"):
             made = self._index(dimension)
-            words = 10 * self.text * rows if rows <= MOST_PASSAGES else 0.0
+            words = build_bytes(rows, self.text * rows)
             held = max(float(made.memory_bytes), words) + 4.0 * made.training_rows * dimension
             seconds += made.build_seconds / (self.scale.cpu_workers or 1)
             return Step(label, (self._job(held),), seconds, made.memory_bytes + words / 10)

@@ -324,7 +324,9 @@ class Pipeline:
         """What ``jobs.reindex`` makes: the index of ``index.encoder``, one artifact a shard."""
         encoder = self._reindexing
         size = partial(vector_size, encoder[1], self.store)
-        count = shards.number(self.config.index, self.passages.info["passages"], size)
+        largest = partial(shards.largest, self.passages)
+        rows = self.passages.info["passages"]
+        count = shards.number(self.config.index, rows, size, largest)
         return (self.index_of(*encoder),) if count == 1 else self.sharded(*encoder, count)
 
     @property

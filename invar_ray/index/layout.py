@@ -188,7 +188,8 @@ def _earlier_vectors(
             return artifact, "", False
         if not reason and artifact.manifest.name == plan.name and _same_corpus(artifact, passages):
             reason = f"{artifact.ref} cannot be used: {why}"
-            is_expected = plan.name in _TRAINED and artifact.manifest.config["encoder"] != encoder
+            trained = plan.name.partition("-")[0] in _TRAINED  # a shard's is retriever-1of4
+            is_expected = trained and artifact.manifest.config["encoder"] != encoder
     return None, reason, is_expected
 
 

@@ -13,11 +13,13 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from invar_ray.answering.bm25 import FOLDER, MOST_PASSAGES, build_bytes
 from invar_ray.config import Config, IndexConfig
 from invar_ray.errors import ArtifactError, ConfigError, ResourceError
 from invar_ray.executor import Executor
@@ -36,13 +38,19 @@ _MOST = 4096
 _READ_ROWS = 4096
 
 
-def number(settings: IndexConfig, rows: int, dimension: Callable[[], int]) -> int:
+def number(
+    settings: IndexConfig,
+    rows: int,
+    dimension: Callable[[], int],
+    largest: Callable[[int], int],
+) -> int:
     """How many shards a corpus of so many passages has; see ``index.shards``.
 
     Args:
         settings: says how many, or the limits of each.
         rows: all passages.
         dimension: of their vectors; asked only where it decides.
+        largest: how many passages the largest of so many shards has; likewise.
 
     Raises:
         ResourceError: if no number of shards keeps to the limits.
@@ -55,11 +63,22 @@ def number(settings: IndexConfig, rows: int, dimension: Callable[[], int]) -> in
     while True:
         try:
             _fitting(settings, -(-rows // count), width)
+            if count > 1:  # a hash does not deal evenly
+                _fitting(settings, largest(count), width)
             return count
         except ResourceError:
             if count >= min(_MOST, rows):
                 raise
             count *= 2
+
+
+def largest(passages: Artifact, count: int) -> int:
+    """How many passages the largest of so many shards has."""
+    rows = np.zeros(count, dtype=np.int64)
+    for batch in _batches(passages, ["document_id"]):
+        owners = [shard_of(id, count) for id in batch.column("document_id").to_pylist()]
+        rows += np.bincount(owners, minlength=count)
+    return int(rows.max())
 
 
 def _fitting(settings: IndexConfig, rows: int, dimension: int) -> Candidate:
@@ -160,16 +179,31 @@ def _shards(
     passages: Artifact, shards: Sequence[int], count: int
 ) -> Iterator[tuple[int, pa.Table]]:
     """(shard, its rows of some), in the order of all passages."""
+    for batch in _batches(passages):
+        ids = batch.column("document_id").to_pylist()
+        owner = np.asarray([shard_of(id, count) for id in ids])
+        table = pa.Table.from_batches([batch])
+        for shard in shards:
+            yield shard, table.filter(pa.array(owner == shard))
+
+
+def _batches(passages: Artifact, columns: list[str] | None = None) -> Iterator[pa.RecordBatch]:
+    with _opened(passages) as stream:
+        yield from pq.ParquetFile(stream).iter_batches(_READ_ROWS, columns=columns)
+
+
+def _opened(passages: Artifact) -> Any:
     store = passages.store
-    with store.filesystem.open_input_file(
-        store.location(f"{passages.ref}/passages.parquet")
-    ) as stream:
-        for batch in pq.ParquetFile(stream).iter_batches(_READ_ROWS):
-            ids = batch.column("document_id").to_pylist()
-            owner = np.asarray([shard_of(id, count) for id in ids])
-            table = pa.Table.from_batches([batch])
-            for shard in shards:
-                yield shard, table.filter(pa.array(owner == shard))
+    return store.filesystem.open_input_file(store.location(f"{passages.ref}/passages.parquet"))
+
+
+def _text_bytes(passages: Artifact) -> int:
+    """Of all titles and texts, by the file's own record."""
+    with _opened(passages) as stream:
+        found = pq.ParquetFile(stream).metadata
+    groups = [found.row_group(number) for number in range(found.num_row_groups)]
+    columns = [group.column(place) for group in groups for place in range(group.num_columns)]
+    return sum(c.total_uncompressed_size for c in columns if c.path_in_schema in ("title", "text"))
 
 
 def build_indexes(
@@ -188,7 +222,7 @@ def build_indexes(
         name: of the encoder.
         vectors, passages: of each shard.
         executor: builds each in a task, on different nodes where they can be.
-        say: gets how many there are to build.
+        say: gets how many there are to build, and what became of each.
 
     Raises:
         ArtifactError: if a check of :func:`verify_index` fails.
@@ -197,10 +231,11 @@ def build_indexes(
     store, rows = vectors[0].store, max(made.info["rows"] for made in vectors)
     dimension = vector_blocks(vectors[0]).dimension
     planned = first_planned(config.index, rows, dimension)
+    words = max(build_bytes(cut.info["passages"], _text_bytes(cut)) for cut in passages)
     apart = partial(
         executor.in_order,
         num_cpus=config.scale.cpu_workers or 1,
-        memory=planned.memory_bytes + 4.0 * planned.training_rows * dimension,
+        memory=max(planned.memory_bytes, words) + 4.0 * planned.training_rows * dimension,
     )
     factory = planned.factory if config.index.factory == AUTO else config.index.factory
     lists, trained = lists_to_share(factory), None
@@ -216,7 +251,16 @@ def build_indexes(
     ]
     missing = sum(store.find(plan) is None for plan, *_ in parts)
     say(f"  {missing} of {len(parts)} shards to index, all to verify")
-    return tuple(map(store.open, apart(_BuildIndex(config), parts, len(parts))))
+    made = tuple(map(store.open, apart(_BuildIndex(config), parts, len(parts))))
+    for one in made:
+        say(f"  {one.manifest.name}: {one.info['factory']}, {one.info['rows']:,} vectors")
+    without = sum(not any(f.startswith(f"{FOLDER}/") for f in one.manifest.files) for one in made)
+    if 0 < without < len(made):
+        say(
+            f"  {without} of {len(made)} shards have no BM25, so the service searches all by "
+            f"vectors alone; above {MOST_PASSAGES:,} passages none is made: set index.shards higher"
+        )
+    return made
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from invar_ray.index.blocks import read_vectors
 from invar_ray.index.faiss_index import centroids_of, load_index
 from invar_ray.pipeline import Pipeline
 from invar_ray.steps.centroids import load_centroids
-from invar_ray.steps.shards import number
+from invar_ray.steps.shards import largest, number
 from invar_ray.store.artifacts import Artifact, Store
 from invar_ray.store.earlier import shard_of
 from invar_ray.store.garbage import collect
@@ -240,9 +240,28 @@ def test_auto_takes_as_few_as_the_limits_allow(
     settings: IndexConfig, rows: int, dimension: int | None, expected: int
 ) -> None:
     size = unasked if dimension is None else lambda: dimension
-    assert number(settings, rows, size) == expected
+    assert number(settings, rows, size, lambda count: -(-rows // count)) == expected
+
+
+def test_auto_goes_by_the_largest_shard(tmp_path: Path) -> None:
+    """A limit that the mean keeps to and the largest does not: that one could not be built."""
+    passages = run(tmp_path, corpus(COUNT)).passages
+    rows = passages.info["passages"]
+    counted = {
+        count: max(
+            sum(shard_of(row["document_id"], count) == shard for row in rows_of(passages))
+            for shard in range(count)
+        )
+        for count in (2, 4)
+    }
+    assert {count: largest(passages, count) for count in (2, 4)} == counted
+    assert counted[2] > -(-rows // 2)
+    limit = 4 * 384 * (counted[2] - 1) / 1e6
+    settings = IndexConfig(factory="Flat", max_memory_mb=limit)
+    assert number(settings, rows, lambda: 384, lambda count: -(-rows // count)) == 2
+    assert number(settings, rows, lambda: 384, lambda count: largest(passages, count)) == 4
 
 
 def test_limits_that_no_number_of_shards_keeps_to_are_refused() -> None:
     with pytest.raises(ResourceError, match=r"index\.max_memory_mb"):
-        number(IndexConfig(factory="Flat", max_memory_mb=0.001), 1000, lambda: 384)
+        number(IndexConfig(factory="Flat", max_memory_mb=0.001), 1000, lambda: 384, lambda _: 1)
