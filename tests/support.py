@@ -367,7 +367,7 @@ def save_bert(folder: Path, seed: int = 0) -> Path:
 
 
 def save_llama(folder: Path, **shape: Any) -> Path:
-    """A random LLaMA of two layers in bf16 with a byte-level tokenizer that starts texts and has no
+    """A random LLaMA in bf16 with a byte-level tokenizer that starts texts and has no
     padding token, as such checkpoints are published.
 
     Args:
@@ -393,10 +393,9 @@ def save_llama(folder: Path, **shape: Any) -> Path:
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": False}
     config = LlamaConfig(
         vocab_size=len(tokenizer),
-        num_hidden_layers=2,
         bos_token_id=0,
         eos_token_id=1,
-        **(sizes | heads | shape),
+        **({"num_hidden_layers": 2} | sizes | heads | shape),
     )
     torch.manual_seed(0)
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)

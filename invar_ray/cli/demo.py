@@ -71,7 +71,7 @@ def run_demo(config: Config, question: str | None, *, keep: bool) -> None:
                 else pipeline.report.uri
             )
             print(f"\n{render_table(_main_rows(report.rows), _COLUMNS, intervals=False)}\n")
-            print("\n".join(textwrap.fill(text, 100) for text in headline(report, OVERLAP_K)[-1:]))
+            print("\n".join(textwrap.fill(text, 100) for text in headline(report, OVERLAP_K)[-2:]))
             print(f"\nquestion: {asked}")
             print_answer(answer)
             print(f"\nreport: {pipeline.report.path('report.html')}; numbers: {written}")

@@ -30,6 +30,8 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 from packaging.version import Version
 
+from invar_ray.errors import InvarError
+
 Status = Literal["ok", "warn", "fail"]
 
 _GIB = 1024**3
@@ -102,6 +104,9 @@ def run_checks(
     for name, look in subjects:
         try:
             findings += look()
+        except InvarError as error:
+            detail = f"{error.got} (expected: {error.expected})" if error.expected else error.got
+            findings.append(Check(name, "fail", detail, error.action))
         except Exception as error:
             findings.append(
                 Check(

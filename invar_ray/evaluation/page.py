@@ -106,28 +106,28 @@ def headline(report: Report, k: int = 5) -> list[str]:
 
 
 def _meaning(report: Report, k: int) -> Iterable[str]:
-    entry = next(
-        (
-            c
-            for c in report.comparisons
-            if (c["first"], c["second"], c["metric"]) == ("base", "stage 1", f"recall_at_{k}")
-        ),
-        None,
-    )
-    if entry is None:
+    # A report without the base has MiniLM, which stage 1 starts from or is aligned to.
+    against = {
+        c["first"]: c
+        for c in report.comparisons
+        if c["second"] == "stage 1" and c["metric"] == f"recall_at_{k}"
+    }
+    name = "base" if "base" in against else "MiniLM"
+    if name not in against:
         return
+    entry, other = against[name], "its base" if name == "base" else name
     points = f"{entry['low'] * 100:+.0f} to {entry['high'] * 100:+.0f} points, 95 % interval"
     if entry["low"] > 0:
-        yield f"Training made the retriever better than its base ({points})."
+        yield f"Training made the retriever better than {other} ({points})."
     elif entry["high"] < 0:
         yield (
-            f"Training made the retriever WORSE than its base ({points}). To do: train longer "
+            f"Training made the retriever WORSE than {other} ({points}). To do: train longer "
             "(retriever.steps), at a lower retriever.optimizer.learning_rate, or on more "
             "questions; until then index with the base (invar-ray index --adapter base)."
         )
     else:
         yield (
-            f"Training shows no difference to the base ({points}). To do: more dev questions "
+            f"Training shows no difference to {other} ({points}). To do: more dev questions "
             "(questions.dev_limit) to see one, or more retriever.steps to make one."
         )
 

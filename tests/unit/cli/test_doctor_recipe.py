@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from invar_ray.cli.doctor import Check
+from invar_ray.cli.doctor import Check, run_checks
 from invar_ray.cli.doctor_recipe import Seen, judge, look
 from invar_ray.config import load_config
+from tests.support import save_llama
 
 LAPTOP = Seen((), "", None, False, ("faiss-cpu",), 16 * 10**9)
 H100S = Seen((80 * 10**9,) * 8, "580.95.05", "13.0", True, ("faiss-gpu",), 2000 * 10**9)
@@ -66,3 +68,13 @@ def test_alone_a_machine_must_have_what_is_asked_for() -> None:
     found = judge(alone, LAPTOP)
     assert {check.status for check in found} == {"fail"}
     assert any("asks for 8 GPUs, torch sees 0" in check.detail for check in found)
+
+
+def test_a_base_below_the_recipes_first_layer_is_no_broken_check(tmp_path: Path) -> None:
+    base = str(save_llama(tmp_path / "shallow"))
+    config = load_config("demo", [f"model.base={base}"])
+    checks = run_checks(str(tmp_path), base, recipe=lambda: judge(config, LAPTOP))
+    found = only([check for check in checks if check.name == "recipe"])
+    assert (found.status, found.action) == ("fail", "set generator.first_layer=1, or 0")
+    assert "generator.first_layer is 12" in found.detail
+    assert "has 2 layers" in found.detail
