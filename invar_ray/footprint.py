@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from invar_ray.answering.bm25 import build_bytes
 from invar_ray.answering.fusion import QUERY_REWRITES
 from invar_ray.config import Config, load_config
-from invar_ray.errors import InvarError, ModelError
+from invar_ray.errors import InvarError
 from invar_ray.index.build import first_planned
 from invar_ray.index.planner import RATES, Candidate
 from invar_ray.models import meta
@@ -167,13 +167,7 @@ class _Ledger:
         self.retriever = meta.known_description(
             config.model.retriever_base or config.model.base, config
         )
-        layers, first = int(self.generator.num_hidden_layers), config.generator.first_layer
-        if first >= layers:
-            raise ModelError(
-                f"generator.first_layer is {first} and {config.model.base} has {layers} layers",
-                expected=f"0 to {layers - 1}",
-                action=f"set generator.first_layer={layers // 2}, or 0",
-            )
+        meta.check_first_layer(config, int(self.generator.num_hidden_layers))
         self.coarse = meta.known_description(MINILM)
         self.depth = config.model.retriever_layers or int(self.retriever.num_hidden_layers)
         self.infers_on_gpu = self.scale.embed_gpus_per_worker > 0

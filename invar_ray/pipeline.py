@@ -32,7 +32,7 @@ from invar_ray.models.base import (
     resolve_retriever_base,
 )
 from invar_ray.models.encoder import EncoderSpec, coarse_spec, llm_spec, vector_size
-from invar_ray.models.meta import weigh
+from invar_ray.models.meta import check_first_layer, weigh
 from invar_ray.outline import Goal, outline
 from invar_ray.steps import (
     base,
@@ -520,6 +520,8 @@ class Pipeline:
             weigh(describe(base, self.store), depth)
             for base, depth in zip(bases, depths, strict=True)
         )
+        if goal != "retriever":
+            check_first_layer(self.config, generator.layers)
         size = self.passages.info["passages"]
         return outline(self.config, (retriever, generator), goal, size, *counts)
 

@@ -1,12 +1,14 @@
 """Ask a running service: what ``invar-ray ask`` and ``invar-ray mcp`` call.  Needs neither Ray nor
-torch.
+torch, nor httpx, whose import takes longer than the question: it brings a program for terminals.
 """
 
 from __future__ import annotations
 
+import json
+from http.client import HTTPException
 from typing import Any
-
-import httpx
+from urllib.error import HTTPError, URLError
+from urllib.request import Request, urlopen
 
 from invar_ray.errors import RequestError, ResourceError
 
@@ -63,20 +65,20 @@ def post(
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     address = f"{url.rstrip('/')}{path}"
     try:
-        response = httpx.post(address, json=body, headers=headers, timeout=timeout_s)
-    except httpx.TimeoutException as error:
+        status, text, wait = _send(address, json.dumps(body).encode(), headers, timeout_s)
+    except TimeoutError as error:
         raise ResourceError(
             f"no answer from {address} within {timeout_s:g} s",
             action="wait longer, or look at the service's log",
         ) from error
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
+    except (OSError, HTTPException, ValueError) as error:
         raise ResourceError(
             f"cannot reach {address}: {error}",
             action="start the service with `invar-ray serve`, or correct the address",
         ) from error
-    if response.status_code == 200:
+    if status == 200:
         try:
-            answer = response.json()
+            answer = json.loads(text)
         except ValueError:
             answer = None
         if isinstance(answer, dict):
@@ -84,22 +86,41 @@ def post(
         raise ResourceError(
             f"{address} sent something else than an answer", action="check the address"
         )
-    message = _message(response)
-    if 400 <= response.status_code < 500 and response.status_code != 429:
-        action = "set INVAR_API_KEY to the service's key" if response.status_code == 401 else ""
+    message = _message(text)
+    if 400 <= status < 500 and status != 429:
+        action = "set INVAR_API_KEY to the service's key" if status == 401 else ""
         raise RequestError(
-            f"{address} refused the request (HTTP {response.status_code}): {message}", action=action
+            f"{address} refused the request (HTTP {status}): {message}", action=action
         )
-    wait = response.headers.get("Retry-After")
     raise ResourceError(
-        f"{address} cannot answer now (HTTP {response.status_code}): {message}",
+        f"{address} cannot answer now (HTTP {status}): {message}",
         action=f"try again in {wait} s" if wait else "look at the service's log",
     )
 
 
-def _message(response: httpx.Response) -> str:
+def _send(
+    address: str, body: bytes, headers: dict[str, str], timeout_s: float
+) -> tuple[int, str, str | None]:
+    """Status, text and ``Retry-After`` of a response."""
+    if not address.startswith(("http://", "https://")):
+        raise ValueError("an address starts with http:// or https://")
+    request = Request(address, body, {**headers, "Content-Type": "application/json"})
     try:
-        error = response.json()["error"]
+        with urlopen(request, timeout=timeout_s) as response:
+            return response.status, response.read().decode("utf-8", "replace"), None
+    except HTTPError as error:
+        with error:
+            text = error.read().decode("utf-8", "replace")
+        return error.code, text, error.headers.get("Retry-After")
+    except URLError as error:
+        if isinstance(error.reason, OSError):
+            raise error.reason from error
+        raise
+
+
+def _message(text: str) -> str:
+    try:
+        error = json.loads(text)["error"]
         return f"{error['message']} (request {error['request_id']})"
     except (ValueError, KeyError, TypeError):
-        return response.text[:200]
+        return text[:200]

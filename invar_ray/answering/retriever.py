@@ -28,6 +28,9 @@ from invar_ray.models.precision import Precision, made_in
 from invar_ray.schema import Hit, Mode, Passage, from_table
 from invar_ray.store.artifacts import Artifact, open_artifact
 
+_PROBES = 16
+"""So many of an index's probes are checked when it is opened: any one tells encoders apart."""
+
 
 class Passages:
     """Row number -> passage, over the ``passages`` artifact's memory-mapped Parquet."""
@@ -315,7 +318,7 @@ def open_retriever(
     encoder = open_encoder(
         spec, artifact.store, precision=made, device=device, open_base_tree=open_base_tree
     )
-    check_probes(artifact, encoder)
+    check_probes(artifact, encoder, most=_PROBES)
     if precision not in (None, made) and spec.kind != "coarse" and open_base_tree is None:
         del encoder  # two of them need not fit
         encoder = open_encoder(spec, artifact.store, precision=precision, device=device)

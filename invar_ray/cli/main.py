@@ -25,9 +25,14 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help: rich would take half of the time of --help
 )
 
-app.add_typer(versions_app, name="index-versions")
+app.add_typer(
+    versions_app,
+    name="index-versions",
+    short_help="Publish an index, list versions, go back, clean up.",
+)
 
 if TYPE_CHECKING:
     from invar_ray.config import Config
@@ -64,7 +69,7 @@ def _root(
         raise typer.Exit
 
 
-@app.command()
+@app.command(short_help="Corpus to served answer on this machine, one command.")
 @explain_errors
 def demo(
     overrides: Overrides = None,
@@ -90,7 +95,7 @@ def _corpus_is_there(corpus: str, *_: Any, **__: Any) -> None:
             )
 
 
-@app.command()
+@app.command(short_help="Index documents, say what to try next.")
 @partial(explain_errors, early=_corpus_is_there)
 def index(
     corpus: Annotated[str, typer.Argument(help="File, folder or URI of documents.")],
@@ -113,7 +118,7 @@ def index(
     print(index_documents(settings, adapter, options).uri)
 
 
-@app.command()
+@app.command(short_help="Make training questions for documents that have none.")
 @partial(explain_errors, early=_corpus_is_there)
 def questions(
     corpus: Annotated[str, typer.Argument(help="File, folder or URI of documents.")],
@@ -149,7 +154,7 @@ def questions(
         print(file)
 
 
-@app.command()
+@app.command(short_help="Train retriever (stage 1), generator (stage 2), or both.")
 @explain_errors
 def train(
     stage: Annotated[
@@ -175,7 +180,7 @@ def train(
             Published(pipeline.store).publish([pipeline.index], verify=False)
 
 
-@app.command()
+@app.command(short_help="Try weights of the invariance loss, say which to set.")
 @explain_errors
 def tune(
     overrides: Overrides = None,
@@ -194,7 +199,7 @@ def tune(
     print(advice(trials))
 
 
-@app.command()
+@app.command(short_help="Measure all systems; print tables, write the report.")
 @explain_errors
 def evaluate(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
     """Evaluate the systems that evaluation.systems names; print the tables and where the report
@@ -213,7 +218,7 @@ def evaluate(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
             print(written)
 
 
-@app.command()
+@app.command(short_help="May a candidate be served? Exit 0 or 1, with reasons.")
 @explain_errors
 def gate(
     baseline: Annotated[str, typer.Option(help="report.json, or the folder that holds it.")],
@@ -281,7 +286,7 @@ def gate(
     print(f"the gate is open: all {len(checks)} checks passed")
 
 
-@app.command()
+@app.command(short_help="Compare two reports question by question.")
 @explain_errors
 def compare(
     first: Annotated[str, typer.Argument(help="report.json, or the folder that holds it.")],
@@ -310,7 +315,7 @@ def compare(
     print(render_comparisons(found))
 
 
-@app.command()
+@app.command(short_help="Rewrite a public benchmark as JSON lines.")
 @explain_errors
 def convert(
     source: Annotated[str, typer.Argument(help="A benchmark's file, or BEIR's folder.")],
@@ -337,7 +342,7 @@ def convert(
     print(f"{made.format}: {len(made.examples):,} questions and {documents} -> {folder}")
 
 
-@app.command()
+@app.command(short_help="Write an adapter as a PEFT folder with a model card.")
 @explain_errors
 def export(
     adapter: Annotated[str, typer.Argument(help="URI of a stage-1 or stage-2 adapter.")],
@@ -387,7 +392,7 @@ def _has_what_is_served(
             check_trained(settings.storage.root_uri, "generator")
 
 
-@app.command()
+@app.command(short_help="Serve over HTTP until Ctrl-C.")
 @partial(explain_errors, early=_has_what_is_served)
 def serve(
     overrides: Overrides = None,
@@ -405,7 +410,7 @@ def serve(
     serve_until_stopped(load_config(config, overrides or []), index_uri, generator_uri)
 
 
-@app.command()
+@app.command(short_help="Ask one question, here or of a running service.")
 @explain_errors
 def ask(
     question: Annotated[str, typer.Argument(help="The question.")],
@@ -448,7 +453,7 @@ def ask(
     print_answer(answer)
 
 
-@app.command()
+@app.command(short_help="Offer a running service as tools of an assistant.")
 @explain_errors
 def mcp(
     url: Annotated[
@@ -471,7 +476,7 @@ def mcp(
     module.make_server(url, os.environ.get("INVAR_API_KEY")).run("stdio")
 
 
-@app.command("config")
+@app.command("config", short_help="List settings with value, default and meaning.")
 @explain_errors
 def show_config(
     overrides: Overrides = None,
@@ -496,7 +501,7 @@ def show_config(
             )
 
 
-@app.command()
+@app.command(short_help="What a run will take: memory, hours, bytes.")
 @explain_errors
 def plan(
     overrides: Overrides = None,
@@ -545,7 +550,7 @@ def plan(
     )
 
 
-@app.command()
+@app.command(short_help="Check this machine; say what to do for each fault.")
 @explain_errors
 def doctor(overrides: Overrides = None, config: Recipe = DEFAULT) -> None:
     """Check this machine: versions, GPUs, FAISS, memory, storage, models; says what to do for each

@@ -30,6 +30,7 @@ from transformers import (
 from transformers.integrations.sdpa_attention import repeat_kv
 
 from invar_ray.config import Config, LoraConfig
+from invar_ray.errors import ModelError
 from invar_ray.models.adapters import new_adapter
 from invar_ray.models.base import (
     MINILM,
@@ -192,6 +193,21 @@ def is_encoder(description: PretrainedConfig) -> bool:
 
 
 @_once
+def check_first_layer(config: Config, layers: int) -> None:
+    """See that the generator's base has a layer to adapt, before stage 1 is trained for it.
+
+    Raises:
+        ModelError: ``generator.first_layer`` is beyond its last one.
+    """
+    first = config.generator.first_layer
+    if first >= layers:
+        raise ModelError(
+            f"generator.first_layer is {first} and {config.model.base} has {layers} layers",
+            expected=f"0 to {layers - 1}",
+            action=f"set generator.first_layer={layers // 2}, or 0",
+        )
+
+
 def weigh(description: PretrainedConfig, layers: int | None = None) -> Weights:
     """Count a model's parameters.
 

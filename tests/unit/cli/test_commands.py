@@ -22,6 +22,12 @@ from invar_ray.questions.benchmarks import read_benchmark
 from invar_ray.steps.passages import read_corpus
 from tests.support import documents, write_lines
 
+NOT_FOR_A_QUESTION = {
+    *("torch", "ray", "transformers", "pyarrow", "numpy", "yaml", "fsspec"),
+    *("httpx", "rich", "asyncio", "invar_ray.config", "invar_ray.pipeline", "serve.app"),
+}
+"""What neither a question to a service nor ``--help`` may import."""
+
 
 @pytest.mark.parametrize("command", ["index", "questions"])
 def test_a_corpus_that_is_not_there_fails_before_anything_is_made(
@@ -52,7 +58,7 @@ def test_asking_over_http_imports_neither_torch_nor_ray() -> None:
         "sys.argv = ['invar-ray', 'ask', 'Who?', '--url', 'http://127.0.0.1:9']\n"
         "from invar_ray.cli.main import main\n"
         "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 1\n"
-        "heavy = {'torch', 'ray', 'transformers', 'pyarrow', 'numpy'} & set(sys.modules)\n"
+        f"heavy = {NOT_FOR_A_QUESTION} & set(sys.modules)\n"
         "assert not heavy, heavy\n"
         "print(time.process_time())"
     )
@@ -60,6 +66,25 @@ def test_asking_over_http_imports_neither_torch_nor_ray() -> None:
     assert made.returncode == 0, made.stderr
     assert "cannot reach http://127.0.0.1:9" in made.stderr
     assert float(made.stdout) < 2.0  # measured: 0.6 s; a busy machine's caches are cold
+
+
+def test_no_line_of_the_help_is_cut() -> None:
+    shown = CliRunner().invoke(app, ["--help"]).output
+    assert "..." not in shown.partition("Commands:")[2]
+    assert max(map(len, shown.splitlines())) <= 80
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, time\n"
+        "sys.argv = ['invar-ray', 'ask', '--help']\n"
+        "from invar_ray.cli.main import main\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0\n"
+        f"heavy = {NOT_FOR_A_QUESTION} & set(sys.modules)\n"
+        "assert not heavy, heavy\n"
+    )
+    made = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert made.returncode == 0, made.stderr
 
 
 def test_settings_are_listed_with_meaning_and_default() -> None:

@@ -115,6 +115,7 @@ SMALL = [
     "retriever.steps=2",
     "retriever.global_batch_size=4",
     "generator.steps=2",
+    "generator.first_layer=0",
     "generator.global_batch_size=4",
     "scale.num_workers=1",
     "evaluation.arms={}",
