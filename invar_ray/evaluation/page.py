@@ -36,6 +36,13 @@ LOWER_IS_BETTER = (
 )
 
 
+_MOST_ASKED = {
+    *("recall_at_1", "recall_at_5", "recall_at_20", "mrr_at_10", "answer_recall_at_5"),
+    "worst_recall_at_5",
+}
+"""Columns of the page's first table, beside the overlap: it has to fit its width."""
+
+
 def retrieval_columns(k: int) -> list[str]:
     """Columns of the retrieval table."""
     recalls = ["recall_at_1", "recall_at_5", "recall_at_20", "recall_at_100"]
@@ -235,7 +242,14 @@ def render_html(report: Report, overlap_k: int = 5) -> str:
         )
     if retrieval:
         body.append(_section("Retrieval", _count(retrieval, "num_families")))
-        body.append(_html_table(_once(retrieval), _shown(retrieval, retrieval_columns(overlap_k))))
+        columns = _shown(retrieval, retrieval_columns(overlap_k))
+        most = [
+            name for name in columns if name in _MOST_ASKED or name == f"overlap_at_{overlap_k}"
+        ]
+        body.append(_html_table(_once(retrieval), most))
+        if more := [name for name in columns if name not in most]:
+            body.append("<h3>More measures</h3>")
+            body.append(_html_table(_once(retrieval), more))
         body += _recall_figure(details.get("recall_curve", {}), colours)
         body += _variance_figures(retrieval, overlap_k, colours)
         body += _shift_figure(details.get("rank_shifts", {}), colours)

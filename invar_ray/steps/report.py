@@ -54,7 +54,7 @@ from invar_ray.steps.hits import load_hits
 from invar_ray.steps.passages import load_documents
 from invar_ray.store.artifacts import Artifact, Building, Plan
 
-VERSION = 9
+VERSION = 10
 _NOT_IN_PLAN = {
     "num_rewrites",  # it is in the questions
     "systems",  # they are in the hits

@@ -20,7 +20,13 @@ from invar_ray.evaluation.details import (
     worst_questions,
 )
 from invar_ray.evaluation.outcome import Outcome, compare_systems, write_outcome
-from invar_ray.evaluation.page import findings, render_html, render_markdown, sentence
+from invar_ray.evaluation.page import (
+    findings,
+    render_html,
+    render_markdown,
+    retrieval_columns,
+    sentence,
+)
 from invar_ray.evaluation.per_question import QuestionTable
 from invar_ray.evaluation.report import Report, Row, read_report
 from invar_ray.evaluation.tables import render_tables
@@ -280,3 +286,12 @@ def test_the_page_says_where_it_comes_from_what_columns_mean_and_what_was_answer
     assert "Answers side by side" in text
     assert text.count(EVIL) == 1
     assert "<td class='text best'>Ada</td>" in page
+
+
+def test_the_first_table_has_no_more_columns_than_a_page_is_wide() -> None:
+    metrics = dict.fromkeys(retrieval_columns(5), 0.5)
+    page = render_html(Report([Row("stage 1", "dev", metrics)]))
+    first, more = page.split("<table>")[1:3]
+    assert first.count("<th title=") == 7
+    assert "overlap@5" in first
+    assert more.count("<th title=") == len(metrics) - 7
