@@ -84,6 +84,9 @@ NOT_RUN = {
     "invar-ray tune model.base=./my-llama": "four trainings; tests/unit/cli/test_tune.py runs two",
     "ray job submit --working-dir . -- python -m jobs.reindex --config demo"
     " storage.root_uri=s3://bucket/invar": _CLUSTER,
+    "ray job submit --working-dir . -- python -m jobs.reindex --config mine.yaml"
+    " storage.root_uri=s3://bucket/invar index.encoder=s3://bucket/invar/retriever/ADAPTER"
+    " index.factory=auto index.max_memory_mb=40000": _CLUSTER,
     "ray job submit --working-dir . -- python -m jobs.train_retriever --config mine.yaml"
     " storage.root_uri=s3://bucket/invar": _CLUSTER,
     "ray job submit --working-dir . -- python -m jobs.train_generator --config mine.yaml"
