@@ -240,7 +240,9 @@ def check_gpu() -> list[Check]:
                 action,
             )
         ]
-    return [Check("gpu", "ok", "none: everything runs on the CPU (fine for the tiny recipe)")]
+    return [
+        Check("gpu", "ok", "none: everything runs on the CPU (fine for the recipes tiny and demo)")
+    ]
 
 
 def check_faiss() -> list[Check]:
@@ -598,7 +600,7 @@ def _amount(name: str, gib: float, what: str, fail: float, warn: float, action: 
     if gib >= warn:
         return Check(name, "ok", detail)
     return Check(
-        name, "fail" if gib < fail else "warn", f"{detail}, the tiny recipe wants {warn:g}", action
+        name, "fail" if gib < fail else "warn", f"{detail}, the recipe demo wants {warn:g}", action
     )
 
 

@@ -497,7 +497,13 @@ def show_config(
             default = f"   (default {json.dumps(setting.default)})" if differs else ""
             print(f"{setting.key} = {json.dumps(setting.value)}{default}")
             print(
-                textwrap.fill(setting.meaning, 96, initial_indent="    ", subsequent_indent="    ")
+                textwrap.fill(
+                    setting.meaning,
+                    96,
+                    initial_indent="    ",
+                    subsequent_indent="    ",
+                    break_on_hyphens=False,  # names of models
+                )
             )
 
 
