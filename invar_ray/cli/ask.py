@@ -81,7 +81,7 @@ def print_answer(answer: Mapping[str, Any]) -> None:
     """
     if answer.get("low_confidence"):
         sure = f"{answer['probability']:.0%}"
-        print(f"answer: none that is sure enough; the best guess ({sure} sure): {answer['guess']}")
+        print(f"answer: none is sure enough; best guess ({sure}): {answer['guess']}")
     else:
         print(f"answer: {answer['answer'] or '(the model wrote nothing)'}")
     passages = {passage["passage_id"]: passage for passage in answer["passages"]}

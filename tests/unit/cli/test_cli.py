@@ -102,7 +102,7 @@ def test_a_guess_is_told_as_one(capsys: pytest.CaptureFixture[str]) -> None:
     found = {"answer": "The passages do not answer the question.", "citations": [], "passages": []}
     print_answer({**found, "low_confidence": True, "guess": "Fr", "probability": 0.456})
     shown = capsys.readouterr().out
-    assert "answer: none that is sure enough; the best guess (46% sure): Fr" in shown
+    assert "answer: none is sure enough; best guess (46%): Fr" in shown
     assert "do not answer" not in shown
 
 
