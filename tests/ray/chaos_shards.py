@@ -65,7 +65,9 @@ class Outcome:
     same_scores: int = 0
 
 
-def start(root: Path, corpus: Path, address: str, log: Path, more: Sequence[str]) -> Any:
+def start(
+    root: Path, corpus: Path, address: str, log: Path, shards: int, more: Sequence[str]
+) -> Any:
     env = os.environ | {
         "OMP_NUM_THREADS": "1",
         "RAY_AUTH_MODE": "disabled",
@@ -76,7 +78,7 @@ def start(root: Path, corpus: Path, address: str, log: Path, more: Sequence[str]
         f"storage.root_uri={root}",
         f"corpus.uri={corpus}",
         "index.encoder=base",
-        f"index.shards={SHARDS}",
+        f"index.shards={shards}",
         "model.retriever_base=builtin:minilm",
         "model.retriever_layers=null",
         "model.passage_max_tokens=32",
@@ -97,14 +99,14 @@ def start(root: Path, corpus: Path, address: str, log: Path, more: Sequence[str]
         )
 
 
-def reached(root: Path, phase: str) -> bool:
+def reached(root: Path, phase: str, shards: int) -> bool:
     """Whether a run is in the middle of a phase."""
     if phase == "embedding":
         standing = any(root.glob(".staging/vectors-*/shards/part-*.json"))
         return standing and any(root.glob("vectors/*/manifest.json"))
     if phase == "building":
         return any(root.glob(".staging/index-*/*"))
-    return len(list(root.glob("index/*/manifest.json"))) == SHARDS
+    return len(list(root.glob("index/*/manifest.json"))) == shards
 
 
 def run(
@@ -114,6 +116,7 @@ def run(
     kills: Sequence[str],
     deadline_s: float,
     more: Sequence[str] = (),
+    shards: int = SHARDS,
 ) -> Outcome:
     """Run to the end; in each phase of ``kills`` a node is killed, and the driver with it while it
     publishes.
@@ -121,7 +124,7 @@ def run(
     log = root.with_suffix(".log")
     outcome, began, left = Outcome(), time.monotonic(), list(kills)
     published = Published(Store(str(root)))
-    job = start(root, corpus, cluster.ray.address, log, more)
+    job = start(root, corpus, cluster.ray.address, log, shards, more)
     outcome.starts, peak = 1, 0.0
     try:
         while True:
@@ -131,7 +134,7 @@ def run(
             version = published.current()
             if version is not None and version.index not in outcome.published:
                 outcome.published.append(version.index)
-            if left and reached(root, left[0]):
+            if left and reached(root, left[0], shards):
                 phase = left.pop(0)
                 outcome.kills.append((phase, round(time.monotonic() - began, 1)))
                 if phase == "publishing":
@@ -145,7 +148,7 @@ def run(
                 if len(outcome.kills) + 2 < outcome.starts:
                     raise RuntimeError(log.read_text())
                 outcome.starts, peak = outcome.starts + 1, 0.0
-                job = start(root, corpus, cluster.ray.address, log, more)
+                job = start(root, corpus, cluster.ray.address, log, shards, more)
             time.sleep(0.02)
     finally:
         job.kill()
