@@ -154,7 +154,7 @@ def plan_index(need: Need, *, strict: bool = True) -> Choice:
         raise ResourceError(
             f"no index type fits:\n{render(choice)}\n",
             action="raise index.max_memory_mb or index.max_latency_ms, lower index.recall_target, "
-            "or cut the corpus into shards (index.shards)",
+            "or let jobs.reindex cut the corpus into shards (index.shards)",
         )
     return choice
 
