@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from invar_ray.answering.bm25 import FOLDER, Bm25
 from invar_ray.answering.retriever import open_retriever
 from invar_ray.index.blocks import Vectors, read_vectors
 from invar_ray.models.encoder import EncoderSpec, open_encoder
@@ -197,12 +198,17 @@ def _all_vectors(shards: Sequence[Artifact]) -> tuple[list[str], Vectors]:
 
 
 def contents(root: Path) -> dict[str, str]:
-    """Checksums of all that the current shards are made of, by artifact and file."""
+    """Checksums of all that the current shards are made of, by artifact and file; of BM25, whose
+    words stand in the order of a process's hashes, what it finds.
+    """
     found = {}
     for shard in Published(Store(str(root))).open():
+        hits = Bm25.open(shard.path(FOLDER)).search(["lighthouse copy 3", "barley seals"], TOP_K)
+        found[f"{shard.ref}/{FOLDER}"] = repr(hits)
         for artifact in (shard, shard.parent("vectors"), shard.parent("passages")):
             for name, entry in artifact.manifest.files.items():
-                if not name.endswith(".json"):  # what it took to make it
+                # A shard's .json says what it took to make it.
+                if not name.endswith(".json") and not name.startswith(FOLDER):
                     found[f"{artifact.ref}/{name}"] = entry["sha256"]
     return found
 
