@@ -69,7 +69,7 @@ ARMS = {  # of the demo
             "lora": {"rank": 64, "alpha": 128, "target_modules": LORA["target_modules"]},
             "optimizer": {"learning_rate": 5e-4},
             "alignment_weight": 1.0,
-            "alignment_decay_steps": 40,
+            "alignment_decay_steps": 60,
         },
     },
 }
@@ -87,7 +87,7 @@ DIFFER: dict[str, dict[str, Any]] = {
         "retriever": {
             "lora": {key: value for key, value in LORA.items() if key != "target_modules"},
             "optimizer": {"learning_rate": 1e-3, "warmup_steps": 6},
-            "steps": 40,
+            "steps": 60,
             "num_hard_negatives": 1,
             "alignment_weight": 0.0,
             "alignment_decay_steps": 60,
