@@ -102,7 +102,7 @@ def test_settings_are_listed_with_meaning_and_default() -> None:
         "Optimizer steps.",
     )
     shown = CliRunner().invoke(app, ["config", "--changed", "--key", "retriever.steps"])
-    assert shown.output.startswith("retriever.steps = 40   (default 1000)\n    Optimizer steps.")
+    assert shown.output.startswith("retriever.steps = 60   (default 1000)\n    Optimizer steps.")
     assert "seed" not in CliRunner().invoke(app, ["config", "--changed"]).output.split()
 
 
