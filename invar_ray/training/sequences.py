@@ -83,7 +83,7 @@ class ReadingSet:
         Every other question that is to be refused keeps its passages without the sentences that
         hold an answer (:func:`silenced`), the others lose these passages: a corpus can lack what is
         asked, or say other things about it.  Those behind ``top_k`` take the empty places, so that
-        a prompt's length does not tell which it is.
+        a prompt's length tells less which it is.
         """
         row = self.rows[number]
         wording = rng.randrange(len(row["wordings"])) if extra.use_rewrites else 0
