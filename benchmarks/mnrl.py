@@ -39,7 +39,7 @@ from invar_ray.training.batches import Trainset
 RATES = (2e-5, 1e-4, 3e-4)
 HELDOUT_SHARE = 0.2
 OVERLAP_K = 5
-SHOWN = ("recall_at_1", "recall_at_5", "worst_recall_at_5", "overlap_at_5")
+SHOWN = ("recall_at_1", "recall_at_5", "worst_recall_at_5", "overlap_at_5", "overlap_at_10")
 
 
 class Data:

@@ -8,9 +8,16 @@ import json
 from http.client import HTTPException
 from typing import Any
 from urllib.error import HTTPError, URLError
-from urllib.request import Request, urlopen
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from invar_ray.errors import RequestError, ResourceError
+
+
+class _Stay(HTTPRedirectHandler):
+    """Follows no redirection: the key would go along, whoever it leads to."""
+
+    def redirect_request(self, *_: Any) -> None:
+        return None
 
 
 def ask(
@@ -62,6 +69,12 @@ def post(
         RequestError, ResourceError: see :func:`ask`.
     """
     key = (api_key or "").strip()  # a mounted secret's line break is no part of it
+    if not (key.isascii() and key.isprintable()):  # http.client would show it in its error
+        raise RequestError(
+            "the key holds characters that no HTTP header may hold",
+            expected="printable ASCII",
+            action="look at INVAR_API_KEY: was a whole file pasted?",
+        )
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     address = f"{url.rstrip('/')}{path}"
     try:
@@ -106,7 +119,7 @@ def _send(
         raise ValueError("an address starts with http:// or https://")
     request = Request(address, body, {**headers, "Content-Type": "application/json"})
     try:
-        with urlopen(request, timeout=timeout_s) as response:
+        with build_opener(_Stay).open(request, timeout=timeout_s) as response:
             return response.status, response.read().decode("utf-8", "replace"), None
     except HTTPError as error:
         with error:
