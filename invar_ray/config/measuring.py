@@ -17,6 +17,9 @@ from invar_ray.config.fields import (
     Share,
 )
 
+MOST_SHARDS = 256
+"""Of an index: the files of all are open while a corpus is cut."""
+
 
 @dataclass(frozen=True)
 class IndexConfig:
@@ -48,10 +51,11 @@ class IndexConfig:
     """For ``auto``: longest search of one query on one core, as the planner predicts it; ``null``
     is 50, or what the quickest takes that can be built.
     """
-    shards: PositiveInt | Literal["auto"] = "auto"
+    shards: Annotated[int, Field(ge=1, le=MOST_SHARDS)] | Literal["auto"] = "auto"
     """How many indexes ``jobs.reindex`` makes of the corpus, which is cut by a hash of the
     documents' ids; each is built where there is room for it, and the service asks all.  ``auto``
-    is the lowest power of 2 at which each keeps to the limits above, so 1 for most corpora.
+    is the lowest power of 2 at which each keeps to the limits above, so 1 for most corpora.  At
+    most 256.
     """
 
 

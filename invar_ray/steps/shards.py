@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from invar_ray.answering.bm25 import FOLDER, MOST_PASSAGES, build_bytes
 from invar_ray.config import Config, IndexConfig
+from invar_ray.config.measuring import MOST_SHARDS
 from invar_ray.errors import ArtifactError, ConfigError, ResourceError
 from invar_ray.executor import Executor
 from invar_ray.index.blocks import vector_blocks
@@ -33,8 +34,6 @@ from invar_ray.store.earlier import shard_of
 from invar_ray.store.rowgroups import TableWriter
 
 VERSION = 1
-_MOST = 4096
-"""Shards that ``auto`` goes up to."""
 _READ_ROWS = 4096
 
 
@@ -67,7 +66,7 @@ def number(
                 _fitting(settings, largest(count), width)
             return count
         except ResourceError:
-            if count >= min(_MOST, rows):
+            if count >= min(MOST_SHARDS, rows):
                 raise
             count *= 2
 

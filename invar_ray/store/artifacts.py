@@ -13,8 +13,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import json
 import os
+import platform
 import shutil
 import tempfile
 import uuid
@@ -265,7 +267,8 @@ class Store:
     @contextlib.contextmanager
     def _staging(self, plan: Plan, resumable: bool) -> Iterator[Path]:
         """The folder that an artifact of a local store is made in.  What a killed writer of the
-        same plan left is removed: the lock of its folder is free.
+        same plan left on this machine is removed: the lock of its folder is free.  (Of another
+        machine's nothing is known: not every shared file system passes locks on.)
         """
         name, folder = f"{plan.kind}-{plan.fingerprint}", Path(self.root) / ".staging"
         if resumable:
@@ -273,7 +276,8 @@ class Store:
             yield folder / name
             return
         locks = Path(self.root) / ".locks"
-        for left in folder.glob(f"{name}-*"):
+        name += f"-{platform.node()}"
+        for left in folder.glob(f"{glob.escape(name)}-*"):
             lock = locks / f"staging-{left.name}"
             with contextlib.suppress(OSError), open(lock, encoding="utf-8") as file:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
