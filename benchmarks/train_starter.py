@@ -25,6 +25,7 @@ import hashlib
 import json
 import random
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -141,6 +142,21 @@ def read_data(data: Path, seed: int, wiki: int) -> Data:
     return Data(passages, pairs, held_out)
 
 
+def master_step(
+    masters: Sequence[Tensor], trained: Sequence[Tensor], optimizer: torch.optim.Optimizer
+) -> None:
+    """Gradients of bf16 parameters to their fp32 masters, clipped; a step; values back."""
+    for master, parameter in zip(masters, trained, strict=True):
+        assert parameter.grad is not None
+        master.grad = parameter.grad.float()
+        parameter.grad = None
+    torch.nn.utils.clip_grad_norm_(masters, 1.0)
+    optimizer.step()
+    with torch.no_grad():
+        for master, parameter in zip(masters, trained, strict=True):
+            parameter.copy_(master)
+
+
 class Student:
     """The adapted first layers, with the adapter's own way in and out of a folder."""
 
@@ -162,16 +178,8 @@ class Student:
             parameter.data = parameter.data.bfloat16()
 
     def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Gradients to the masters, clipped; a step; values back."""
-        for master, parameter in zip(self.masters, self._trained, strict=True):
-            assert parameter.grad is not None
-            master.grad = parameter.grad.float()
-            parameter.grad = None
-        torch.nn.utils.clip_grad_norm_(self.masters, 1.0)
-        optimizer.step()
-        with torch.no_grad():
-            for master, parameter in zip(self.masters, self._trained, strict=True):
-                parameter.copy_(master)
+        """See :func:`master_step`."""
+        master_step(self.masters, self._trained, optimizer)
 
     def vectors(self, ids: list[list[int]]) -> Tensor:
         """[N, D] unit rows with their gradient, for token ids."""
