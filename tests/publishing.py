@@ -35,8 +35,13 @@ def make_generation(store: Store, generation: int) -> list[Artifact]:
     return [make_index(store, generation, shard) for shard in range(SHARDS)]
 
 
-def wait_for(place: Path) -> None:
-    deadline = time.monotonic() + 60
+def wait_to_go() -> None:
+    """Say that this process is ready, and wait for the file ``GO``: all begin together, however
+    long a loaded machine takes to start them.
+    """
+    place = Path(os.environ["GO"])
+    print("ready", flush=True)
+    deadline = time.monotonic() + 240
     while not place.exists():
         if time.monotonic() > deadline:
             raise TimeoutError(str(place))
@@ -44,11 +49,10 @@ def wait_for(place: Path) -> None:
 
 
 def publish_once(root: str, generation: int, expected: str) -> None:
-    """Publish when the file ``go`` appears; prints the number, or the error."""
+    """Publish when all go; prints the number, or the error."""
     store = Store(root)
     indexes, published = make_generation(store, generation), Published(store)
-    print("ready", flush=True)
-    wait_for(Path(os.environ["GO"]))
+    wait_to_go()
     try:
         number = published.publish(
             indexes, expected=None if expected == "none" else int(expected)
@@ -61,6 +65,7 @@ def publish_once(root: str, generation: int, expected: str) -> None:
 def publish_on(root: str, first: int, count: int) -> None:
     """Publish ``count`` generations, again and again until each has won a number."""
     store, lost = Store(root), 0
+    wait_to_go()
     for generation in range(first, first + count):
         indexes, published = make_generation(store, generation), Published(store)
         while True:
@@ -79,6 +84,7 @@ def read_on(root: str, reads: int) -> None:
     store = Store(root)
     published, pointer = Published(store), Path(root) / "published/main/CURRENT"
     seen, wrong, last = set(), [], 0
+    wait_to_go()
     for _ in range(reads):
         version = published.current()
         assert version is not None

@@ -184,14 +184,19 @@ def test_slow_writer_loses_its_number(
     assert Published(store).open()[0].ref == theirs[0].ref
 
 
-def process(
-    role: str, root: str, *arguments: object, go: Path | None = None
-) -> subprocess.Popen[str]:
+def process(role: str, root: str, *arguments: object, go: Path) -> subprocess.Popen[str]:
     env = os.environ | {"GO": str(go), "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "tests.publishing", role, root, *map(str, arguments)]
     return subprocess.Popen(
         command, cwd=Path(__file__).parents[3], env=env, stdout=subprocess.PIPE, text=True
     )
+
+
+def start_together(running: list[subprocess.Popen[str]], go: Path) -> None:
+    for each in running:
+        assert each.stdout is not None
+        assert each.stdout.readline() == "ready\n"
+    go.touch()
 
 
 def last_line(running: subprocess.Popen[str]) -> dict[str, Any]:
@@ -210,10 +215,7 @@ def test_of_publishers_at_once_one_wins(
     running = [
         process("once", store.root_uri, generation, expected, go=go) for generation in (1, 2, 3, 4)
     ]
-    for each in running:
-        assert each.stdout is not None
-        assert each.stdout.readline() == "ready\n"
-    go.touch()
+    start_together(running, go)
     outcomes = [last_line(each) for each in running]
     won = [outcome["won"] for outcome in outcomes if "won" in outcome]
     assert len(set(won)) == len(won), "no number is won twice"
@@ -226,13 +228,16 @@ def test_of_publishers_at_once_one_wins(
     assert len(published.history()) == 1 + len(won)
 
 
-def test_reader_never_sees_a_mixture(store: Store, published: Published) -> None:
+def test_reader_never_sees_a_mixture(store: Store, published: Published, tmp_path: Path) -> None:
     """3 publishers and 2 readers, each a process; INVAR_READS=10000 is the acceptance run."""
     reads = int(os.environ.get("INVAR_READS", "400"))
     published.publish(make_generation(store, 0))
-    readers = [process("read", store.root_uri, reads) for _ in range(2)]
-    per_publisher = max(20, reads // 100)
-    writers = [process("publish", store.root_uri, 1000 * (1 + n), per_publisher) for n in range(3)]
+    go, per_publisher = tmp_path / "go", max(20, reads // 100)
+    readers = [process("read", store.root_uri, reads, go=go) for _ in range(2)]
+    writers = [
+        process("publish", store.root_uri, 1000 * (1 + n), per_publisher, go=go) for n in range(3)
+    ]
+    start_together([*readers, *writers], go)
     wrote, read = [last_line(each) for each in writers], [last_line(each) for each in readers]
     assert all(each["wrong"] == [] for each in read), read
     history = published.history()
