@@ -256,7 +256,6 @@ class ServedIndex:
             if await asyncio.to_thread(self.current.newest) != newest:
                 return  # changed meanwhile
             if time.monotonic() >= self._retry.at:
-                self._retry = self._retry.after(self._again_s)
                 try:
                     if len(newest.index) != len(self._shards):
                         raise Conflict(
@@ -269,6 +268,8 @@ class ServedIndex:
                 except Conflict as error:
                     self._retry = replace(self._retry, error=error.message)
                     logger.warning("version %d: %s", newest.version.number, plain(error.message))
+                finally:  # from the end: a try that takes longer than the wait is not its own cause
+                    self._retry = self._retry.after(self._again_s)
             await self._settle(seen, newest)
 
     async def _settle(self, seen: Seen, newest: Newest) -> None:
