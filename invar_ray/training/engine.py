@@ -132,6 +132,12 @@ class Engine:
         max_grad_norm: float,
     ) -> None:
         self.zero_stage = zero_stage
+        if zero_stage == 3 and precision == "bf16":
+            # DeepSpeed casts nothing in a module of which some weights came in shards, and PEFT
+            # makes adapters in fp32.
+            for parameter in module.parameters():
+                if not hasattr(parameter, "ds_id"):
+                    parameter.data = parameter.data.to(torch.bfloat16)
         self._names = [
             name for name, parameter in module.named_parameters() if parameter.requires_grad
         ]
