@@ -37,6 +37,8 @@ _USABLE_GPU, _USABLE_HOST = 0.93, 0.92
 """
 _BUCKET = 500_000_000
 """Values that DeepSpeed reduces at once, a buffer of its own on a GPU (its default)."""
+_GATHERED = 1_000_000_000
+"""Values of a model that ZeRO 3 has whole at once on each rank, at most (its default)."""
 _CHARS = 4.2
 """Characters of a token of English."""
 _STRING = 60
@@ -356,7 +358,9 @@ class _Ledger:
 
     def _trains(self, whole: int, trainable: int, peak: float, held: float) -> Actor:
         on_gpu, ranks = self.scale.use_gpu, self.workers
-        weights = whole * self.bytes
+        weights, mapped = whole * self.bytes, 0.0
+        if self.scale.zero_stage == 3:  # loaded in shards, from a file that a node's ranks share
+            weights, mapped = (whole / ranks + min(whole, _GATHERED)) * self.bytes, weights
         # Gradients, and fp32 copies, gradients and two moments of what trains, shared by the ranks.
         shared = ranks if self.scale.zero_stage else 1
         state = trainable * (self.bytes + 16.0 / shared)
@@ -364,15 +368,18 @@ class _Ledger:
         if not on_gpu:
             kept = 1.45 if self.scale.keep_freed_memory else 1.0  # measured, see ScaleConfig
             host = base + weights + state + peak * kept
-            return Actor("training worker", ranks, host, cpus=self.scale.cpus_per_worker)
+            cpus = self.scale.cpus_per_worker
+            return Actor("training worker", ranks, host, cpus=cpus, mapped=mapped)
         bucket = _BUCKET * self.bytes if self.scale.zero_stage else 0
         return Actor(
             "training worker",
             ranks,
-            base + _CUDA_HOST + weights,  # loaded on the host, then moved
+            # Loaded on the host, then moved; in shards they go straight to the GPU.
+            base + _CUDA_HOST + (0.0 if mapped else weights),
             gpu=_CUDA_CONTEXT + weights + state + peak + bucket,
             gpus=1.0,
             cpus=self.scale.cpus_per_worker,
+            mapped=mapped,
             setting="scale.num_workers",
         )
 

@@ -50,7 +50,7 @@ class ScaleConfig:
     cpus_per_worker: float = 0.5
     """Logical CPUs per training worker."""
     zero_stage: Literal[0, 1, 2, 3] = 2
-    """DeepSpeed ZeRO stage."""
+    """DeepSpeed ZeRO stage; 3 loads the base in shards, for one that no GPU can hold whole."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass (non-reentrant)."""
     trackers: tuple[Literal["tensorboard", "mlflow", "wandb"], ...] = ("tensorboard",)

@@ -146,9 +146,9 @@ def load_merged(
     folder: Path,
     sample: Callable[[PreTrainedModel], Tensor],
     tolerance: float,
-) -> PreTrainedModel:
+) -> tuple[PreTrainedModel, float]:
     """As :func:`load_adapter` with ``merge``, and proves that merging has not changed what the
-    model gives.
+    model gives.  There is one copy of the weights all the time.
 
     Args:
         base: taken over; nothing else may use it.
@@ -156,6 +156,9 @@ def load_merged(
         sample: unit rows [N, H] of some texts under a model.
         tolerance: most that the cosine of a row before with the same row after merging may fall
             below 1.
+
+    Returns:
+        The model, and the lowest of those cosines.
 
     Raises:
         ModelError: as :func:`load_adapter`, and if a row differs by more.
@@ -166,13 +169,13 @@ def load_merged(
     lowest = float((before * sample(plain)).sum(dim=-1).min())
     if not lowest >= 1.0 - tolerance:
         raise ModelError(
-            f"merging the adapter in {folder} into its base in {base.dtype} changes its vectors "
+            f"merging the adapter in {folder} into its base in {base.dtype} changes its outputs "
             "(lowest cosine "
-            f"{lowest:.5f})",
-            expected=f"cosines of at least {1.0 - tolerance:g}",
-            action="set model.precision to fp32",
+            f"{lowest:.7f})",
+            expected=f"cosines of at least {1.0 - tolerance:.7g}",
+            action="set model.precision to fp32, or use the adapter beside its base",
         )
-    return plain
+    return plain, lowest
 
 
 def _merged(model: PeftModel, folder: Path) -> PreTrainedModel:

@@ -239,7 +239,7 @@ def open_encoder(
         folder = store.open(spec.adapter, "retriever").path("adapter")
         if open_base_tree is None:
             check = partial(_sample_vectors, tokenizer=tokenizer, spec=spec)
-            model = load_merged(model, folder, check, tolerance)
+            model, _ = load_merged(model, folder, check, tolerance)
         else:
             model = load_adapter(model, folder)
         if spec.projection_dim is not None:

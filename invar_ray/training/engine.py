@@ -22,6 +22,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 from torch import Tensor, nn
+from transformers.integrations import HfDeepSpeedConfig
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -81,6 +82,35 @@ def broadcast_text(text: str) -> str:
     return bytes(content.tolist()).decode("utf-8")
 
 
+@contextlib.contextmanager
+def sharded_loading(zero_stage: int, precision: str) -> Iterator[None]:
+    """Under ZeRO 3, models that are loaded inside come in shards: each weight is cut as soon as it
+    is read, by rank 0, so that no device holds a whole model.  Nothing changes under other stages.
+
+    Every rank must load the same models in the same order, with the CPU as their device.
+    """
+    # transformers asks for it, and lets go of it with the last reference.
+    settings = _settings(zero_stage, precision, 0.0)
+    shards = HfDeepSpeedConfig(settings) if zero_stage == 3 else None
+    try:
+        yield
+    finally:
+        del shards
+
+
+def _settings(zero_stage: int, precision: str, max_grad_norm: float) -> dict[str, Any]:
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": max_grad_norm,
+        "zero_optimization": {"stage": zero_stage},
+        "zero_allow_untested_optimizer": True,
+        "bf16": {"enabled": precision == "bf16"},
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
 class Engine:
     """A module under DeepSpeed with AdamW.
 
@@ -102,6 +132,12 @@ class Engine:
         max_grad_norm: float,
     ) -> None:
         self.zero_stage = zero_stage
+        if zero_stage == 3 and precision == "bf16":
+            # DeepSpeed casts nothing in a module of which some weights came in shards, and PEFT
+            # makes adapters in fp32.
+            for parameter in module.parameters():
+                if not hasattr(parameter, "ds_id"):
+                    parameter.data = parameter.data.to(torch.bfloat16)
         self._names = [
             name for name, parameter in module.named_parameters() if parameter.requires_grad
         ]
@@ -114,16 +150,7 @@ class Engine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=module,
             optimizer=optimizer,
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                "gradient_accumulation_steps": 1,
-                "gradient_clipping": max_grad_norm,
-                "zero_optimization": {"stage": zero_stage},
-                "zero_allow_untested_optimizer": True,
-                "bf16": {"enabled": precision == "bf16"},
-                "steps_per_print": 10**9,
-                "wall_clock_breakdown": False,
-            },
+            config=_settings(zero_stage, precision, max_grad_norm),
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:

@@ -23,7 +23,12 @@ from invar_ray.errors import ResourceError
 from invar_ray.store.artifacts import Store
 from invar_ray.store.files import join_uri, resolve_uri
 from invar_ray.training.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from invar_ray.training.engine import Engine, init_distributed, largest_over_ranks
+from invar_ray.training.engine import (
+    Engine,
+    init_distributed,
+    largest_over_ranks,
+    sharded_loading,
+)
 from invar_ray.training.generator_stage import GeneratorStage
 from invar_ray.training.refresh import Refresh, Refreshed
 from invar_ray.training.retriever_stage import RetrieverStage
@@ -77,9 +82,10 @@ def train_worker(payload: dict[str, Any]) -> Outcome:
     context = ray.train.get_context()
     rank, world_size = context.get_world_rank(), context.get_world_size()
     init_distributed(config.scale.use_gpu)
-    stage = STAGES[payload["stage"]](
-        config, Store(payload["root_uri"]), payload["inputs"], rank, world_size
-    )
+    with sharded_loading(config.scale.zero_stage, config.model.precision):
+        stage = STAGES[payload["stage"]](
+            config, Store(payload["root_uri"]), payload["inputs"], rank, world_size
+        )
     optimizer = (
         config.retriever.optimizer
         if payload["stage"] == "retriever"

@@ -12,6 +12,7 @@ all combinations on more ranks (the reference stays in fp32).  On more ranks, ``
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -89,12 +90,31 @@ def with_settings(config: Config, stage: str, settings: dict[str, Any]) -> Confi
     return with_retriever(config, **(fixed | settings))
 
 
-def make_stage(name: str, small: SmallStore, config: Config, rank: int, world: int) -> Any:
+def make_stage(
+    name: str, small: SmallStore, config: Config, rank: int, world: int, zero_stage: int | None
+) -> Any:
     made = RetrieverStage if name == "retriever" else GeneratorStage
     inputs = small.retriever_inputs if name == "retriever" else small.generator_inputs
-    stage = made(config, small.trainset.store, inputs, rank, world)
+    with loading(zero_stage, config.model.precision):
+        stage = made(config, small.trainset.store, inputs, rank, world)
     stage.module.train()
     return stage
+
+
+def loading(zero_stage: int | None, precision: str) -> contextlib.AbstractContextManager[None]:
+    if zero_stage is None:
+        return contextlib.nullcontext()
+    from invar_ray.training.engine import sharded_loading
+
+    return sharded_loading(zero_stage, precision)
+
+
+def held_values(module: torch.nn.Module) -> Tensor:
+    """How many of the base's values this rank holds, and how many there are."""
+    base = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+    shards = sum(x.ds_tensor.numel() for x in base if hasattr(x, "ds_tensor"))
+    whole = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in base)
+    return torch.tensor([shards + sum(parameter.numel() for parameter in base), whole])
 
 
 def make_engine(stage: Any, zero_stage: int, max_grad_norm: float) -> Any:
@@ -181,7 +201,8 @@ def parity(small: SmallStore, out: Path, rank: int, world: int, grid: str, engin
         found: dict[str, Tensor] = {}
         counts = counted_chunks() if engines else []
         for name, cases in (("retriever", RETRIEVER_CASES), ("generator", GENERATOR_CASES)):
-            stage = make_stage(name, small, small.config, rank, world)
+            stage = make_stage(name, small, small.config, rank, world, zero_stage)
+            found[f"held/{name}"] = held_values(stage.module)
             disturb(stage.module)
             engine = None if zero_stage is None else make_engine(stage, zero_stage, 0.0)
             for number, (case, settings) in enumerate(cases.items()):
@@ -280,7 +301,7 @@ def state(
         return flat | {"adam_step": torch.tensor(found.adam_step)}
 
     name = case.partition(",")[0]
-    whole_stage = make_stage(name, small, small.config, rank, world)
+    whole_stage = make_stage(name, small, small.config, rank, world, zero_stage)
     whole = make_engine(whole_stage, zero_stage, 1.0)
     begin = end(whole)
     norms = train(whole, whole_stage, 0, 3)
@@ -293,7 +314,7 @@ def state(
     norms += train(whole, whole_stage, 3, 6)
 
     read = load_checkpoint(folder, "run").engine
-    stage = make_stage(name, small, small.config, rank, world)
+    stage = make_stage(name, small, small.config, rank, world, zero_stage)
     with torch.no_grad():
         for key, parameter in stage.module.named_parameters():
             if key in read.parameters:

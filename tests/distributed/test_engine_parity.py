@@ -67,6 +67,16 @@ def test_gradients_equal_those_of_one_process(engine_runs: Any, case: str, zero_
 
 
 @pytest.mark.parametrize("zero_stage", ZERO_STAGES)
+@pytest.mark.parametrize("stage", ["retriever", "generator"])
+def test_zero_3_loads_a_base_in_shards(engine_runs: Any, stage: str, zero_stage: int) -> None:
+    runs = [engine_runs.load(f"parity-z{zero_stage}-w2-r{rank}") for rank in (0, 1)]
+    for run in runs:
+        held, whole = run[f"held/{stage}"].tolist()
+        assert whole > 1_000_000
+        assert held == (whole // 2 if zero_stage == 3 else whole)
+
+
+@pytest.mark.parametrize("zero_stage", ZERO_STAGES)
 def test_ranks_had_different_numbers_of_chunks(engine_runs: Any, zero_stage: int) -> None:
     """What would hang ZeRO 2 and 3 if each rank ran its own number; and some calls had one chunk,
     others several.

@@ -36,6 +36,20 @@ def test_llama3_8b_on_eight_gpus_is_what_arithmetic_says(ledger: dict[str, Step]
     assert ledger["stage 1: retriever"].seconds == pytest.approx(11 * 3600, rel=0.25)
 
 
+def test_zero_3_counts_a_share_of_the_weights_and_what_is_gathered(
+    ledger: dict[str, Step],
+) -> None:
+    steps = footprint(load_config("llama3_8b", ["scale.zero_stage=3"]), WIKI)
+    sharded = {step.label: step for step in steps}
+    for label in ("stage 1: retriever", "stage 2: generator"):
+        one, other = ledger[label].actors[1], sharded[label].actors[1]
+        whole = one.host - other.host
+        assert 16 * GB < whole < 16.2 * GB  # 8.03 G values in bf16
+        assert other.mapped == pytest.approx(whole)
+        # An eighth stays, and 1 G values are whole at a time.
+        assert one.gpu - other.gpu == pytest.approx(whole * 7 / 8 - 2 * GB)
+
+
 def test_a_mapped_index_counts_once_a_node(ledger: dict[str, Step]) -> None:
     step = ledger["hits of dev questions in the base index"]
     assert step.actors[1].mapped > 21e6 * 4096  # IVF on 8-bit values

@@ -5,10 +5,11 @@ what was done.
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import threading
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,15 @@ import torch
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import save_file
-from transformers import AutoModel, AutoModelForCausalLM
+from transformers import AutoModel, AutoModelForCausalLM, modeling_utils
 from typer.testing import CliRunner
 
 from invar_ray.cli.main import app
 from invar_ray.errors import DataError, MixedArtifactsError, ModelError, ResourceError
 from invar_ray.evaluation.report import Report, Row, write_report
+from invar_ray.models import adapters
 from invar_ray.models.encoder import PROJECTION_FILE, EncoderSpec, llm_spec, open_encoder
+from invar_ray.models.precision import torch_dtype
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.training import export
 from invar_ray.training.export import export_adapter, open_adapter, push_folder
@@ -190,14 +193,81 @@ def test_what_does_not_belong_together_is_refused(
 def test_merged_weights_that_differ_are_refused(
     world: support.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = export.load_adapter
+    def forgets_to_merge(model: Any, folder: Path) -> Any:
+        return model.unload()
 
-    def forgets_to_merge(base: Any, folder: Path, *, merge: bool = False) -> Any:
-        return base.eval() if merge else plain(base, folder)
-
-    monkeypatch.setattr(export, "load_adapter", forgets_to_merge)
-    with pytest.raises(ModelError, match="merged weights give other outputs"):
+    monkeypatch.setattr(adapters, "_merged", forgets_to_merge)
+    with pytest.raises(ModelError, match=r"changes its outputs \(lowest cosine -?0\."):
         export_adapter(world.adapter, tmp_path / "out", merged=True)
+
+
+def generator_of(world: support.World, precision: str) -> Artifact:
+    plan = Plan("generator", "g", {"precision": precision}, {"base": world.base_artifact})
+
+    def body(building: Building) -> None:
+        support.write_adapter(building.path / "adapter", world.base, world.store, 7)
+        building.info |= {
+            "base": asdict(world.base),
+            "precision": precision,
+            "max_context": 200,
+            "max_new_tokens": 8,
+        }
+
+    return world.get(plan, body)
+
+
+def lowest_cosine(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    cosines = torch.nn.functional.cosine_similarity(found.double(), wanted.double(), dim=-1)
+    return float(cosines.min())
+
+
+def live_bytes() -> int:
+    """Of all tensors in this process, shared memory once."""
+    gc.collect()
+    found = [x for x in gc.get_objects() if issubclass(type(x), torch.Tensor)]
+    storages = [x.untyped_storage() for x in found if x.device.type == "cpu"]
+    return sum({one.data_ptr(): one.nbytes() for one in storages}.values())
+
+
+@pytest.mark.parametrize(("precision", "alike"), [("fp32", 1.0 - 1e-6), ("bf16", 0.999)])
+def test_merged_weights_are_written_in_parts_from_one_copy(
+    world: support.World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    alike: float,
+) -> None:
+    dtype = torch_dtype(precision)
+    base = AutoModelForCausalLM.from_pretrained(world.base.folder_or_name(world.store), dtype=dtype)
+    whole = sum(weight.numel() * weight.element_size() for weight in base.parameters())
+    adapter, parts, held = generator_of(world, precision), [], []
+    write = modeling_utils.safe_save_file
+
+    def noticing(tensors: dict[str, torch.Tensor], *args: Any, **options: Any) -> None:
+        parts.append(sum(weight.numel() * weight.element_size() for weight in tensors.values()))
+        held.append(live_bytes() - before)
+        write(tensors, *args, **options)
+
+    monkeypatch.setattr(modeling_utils, "safe_save_file", noticing)
+    monkeypatch.setattr(export, "SHARD_BYTES", 700_000)
+    before = live_bytes()
+    made = export_adapter(adapter, tmp_path / "out", merged=True)
+
+    assert len(parts) > 2
+    assert sum(parts) == whole
+    # The embeddings are one tensor, hence one file.
+    assert sum(part > 700_000 for part in parts) == 1
+    assert max(held) < 1.05 * whole
+    assert made.merged is not None
+    assert (made.merged / "model.safetensors.index.json").is_file()
+    merged = AutoModelForCausalLM.from_pretrained(made.merged)
+    assert {weight.dtype for weight in merged.parameters()} == {dtype}
+    ids = torch.tensor([world.tokenizer("Who keeps the light of Arvon?")["input_ids"]])
+    with torch.no_grad():
+        bare, found = base(ids).logits, merged(ids).logits
+        wanted = PeftModel.from_pretrained(base, made.folder)(ids).logits
+    assert lowest_cosine(found, wanted) >= alike
+    assert lowest_cosine(bare, wanted) < 0.999, "the adapter changes nothing"
 
 
 def test_the_command(world: support.World, tmp_path: Path) -> None:
