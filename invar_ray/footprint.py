@@ -358,7 +358,7 @@ class _Ledger:
 
     def _trains(self, whole: int, trainable: int, peak: float, held: float) -> Actor:
         on_gpu, ranks = self.scale.use_gpu, self.workers
-        weights, mapped = whole * self.bytes, 0.0
+        weights, mapped = float(whole * self.bytes), 0.0
         if self.scale.zero_stage == 3:  # loaded in shards, from a file that a node's ranks share
             weights, mapped = (whole / ranks + min(whole, _GATHERED)) * self.bytes, weights
         # Gradients, and fp32 copies, gradients and two moments of what trains, shared by the ranks.

@@ -356,6 +356,10 @@ def export(
             "--merged", help="Base and adapter as one model, too; for sentence-transformers."
         ),
     ] = False,
+    gguf: Annotated[
+        bool,
+        typer.Option("--gguf", help="And as one file for llama.cpp, by its own converter on PATH."),
+    ] = False,
     push: Annotated[
         str | None, typer.Option(help="Upload it to this repository of a hub, owner/name.")
     ] = None,
@@ -367,15 +371,24 @@ def export(
     from pathlib import Path
 
     from invar_ray.store.artifacts import open_artifact
-    from invar_ray.training.export import export_adapter, open_adapter, push_folder
+    from invar_ray.training.export import (
+        export_adapter,
+        find_gguf_converter,
+        open_adapter,
+        push_folder,
+        write_gguf,
+    )
 
+    converter = find_gguf_converter() if gguf else None  # before minutes are spent
     measured = open_artifact(report, "report") if report else None
     made = export_adapter(
-        open_adapter(adapter), Path(folder), report=measured, merged=merged, name=push
+        open_adapter(adapter), Path(folder), report=measured, merged=merged or gguf, name=push
     )
     print(made.folder)
     if made.merged is not None:
         print(f"{made.merged} (lowest cosine with the unmerged outputs {made.lowest_cosine:.7f})")
+        if converter is not None:
+            print(write_gguf(converter, made.merged))
     if push is not None:
         print(push_folder(made.folder, push, private=not public))
 

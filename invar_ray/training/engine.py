@@ -22,7 +22,7 @@ from deepspeed.utils import (
     safe_set_full_optimizer_state,
 )
 from torch import Tensor, nn
-from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 

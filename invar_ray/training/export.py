@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -40,6 +41,7 @@ _PACKAGE = "sentence_transformers.models"
 _POOLING_MODES = (
     "cls_token mean_tokens max_tokens mean_sqrt_len_tokens weightedmean_tokens lasttoken".split()
 )
+_CONVERTER = "convert_hf_to_gguf.py"
 SHARD_BYTES = 2_000_000_000
 """Of a file of merged weights; writing takes as much memory beside the model."""
 _TOLERANCE: dict[Precision, float] = {"fp32": 1e-6, "bf16": MERGE_TOLERANCE[torch.bfloat16]}
@@ -125,6 +127,53 @@ def export_adapter(
     for path in folder.rglob("*"):  # weights come out of private temporary files
         path.chmod(0o755 if path.is_dir() else 0o644)
     return Exported(folder, place, lowest)
+
+
+def find_gguf_converter() -> str:
+    """llama.cpp's own converter of a model's folder to GGUF, on PATH.
+
+    Raises:
+        ResourceError: it is not there.
+    """
+    found = shutil.which(_CONVERTER)
+    if found is None:
+        raise ResourceError(
+            f"llama.cpp's {_CONVERTER}, which writes GGUF, is not on PATH",
+            action="install llama.cpp (a checkout of github.com/ggml-org/llama.cpp has it at its "
+            "top), or export without --gguf",
+        )
+    return found
+
+
+def write_gguf(converter: str, merged: Path) -> Path:
+    """Merged weights as one file for llama.cpp, beside their folder and in their precision.
+
+    Args:
+        converter: of :func:`find_gguf_converter`.
+        merged: of :func:`export_adapter`.
+
+    Raises:
+        ResourceError: the converter fails; no file is left.
+    """
+    file = merged.with_suffix(".gguf")
+    part = file.with_name(f"{file.name}.part")
+    done = subprocess.run(
+        [converter, str(merged), "--outfile", str(part), "--outtype", "auto"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0 or not part.is_file():
+        part.unlink(missing_ok=True)
+        lines = [line for line in done.stdout.splitlines() if line.strip()]
+        raise ResourceError(
+            f"{converter} ended with {done.returncode} ({lines[-1] if lines else 'no output'})",
+            expected="a GGUF file",
+            action=f"run it on {merged} by hand; the folder stands as it is",
+        )
+    part.rename(file)
+    return file
 
 
 def push_folder(

@@ -7,6 +7,7 @@ from __future__ import annotations
 import base64
 import gc
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, replace
@@ -30,7 +31,13 @@ from invar_ray.models.encoder import PROJECTION_FILE, EncoderSpec, llm_spec, ope
 from invar_ray.models.precision import torch_dtype
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.training import export
-from invar_ray.training.export import export_adapter, open_adapter, push_folder
+from invar_ray.training.export import (
+    export_adapter,
+    find_gguf_converter,
+    open_adapter,
+    push_folder,
+    write_gguf,
+)
 from tests import support
 
 
@@ -199,6 +206,48 @@ def test_merged_weights_that_differ_are_refused(
     monkeypatch.setattr(adapters, "_merged", forgets_to_merge)
     with pytest.raises(ModelError, match=r"changes its outputs \(lowest cosine -?0\."):
         export_adapter(world.adapter, tmp_path / "out", merged=True)
+
+
+def converter_on_path(folder: Path, monkeypatch: pytest.MonkeyPatch, *, then: str = "pass") -> None:
+    """A program of llama.cpp's converter's name and arguments, which says what it was given."""
+    folder.mkdir()
+    program = folder / "convert_hf_to_gguf.py"
+    program.write_text(
+        f"#!{sys.executable}\n"
+        "import pathlib, sys\n"
+        "model, option, out, *rest = sys.argv[1:]\n"
+        "assert option == '--outfile' and rest == ['--outtype', 'auto'], sys.argv\n"
+        "names = sorted(path.name for path in pathlib.Path(model).iterdir())\n"
+        "pathlib.Path(out).write_text(' '.join(names))\n"
+        f"{then}\n"
+    )
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder))
+
+
+def test_gguf_is_made_by_llama_cpps_own_converter(
+    world: support.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["export", world.adapter.uri, str(tmp_path / "out"), "--gguf"]
+    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
+    absent = CliRunner().invoke(app, command)
+    assert absent.exit_code == 1
+    assert "convert_hf_to_gguf.py" in absent.output
+    assert not (tmp_path / "out").exists()
+    converter_on_path(tmp_path / "bin", monkeypatch)
+    made = CliRunner().invoke(app, command)
+    assert made.exit_code == 0, made.output
+    given = (tmp_path / "out" / "merged.gguf").read_text().split()
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set(given)
+
+
+def test_a_gguf_converter_that_fails_leaves_no_file(
+    world: support.World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converter_on_path(tmp_path / "bin", monkeypatch, then="sys.exit('Model X is not supported')")
+    with pytest.raises(ResourceError, match="Model X is not supported"):
+        write_gguf(find_gguf_converter(), export_adapter(world.adapter, tmp_path / "out").folder)
+    assert not list(tmp_path.glob("out.gguf*"))
 
 
 def generator_of(world: support.World, precision: str) -> Artifact:
