@@ -16,6 +16,7 @@ import shutil
 import sys
 import tempfile
 import zipfile
+from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -25,6 +26,7 @@ import openpyxl
 import pptx
 
 from invar_ray.answering.bm25 import Bm25
+from invar_ray.answering.fusion import fuse_lists, fusion_depth
 from invar_ray.config import CoarseConfig
 from invar_ray.corpus.formats.html import parse_html
 from invar_ray.corpus.formats.plain import csv_rows
@@ -32,6 +34,7 @@ from invar_ray.corpus.readers import read_documents
 from invar_ray.corpus.readlog import ReadLog
 from invar_ray.models.encoder import coarse_spec, open_encoder
 from invar_ray.models.tiny import minilm_tokenizer
+from invar_ray.schema import Hit
 from invar_ray.store.artifacts import Store
 from invar_ray.text.chunking import chunk_document
 
@@ -83,7 +86,7 @@ QUESTIONS = [
     ("Which notebook cell loads the iris table?", "iris.ipynb", "iris.csv"),
     ("What does the quick start of Valgrind say about compiling with -g?", "quick-start", "-g"),
 ]  # fmt: skip
-CHUNK_TOKENS, BEST = 128, 3
+CHUNK_TOKENS, BEST, DEEP = 128, 3, fusion_depth(3)
 
 
 def build(folder: Path) -> None:
@@ -225,13 +228,17 @@ def measure(folder: Path) -> None:
     matrix = encoder.encode_passages([(each.title, each.text) for each in passages])
     asked = [question for question, _, _ in QUESTIONS]
     scores = encoder.encode_queries(asked) @ matrix.T
-    by_words = Bm25([f"{each.title} {each.text}" for each in passages]).search(asked, BEST)
-    found = {"MiniLM": 0, "BM25": 0}
-    print("\n| question | place | MiniLM | BM25 |\n| --- | --- | --- | --- |")
+    by_words = Bm25([f"{each.title} {each.text}" for each in passages]).search(asked, DEEP)
+    found = {"hybrid": 0, "MiniLM": 0, "BM25": 0}
+    print("\n| question | place | hybrid | MiniLM | BM25 |\n| --- | --- | --- | --- | --- |")
     for number, (question, file, words) in enumerate(QUESTIONS):
+        best = np.argsort(-scores[number], kind="stable")[:DEEP]
+        dense = _hits([(int(row), float(scores[number, row])) for row in best])
+        by_bm25 = _hits(by_words[number])
+        both = fuse_lists(dense, by_bm25, BEST)
         lists = {
-            "MiniLM": [int(row) for row in np.argsort(-scores[number], kind="stable")[:BEST]],
-            "BM25": [row for row, _ in by_words[number]],
+            system: [int(hit.passage_id) for hit in hits[:BEST]]
+            for system, hits in (("hybrid", both), ("MiniLM", dense), ("BM25", by_bm25))
         }
         ranks = {}
         for system, rows in lists.items():
@@ -248,6 +255,11 @@ def measure(folder: Path) -> None:
         print(f"| {question} | {place} | {shown} |")
     total = " | ".join(f"{count} of {len(QUESTIONS)}" for count in found.values())
     print(f"| **in the first {BEST} of {len(passages):,} passages** | | {total} |")
+
+
+def _hits(rows: Iterable[tuple[int, float]]) -> list[Hit]:
+    """Numbers of passages with their scores, best first, as hits."""
+    return [Hit(str(row), "", rank, score) for rank, (row, score) in enumerate(rows, start=1)]
 
 
 def main() -> None:
