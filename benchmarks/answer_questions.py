@@ -2,12 +2,14 @@
 
     python -m benchmarks.answer_questions --root runs/demo --out answers.jsonl
     python -m benchmarks.answer_questions --root runs/squad --dev 300
+    python -m benchmarks.answer_questions --root runs/squad --times 100
 
 The 60 (``tests/assets/demo_questions.jsonl``) were written before anything was tuned: 30 that the
 corpus answers, in words that no training question has; 15 that it does not answer; 10 attacks and
 pieces of nonsense; 5 follow-ups, which need the turns before them.  With ``--dev N`` the store's
 dev questions are asked instead: N as they are, and N others with their documents taken out of the
-search.
+search.  With ``--times N`` nothing is answered: N dev questions are searched for in each mode, one
+at a time, and the milliseconds printed.
 
 *right* is an answer that holds a gold answer, and for questions without one a refusal; *refused* is
 a refusal of a question that has an answer.  A question whose document is gone can still be right:
@@ -21,18 +23,20 @@ import argparse
 import json
 import math
 import random
+import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from invar_ray import Rag, open_rag
 from invar_ray.answering.filters import Where
 from invar_ray.answering.followup import Turn
 from invar_ray.answering.rag import answer_batch
-from invar_ray.schema import Answer
+from invar_ray.schema import Answer, Example, Mode
 from invar_ray.steps.questions import load_examples
 from invar_ray.text.answers import contains_answer
 
@@ -46,6 +50,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--root", default="runs/demo", help="store of the run")
     parser.add_argument("--dev", type=int, help="ask so many dev questions of each kind instead")
+    parser.add_argument("--times", type=int, help="only time so many searches in each mode")
     parser.add_argument("--top-k", type=int, default=5)
     parser.add_argument("--mode", default="hybrid", choices=["dense", "bm25", "hybrid"])
     parser.add_argument("--index", help="URI of another index than the current")
@@ -62,6 +67,9 @@ def main() -> None:
         generator=args.generator,
         untrained=args.untrained,
     )
+    if args.times is not None:
+        print(times(rag, args.times))
+        return
     rows: list[dict[str, Any]] = []
     asking = of_the_file(rag) if args.dev is None else of_the_store(rag, args.dev)
     with (args.out or Path("/dev/null")).open("w", encoding="utf-8") as out:
@@ -82,22 +90,11 @@ def of_the_file(rag: Rag) -> Any:
 
 
 def of_the_store(rag: Rag, count: int) -> Any:
-    """Dev questions of the newest questions in the store that the index has the documents of."""
-    documents: dict[str, list[str]] = {}
-    passages = rag.retriever.passages
-    for passage, document in zip(passages.ids(), passages.document_ids(), strict=True):
-        documents.setdefault(document, []).append(passage)
-    found = rag.index.store.newest(
-        "questions",
-        lambda made: all(
-            name in documents for each in load_examples(made, "dev") for name in each.positive_ids
-        ),
-    )
-    if found is None:
-        raise SystemExit(f"no questions in {rag.index.store.root_uri} whose documents are indexed")
-    examples = load_examples(found, "dev")
+    """Dev questions, half of them without their documents, each with its answer."""
+    documents = documents_of(rag)
+    examples = dev_questions(rag, documents)
     if len(examples) < 2 * count:
-        raise SystemExit(f"{found.ref} has {len(examples)} dev questions, {2 * count} are needed")
+        raise SystemExit(f"the store has {len(examples)} dev questions, {2 * count} are needed")
     chosen = random.Random(0).sample(examples, 2 * count)
     trained = {} if rag.generator_artifact is None else rag.generator_artifact.info
     for start in range(0, len(chosen), BATCH):
@@ -123,6 +120,44 @@ def of_the_store(rag: Rag, count: int) -> Any:
                 "answers": list(example.answers),
             }
             yield asked, answer
+
+
+def documents_of(rag: Rag) -> dict[str, list[str]]:
+    """Passages of each indexed document."""
+    documents: dict[str, list[str]] = {}
+    passages = rag.retriever.passages
+    for passage, document in zip(passages.ids(), passages.document_ids(), strict=True):
+        documents.setdefault(document, []).append(passage)
+    return documents
+
+
+def dev_questions(rag: Rag, documents: Mapping[str, Sequence[str]]) -> Sequence[Example]:
+    """Of the newest questions in the store that the index has the documents of."""
+    found = rag.index.store.newest(
+        "questions",
+        lambda made: all(
+            name in documents for each in load_examples(made, "dev") for name in each.positive_ids
+        ),
+    )
+    if found is None:
+        raise SystemExit(f"no questions in {rag.index.store.root_uri} whose documents are indexed")
+    return load_examples(found, "dev")
+
+
+def times(rag: Rag, count: int) -> str:
+    """Milliseconds of one search at a time, by mode; the modes take turns."""
+    examples = random.Random(0).sample(list(dev_questions(rag, documents_of(rag))), count)
+    taken: dict[Mode, list[float]] = {"dense": [], "bm25": [], "hybrid": []}
+    for example in examples:
+        for mode, values in taken.items():
+            begin = time.perf_counter()
+            rag.retriever.retrieve([example.question], rag.k, mode=mode)
+            values.append(1000.0 * (time.perf_counter() - begin))
+    lines = [f"{'mode':<8}{'median ms':>12}{'5 %':>8}{'95 %':>8}"]
+    for mode, values in taken.items():
+        low, middle, high = np.percentile(values, [5, 50, 95])
+        lines.append(f"{mode:<8}{middle:>12.1f}{low:>8.1f}{high:>8.1f}")
+    return "\n".join(lines)
 
 
 def judged(asked: Mapping[str, Any], answer: Answer) -> dict[str, Any]:
