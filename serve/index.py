@@ -268,7 +268,7 @@ class ServedIndex:
                 except Conflict as error:
                     self._retry = replace(self._retry, error=error.message)
                     logger.warning("version %d: %s", newest.version.number, plain(error.message))
-                finally:  # from the end: a try that takes longer than the wait is not its own cause
+                finally:  # from its end: else the next follows at once a try that takes longer
                     self._retry = self._retry.after(self._again_s)
             await self._settle(seen, newest)
 

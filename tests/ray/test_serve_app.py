@@ -461,7 +461,7 @@ def _deploy(artifacts: Artifacts, index_uri: str) -> None:
 
 
 def _until_running() -> None:
-    """A rolling restart of five processes took over four minutes on a machine that was busy."""
+    """Wait for it; a rolling restart of its five processes took 4 minutes on a busy machine."""
     from ray import serve
 
     deadline = time.monotonic() + 900
