@@ -1,5 +1,6 @@
-"""Which ``retriever.invariance_weight`` fits a base and questions: stage 1 once for each of
-``weights``, judged on train titles that are set aside.  The dev questions are not looked at.
+"""Which ``retriever.invariance_weight`` and ``search.dense_weight`` fit a base and questions: stage
+1 once for each of ``weights``, judged on train titles that are set aside.  The dev questions are
+not looked at.
 
 Command::
 
@@ -8,7 +9,7 @@ Command::
 
 from __future__ import annotations
 
-from invar_ray.cli.tune import WEIGHTS, advice, parse_weights, render, run_trials
+from invar_ray.cli.tune import WEIGHTS, parse_weights, run_trials, told
 from invar_ray.pipeline import Pipeline
 from jobs.entry import run_job
 
@@ -18,8 +19,7 @@ def main(pipeline: Pipeline, options: dict[str, str]) -> None:
     trials = run_trials(
         pipeline.config, parse_weights(options["weights"]), executor=pipeline.executor
     )
-    print(render(trials))
-    print(advice(trials))
+    print(told(trials))
 
 
 if __name__ == "__main__":

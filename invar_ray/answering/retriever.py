@@ -342,13 +342,18 @@ def open_retriever(
     )
 
 
+def has_bm25(index: Artifact) -> bool:
+    """Whether an index artifact has BM25 of its passages."""
+    return any(name.startswith(f"{FOLDER}/") for name in index.manifest.files)
+
+
 def open_bm25(index: Artifact) -> Bm25 | None:
     """The BM25 of an index artifact; ``None`` where it has none (an older one, or too large).
 
     Raises:
         MixedArtifactsError: it is of other passages than the index.
     """
-    if not any(name.startswith(f"{FOLDER}/") for name in index.manifest.files):
+    if not has_bm25(index):
         return None
     bm25 = Bm25.open(index.path(FOLDER))
     if bm25.size != index.info["rows"]:

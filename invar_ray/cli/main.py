@@ -180,7 +180,7 @@ def train(
             Published(pipeline.store).publish([pipeline.index], verify=False)
 
 
-@app.command(short_help="Try weights of the invariance loss, say which to set.")
+@app.command(short_help="Try weights of the loss and of hybrid search, say which to set.")
 @explain_errors
 def tune(
     overrides: Overrides = None,
@@ -190,13 +190,12 @@ def tune(
     ] = "0,10,40,160",
 ) -> None:
     """Train stage 1 once for each weight of the invariance loss, on part of the train questions,
-    and say which to set; the dev questions are not looked at.
+    then search with each weight of vectors against words, and say which of both to set; the dev
+    questions are not looked at.
     """
-    from invar_ray.cli.tune import advice, parse_weights, render, run_trials
+    from invar_ray.cli.tune import parse_weights, run_trials, told
 
-    trials = run_trials(load_config(config, overrides or []), parse_weights(weights))
-    print(render(trials))
-    print(advice(trials))
+    print(told(run_trials(load_config(config, overrides or []), parse_weights(weights))))
 
 
 @app.command(short_help="Measure all systems; print tables, write the report.")

@@ -135,17 +135,42 @@ def build(
     """
     split, top_k = building.plan.config["split"], building.plan.config["top_k"]
     examples, families = load_examples(questions, split), load_wordings(questions, split)
-    starts = list(range(0, len(examples), _QUESTIONS_PER_BATCH))
+    asked = [families[example.id] for example in examples]
+    write_hits(
+        building,
+        examples,
+        families,
+        search(config, index, asked, top_k, mode, label=f"search {split}", executor=executor),
+    )
+
+
+def search(
+    config: Config,
+    index: Artifact,
+    families: Sequence[Sequence[str]],
+    top_k: int,
+    mode: SearchMode = PLAIN,
+    *,
+    label: str,
+    executor: Executor,
+) -> list[list[list[dict[str, Any]]]]:
+    """What each wording of each family finds, as plain rows, in the families' order.
+
+    Args:
+        config: the run.
+        index: is searched.
+        families: the wordings of each question.
+        top_k: hits for each wording.
+        mode: how.
+        label: of the progress display.
+        executor: see :func:`build`.
+    """
+    starts = range(0, len(families), _QUESTIONS_PER_BATCH)
     blocks = [
-        {
-            "block": number,
-            "wordings": [
-                families[example.id] for example in examples[start : start + _QUESTIONS_PER_BATCH]
-            ],
-        }
+        {"block": number, "wordings": families[start : start + _QUESTIONS_PER_BATCH]}
         for number, start in enumerate(starts)
     ]
-    progress = Progress(f"search {split}", len(examples), "questions")
+    progress = Progress(label, len(families), "questions")
     scale = config.scale
     work = Work(
         label=progress.label,
@@ -162,7 +187,7 @@ def build(
             "reranking": mode.reranking,
         },
         rows=blocks,
-        texts=len(examples),
+        texts=len(families),
         leaves_from=scale.in_process_below,
         schema=_BLOCK,
         workers=(scale.fewest_embed_workers, scale.fewest_embed_workers),
@@ -173,9 +198,7 @@ def build(
     for row in executor.run(work):
         found[int(row["block"])] = row["hits"]
         progress.advance(len(row["hits"]))
-    write_hits(
-        building, examples, families, [hits for number in sorted(found) for hits in found[number]]
-    )
+    return [hits for number in sorted(found) for hits in found[number]]
 
 
 def write_hits(

@@ -312,14 +312,19 @@ def test_weights_are_tried_on_titles_that_no_trial_saw(local_ray: Any, prepared:
         root,
         ["retriever.steps=3", "retriever.invariance_ramp_steps=1", "scale.checkpoint_every=50"],
     )
-    trials = run_trials(config, [0.0, 160.0])
+    found = run_trials(config, [0.0, 160.0])
+    trials = found.loss
     assert [trial.weight for trial in trials] == [0.0, 160.0]
     assert trials[0].questions == trials[1].questions > 0
     made = [Store(str(root)).open(f"retriever/{p.name}") for p in (root / "retriever").iterdir()]
     assert len(made) == 2
     assert all(adapter.info["arm"].startswith("weight-") for adapter in made), "none is served"
     assert adapter_files(made[0]) != adapter_files(made[1])
-    assert run_trials(config, [160.0, 0.0]) == trials[::-1], "the second call trains nothing"
+    again = run_trials(config, [160.0, 0.0])
+    assert again.loss == trials[::-1], "the second call trains nothing"
+    assert again.hybrid == found.hybrid
+    assert [trial.weight for trial in found.hybrid] == [n / 10 for n in range(2, 11)]
+    assert {trial.questions for trial in found.hybrid} == {trials[0].questions}
 
 
 @pytest.mark.slow
