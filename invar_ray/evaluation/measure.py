@@ -160,6 +160,7 @@ def answer_columns(
     refusals agree, a refusal and an answer do not.
     ``order_flip_rate`` is 1 where a right answer turns wrong when only the order of its passages
     changes, 0 where it stays right; wrong answers are not asked again.
+    ``wrong_given`` is 1 where the answer is given and holds no gold answer.
     ``citation_precision`` is the share of cited documents that are gold, of answers that cite;
     ``citation_recall`` the share of the gold documents in the prompt that are cited, where there
     are any; ``removed_citations`` the number of marks that pointed to no passage of the prompt.
@@ -170,12 +171,14 @@ def answer_columns(
         score = rule.score(anchor.text, family.answers)
         gold = set(family.positive_ids)
         shown = gold.intersection(anchor.shown)
+        withheld = anchor.refused or anchor.unsure
         right = [rule.score(answer.text, family.answers).exact_match == 1.0 for answer in texts]
         row: dict[str, float | None] = {
             "exact_match": score.exact_match,
             "f1": score.f1,
             "accuracy": score.accuracy,
-            "abstained": float(anchor.refused or anchor.unsure),
+            "abstained": float(withheld),
+            "wrong_given": float(not withheld and score.accuracy == 0.0),
             "flip_rate": flip_rate([right]),
             "order_flip_rate": None
             if anchor.reordered is None

@@ -33,6 +33,7 @@ ORIGIN = ("model", "recipe", "date", "command")
 LOWER_IS_BETTER = (
     *("flip_rate", "removed_citations", "calibration_error", "change_by", "_std"),
     "worst_wording_loss",
+    "wrong_given",
 )
 
 
@@ -61,7 +62,7 @@ def answer_columns() -> list[str]:
     """Columns of the answer table."""
     steadiness = ["order_flip_rate", "answer_agreement", "answer_agreement_f1"]
     citations = ["citation_precision", "citation_recall", "removed_citations"]
-    return [*ANSWER_METRICS, *steadiness, *citations]
+    return [*ANSWER_METRICS, "wrong_given", *steadiness, *citations]
 
 
 EXPLAINED = {
@@ -72,21 +73,22 @@ EXPLAINED = {
     "rbo": "like overlap, but the first ranks count most (rank-biased overlap)",
     "between questions": "overlap of different questions: high means that all look alike",
     "mrr": "1 / rank of the document, mean",
-    "ndcg": "like mrr, softer",
-    "map": "like ndcg, all k",
+    "ndcg": "1 / log2(1 + rank) of the document, mean: low ranks cost less than in mrr",
+    "map": "mean precision at the ranks of all right documents",
     "answer recall": "share of questions with a passage among the first 5 that holds the answer",
     "change by": "1 - overlap when only this changes: lower is steadier",
     "exact match": "share of answers equal to a right one",
     "f1": "words shared with a right answer",
     "accuracy": "share of answers that hold a right one",
-    "flip rate": "share of questions right in one wording and wrong in another",
+    "flip rate": "of questions answered right as asked, the share of rewordings answered wrong",
     "order flip rate": "share of right answers that turn wrong when the passages are reversed",
     "answer agreement": "share of wordings whose answer is that of the question as asked",
     "answer agreement f1": "words that the answers of two wordings share",
-    "abstained": "share of questions that the model refused",
+    "abstained": "share of questions that are refused, or answered with a guess only",
+    "wrong given": "share of questions that get a wrong answer, and not as a guess",
     "calibration error": "how far confidence is from the share that is right",
     "citation precision": "share of citations that point to the right document",
-    "citation recall": "share of questions whose right document is cited",
+    "citation recall": "share of the right documents in the prompt that are cited",
     "removed citations": "marks that pointed to no passage, per answer",
 }
 """What a column means, by the beginning of its printed name; the longest that fits counts."""

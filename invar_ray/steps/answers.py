@@ -1,5 +1,5 @@
-"""Generators answer the dev questions: from what each system found, from nothing, from
-gold passages.
+"""Generators answer the dev questions: from what each system found, from nothing, from gold
+passages, and from what is found where the gold documents are left out.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from invar_ray.schema import Answer, Document, Hit
 from invar_ray.steps.hits import HIT_TYPE
 from invar_ray.store.artifacts import Artifact, Store
 
+_GONE = 4  # one in so many questions is asked without its documents
+
 
 @dataclass(frozen=True)
 class System:
@@ -34,7 +36,7 @@ class System:
         generator: the ``generator`` artifact that answers; ``""`` answers with the bare base,
             ``None`` does not answer.
         shows_bounds: add rows for this generator with no passage (closed book) and with the gold
-            one (oracle).
+            one (oracle); where it is trained, one without the gold documents, too (document gone).
     """
 
     name: str
@@ -85,7 +87,15 @@ def answer_tasks(
         ]
         if any(found for question in oracle for _, found in question):
             tasks.append(AnswerTask(f"{system.name}, oracle passage", system.name, uri, oracle))
+    if system.shows_bounds and uri:
+        gone = [_without_gold(family, config) for family in families[: -(-len(families) // _GONE)]]
+        tasks.append(AnswerTask(gone_label(system.name), system.name, uri, gone))
     return tasks
+
+
+def gone_label(name: str) -> str:
+    """The row of a system's answers without the gold documents."""
+    return f"{name}, document gone"
 
 
 def answer_all(
@@ -194,6 +204,11 @@ def _prompts(families: Sequence[FoundFamily], config: Config) -> Prompts:
         ]
         for family, count in zip(families, counts, strict=True)
     ]
+
+
+def _without_gold(family: FoundFamily, config: Config) -> list[tuple[str, list[Hit]]]:
+    others = [hit for hit in family.hits[0] if hit.document_id not in family.positive_ids]
+    return [(family.wordings[0], others[: config.generator.top_k])]
 
 
 def _gold(family: FoundFamily, documents: Mapping[str, Document], top_k: int) -> list[Hit]:

@@ -1,7 +1,8 @@
 """Hits and adapters to a report: the ``report`` artifact.
 
 Rows: retrieval of each system over the dev families; answers of each generator with the passages
-that each system found, from nothing (closed book) and from the gold passages (oracle).
+that each system found, from nothing (closed book), from the gold passages (oracle) and without the
+gold documents (document gone).
 """
 
 from __future__ import annotations
@@ -49,12 +50,18 @@ from invar_ray.evaluation.variance import known, worst_wording_loss
 from invar_ray.executor import Executor
 from invar_ray.models.base import BaseRef
 from invar_ray.models.precision import inference_precision
-from invar_ray.steps.answers import AnswerTask, System, answer_all, answer_tasks
+from invar_ray.steps.answers import (
+    AnswerTask,
+    System,
+    answer_all,
+    answer_tasks,
+    gone_label,
+)
 from invar_ray.steps.hits import load_hits
 from invar_ray.steps.passages import load_documents
 from invar_ray.store.artifacts import Artifact, Building, Plan
 
-VERSION = 10
+VERSION = 11
 _NOT_IN_PLAN = {
     "num_rewrites",  # it is in the questions
     "systems",  # they are in the hits
@@ -174,10 +181,9 @@ def build(
     ]
     answers = answer_all(config, base, passages.store, tasks, executor)
     for task in tasks:
-        made.add_answers(task, hits[task.system][:count], answers[task.label])
-    _write_answers(
-        building.path / "answers.jsonl", tasks, {name: hits[name][:count] for name in hits}, answers
-    )
+        made.add_answers(task, hits[task.system][: len(task.prompts)], answers[task.label])
+    made.add_risk(tasks)
+    _write_answers(building.path / "answers.jsonl", tasks, hits, answers)
     outcome = made.outcome(systems, tasks)
     write_outcome(outcome, building.path, overlap_k=OVERLAP_K)
     building.info |= {"rows": [asdict(row) for row in outcome.rows]}
@@ -194,6 +200,7 @@ class _Rows:
     families: dict[str, Sequence[FoundFamily]] = field(default_factory=dict)
     extra: dict[str, dict[str, float]] = field(default_factory=dict)
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
+    said: dict[str, list[tuple[float, bool]]] = field(default_factory=dict)
 
     def add_retrieval(
         self, name: str, families: Sequence[FoundFamily], changes: Sequence[Change]
@@ -245,8 +252,7 @@ class _Rows:
         if error is not None:
             extra["calibration_error"] = error
         self._note("calibration", task.label, [asdict(entry) for entry in bins])
-        curve = risk_coverage([p for p, _ in said], [right == 1.0 for _, right in said])
-        self._note("risk_coverage", task.label, [asdict(point) for point in curve])
+        self.said[task.label] = [(p, right == 1.0) for p, right in said]
         seconds = [answer.seconds for texts in answers for answer in texts]
         shares = zip(("p50", "p95"), np.quantile(seconds, [0.5, 0.95]).tolist(), strict=True)
         self._note("seconds_per_answer", task.label, {"mean": fmean(seconds)} | dict(shares))
@@ -256,6 +262,15 @@ class _Rows:
         else:
             self.columns[task.label], self.families[task.label] = columns, families
         self.extra[task.label] = self.extra.get(task.label, {}) | extra
+
+    def add_risk(self, tasks: Sequence[AnswerTask]) -> None:
+        """Risk and coverage of each row of answers; a system's own row has the questions whose
+        documents are gone beside the others.
+        """
+        for task in tasks:
+            said = self.said[task.label] + self.said.get(gone_label(task.label), [])
+            curve = risk_coverage([p for p, _ in said], [right for _, right in said])
+            self._note("risk_coverage", task.label, [asdict(point) for point in curve])
 
     def _add_columns(self, name: str, columns: Columns) -> None:
         """Columns of a row's first questions."""
@@ -345,7 +360,8 @@ def _write_answers(
 ) -> None:
     with open(path, "w", encoding="utf-8") as stream:
         for task in tasks:
-            for family, texts in zip(hits[task.system], answers[task.label], strict=True):
+            families = hits[task.system][: len(task.prompts)]
+            for family, texts in zip(families, answers[task.label], strict=True):
                 record = {
                     "system": task.label,
                     "question_id": family.question_id,

@@ -59,6 +59,7 @@ SYSTEMS = [
     "both stages",
     "both stages, closed book",
     "both stages, oracle passage",
+    "both stages, document gone",
 ]
 ANSWERING = [
     name

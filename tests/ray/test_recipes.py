@@ -155,6 +155,7 @@ def test_llama3_8b_from_corpus_to_served_answer(
             "both stages",
             "both stages, closed book",
             "both stages, oracle passage",
+            "both stages, document gone",
         ]
         check_run(pipeline.store, "bf16")
         projection = load_file(pipeline.retriever.path("adapter/projection.safetensors"))["weight"]

@@ -122,6 +122,9 @@ def test_answers_by_hand() -> None:
     assert columns["exact_match"] == [1.0, 0.0, 0.0]
     assert columns["accuracy"] == [1.0, 0.0, 1.0]
     assert columns["abstained"] == [0.0, 1.0, 0.0]
+    assert columns["wrong_given"] == [0.0, 0.0, 0.0]
+    guessed = [[replace(said("no"), unsure=unsure)] for unsure in (False, True, True)]
+    assert answer_columns(families, guessed, RULE)["wrong_given"] == [1.0, 0.0, 0.0]
     # the second's anchor is wrong, the third has no rewrite
     assert columns["flip_rate"] == [
         0.5,
