@@ -206,12 +206,13 @@ def measure(load: Load, pool: ThreadPoolExecutor, seconds: float = 8.0) -> float
 
 
 def break_things(options: argparse.Namespace, load: Load, begin: float, faults: list[str]) -> None:
-    """Kill one replica of each kind and switch the index; what does not happen as meant is a
-    fault.
+    """Kill one replica of each kind and Serve's controller, and switch the index; what does not
+    happen as meant is a fault.
     """
     steps: list[tuple[float, str]] = [
         (0.2, "kill RetrieverDeployment"),
         (0.55, "kill GeneratorDeployment"),
+        (0.8, "kill SERVE_CONTROLLER"),
     ]
     steps += [
         (0.05 + 0.85 * number / options.switches, f"switch {number}")

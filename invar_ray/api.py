@@ -65,8 +65,8 @@ class Rag:
 
     Args:
         index: artifact of kind ``index``; it names its encoder.
-        generator: artifact of kind ``generator`` on the same base; ``None`` lets the base answer as
-            it is.
+        generator: artifact of kind ``generator`` on the same base; ``None``: there is none.
+        untrained: without a generator the base answers as it is; else it only searches.
         k: how many passages an answer rests on.
         search: how, see the section ``search`` of a recipe.
         device: where the models run.
@@ -77,11 +77,13 @@ class Rag:
         index: Artifact,
         generator: Artifact | None,
         *,
+        untrained: bool = False,
         k: int = 5,
         search: SearchConfig = SearchConfig(),  # noqa: B008 - frozen
         device: str = "cpu",
     ) -> None:
         self.index, self.k = index, k
+        self._untrained = untrained
         self._search, self._reranking = search, Reranking.of(search)
         self._generator, self._device = generator, device
         self._bases: dict[str, Any] = {}
@@ -115,10 +117,12 @@ class Rag:
         """Continues prompts.
 
         Raises:
-            MissingArtifactError: no generator was named, and nobody knows which base answers.
+            MissingArtifactError: there is no trained one, and the base is not to answer, or nobody
+                knows which it is.
         """
         made: Generator
         if self._generator is None:
+            self._refuse_the_base()
             base = _answering_base(self.index)
             if base is None:
                 raise MissingArtifactError(
@@ -137,6 +141,15 @@ class Rag:
             tree = partial(self._tree, made_in(self._generator))
             made = open_generator(self._generator.uri, open_base_tree=tree)
         return made
+
+    def _refuse_the_base(self) -> None:
+        if self._generator is None and not self._untrained:
+            raise MissingArtifactError(
+                f"{self.index.store.root_uri} has no generator of the base of {self.index.ref}",
+                expected="a trained generator (searching needs none)",
+                action="train one (invar-ray train generator), or let the base answer "
+                "(--untrained, untrained=True)",
+            )
 
     def search(self, question: str, k: int | None = None) -> list[Hit]:
         """The ``k`` best passages, best first.
@@ -171,7 +184,9 @@ class Rag:
 
         Raises:
             RequestError: the question is empty, or does not fit the model's context.
+            MissingArtifactError: there is no generator, see :attr:`generator`.
         """
+        self._refuse_the_base()  # before a retriever is loaded
         trained = {} if self._generator is None else self._generator.info
         return answering.answer_question(
             self._finder,
@@ -223,7 +238,7 @@ def open_rag(
     rerank_depth: int = SearchConfig.rerank_depth,
     device: str = "cpu",
 ) -> Rag:
-    """Open what a run made, to search and to ask.
+    """Open what a run made, to search, and to ask where a generator was trained.
 
     Args:
         root: the storage root of the run: a folder or a URI.
@@ -257,15 +272,8 @@ def open_rag(
             action="train one (invar-ray train), or ask it as it is (--untrained, untrained=True)",
         )
     trained = open_artifact(generator, "generator") if generator else newest_generator(found)
-    if trained is None and not untrained:
-        raise MissingArtifactError(
-            f"{found.store.root_uri} has no generator of the base of {found.ref}",
-            expected="a trained generator (searching needs none)",
-            action="train one (invar-ray train generator), or let the base answer "
-            "(--untrained, untrained=True)",
-        )
     search = SearchConfig(mode=mode, reranker=reranker, rerank_depth=rerank_depth)
-    return Rag(found, trained, k=k, search=search, device=device)
+    return Rag(found, trained, untrained=untrained, k=k, search=search, device=device)
 
 
 def _answering_base(index: Artifact) -> BaseRef | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import os
 import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,13 @@ from invar_ray import errors
 from invar_ray.config import ScaleConfig
 from invar_ray.errors import InvarError, ResourceError
 from invar_ray.session import RaySession, check_room
+
+
+def own_cores(scale: ScaleConfig) -> int | None:
+    """How many cores the machine has whose Ray a run starts itself; ``None``: it joins a
+    cluster.
+    """
+    return None if RaySession(scale).joins else len(os.sched_getaffinity(0))
 
 
 class Worker(Protocol):

@@ -52,7 +52,7 @@ def ask_here(
         rerank_depth=config.search.rerank_depth,
     )
     answers = rag.generator_artifact
-    by = "the base, not trained to" if answers is None else answers.ref
+    by = "the untrained base" if answers is None else answers.ref
     print(f"asking {describe_index(rag.index)}; answered by {by}", file=sys.stderr, flush=True)
     found = rag.ask(question)
     return {
@@ -77,24 +77,27 @@ def describe_index(index: Artifact) -> str:
 
 def print_answer(answer: Mapping[str, Any]) -> None:
     """An answer with its citations: file and place where the document has them, title, and the
-    passage's beginning.
+    passage's beginning.  No text of a model, a document or a service commands the terminal.
     """
+    from invar_ray.text.places import label
+
     if answer.get("low_confidence"):
         sure = f"{answer['probability']:.0%}"
-        print(f"answer: none is sure enough; best guess ({sure}): {answer['guess']}")
+        print(f"answer: none is sure enough; best guess ({sure}): {label(answer['guess'])}")
     else:
-        print(f"answer: {answer['answer'] or '(the model wrote nothing)'}")
+        print(f"answer: {label(answer['answer']) or '(the model wrote nothing)'}")
     passages = {passage["passage_id"]: passage for passage in answer["passages"]}
     for citation in answer["citations"]:
         passage = passages.get(citation["passage_id"], {})
         how = "" if citation["source"] == "generated" else " (by the answer's text)"
-        print(f"  [{citation['number']}] {_where(citation)}{how}: {_beginning(passage)}")
+        where = f"[{citation['number']}] {label(_where(citation))}"
+        print(f"  {where}{how}: {label(_beginning(passage))}")
     if not answer["citations"]:
         print("  no citation; the passages were:")
         for number, passage in enumerate(passages.values(), start=1):
-            print(f"  ({number}) {_where(passage)}: {_beginning(passage)}")
+            print(f"  ({number}) {label(_where(passage))}: {label(_beginning(passage))}")
     for note in answer.get("notes", ()):
-        print(f"  note: {note}")
+        print(f"  note: {label(note)}")
 
 
 def _where(cited: Mapping[str, Any]) -> str:

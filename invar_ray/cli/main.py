@@ -42,7 +42,8 @@ DEFAULT = "demo"
 
 Recipe = Annotated[str, typer.Option("--config", help="Name of a recipe, or path of a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="key=value", help="Fields to change.")
+    list[str] | None,
+    typer.Argument(metavar="key=value", help="Settings to change; invar-ray config lists them."),
 ]
 
 
@@ -103,7 +104,7 @@ def index(
     config: Recipe = DEFAULT,
     adapter: Annotated[
         str | None,
-        typer.Option(help="URI of a stage-1 adapter, or base; without it the newest that fits."),
+        typer.Option(help="URI of a stage-1 adapter, or base (untrained); else the newest one."),
     ] = None,
 ) -> None:
     """Index documents, print the index's URI, and say what to try next."""
@@ -223,7 +224,7 @@ def gate(
     baseline: Annotated[str, typer.Option(help="report.json, or the folder that holds it.")],
     candidate: Annotated[str, typer.Option(help="report.json, or the folder that holds it.")],
     max_variance: Annotated[
-        float | None, typer.Option(help="Most 1 - overlap@k of the candidate.")
+        float | None, typer.Option(help="Largest 1 - overlap@k of the candidate.")
     ] = None,
     min_recall: Annotated[
         float | None, typer.Option(help="Least recall@k of the candidate.")
@@ -232,13 +233,13 @@ def gate(
         float | None, typer.Option(help="Least exact match of the candidate.")
     ] = None,
     max_variance_rise: Annotated[
-        float | None, typer.Option(help="Against the baseline; default: not significant.")
+        float | None, typer.Option(help="Largest against the baseline; default: any within chance.")
     ] = None,
     max_recall_drop: Annotated[
-        float | None, typer.Option(help="Against the baseline; default: not significant.")
+        float | None, typer.Option(help="Largest against the baseline; default: any within chance.")
     ] = None,
     max_exact_match_drop: Annotated[
-        float | None, typer.Option(help="Against the baseline; default: not significant.")
+        float | None, typer.Option(help="Largest against the baseline; default: any within chance.")
     ] = None,
     k: Annotated[int, typer.Option(help="k of recall@k and overlap@k.")] = 5,
     system: Annotated[
@@ -321,7 +322,7 @@ def convert(
     folder: Annotated[str, typer.Argument(help="Where to write questions.jsonl and corpus.jsonl.")],
     format: Annotated[
         str,
-        typer.Option(help="One of invar_ray/questions/benchmarks.py; auto looks into the file."),
+        typer.Option(help="A format of docs/design/benchmarks.md; auto looks into the file."),
     ] = "auto",
     split: Annotated[str, typer.Option(help="Which qrels of BEIR: train or dev.")] = "dev",
 ) -> None:
@@ -441,7 +442,8 @@ def ask(
     ] = None,
     root: Annotated[str | None, typer.Option(help="Storage root, if not the recipe's.")] = None,
     untrained: Annotated[
-        bool, typer.Option("--untrained", help="Let the base do what no adapter was trained for.")
+        bool,
+        typer.Option("--untrained", help="Search and answer with untrained models, too."),
     ] = False,
 ) -> None:
     """Ask one question: of a running service (--url), or of what was indexed or trained last,
@@ -534,7 +536,7 @@ def plan(
     nodes: Annotated[int, typer.Option(min=1, help="Machines, all equal.")] = 1,
     gpus: Annotated[int, typer.Option(min=0, help="GPUs of each machine.")] = 0,
     gpu_memory: Annotated[
-        float | None, typer.Option(help="GB of each GPU; without it none is refused.")
+        float | None, typer.Option(help="GB of each GPU; without it nothing is called too large.")
     ] = None,
     memory: Annotated[
         float | None, typer.Option(help="GB of each machine; without it none is refused.")

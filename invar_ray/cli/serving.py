@@ -10,12 +10,13 @@ from invar_ray.answering.current import current_index, fits_generator, newest_ge
 from invar_ray.config import Config
 from invar_ray.console import is_verbose
 from invar_ray.errors import ArtifactError, MissingArtifactError, MixedArtifactsError
-from invar_ray.executor import OnRay, one_error
+from invar_ray.executor import OnRay, one_error, own_cores
 from invar_ray.models.encoder import EncoderSpec
 from invar_ray.steps.questions import load_examples
 from invar_ray.store.artifacts import Artifact, Store, open_artifact
 
 _EXAMPLES, _EXAMPLE_CHARS = 4, 80
+_MOST_REPLICAS = 4
 
 
 def serve_until_stopped(
@@ -110,9 +111,25 @@ def service_args(index: Artifact, generator: Artifact, config: Config) -> Any:
         reranker=config.search.reranker,
         rerank_depth=config.search.rerank_depth,
         examples=example_questions(index, generator),
+        **_replicas(config),
         **settings,
         **length,
     )
+
+
+def _replicas(config: Config) -> dict[str, tuple[int, int]]:
+    """Fewest and most replicas on a machine that is ours alone: each of a retriever and a generator
+    has a core to itself at the most.  On a cluster, where nodes may come, the defaults of
+    ``AppArgs`` hold.
+    """
+    cores = own_cores(config.scale)
+    if cores is None:
+        return {}
+    most = max(1, min(_MOST_REPLICAS, cores // 2))
+    kinds = {"ingress_replicas": min(most, 2)} | dict.fromkeys(
+        ("retriever_replicas", "generator_replicas", "reranker_replicas"), most
+    )
+    return {kind: (1, count) for kind, count in kinds.items()}
 
 
 def example_questions(index: Artifact, generator: Artifact) -> list[str]:

@@ -90,7 +90,7 @@ class QuestionsConfig:
         "kilt",
         "beir",
     ] = "auto"
-    """How both files are written (``invar_ray/questions/benchmarks.py``); ``auto`` looks into them.
+    """How both files are written (names: docs/design/benchmarks.md); ``auto`` looks into them.
     """
     train_limit: PositiveInt | None = None
     """Use at most this many training questions (a seeded sample); ``null`` uses all."""

@@ -42,7 +42,6 @@ class IndexConfig:
     recall_target: PositiveShare | None = None
     """Least recall@10 against exact search, on sampled vectors, in (0, 1]; an index below it is not
     published. ``null`` is 0.95 for ``auto``, and measures nothing for an explicit factory.
-    Science, as all of this section.
     """
     max_memory_mb: PositiveFloat | None = None
     """For ``auto``: most memory of the loaded index, of each shard, in MB (10^6 bytes); ``null``:
@@ -67,22 +66,20 @@ class SearchConfig:
 
     mode: Mode = "hybrid"
     """``dense`` by the stage-1 vectors, ``bm25`` by words, ``hybrid`` by both, their lists fused
-    (measured in docs/log.md); a request to the service may say otherwise.
-    Science."""
+    (measured in docs/log.md); a request to the service may say otherwise."""
     dense_weight: Share = 0.4
     """Weight of vectors against words in a hybrid search under a stage-1 adapter, in [0, 1]; it
     stays with the index.  The better the retriever, the higher: 0.4 for an untrained MiniLM and for
     few layers of SmolLM2, 0.8 for a trained MiniLM in the demo (docs/log.md), where words added to
     recall and took from steadiness.  On SQuAD's passages 0.4 finds more with that one too
-    (Recall@5 0.930 against 0.902): try both on questions of your own.  Science."""
+    (Recall@5 0.930 against 0.902): ``invar-ray tune`` says which suits yours."""
     reranker: str | None = None
     """A cross-encoder that reads the question beside each of the best hits and sorts them anew: a
     folder or a Hugging Face name (better with its commit behind an ``@``) of a sequence classifier
     with one label or two (ms-marco-MiniLM, bge-reranker, mxbai-rerank ..).  ``null``: none, which
-    is quicker by far.  Science."""
+    is quicker by far."""
     rerank_depth: PositiveInt = 32
-    """How many hits it reads for each question; the cost is one pass of the model for each.
-    Science."""
+    """How many hits it reads for each question; the cost is one pass of the model for each."""
 
 
 SystemName = Literal[

@@ -22,7 +22,10 @@ from invar_ray.store.artifacts import Artifact
 
 MERGED = "merged"
 """Folder of merged weights in an exported folder."""
-_HUB_NAMES = {"smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0")}
+_HUB_NAMES = {
+    "smollm2": ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0"),
+    "minilm": ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
+}
 """Built-in bases: what they are called on the hub, and their licence."""
 
 

@@ -1,12 +1,12 @@
 """Questions, answers and errors as they go over HTTP on the service's own routes."""
 
-import re
 from collections.abc import Sequence
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from invar_ray.schema import Citation, Hit, Mode
+from invar_ray.text.places import label
 from serve.errors import Fault, openai_type
 from serve.http.conditions import Conditions
 from serve.http.limits import SERVICE
@@ -25,16 +25,6 @@ def clean_text(value: str) -> str:
     except UnicodeEncodeError:
         raise ValueError("half of a surrogate pair, which is no character") from None
     return value.replace("\x00", " ")
-
-
-_TURNS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
-
-
-def label(text: str) -> str:
-    """A title or a place for one line on a page or in a terminal: without control characters, and
-    without those that turn the direction of what stands after them.
-    """
-    return _TURNS.sub(" ", text).strip()
 
 
 class _Request(BaseModel):

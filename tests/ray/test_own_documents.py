@@ -74,7 +74,7 @@ def test_indexed_asked_cited(local_ray: Any, tmp_path: Path) -> None:
     )
     assert asked.exit_code == 0, asked.stderr
     assert f"asking {folder} (" in asked.stderr
-    assert "found by the base (not trained); answered by the base, not trained to" in asked.stderr
+    assert "found by the base (not trained); answered by the untrained base" in asked.stderr
     assert (
         "arvon.pdf, page 2" in asked.stdout.splitlines()[2 if "no citation" in asked.stdout else 1]
     )

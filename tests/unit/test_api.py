@@ -134,8 +134,10 @@ def test_it_refuses_to_answer_from_what_nobody_trained(tmp_path: Path) -> None:
     assert plain.generator_artifact is None
     assert len(plain.search("Kelda?", k=2)) == 2
     Published(world.store).publish([world.adapter_index], verify=False)
+    searching = invar_ray.open_rag(root)
+    assert len(searching.search("Kelda?", k=2)) == 2
     with pytest.raises(MissingArtifactError, match="no generator"):
-        invar_ray.open_rag(root)
+        searching.ask("Kelda?")
 
 
 def test_it_refuses_while_another_run_makes_a_new_index(world: World, generator: Artifact) -> None:

@@ -106,6 +106,19 @@ def test_a_guess_is_told_as_one(capsys: pytest.CaptureFixture[str]) -> None:
     assert "do not answer" not in shown
 
 
+def test_no_text_commands_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    evil = "a\x1b[2J\u202eb\x07"
+    passage = {"passage_id": "p1", "title": evil, "text": evil}
+    citation = {"number": 1, "passage_id": "p1", "title": evil, "place": evil, "source": "matched"}
+    found = {"answer": evil, "citations": [citation], "passages": [passage], "notes": [evil]}
+    print_answer(found)
+    print_answer({**found, "citations": []})
+    print_answer({**found, "low_confidence": True, "guess": evil, "probability": 0.5})
+    shown = capsys.readouterr().out
+    assert not set(shown) & set("\x1b\u202e\x07")
+    assert shown.count("a [2J b") == 12
+
+
 def test_serving_a_mistyped_store_fails_at_once_and_makes_nothing(tmp_path: Path) -> None:
     place = tmp_path / "mistyped"
     # In a process of its own: what it had to import says how fast it can be on any machine.

@@ -23,6 +23,7 @@ import yaml
 
 from invar_ray.config import Config, load_config, recipe_names
 from invar_ray.footprint import GB, Corpus, Machines, faults, footprint
+from invar_ray.session import _WORKER_ENV
 
 ROOT = Path(__file__).parents[3]
 CLUSTER = ROOT / "cluster"
@@ -179,6 +180,15 @@ def test_kuberay_manifests(overlay: str) -> None:
             assert not (gpu and overlay == "cpu-small")
         for group in spec["workerGroupSpecs"]:
             assert group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_serve_refuses_in_the_services_form(overlay: str) -> None:
+    maps = [one for one in built(overlay) if one["kind"] == "ConfigMap"]
+    (given,) = [one["data"] for one in maps if one["metadata"]["name"] == "invar-ray-env"]
+    own = {name: value for name, value in _WORKER_ENV.items() if name.startswith("RAY_SERVE_")}
+    assert own.items() <= given.items()
+    assert len(own) == 3
 
 
 def test_everything_has_a_label_to_be_picked_by() -> None:

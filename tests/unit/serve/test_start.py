@@ -5,6 +5,7 @@ checked.
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 import socket
 from collections.abc import Iterator
@@ -149,3 +150,20 @@ def test_the_service_takes_what_a_recipe_says_of_it(artifacts: Artifacts, recipe
     settings = load_config(recipe, ["search.mode=dense"])
     args = service_args(index, generator, settings)
     assert (args.mode, args.top_k) == ("dense", settings.serve.top_k)
+    assert args.max_new_tokens == 32, "this generator does not say how long its answers are"
+
+
+@pytest.mark.parametrize(("cores", "most"), [(1, 1), (2, 1), (6, 3), (64, 4)])
+def test_no_more_replicas_than_the_machine_has_cores_for(
+    artifacts: Artifacts, cores: int, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = open_artifact(artifacts.index_uri, "index")
+    generator = open_artifact(artifacts.generator_uri, "generator")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(cores)))
+    args = service_args(index, generator, load_config("demo"))
+    assert args.retriever_replicas == args.generator_replicas == (1, most)
+    assert args.reranker_replicas == (1, most)
+    assert args.ingress_replicas == (1, min(most, 2))
+    joined = service_args(index, generator, load_config("demo", ["scale.ray_address=auto"]))
+    assert joined.generator_replicas == (1, 4), "nodes may come"
