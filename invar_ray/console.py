@@ -24,10 +24,15 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-_LOG_EVERY_S = 60.0
+_LOG_EVERY_S = (60.0, 600.0)
+_LOG_SHARE = 0.1
+"""A log hears of a long step after so much of the whole run's time, within these limits: a slow
+machine says no more than a quick one."""
 _WORKER_EVERY_S = 1.0
 _WORTH_A_LINE_S = 5.0
-"""A step that took less is counted, and printed with ``-v`` only."""
+_WORTH_A_LINE = 0.02
+"""A step that took fewer seconds, or a smaller share of what the whole run was thought to take, is
+counted, and printed with ``-v`` only."""
 _TRUSTED_SHARE = 0.2
 """Of a step: from here on how long the rest takes is judged by how long this took."""
 _AS_LINE, _AS_PROGRESS = "invar-says ", "invar-progress "
@@ -115,7 +120,8 @@ class Run:
             self._total, self._done = len(self._left), 0
             self._took = self._guessed = 0.0
             self._label, self._started, self._share = "", time.monotonic(), 0.0
-            self._said = time.monotonic()
+            self._said = self._began = time.monotonic()
+            self._worth = max(_WORTH_A_LINE_S, _WORTH_A_LINE * sum(self._left.values()))
 
     def begin(self, label: str) -> None:
         """A step begins."""
@@ -134,7 +140,7 @@ class Run:
             if guess is not None and not reused:
                 self._took, self._guessed = self._took + seconds, self._guessed + guess
             self._label = ""
-            if is_verbose() or (seconds >= _WORTH_A_LINE_S and not reused):
+            if is_verbose() or (seconds >= self._worth and not reused):
                 count = f"[{self._done:>2}/{self._total}] " if guess is not None else ""
                 what = "stands" if reused else duration(seconds)
                 text = f"{count}{label}: {what}{f' -> {note}' if note and is_verbose() else ''}"
@@ -150,9 +156,12 @@ class Run:
             text = f"{label}: {done:,}{of} {unit}{f', {note}' if note else ''}"
             self._show(text)
             now = time.monotonic()
-            if not _is_terminal() and now - self._said >= _LOG_EVERY_S and done < (total or done):
+            if _is_terminal() or done >= (total or done + 1):
+                return
+            left = self.seconds_left()
+            least, most = _LOG_EVERY_S
+            if now - self._said >= min(most, max(least, _LOG_SHARE * (now - self._began + left))):
                 self._said = now
-                left = self.seconds_left()
                 self.line(f"  {text}{f'; about {duration(left)} left in all' if left else ''}")
 
     def seconds_left(self) -> float:

@@ -81,6 +81,23 @@ def test_a_log_hears_of_a_long_step_every_minute(
     assert "\x1b" not in "".join(said)
 
 
+def test_a_log_is_as_long_on_a_slow_machine(
+    clock: Clock, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lengths = []
+    for slowness in (1, 4):
+        console.run.expect([("search", 10.0), ("train", 600.0), ("report", 390.0)])
+        for label, seconds in (("search", 15), ("train", 600), ("report", 400)):
+            console.run.begin(label)
+            progress = Progress(label, 100, "steps")
+            for _ in range(100):
+                clock.now += slowness * seconds / 100
+                progress.advance(1)
+            console.run.end(label)
+        lengths.append(len(capsys.readouterr().err.splitlines()))
+    assert lengths[0] == lengths[1] - 1 <= 12, "the search is worth a line where it takes a minute"
+
+
 def test_workers_lines_reach_the_run_and_their_noise_does_not(
     clock: Clock, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
