@@ -162,7 +162,9 @@ def test_a_burst_and_slow_bodies(running: str) -> None:
         assert statuses == {200: 10}
 
 
-@pytest.mark.parametrize("name", ["GeneratorDeployment", "IngressDeployment"])
+@pytest.mark.parametrize(
+    "name", ["RetrieverDeployment", "GeneratorDeployment", "IngressDeployment"]
+)
 def test_without_a_replica_it_refuses_at_once(running: str, name: str) -> None:
     wait_until_it_answers(running)
     os.kill(replica(name), signal.SIGKILL)

@@ -371,6 +371,15 @@ def test_answers_are_found_by_hand(trio: Trainset) -> None:
         ("", "Paris"),
         ("1,000 men", "1000 men"),
         ("The Who played", "The Who"),
+        (
+            "\u4ed6\u51fa\u751f\u4e8e\u5317\u4eac\u5e02\u3002",
+            "\u5317\u4eac",
+        ),  # born in Peking, no spaces
+        ("\uff2b\uff52\uff41\uff4b\uff4f\uff57 lies there", "Krak\u00f3w"),  # full width, no accent
+        (
+            "\u0e40\u0e01\u0e34\u0e14\u0e17\u0e35\u0e48\u0e01\u0e23\u0e38\u0e07\u0e40\u0e17\u0e1e",
+            "\u0e01\u0e23\u0e38\u0e07\u0e40\u0e17\u0e1e",
+        ),
     ],
 )
 def test_answers_are_found_as_containment_finds_them(data: Data, text: str, answer: str) -> None:

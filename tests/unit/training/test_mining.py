@@ -123,6 +123,19 @@ def test_passages_that_hold_an_answer_are_dropped() -> None:
     assert dict(report.dropped) == {"holds a gold answer": 3}
 
 
+def test_an_answer_in_a_script_without_spaces_is_one() -> None:
+    passages = [
+        passage(0),
+        passage(
+            1, text="\u4ed6\u51fa\u751f\u4e8e\u5317\u4eac\u5e02\u3002"
+        ),  # he was born in Peking
+        passage(2, text="\u4ed6\u51fa\u751f\u4e8e\u4e0a\u6d77\u5e02\u3002"),  # in Shanghai
+    ]
+    found, report = select(passages, [1, 2], [0.1, 0.1], answers=("\u5317\u4eac",))
+    assert found == [2]
+    assert dict(report.dropped) == {"holds a gold answer": 1}
+
+
 def test_teacher_scores_near_the_positive_s_are_dropped() -> None:
     passages = [passage(row) for row in range(5)]
     # The limit is 0.8 - 0.05 * 0.8 = 0.76.
