@@ -66,7 +66,7 @@ class Changes:
         self._known: dict[str, Change] = {}
         self._tasks: dict[str, asyncio.Task[dict[str, Any]]] = {}
 
-    def begin(self, uris: Sequence[str] | None) -> Change:
+    def begin(self, uris: Sequence[str] | None, mend: bool = False) -> Change:
         """Begin a change; see :meth:`serve.index.ServedIndex.change`.
 
         Raises:
@@ -79,7 +79,7 @@ class Changes:
         change = Change(uuid.uuid4().hex)
         self._known[change.id] = change
         self._known = dict(list(self._known.items())[-_KEPT:])
-        self._tasks = {change.id: asyncio.create_task(self._run(change.id, uris))}
+        self._tasks = {change.id: asyncio.create_task(self._run(change.id, uris, mend))}
         return change
 
     async def wait(self, identifier: str) -> dict[str, Any]:
@@ -124,14 +124,14 @@ class Changes:
         await asyncio.wait({task})
         return self._known[identifier]
 
-    async def _run(self, identifier: str, uris: Sequence[str] | None) -> dict[str, Any]:
+    async def _run(self, identifier: str, uris: Sequence[str] | None, mend: bool) -> dict[str, Any]:
         def step(name: str) -> None:
             self._set(identifier, step=name)
 
         await self._save(identifier)
         beat = asyncio.create_task(self._beat(identifier))
         try:
-            report = await self._index.change(uris, step)
+            report = await self._index.change(uris, step, mend)
             self._set(identifier, state="done", report=report)
             return report
         except asyncio.CancelledError:

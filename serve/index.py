@@ -117,7 +117,10 @@ class ServedIndex:
         return tuple(map(self.current.own, uris))
 
     async def change(
-        self, uris: Sequence[str] | None, step: Callable[[str], None] = lambda name: None
+        self,
+        uris: Sequence[str] | None,
+        step: Callable[[str], None] = lambda name: None,
+        mend: bool = False,
     ) -> dict[str, Any]:
         """Serve other indexes, one per shard; ``None`` goes back to those before.
 
@@ -127,6 +130,8 @@ class ServedIndex:
 
         Args:
             step: told what is being done: ``publishing``, then ``switching``.
+            mend: pass over a damaged newest record before, see
+                :meth:`invar_ray.store.published.Published.mend`.
 
         Returns:
             The report of the shadow search.
@@ -140,6 +145,8 @@ class ServedIndex:
         wanted = self.accept(uris)
         assert self.current is not None
         async with self._changing:
+            if mend:
+                await self._mend()
             seen = await self.observe()
             if seen.unread is not None:
                 raise Unavailable(seen.unread, self._retry_after_s)
@@ -163,6 +170,13 @@ class ServedIndex:
                 self._forgetting = asyncio.create_task(self._forget(index, why))
                 raise
             return await asyncio.shield(self._publish(seen, index, write, report, step))
+
+    async def _mend(self) -> None:
+        assert self.current is not None
+        try:
+            await asyncio.to_thread(self.current.mend)
+        except (InvarError, OSError) as error:
+            raise Unavailable(plain(str(error)), self._retry_after_s) from error
 
     async def _publish(
         self,

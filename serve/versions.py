@@ -126,7 +126,10 @@ class Current:
         """
         found: list[tuple[Version, tuple[str, ...]]] = []
         for number in range(newest.version.source - 1, 0, -1):
-            record = self._record(number)
+            try:
+                record = self._record(number)
+            except CorruptArtifactError:  # passed over, see Published.mend
+                continue
             if record.action == "publish" and number not in newest.version.collected:
                 found.append((record, self._published.uris(record)))
             if len(found) == _KEPT:
@@ -217,6 +220,15 @@ class Current:
         artifacts = [open_artifact(uri, "index") for uri in index]
         # The replicas have compared checksums when they loaded it.
         self._published.publish(artifacts, expected=expected, verify=False)
+
+    def mend(self) -> None:
+        """Pass over a damaged newest record, if there is one.
+
+        Raises:
+            ArtifactError: if no record can be read, or the store cannot be written.
+        """
+        if (mended := self._published.mend()) is not None:
+            logger.warning("version %d: %s", mended.number, mended.note)
 
     def rollback(self, to: int, expected: int) -> None:
         """Make an earlier version current again.

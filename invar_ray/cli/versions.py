@@ -12,7 +12,7 @@ from invar_ray.cli.errors import explain_errors
 from invar_ray.errors import MissingArtifactError
 
 versions_app = typer.Typer(
-    help="Published versions of an index: publish, list, rollback, gc.", no_args_is_help=True
+    help="Published versions of an index: publish, list, rollback, mend, gc.", no_args_is_help=True
 )
 
 Root = Annotated[
@@ -96,6 +96,22 @@ def show(root: Root, name: Name = "main") -> None:
             f"{', '.join(version.index)}"
             f"{'  ' + version.note if version.note else ''}"
         )
+
+
+@versions_app.command()
+@explain_errors
+def mend(root: Root, name: Name = "main") -> None:
+    """Pass over a damaged record of the newest version: the newest that can be read is current
+    again.
+    """
+    from invar_ray.store.artifacts import Store
+    from invar_ray.store.published import Published
+
+    version = Published(Store(root), name).mend()
+    if version is None:
+        print("nothing is damaged")
+    else:
+        print(f"{version.note}; {version.number} is version {version.source} again")
 
 
 @versions_app.command()

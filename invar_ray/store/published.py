@@ -79,9 +79,11 @@ class Published:
         number = self._hint() or max(self._numbers(), default=0)
         if number == 0:
             return None
-        newest = self._read(number)
-        while (above := self._read(number + 1)) is not None:
+        newest = self._try(number)
+        while (above := self._try(number + 1)) is not None:
             number, newest = number + 1, above
+        if isinstance(newest, CorruptArtifactError):  # below a whole one it would not matter
+            raise newest
         if newest is None:
             raise CorruptArtifactError(
                 f"{self.uri}/{CURRENT} names version {number}, which is gone"
@@ -116,8 +118,16 @@ class Published:
         return found
 
     def history(self) -> list[Version]:
-        """All versions, oldest first."""
-        return [self.read(number) for number in sorted(self._numbers())]
+        """All versions, oldest first; without damaged ones that :meth:`mend` has passed over.
+
+        Raises:
+            CorruptArtifactError: the newest record is damaged.
+        """
+        numbers = sorted(self._numbers())
+        if numbers:
+            self.read(numbers[-1])
+        tried = [self._try(number) for number in numbers]
+        return [version for version in tried if isinstance(version, Version)]
 
     def open(self, version: Version | None = None) -> list[Artifact]:
         """The index artifacts of a version (the current one unless given), one a shard.
@@ -218,6 +228,38 @@ class Published:
             info=target.info,
         )
 
+    def mend(self) -> Version | None:
+        """Pass over a newest record that is damaged or gone: the newest that can be read is made
+        current again, as a record above it.  Nothing is removed.
+
+        Returns:
+            The new version; ``None`` where nothing is damaged.
+
+        Raises:
+            CorruptArtifactError: no record can be read.
+            ConflictError: if another writer was faster.
+        """
+        try:
+            self.current()
+            return None
+        except CorruptArtifactError as error:
+            damage = error
+        numbers = sorted(self._numbers(), reverse=True)
+        whole = next((v for n in numbers if isinstance(v := self._try(n), Version)), None)
+        if whole is None:
+            raise damage
+        highest = max(self._hint(), *numbers)
+        return self.commit(
+            whole,
+            None,
+            "rollback",
+            whole.index,
+            source=whole.source,
+            note=f"version {highest} is damaged",
+            info=whole.info,
+            above=highest,
+        )
+
     def commit(
         self,
         newest: Version | None,
@@ -229,9 +271,10 @@ class Published:
         collected: tuple[int, ...] | None = None,
         note: str = "",
         info: Mapping[str, Any] | None = None,
+        above: int | None = None,
     ) -> Version:
-        """Write the record after ``newest``; for :meth:`publish`, :meth:`rollback` and
-        :mod:`invar_ray.store.garbage`.
+        """Write the record after ``newest``, or after the number ``above``; for :meth:`publish`,
+        :meth:`rollback`, :meth:`mend` and :mod:`invar_ray.store.garbage`.
 
         Raises:
             ConflictError: if another writer has that number.
@@ -239,7 +282,7 @@ class Published:
         found = newest.number if newest else 0
         if expected is not None and expected != found:
             raise _conflict(self.uri, f"is at version {found}, not at {expected}", newest)
-        number = found + 1
+        number = (found if above is None else above) + 1
         version = Version(
             number,
             action,
@@ -337,6 +380,12 @@ class Published:
         if text is None:
             return None
         return Version.from_json(text, join_uri(self.store.root_uri, ref))
+
+    def _try(self, number: int) -> Version | CorruptArtifactError | None:
+        try:
+            return self._read(number)
+        except CorruptArtifactError as error:
+            return error
 
     def _text(self, ref: str) -> str | None:
         try:

@@ -29,6 +29,11 @@ class IndexChange(BaseModel):
     rollback: bool = Field(
         False, strict=True, description="Instead: go back to what was served before."
     )
+    mend: bool = Field(
+        False,
+        strict=True,
+        description="Where the record of the newest version is damaged, pass over it before.",
+    )
     wait: bool = Field(
         False,
         strict=True,

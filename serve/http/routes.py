@@ -162,7 +162,7 @@ def native_routes(
         request.scope["invar_audit"] = {
             "index_uri": "rollback" if uris is None else [plain(uri) for uri in uris]
         }
-        begun = service.changes.begin(uris)
+        begun = service.changes.begin(uris, body.mend)
         if not body.wait:
             location = {"Location": f"/admin/index/{begun.id}"}
             return JSONResponse(ChangeOut.of(begun).model_dump(), 202, headers=location)

@@ -197,3 +197,21 @@ def test_a_damaged_record_leaves_the_index_that_is_served(artifacts: Artifacts) 
         damaged.unlink()
         assert post(live, index_uri=artifacts.index_uri, wait=True).status_code == 200
         assert active(live) == [artifacts.index_uri]
+
+
+def test_a_damaged_record_is_mended_through_the_service(artifacts: Artifacts) -> None:
+    with closing(Live(artifacts, published="main", keys=(ADMIN,))) as live:
+        assert post(live, index_uri=artifacts.other_index_uri, wait=True).status_code == 200
+        damaged = published(artifacts).need().number + 1
+        record = Path(root_of(artifacts)) / f"published/main/versions/{damaged:08d}.json"
+        record.write_text("{")
+        fault(post(live, index_uri=artifacts.index_uri, wait=True), 503, "unavailable")
+        mended = post(live, index_uri=artifacts.index_uri, mend=True, wait=True)
+        assert mended.status_code == 200, mended.text
+        assert active(live) == [artifacts.index_uri]
+        assert published(artifacts).need().number == damaged + 2
+        assert record.read_text() == "{", "nothing is removed"
+        # What was before can be gone back to, and a mend where nothing is damaged is none.
+        assert post(live, rollback=True, mend=True, wait=True).status_code == 200
+        assert active(live) == [artifacts.other_index_uri]
+        assert published(artifacts).need().number == damaged + 3

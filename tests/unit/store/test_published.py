@@ -281,6 +281,42 @@ def test_damaged_record_is_named(store: Store, published: Published) -> None:
 # Conditional writes
 
 
+@pytest.mark.parametrize("damage", ["damaged", "gone"])
+def test_a_damaged_record_is_passed_over_when_asked(
+    store: Store, published: Published, damage: str
+) -> None:
+    first, second, third = (make_generation(store, number) for number in (1, 2, 3))
+    assert published.mend() is None
+    published.publish(first)
+    assert published.mend() is None
+    published.publish(second)
+    published.publish(third)
+    record = Path(store.root_uri) / "published/main/versions/00000003.json"
+    if damage == "damaged":
+        record.write_text("{")
+    else:
+        record.unlink()
+    with pytest.raises(CorruptArtifactError):
+        published.publish(third)
+    mended = published.mend()
+    assert mended is not None
+    # Number 3 was seen by readers: only a higher one is news to them.
+    assert (mended.number, mended.action, mended.source) == (4, "rollback", 2)
+    assert published.need() == mended
+    assert published.uris() == tuple(artifact.uri for artifact in second)
+    assert numbers(published)[:2] == [(1, "publish", 1), (2, "publish", 2)]
+    assert published.publish(third).number == 5
+    assert published.rollback().index == tuple(artifact.ref for artifact in second)
+    assert published.mend() is None
+
+
+def test_what_cannot_be_mended_is_said(store: Store, published: Published) -> None:
+    published.publish(make_generation(store, 1))
+    (Path(store.root_uri) / "published/main/versions/00000001.json").write_text("{")
+    with pytest.raises(CorruptArtifactError, match="00000001"):
+        published.mend()
+
+
 def test_create_if_absent_knows_its_own_content(tmp_path: Path) -> None:
     place = str(tmp_path / "deep/file")
     assert create_if_absent(place, b"mine")
