@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 from dataclasses import asdict
 from typing import Any
 
@@ -13,7 +14,9 @@ from invar_ray.errors import ArtifactError, MissingArtifactError, MixedArtifacts
 from invar_ray.executor import OnRay, one_error, own_cores
 from invar_ray.models.encoder import EncoderSpec
 from invar_ray.steps.questions import load_examples
+from invar_ray.steps.report import SYSTEM_NAMES
 from invar_ray.store.artifacts import Artifact, Store, open_artifact
+from invar_ray.text.answers import contains_answer
 
 _EXAMPLES, _EXAMPLE_CHARS = 4, 80
 _MOST_REPLICAS = 4
@@ -134,7 +137,8 @@ def _replicas(config: Config) -> dict[str, tuple[int, int]]:
 
 def example_questions(index: Artifact, generator: Artifact) -> list[str]:
     """A few short dev questions of the run that made the generator, where it read the passages of
-    this index; none, where the run's questions are gone.
+    this index; none, where the run's questions are gone.  Those that a report shows as answered
+    right, and given, come first.
     """
     if "readings" not in generator.manifest.parents:
         return []
@@ -146,7 +150,30 @@ def example_questions(index: Artifact, generator: Artifact) -> list[str]:
     except ArtifactError:
         return []
     short = [each.question for each in asked if len(each.question) <= _EXAMPLE_CHARS]
-    return short[:: max(1, len(short) // _EXAMPLES)][:_EXAMPLES]
+    right = _answered_right(generator)
+    known = [question for question in short if question in right]
+    if len(known) < _EXAMPLES:
+        others = [question for question in short if question not in right]
+        known += others[:: max(1, len(others) // _EXAMPLES)]
+    return known[:: max(1, len(known) // _EXAMPLES)][:_EXAMPLES]
+
+
+def _answered_right(generator: Artifact) -> set[str]:
+    """Questions that the newest report of a generator shows as answered right, and given."""
+    name = SYSTEM_NAMES["both"]
+    report = generator.store.newest(
+        "report", lambda made: made.manifest.parents.get(f"generator/{name}") == generator.ref
+    )
+    if report is None:
+        return set()
+    lines = report.path("answers.jsonl").read_text(encoding="utf-8").splitlines()
+    return {
+        each["question"]
+        for each in map(json.loads, lines)
+        if each["system"] == name
+        and not (each["refused"][0] or each["unsure"][0])
+        and contains_answer(each["texts"][0], each["answers"])
+    }
 
 
 def stop_service() -> None:

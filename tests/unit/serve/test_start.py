@@ -5,6 +5,7 @@ checked.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 import socket
@@ -22,7 +23,7 @@ from invar_ray.executor import Here
 from invar_ray.pipeline import Pipeline
 from invar_ray.steps import readings
 from invar_ray.steps.questions import load_examples
-from invar_ray.store.artifacts import Plan, open_artifact
+from invar_ray.store.artifacts import Building, Plan, open_artifact
 from serve.http.keys import ApiKey
 from tests.serving import Artifacts, Live, shared_artifacts
 from tests.support import World, small_config
@@ -118,6 +119,25 @@ def test_the_page_offers_dev_questions_of_the_generator_s_run(
     assert len(offered) == 4
     assert len(set(offered)) == 4
     assert set(offered) <= set(dev)
+    # What a report shows as right and given is offered first.
+    told = [
+        {"refused": [False], "unsure": [False], "texts": ["the answer"], "answers": ["answer"]},
+        {"refused": [False], "unsure": [True], "texts": ["the answer"], "answers": ["answer"]},
+        {"refused": [False], "unsure": [False], "texts": ["another"], "answers": ["answer"]},
+    ]
+
+    def write(building: Building) -> None:
+        lines = [
+            json.dumps({"system": "both stages", "question": question} | how)
+            for question, how in zip(dev[::-1], told, strict=False)
+        ]
+        (building.path / "answers.jsonl").write_text("\n".join(lines))
+
+    reported = Plan("report", "asked", {}, {"generator/both stages": generator})
+    small.store.get_or_build(reported, write)
+    offered = example_questions(small.base_index, generator)
+    assert offered[0] == dev[-1]
+    assert len(set(offered)) == 4
     other = open_artifact(artifacts.index_uri, "index")
     assert example_questions(other, generator) == [], "they are of other documents"
     bare = open_artifact(artifacts.generator_uri, "generator")
