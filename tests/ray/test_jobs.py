@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import tempfile
@@ -88,6 +89,8 @@ def test_sigterm_ends_a_job_and_its_ray(tmp_path: Path) -> None:
         assert not list((tmp_path / "s").glob("vectors/*")), (
             "it was through before it could be interrupted"
         )
+        (kept,) = Path(folder).glob("invar-ray-*")
+        assert stat.S_IMODE(kept.stat().st_mode) == 0o700, "a kill would leave it to everybody"
         job.send_signal(signal.SIGTERM)
         assert job.wait(timeout=90) == 130, log.read_text()
         _, alive = psutil.wait_procs(own, timeout=30)
