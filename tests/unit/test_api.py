@@ -12,6 +12,8 @@ import pytest
 import torch
 
 import invar_ray
+from invar_ray.answering.followup import Turn
+from invar_ray.answering.fusion import fuse_hits
 from invar_ray.errors import ArtifactError, MissingArtifactError, RequestError
 from invar_ray.losses import alignment_loss, contrastive_loss, invariance_loss
 from invar_ray.models.adapters import new_adapter, save_adapter
@@ -111,6 +113,18 @@ def test_an_answer_rests_on_the_passages_that_a_search_finds(rag: invar_ray.Rag)
     found = [hit.passage_id for hit in rag.search(question, 2)]
     assert [hit.passage_id for hit in answer.hits] == found[: len(answer.hits)]
     assert isinstance(answer, invar_ray.Answer)
+
+
+def test_a_follow_up_counts_as_asked_and_as_read(rag: invar_ray.Rag) -> None:
+    turns = [Turn("Who built the lighthouse of Arvon?", "Mara Voss")]
+    answer = rag.ask("When did she die?", turns=turns)
+    assert answer.question != "When did she die?"
+    made, asked = rag.search_all([answer.question, "When did she die?"])
+    # What it is read as weighs twice.
+    wanted = [hit.passage_id for hit in fuse_hits([made, made, asked], rag.k)]
+    assert [hit.passage_id for hit in answer.hits] == wanted[: len(answer.hits)]
+    alone = "Who built the lighthouse of Arvon?"
+    assert rag.ask(alone, turns=turns).question == alone
 
 
 def test_stability_is_the_mean_overlap_of_what_the_wordings_find(rag: invar_ray.Rag) -> None:
