@@ -90,7 +90,7 @@ class Rag:
 
     @property
     def generator_artifact(self) -> Artifact | None:
-        """The stage-2 adapter that answers; ``None``: the base does."""
+        """The stage-2 adapter that answers; ``None``: there is none."""
         return self._generator
 
     @cached_property
@@ -122,7 +122,7 @@ class Rag:
         """
         made: Generator
         if self._generator is None:
-            self._refuse_the_base()
+            self.check_generator()
             base = _answering_base(self.index)
             if base is None:
                 raise MissingArtifactError(
@@ -142,7 +142,12 @@ class Rag:
             made = open_generator(self._generator.uri, open_base_tree=tree)
         return made
 
-    def _refuse_the_base(self) -> None:
+    def check_generator(self) -> None:
+        """Nothing is loaded: whether :meth:`ask` has something that answers.
+
+        Raises:
+            MissingArtifactError: there is no trained generator, and the base is not to answer.
+        """
         if self._generator is None and not self._untrained:
             raise MissingArtifactError(
                 f"{self.index.store.root_uri} has no generator of the base of {self.index.ref}",
@@ -186,7 +191,7 @@ class Rag:
             RequestError: the question is empty, or does not fit the model's context.
             MissingArtifactError: there is no generator, see :attr:`generator`.
         """
-        self._refuse_the_base()  # before a retriever is loaded
+        self.check_generator()  # before a retriever is loaded
         trained = {} if self._generator is None else self._generator.info
         return answering.answer_question(
             self._finder,

@@ -1,7 +1,7 @@
 """What a run says: one line a finished step, how far the run is and how long it will still take.
 
 On a terminal the last line moves; in a file or a job's log nothing does, and a long step says where
-it stands every minute.  What only helps to find a fault is said with ``-v``
+it stands every one to ten minutes.  What only helps to find a fault is said with ``-v``
 (:func:`detail`).  Workers of a local Ray hand their lines to the driver, which knows the run
 (:func:`from_worker`); what else they print, Ray's own notices above all, is shown with ``-v`` only.
 """
@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -29,13 +30,15 @@ _LOG_SHARE = 0.1
 """A log hears of a long step after so much of the whole run's time, within these limits: a slow
 machine says no more than a quick one."""
 _WORKER_EVERY_S = 1.0
-_WORTH_A_LINE_S = 5.0
+_WORTH_A_LINE_S = (5.0, 60.0)
 _WORTH_A_LINE = 0.02
-"""A step that took fewer seconds, or a smaller share of what the whole run was thought to take, is
-counted, and printed with ``-v`` only."""
+"""A step that took a smaller share of what the whole run was thought to take, within these limits
+in seconds, is counted, and printed with ``-v`` only."""
 _TRUSTED_SHARE = 0.2
 """Of a step: from here on how long the rest takes is judged by how long this took."""
 _AS_LINE, _AS_PROGRESS = "invar-says ", "invar-progress "
+
+_TURNS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
 
 in_worker = False
 """Set in the processes of a local Ray: what they say goes to the driver."""
@@ -94,6 +97,13 @@ def quieten_libraries() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
 
 
+def label(text: str) -> str:
+    """A title or a place for one line on a page or in a terminal: without control characters, and
+    without those that turn the direction of what stands after them.
+    """
+    return _TURNS.sub(" ", text).strip()
+
+
 def duration(seconds: float) -> str:
     """``40 s``, ``3 min`` or ``2 h 10 min``."""
     if seconds < 100:
@@ -121,7 +131,8 @@ class Run:
             self._took = self._guessed = 0.0
             self._label, self._started, self._share = "", time.monotonic(), 0.0
             self._said = self._began = time.monotonic()
-            self._worth = max(_WORTH_A_LINE_S, _WORTH_A_LINE * sum(self._left.values()))
+            least, most = _WORTH_A_LINE_S
+            self._worth = min(most, max(least, _WORTH_A_LINE * sum(self._left.values())))
 
     def begin(self, label: str) -> None:
         """A step begins."""

@@ -115,6 +115,6 @@ def outline(
                 continue
             label += how.label
             steps.append((label, search(dev, asked * (1 + more))))
-    prompts = config.evaluation.num_answers * (3 + config.evaluation.answer_wordings)
+    prompts = config.evaluation.num_answers * (3.25 + config.evaluation.answer_wordings)
     steps.append(("report", 15.0 + prompts * reading * answer / flops))
     return list(dict(steps).items())

@@ -67,7 +67,7 @@ class Changes:
         self._tasks: dict[str, asyncio.Task[dict[str, Any]]] = {}
 
     def begin(self, uris: Sequence[str] | None, mend: bool = False) -> Change:
-        """Begin a change; see :meth:`serve.index.ServedIndex.change`.
+        """Begin a change; see :meth:`serve.index.ServedIndex.change`, and its ``mend``.
 
         Raises:
             RequestError, Conflict: what can be refused without looking at anything.
@@ -131,7 +131,7 @@ class Changes:
         await self._save(identifier)
         beat = asyncio.create_task(self._beat(identifier))
         try:
-            report = await self._index.change(uris, step, mend)
+            report = await (self._index.mend(step) if mend else self._index.change(uris, step))
             self._set(identifier, state="done", report=report)
             return report
         except asyncio.CancelledError:

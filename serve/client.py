@@ -10,6 +10,7 @@ from typing import Any
 from urllib.error import HTTPError, URLError
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
+from invar_ray.console import label
 from invar_ray.errors import RequestError, ResourceError
 
 
@@ -134,6 +135,6 @@ def _send(
 def _message(text: str) -> str:
     try:
         error = json.loads(text)["error"]
-        return f"{error['message']} (request {error['request_id']})"
+        return label(f"{error['message']} (request {error['request_id']})")
     except (ValueError, KeyError, TypeError):
-        return text[:200]
+        return label(text[:200])

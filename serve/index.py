@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
 
-from invar_ray.errors import InvarError, RequestError
+from invar_ray.errors import ConflictError, InvarError, RequestError
 from invar_ray.store.publication import Version
 from serve.errors import Conflict, ServiceError, Unavailable, plain
 from serve.records import Prepared, ReplicaStatus
@@ -120,7 +120,6 @@ class ServedIndex:
         self,
         uris: Sequence[str] | None,
         step: Callable[[str], None] = lambda name: None,
-        mend: bool = False,
     ) -> dict[str, Any]:
         """Serve other indexes, one per shard; ``None`` goes back to those before.
 
@@ -130,8 +129,6 @@ class ServedIndex:
 
         Args:
             step: told what is being done: ``publishing``, then ``switching``.
-            mend: pass over a damaged newest record before, see
-                :meth:`invar_ray.store.published.Published.mend`.
 
         Returns:
             The report of the shadow search.
@@ -145,8 +142,6 @@ class ServedIndex:
         wanted = self.accept(uris)
         assert self.current is not None
         async with self._changing:
-            if mend:
-                await self._mend()
             seen = await self.observe()
             if seen.unread is not None:
                 raise Unavailable(seen.unread, self._retry_after_s)
@@ -171,12 +166,40 @@ class ServedIndex:
                 raise
             return await asyncio.shield(self._publish(seen, index, write, report, step))
 
-    async def _mend(self) -> None:
+    async def mend(self, step: Callable[[str], None] = lambda name: None) -> dict[str, Any]:
+        """Pass over a damaged record of the newest version, see
+        :meth:`invar_ray.store.published.Published.mend`, and serve what is current then.
+
+        Args:
+            step: see :meth:`change`.
+
+        Returns:
+            The report of the shadow search.
+
+        Raises:
+            RequestError: nothing is damaged.
+            ServiceError: 409 if a replica cannot serve that version (the record stands, and it is
+                tried again as any that is published), or another writer was faster; 503 if no
+                record can be read.
+        """
+        self.accept(None)
         assert self.current is not None
-        try:
-            await asyncio.to_thread(self.current.mend)
-        except (InvarError, OSError) as error:
-            raise Unavailable(plain(str(error)), self._retry_after_s) from error
+        async with self._changing:
+            try:
+                mended = await asyncio.to_thread(self.current.mend)
+            except ConflictError as error:
+                raise Conflict(plain(str(error))) from error
+            except (InvarError, OSError) as error:
+                raise Unavailable(plain(str(error)), self._retry_after_s) from error
+            if not mended:
+                raise RequestError("no record of the published versions is damaged")
+            seen = await self.observe()
+            if seen.newest is None:
+                return {}
+            report = await self._prepare(seen.newest.index)
+            step("switching")
+            await self._activate(seen.newest.index)
+            return report
 
     async def _publish(
         self,

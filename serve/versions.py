@@ -28,6 +28,7 @@ from invar_ray.errors import (
     ConflictError,
     CorruptArtifactError,
     InvarError,
+    MissingArtifactError,
     RequestError,
 )
 from invar_ray.store import conditional
@@ -114,8 +115,11 @@ class Current:
         version = record = self._published.current()
         if version is None or record is None:
             return None
-        while record.action == "gc":
-            record = self._record(record.number - 1)
+        try:
+            while record.action == "gc":
+                record = self._record(record.number - 1)
+        except (CorruptArtifactError, MissingArtifactError):
+            pass  # its own number is as good
         return Newest(version, record.number, self._published.uris(version))
 
     def earlier(self, newest: Newest) -> list[tuple[Version, tuple[str, ...]]]:
@@ -128,7 +132,7 @@ class Current:
         for number in range(newest.version.source - 1, 0, -1):
             try:
                 record = self._record(number)
-            except CorruptArtifactError:  # passed over, see Published.mend
+            except (CorruptArtifactError, MissingArtifactError):  # see Published.mend
                 continue
             if record.action == "publish" and number not in newest.version.collected:
                 found.append((record, self._published.uris(record)))
@@ -221,14 +225,14 @@ class Current:
         # The replicas have compared checksums when they loaded it.
         self._published.publish(artifacts, expected=expected, verify=False)
 
-    def mend(self) -> None:
-        """Pass over a damaged newest record, if there is one.
+    def mend(self) -> bool:
+        """Pass over a damaged newest record; whether there was one.
 
         Raises:
+            ConflictError: if another writer was faster.
             ArtifactError: if no record can be read, or the store cannot be written.
         """
-        if (mended := self._published.mend()) is not None:
-            logger.warning("version %d: %s", mended.number, mended.note)
+        return self._published.mend() is not None
 
     def rollback(self, to: int, expected: int) -> None:
         """Make an earlier version current again.

@@ -51,6 +51,7 @@ def ask_here(
         reranker=config.search.reranker,
         rerank_depth=config.search.rerank_depth,
     )
+    rag.check_generator()
     answers = rag.generator_artifact
     by = "the untrained base" if answers is None else answers.ref
     print(f"asking {describe_index(rag.index)}; answered by {by}", file=sys.stderr, flush=True)
@@ -79,7 +80,7 @@ def print_answer(answer: Mapping[str, Any]) -> None:
     """An answer with its citations: file and place where the document has them, title, and the
     passage's beginning.  No text of a model, a document or a service commands the terminal.
     """
-    from invar_ray.text.places import label
+    from invar_ray.console import label
 
     if answer.get("low_confidence"):
         sure = f"{answer['probability']:.0%}"

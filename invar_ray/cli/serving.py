@@ -121,9 +121,8 @@ def service_args(index: Artifact, generator: Artifact, config: Config) -> Any:
 
 
 def _replicas(config: Config) -> dict[str, tuple[int, int]]:
-    """Fewest and most replicas on a machine that is ours alone: each of a retriever and a generator
-    has a core to itself at the most.  On a cluster, where nodes may come, the defaults of
-    ``AppArgs`` hold.
+    """Fewest and most replicas on a machine that is ours alone: at most one of a kind for every two
+    cores.  On a cluster, where nodes may come, the defaults of ``AppArgs`` hold.
     """
     cores = own_cores(config.scale)
     if cores is None:
@@ -152,28 +151,37 @@ def example_questions(index: Artifact, generator: Artifact) -> list[str]:
     short = [each.question for each in asked if len(each.question) <= _EXAMPLE_CHARS]
     right = _answered_right(generator)
     known = [question for question in short if question in right]
-    if len(known) < _EXAMPLES:
-        others = [question for question in short if question not in right]
-        known += others[:: max(1, len(others) // _EXAMPLES)]
-    return known[:: max(1, len(known) // _EXAMPLES)][:_EXAMPLES]
+    others = [question for question in short if question not in right]
+    return [*_spread(known), *_spread(others)][:_EXAMPLES]
+
+
+def _spread(questions: list[str]) -> list[str]:
+    return questions[:: max(1, len(questions) // _EXAMPLES)][:_EXAMPLES]
 
 
 def _answered_right(generator: Artifact) -> set[str]:
     """Questions that the newest report of a generator shows as answered right, and given."""
     name = SYSTEM_NAMES["both"]
-    report = generator.store.newest(
-        "report", lambda made: made.manifest.parents.get(f"generator/{name}") == generator.ref
-    )
-    if report is None:
+    # An example is a convenience: no report of another time may keep a service from its start, and
+    # none is fetched from afar.
+    if not generator.store.is_local:
         return set()
-    lines = report.path("answers.jsonl").read_text(encoding="utf-8").splitlines()
-    return {
-        each["question"]
-        for each in map(json.loads, lines)
-        if each["system"] == name
-        and not (each["refused"][0] or each["unsure"][0])
-        and contains_answer(each["texts"][0], each["answers"])
-    }
+    try:
+        report = generator.store.newest(
+            "report", lambda made: made.manifest.parents.get(f"generator/{name}") == generator.ref
+        )
+        if report is None:
+            return set()
+        lines = report.path("answers.jsonl").read_text(encoding="utf-8").splitlines()
+        return {
+            each["question"]
+            for each in map(json.loads, lines)
+            if each["system"] == name
+            and not (each["refused"][0] or each["unsure"][0])
+            and contains_answer(each["texts"][0], each["answers"])
+        }
+    except (ArtifactError, OSError, ValueError, KeyError):
+        return set()
 
 
 def stop_service() -> None:

@@ -69,8 +69,8 @@ class Trials(NamedTuple):
     Attributes:
         loss: a trial for each weight of the loss, in the order asked.
         hybrid: one for each of :data:`DENSE_WEIGHTS`, over the whole corpus, with the retriever of
-            the weight that ``loss`` advises; none where the index has no BM25, or no question a
-            rewrite.
+            the weight that ``loss`` advises; none where searches are not hybrid, the index has no
+            BM25, or no question a rewrite.
     """
 
     loss: list[Trial]
@@ -130,11 +130,14 @@ def run_trials(
                 )
             )
             console.say(render(trials[-1:]))
+        console.say(_advice("retriever.invariance_weight", trials))
         return Trials(trials, _hybrid_trials(pipeline.arm(names[chosen(trials).weight])))
 
 
 def _hybrid_trials(arm: Pipeline) -> list[Trial]:
     """Search with an arm's retriever for the questions that it did not train on."""
+    if arm.config.search.mode != "hybrid":
+        return []
     index = arm.index
     if not has_bm25(index):
         return []

@@ -80,8 +80,15 @@ class RiskPoint:
     risk: float
 
 
-def risk_coverage(probabilities: Sequence[float], right: Sequence[bool]) -> list[RiskPoint]:
+def risk_coverage(
+    probabilities: Sequence[float], right: Sequence[bool], asked: int | None = None
+) -> list[RiskPoint]:
     """The risk at every threshold that makes a difference, the highest threshold first.
+
+    Args:
+        probabilities: of the answers.
+        right: whether each is.
+        asked: how many questions there were, refused ones among them; by default all are answered.
 
     Source: El-Yaniv and Wiener, "On the Foundations of Noise-free Selective Classification", JMLR
     2010.
@@ -91,5 +98,5 @@ def risk_coverage(probabilities: Sequence[float], right: Sequence[bool]) -> list
     for count, (probability, is_right) in enumerate(order, start=1):
         wrong += not is_right
         if count == len(order) or order[count][0] < probability:  # ties are answered together
-            points.append(RiskPoint(probability, count / len(order), wrong / count))
+            points.append(RiskPoint(probability, count / (asked or len(order)), wrong / count))
     return points

@@ -74,8 +74,10 @@ def render_tables(rows: Sequence[Row], overlap_k: int = 5) -> str:
             for name in ANSWER_METRICS
             if any(finite(row.metrics.get(name)) is not None for row in answers)
         ]
+        fewer = {row.system: int(row.metrics["num_answered"] or 0) for row in answers}
+        told = "".join(f"; {name}: {n:,}" for name, n in fewer.items() if n != count)
         parts.append(
-            f"answers, {count:,} questions\n{render_table(answers, shown, intervals=False)}"
+            f"answers, {count:,} questions{told}\n{render_table(answers, shown, intervals=False)}"
         )
     return "\n\n".join(parts)
 

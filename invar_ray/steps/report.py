@@ -201,6 +201,7 @@ class _Rows:
     extra: dict[str, dict[str, float]] = field(default_factory=dict)
     details: dict[str, dict[str, Any]] = field(default_factory=dict)
     said: dict[str, list[tuple[float, bool]]] = field(default_factory=dict)
+    asked: dict[str, int] = field(default_factory=dict)
 
     def add_retrieval(
         self, name: str, families: Sequence[FoundFamily], changes: Sequence[Change]
@@ -230,11 +231,12 @@ class _Rows:
         answers: Sequence[Sequence[Answered]],
     ) -> None:
         columns = answer_columns(families, answers, self.rule)
+        gone = task.label == gone_label(task.system)  # there a refusal is right
         anchors = [texts[0] for texts in answers]
         said = [
             (p, right)
             for a, right in zip(anchors, columns["exact_match"], strict=True)
-            if (p := probability(a))
+            if not a.refused and (p := probability(a))
         ]
         bins = calibration_bins([p for p, _ in said], [right or 0.0 for _, right in said])
         error = expected_calibration_error(bins)
@@ -243,7 +245,7 @@ class _Rows:
                 "question": family.wordings[0],
                 "gold": list(family.answers),
                 "text": answer.text or ("(refused)" if answer.refused else ""),
-                "right": bool(right),
+                "right": bool(right) or (gone and (answer.refused or answer.unsure)),
             }
             for family, answer, right in zip(families, anchors, columns["exact_match"], strict=True)
         ]
@@ -253,6 +255,7 @@ class _Rows:
             extra["calibration_error"] = error
         self._note("calibration", task.label, [asdict(entry) for entry in bins])
         self.said[task.label] = [(p, right == 1.0) for p, right in said]
+        self.asked[task.label] = len(families)
         seconds = [answer.seconds for texts in answers for answer in texts]
         shares = zip(("p50", "p95"), np.quantile(seconds, [0.5, 0.95]).tolist(), strict=True)
         self._note("seconds_per_answer", task.label, {"mean": fmean(seconds)} | dict(shares))
@@ -268,8 +271,10 @@ class _Rows:
         documents are gone beside the others.
         """
         for task in tasks:
-            said = self.said[task.label] + self.said.get(gone_label(task.label), [])
-            curve = risk_coverage([p for p, _ in said], [right for _, right in said])
+            gone = gone_label(task.label)
+            said = self.said[task.label] + self.said.get(gone, [])
+            asked = self.asked[task.label] + self.asked.get(gone, 0)
+            curve = risk_coverage([p for p, _ in said], [right for _, right in said], asked)
             self._note("risk_coverage", task.label, [asdict(point) for point in curve])
 
     def _add_columns(self, name: str, columns: Columns) -> None:

@@ -65,7 +65,7 @@ def collect(
     held = {
         ref for record in history if record.source in stay for ref in record.index
     } | _held_elsewhere(published)
-    named = {ref for number in collected for ref in published.read(number).index} - held
+    named = {ref for record in history if record.number in collected for ref in record.index} - held
     # also what an earlier try did not get to
     refs = sorted(ref for ref in named if _exists(store, ref))
     if parents:

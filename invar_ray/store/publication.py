@@ -64,5 +64,5 @@ class Version:
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptArtifactError(
                 f"{where} is not a version record ({type(error).__name__})",
-                action="restore it: without it nobody can tell what is current",
+                action="restore it, or pass over it (invar-ray index-versions mend)",
             ) from error

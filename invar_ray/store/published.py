@@ -74,8 +74,8 @@ class Published:
         Raises:
             ArtifactError: if the store cannot be read or the record is damaged.
         """
-        # Numbers have no gaps and records are never deleted: looking upwards from a number that was
-        # current is enough.
+        # Writers leave no gaps and delete no record: looking upwards from a number that was current
+        # is enough.
         number = self._hint() or max(self._numbers(), default=0)
         if number == 0:
             return None
@@ -229,14 +229,14 @@ class Published:
         )
 
     def mend(self) -> Version | None:
-        """Pass over a newest record that is damaged or gone: the newest that can be read is made
-        current again, as a record above it.  Nothing is removed.
+        """Pass over a newest record that is damaged or gone: the newest that can be read, and whose
+        artifacts are there, is made current again, as a record above it.  Nothing is removed.
 
         Returns:
             The new version; ``None`` where nothing is damaged.
 
         Raises:
-            CorruptArtifactError: no record can be read.
+            CorruptArtifactError: there is no such record.
             ConflictError: if another writer was faster.
         """
         try:
@@ -245,20 +245,31 @@ class Published:
         except CorruptArtifactError as error:
             damage = error
         numbers = sorted(self._numbers(), reverse=True)
-        whole = next((v for n in numbers if isinstance(v := self._try(n), Version)), None)
-        if whole is None:
-            raise damage
         highest = max(self._hint(), *numbers)
+        whole = [v for n in numbers if isinstance(v := self._try(n), Version)]
+        # The damaged record may have been one of a collection.
+        gone = {v.number for v in whole if v.action == "publish" and not self._is_there(v)}
+        found = next((version for version in whole if version.source not in gone), None)
+        if found is None:
+            raise damage
         return self.commit(
-            whole,
+            found,
             None,
             "rollback",
-            whole.index,
-            source=whole.source,
-            note=f"version {highest} is damaged",
-            info=whole.info,
+            found.index,
+            source=found.source,
+            collected=tuple(sorted({*found.collected, *gone})),
+            note=f"version {highest} is damaged or gone",
+            info=found.info,
             above=highest,
         )
+
+    def _is_there(self, version: Version) -> bool:
+        try:
+            self.open(version)
+        except ArtifactError:
+            return False
+        return True
 
     def commit(
         self,
@@ -390,7 +401,7 @@ class Published:
     def _text(self, ref: str) -> str | None:
         try:
             with self.store.filesystem.open_input_file(self.store.location(ref)) as stream:
-                return str(stream.read().decode())
+                return str(stream.read().decode(errors="replace"))
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:

@@ -12,14 +12,6 @@ from invar_ray.schema import Document
 _SEPARATORS = {"line": "\n", "paragraph": "\n\n", "row": "\n\n", "item": "\n\n"}
 _NUMBERED = re.compile(r"(\w+) (\d+)")
 _LABEL_CHARS = 80
-_TURNS = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]+")
-
-
-def label(text: str) -> str:
-    """A title or a place for one line on a page or in a terminal: without control characters, and
-    without those that turn the direction of what stands after them.
-    """
-    return _TURNS.sub(" ", text).strip()
 
 
 class PlaceFinder:

@@ -32,7 +32,8 @@ class IndexChange(BaseModel):
     mend: bool = Field(
         False,
         strict=True,
-        description="Where the record of the newest version is damaged, pass over it before.",
+        description="Instead: where the record of the newest version is damaged, pass over it, and "
+        "serve the newest that can be read.",
     )
     wait: bool = Field(
         False,

@@ -5,8 +5,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
+from invar_ray.console import label
 from invar_ray.schema import Citation, Hit, Mode
-from invar_ray.text.places import label
 from serve.errors import Fault, openai_type
 from serve.http.conditions import Conditions
 from serve.http.limits import SERVICE

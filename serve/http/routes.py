@@ -152,15 +152,20 @@ def native_routes(
         summary="Serve another index, or go back",
     )
     async def change(body: IndexChange, request: Request) -> Response:
-        if (body.index_uri is None) != body.rollback:
+        if (body.index_uri is not None) + body.rollback + body.mend != 1:
             raise RequestError(
-                "the body names neither or both", expected="either index_uri, or rollback: true"
+                "the body names none or several",
+                expected="one of index_uri, rollback: true and mend: true",
             )
         uris = [body.index_uri] if isinstance(body.index_uri, str) else body.index_uri
         if uris is not None and not all(uri.strip() for uri in uris):
             raise RequestError("index_uri is empty", expected="the URI of an index artifact")
         request.scope["invar_audit"] = {
-            "index_uri": "rollback" if uris is None else [plain(uri) for uri in uris]
+            "index_uri": [plain(uri) for uri in uris]
+            if uris is not None
+            else "mend"
+            if body.mend
+            else "rollback"
         }
         begun = service.changes.begin(uris, body.mend)
         if not body.wait:

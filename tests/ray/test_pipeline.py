@@ -162,7 +162,7 @@ def test_the_reports_files_are_there_and_whole(
         for line in pipeline.report.path("answers.jsonl").read_text("utf-8").splitlines()
     ]
     assert [answer["system"] for answer in answers] == [
-        system for system in ANSWERING for _ in range(2)
+        system for system in ANSWERING for _ in range(1 if system.endswith("gone") else 2)
     ]
     assert all(len(answer["texts"]) == 2 for answer in answers if answer["system"] == "both stages")
     log = [

@@ -12,6 +12,7 @@ import pytest
 from invar_ray.answering.fusion import fuse_hits, query_rewrites
 from invar_ray.answering.retriever import open_retriever
 from invar_ray.config import SearchConfig
+from invar_ray.evaluation.calibration import risk_coverage
 from invar_ray.evaluation.measure import (
     Answered,
     FoundFamily,
@@ -19,6 +20,7 @@ from invar_ray.evaluation.measure import (
     between_questions,
     change_column,
     probability,
+    ranked_documents,
     retrieval_columns,
 )
 from invar_ray.evaluation.scoring import answer_rule
@@ -266,6 +268,25 @@ def test_gold_documents_make_the_oracle_rows(small: World, tmp_path: Path) -> No
     # What is asked in several wordings is asked with its passages in reverse, too.
     assert [bool(task.gold) for task in tasks] == [True, False, False]
     assert list(tasks[0].gold) == [family.answers for family in families]
+
+
+def test_a_quarter_is_asked_without_its_documents(small: World) -> None:
+    bm25 = made(small)
+    families = load_hits(bm25)
+    trained = System("both stages", bm25, bm25, shows_bounds=True)  # any artifact: none is opened
+    tasks = {task.label: task for task in answer_tasks(trained, families, {}, small.config)}
+    prompts = tasks["both stages, document gone"].prompts
+    assert len(prompts) == -(-len(families) // 4)
+    assert any(family.positive_ids[0] in ranked_documents(family)[0] for family in families)
+    for family, ((wording, hits),) in zip(families, prompts, strict=False):
+        assert wording == family.wordings[0]
+        assert not {hit.document_id for hit in hits} & set(family.positive_ids)
+        assert hits, "others are left"
+
+
+def test_refusals_count_in_coverage_and_say_nothing_of_certainty() -> None:
+    points = risk_coverage([0.9, 0.4], [True, False], asked=4)
+    assert [(p.coverage, p.risk) for p in points] == [(0.25, 0.0), (0.5, 0.5)]
 
 
 class Reads:

@@ -199,19 +199,25 @@ def test_a_damaged_record_leaves_the_index_that_is_served(artifacts: Artifacts) 
         assert active(live) == [artifacts.index_uri]
 
 
-def test_a_damaged_record_is_mended_through_the_service(artifacts: Artifacts) -> None:
+@pytest.mark.parametrize("damage", [b"{", b"\xff\x00"])
+def test_a_damaged_record_is_mended_through_the_service(
+    artifacts: Artifacts, damage: bytes
+) -> None:
     with closing(Live(artifacts, published="main", keys=(ADMIN,))) as live:
         assert post(live, index_uri=artifacts.other_index_uri, wait=True).status_code == 200
         damaged = published(artifacts).need().number + 1
         record = Path(root_of(artifacts)) / f"published/main/versions/{damaged:08d}.json"
-        record.write_text("{")
+        record.write_bytes(damage)
         fault(post(live, index_uri=artifacts.index_uri, wait=True), 503, "unavailable")
-        mended = post(live, index_uri=artifacts.index_uri, mend=True, wait=True)
+        fault(post(live, index_uri=artifacts.index_uri, mend=True), 422, "invalid_request")
+        mended = post(live, mend=True, wait=True)
         assert mended.status_code == 200, mended.text
+        assert active(live) == [artifacts.other_index_uri], "it is what was served"
+        assert record.read_bytes() == damage, "nothing is removed"
+        assert post(live, index_uri=artifacts.index_uri, wait=True).status_code == 200
         assert active(live) == [artifacts.index_uri]
         assert published(artifacts).need().number == damaged + 2
-        assert record.read_text() == "{", "nothing is removed"
-        # What was before can be gone back to, and a mend where nothing is damaged is none.
-        assert post(live, rollback=True, mend=True, wait=True).status_code == 200
+        # What was before can be gone back to, past the damaged number.
+        assert post(live, rollback=True, wait=True).status_code == 200
         assert active(live) == [artifacts.other_index_uri]
-        assert published(artifacts).need().number == damaged + 3
+        fault(post(live, mend=True, wait=True), 422, "invalid_request")

@@ -23,6 +23,7 @@ from invar_ray.store.artifacts import Building, Plan, Store
 from invar_ray.store.conditional import create_if_absent, replace
 from invar_ray.store.garbage import collect
 from invar_ray.store.published import Published, open_published
+from serve.versions import Current
 from tests.publishing import make_generation, make_index
 
 
@@ -281,9 +282,9 @@ def test_damaged_record_is_named(store: Store, published: Published) -> None:
 # Conditional writes
 
 
-@pytest.mark.parametrize("damage", ["damaged", "gone"])
+@pytest.mark.parametrize("damage", [b"{", b"\xff\x00", None])
 def test_a_damaged_record_is_passed_over_when_asked(
-    store: Store, published: Published, damage: str
+    store: Store, published: Published, damage: bytes | None
 ) -> None:
     first, second, third = (make_generation(store, number) for number in (1, 2, 3))
     assert published.mend() is None
@@ -292,10 +293,10 @@ def test_a_damaged_record_is_passed_over_when_asked(
     published.publish(second)
     published.publish(third)
     record = Path(store.root_uri) / "published/main/versions/00000003.json"
-    if damage == "damaged":
-        record.write_text("{")
-    else:
+    if damage is None:
         record.unlink()
+    else:
+        record.write_bytes(damage)
     with pytest.raises(CorruptArtifactError):
         published.publish(third)
     mended = published.mend()
@@ -308,6 +309,30 @@ def test_a_damaged_record_is_passed_over_when_asked(
     assert published.publish(third).number == 5
     assert published.rollback().index == tuple(artifact.ref for artifact in second)
     assert published.mend() is None
+    # The service reads the same log.
+    current = Current(published.uri)
+    newest = current.newest()
+    assert newest is not None
+    assert [version.number for version, _ in current.earlier(newest)] == [1]
+
+
+def test_a_mend_forgets_no_collection(store: Store, published: Published) -> None:
+    for number in (1, 2, 3):
+        published.publish(make_generation(store, number))
+    collect(published, 1)
+    record = Path(store.root_uri) / "published/main/versions/00000004.json"
+    assert json.loads(record.read_text())["action"] == "gc"
+    record.write_text("{")
+    mended = published.mend()
+    assert mended is not None
+    assert (mended.number, mended.source, mended.collected) == (5, 3, (1, 2))
+    with pytest.raises(MissingArtifactError):
+        published.rollback()
+    # A version whose artifacts are gone is nothing to go back to.
+    for number in (5, 4, 3):
+        (record.parent / f"{number:08d}.json").write_text("{")
+    with pytest.raises(CorruptArtifactError):
+        published.mend()
 
 
 def test_what_cannot_be_mended_is_said(store: Store, published: Published) -> None:
