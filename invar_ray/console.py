@@ -1,7 +1,7 @@
 """What a run says: one line a finished step, how far the run is and how long it will still take.
 
 On a terminal the last line moves; in a file or a job's log nothing does, and a long step says where
-it stands every one to ten minutes.  What only helps to find a fault is said with ``-v``
+it stands every one to five minutes.  What only helps to find a fault is said with ``-v``
 (:func:`detail`).  Workers of a local Ray hand their lines to the driver, which knows the run
 (:func:`from_worker`); what else they print, Ray's own notices above all, is shown with ``-v`` only.
 """
@@ -25,7 +25,7 @@ _QUIET = {
     "TRANSFORMERS_VERBOSITY": "error",
     "TOKENIZERS_PARALLELISM": "false",
 }
-_LOG_EVERY_S = (60.0, 600.0)
+_LOG_EVERY_S = (60.0, 300.0)
 _LOG_SHARE = 0.1
 """A log hears of a long step after so much of the whole run's time, within these limits: a slow
 machine says no more than a quick one."""
