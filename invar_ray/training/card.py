@@ -44,7 +44,8 @@ def model_card(
     kind = adapter.manifest.kind
     description = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     base = str(description["base_model_name_or_path"])
-    known = _HUB_NAMES.get(base.partition("/")[2].partition("-")[0] or base)
+    built_in = base.partition("/")[2].partition("-")[0] or base.removeprefix("builtin:")
+    known = _HUB_NAMES.get(built_in)
     hub_name, licence = known or (base, "other")
     stage = "stage 1, the retriever" if kind == "retriever" else "stage 2, the generator"
     task = "sentence-similarity" if kind == "retriever" else "text-generation"

@@ -31,6 +31,7 @@ from invar_ray.models.encoder import PROJECTION_FILE, EncoderSpec, llm_spec, ope
 from invar_ray.models.precision import torch_dtype
 from invar_ray.store.artifacts import Artifact, Building, Plan
 from invar_ray.training import export
+from invar_ray.training.card import model_card
 from invar_ray.training.export import (
     export_adapter,
     find_gguf_converter,
@@ -159,6 +160,24 @@ def test_the_layout_is_the_one_that_servers_read(world: support.World, tmp_path:
         assert not [name for name in weights.keys() if name.startswith(("model.", "lm_head"))]  # noqa: SIM118
     for path in (merged, *merged.rglob("*"), merged.parent / "README.md"):
         assert oct(path.stat().st_mode & 0o777) == ("0o755" if path.is_dir() else "0o644"), path
+
+
+@pytest.mark.parametrize(
+    ("base", "hub"),
+    [
+        ("builtin:minilm", "sentence-transformers/all-MiniLM-L6-v2"),
+        ("artifact:model/smollm2-4d5d87a7f352ccb2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+    ],
+)
+def test_the_card_names_built_in_bases_as_a_hub_does(
+    world: support.World, tmp_path: Path, base: str, hub: str
+) -> None:
+    export_adapter(world.adapter, tmp_path / "out")
+    config = tmp_path / "out" / "adapter_config.json"
+    told = json.loads(config.read_text("utf-8")) | {"base_model_name_or_path": base}
+    config.write_text(json.dumps(told), "utf-8")
+    card = model_card(world.adapter, None, config.parent, None, "mine")
+    assert f"license: apache-2.0\npipeline_tag: sentence-similarity\nbase_model: {hub}\n" in card
 
 
 def test_the_card_tells_data_settings_and_measures(
