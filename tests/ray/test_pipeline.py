@@ -22,7 +22,7 @@ from invar_ray.store.artifacts import Artifact
 from invar_ray.store.published import Published
 from tests.distributed.small_store import small_config
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1800)]
 
 OVERRIDES = (
     "retriever.steps=2",
