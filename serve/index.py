@@ -117,9 +117,7 @@ class ServedIndex:
         return tuple(map(self.current.own, uris))
 
     async def change(
-        self,
-        uris: Sequence[str] | None,
-        step: Callable[[str], None] = lambda name: None,
+        self, uris: Sequence[str] | None, step: Callable[[str], None] = lambda name: None
     ) -> dict[str, Any]:
         """Serve other indexes, one per shard; ``None`` goes back to those before.
 
@@ -185,6 +183,7 @@ class ServedIndex:
         self.accept(None)
         assert self.current is not None
         async with self._changing:
+            step("publishing")  # from here on it is too late to cancel
             try:
                 mended = await asyncio.to_thread(self.current.mend)
             except ConflictError as error:

@@ -30,6 +30,7 @@ from invar_ray.errors import (
     ArtifactError,
     ConflictError,
     CorruptArtifactError,
+    IncompleteArtifactError,
     MissingArtifactError,
     MixedArtifactsError,
 )
@@ -245,8 +246,10 @@ class Published:
         except CorruptArtifactError as error:
             damage = error
         numbers = sorted(self._numbers(), reverse=True)
-        highest = max(self._hint(), *numbers)
+        highest = max([self._hint(), *numbers])
         whole = [v for n in numbers if isinstance(v := self._try(n), Version)]
+        if whole and whole[0].number == highest:  # somebody else has mended it meanwhile
+            return None
         # The damaged record may have been one of a collection.
         gone = {v.number for v in whole if v.action == "publish" and not self._is_there(v)}
         found = next((version for version in whole if version.source not in gone), None)
@@ -267,7 +270,7 @@ class Published:
     def _is_there(self, version: Version) -> bool:
         try:
             self.open(version)
-        except ArtifactError:
+        except (MissingArtifactError, IncompleteArtifactError):  # not: the store does not answer
             return False
         return True
 

@@ -337,9 +337,32 @@ def test_a_mend_forgets_no_collection(store: Store, published: Published) -> Non
 
 def test_what_cannot_be_mended_is_said(store: Store, published: Published) -> None:
     published.publish(make_generation(store, 1))
-    (Path(store.root_uri) / "published/main/versions/00000001.json").write_text("{")
+    record = Path(store.root_uri) / "published/main/versions/00000001.json"
+    record.write_text("{")
     with pytest.raises(CorruptArtifactError, match="00000001"):
         published.mend()
+    record.unlink()
+    with pytest.raises(CorruptArtifactError, match="version 1, which is gone"):
+        published.mend()
+
+
+def test_a_store_that_does_not_answer_has_collected_nothing(
+    store: Store, published: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in (1, 2):
+        published.publish(make_generation(store, number))
+    (Path(store.root_uri) / "published/main/versions/00000002.json").write_text("{")
+
+    def unreachable(*args: object) -> None:
+        raise ArtifactError("cannot read the bucket")
+
+    with monkeypatch.context() as network:
+        network.setattr(Store, "open", unreachable)
+        with pytest.raises(ArtifactError, match="cannot read the bucket"):
+            published.mend()
+    mended = published.mend()
+    assert mended is not None
+    assert (mended.source, mended.collected) == (1, ())
 
 
 def test_create_if_absent_knows_its_own_content(tmp_path: Path) -> None:
