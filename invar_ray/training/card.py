@@ -5,6 +5,7 @@ trained on and what was measured.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ _HUB_NAMES = {
     "minilm": ("sentence-transformers/all-MiniLM-L6-v2", "apache-2.0"),
 }
 """Built-in bases: what they are called on the hub, and their licence."""
+_BUILT_IN = re.compile(rf"(?:builtin:|artifact:model/)({'|'.join(_HUB_NAMES)})(?:-[0-9a-f]+)?")
 
 
 def model_card(
@@ -44,9 +46,8 @@ def model_card(
     kind = adapter.manifest.kind
     description = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
     base = str(description["base_model_name_or_path"])
-    built_in = base.partition("/")[2].partition("-")[0] or base.removeprefix("builtin:")
-    known = _HUB_NAMES.get(built_in)
-    hub_name, licence = known or (base, "other")
+    built_in = _BUILT_IN.fullmatch(base)
+    hub_name, licence = _HUB_NAMES[built_in.group(1)] if built_in else (base, "other")
     stage = "stage 1, the retriever" if kind == "retriever" else "stage 2, the generator"
     task = "sentence-similarity" if kind == "retriever" else "text-generation"
     lines = ["---", "library_name: peft", f"license: {licence}", f"pipeline_tag: {task}"]
@@ -63,7 +64,7 @@ def model_card(
         "",
         *(
             ["The licence is that of the base, which the project does not know."]
-            if not known
+            if not built_in
             else []
         ),
         "",

@@ -167,17 +167,20 @@ def test_the_layout_is_the_one_that_servers_read(world: support.World, tmp_path:
     [
         ("builtin:minilm", "sentence-transformers/all-MiniLM-L6-v2"),
         ("artifact:model/smollm2-4d5d87a7f352ccb2", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("somebody/minilm-of-their-own", None),  # whose licence nobody here knows
     ],
 )
 def test_the_card_names_built_in_bases_as_a_hub_does(
-    world: support.World, tmp_path: Path, base: str, hub: str
+    world: support.World, tmp_path: Path, base: str, hub: str | None
 ) -> None:
     export_adapter(world.adapter, tmp_path / "out")
     config = tmp_path / "out" / "adapter_config.json"
-    told = json.loads(config.read_text("utf-8")) | {"base_model_name_or_path": base}
-    config.write_text(json.dumps(told), "utf-8")
+    named = json.loads(config.read_text("utf-8")) | {"base_model_name_or_path": base}
+    config.write_text(json.dumps(named), "utf-8")
     card = model_card(world.adapter, None, config.parent, None, "mine")
-    assert f"license: apache-2.0\npipeline_tag: sentence-similarity\nbase_model: {hub}\n" in card
+    licence = "other" if hub is None else "apache-2.0"
+    told = f"license: {licence}\npipeline_tag: sentence-similarity\nbase_model: {hub or base}\n"
+    assert told in card
 
 
 def test_the_card_tells_data_settings_and_measures(
