@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from invar_ray.console import label
+
 if TYPE_CHECKING:
     from invar_ray.config import Config
     from invar_ray.store.artifacts import Artifact
@@ -80,8 +82,6 @@ def print_answer(answer: Mapping[str, Any]) -> None:
     """An answer with its citations: file and place where the document has them, title, and the
     passage's beginning.  No text of a model, a document or a service commands the terminal.
     """
-    from invar_ray.console import label
-
     if answer.get("low_confidence"):
         sure = f"{answer['probability']:.0%}"
         print(f"answer: none is sure enough; best guess ({sure}): {label(answer['guess'])}")
