@@ -14,6 +14,7 @@ from serve.errors import Overloaded
 
 T = TypeVar("T")
 _FEWEST, _MOST = 8, 32  # answers that a pace is taken from
+_BATCH_S = 0.02  # answers no further apart than this are of one batch
 _FULL = 16  # a shorter line does not fill the replicas' batches: its pace says nothing of theirs
 
 
@@ -39,17 +40,20 @@ class Line:
 
     The pace is that of the last answers while the line was long, over the time in which it was.  A
     request is refused when those before it take longer than it may: when it comes, or later, if the
-    pace turns out to be slower.  Before the first answers nobody is.
+    pace turns out to be slower.  Before the first answers nobody is.  A pace is taken once a batch
+    has been answered as a whole: the time that it took is not that of its first answer alone.
 
     Args:
-        clock: seconds; for tests.
+        clock: seconds, for tests; by default ``time.monotonic``.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self, clock: Callable[[], float] | None = None) -> None:
+        self._clock = clock = clock or time.monotonic
         self._places: list[Place] = []
         self._full_s, self._seen = 0.0, clock()  # seconds with a long line, up to when
         self._answered: deque[float] = deque([0.0], maxlen=_MOST + 1)  # those, at each answer
+        self._pace_s: float | None = None  # seconds an answer
+        self._taken: asyncio.TimerHandle | None = None
 
     async def run(self, work: Awaitable[T], left_s: float) -> T:
         """The result of ``work``, which is cancelled if it cannot come in time.
@@ -92,6 +96,9 @@ class Line:
             self._now()
             if len(self._places) >= _FULL:
                 self._answered.append(self._full_s)
+                if self._taken is None:
+                    loop = asyncio.get_running_loop()
+                    self._taken = loop.call_later(_BATCH_S, self._take_pace)
         finally:
             self._now()
             self._places.remove(place)
@@ -105,12 +112,19 @@ class Line:
         self._seen = now
         return now
 
+    def _take_pace(self) -> None:
+        self._taken = None
+        self._now()
+        if len(self._answered) > _FEWEST:
+            took_s = self._answered[-1] - self._answered[0]
+            self._pace_s = took_s / (len(self._answered) - 1)
+        self._look()
+
     def _look(self) -> None:
         """Refuse those who wait in vain."""
-        if len(self._answered) <= _FEWEST:
+        if (seconds := self._pace_s) is None:
             return
         now = self._seen
-        seconds = (self._answered[-1] - self._answered[0]) / (len(self._answered) - 1)
         ahead = 0
         for place in self._places:
             if place.refused.is_set():
