@@ -44,6 +44,10 @@ BODY_TIMEOUT_S = 20.0
 for ever.
 """
 _LOOKS = 20
+CROWD = 16
+"""A body that was on its way beside so many may have come in time and not been read: the proxy
+hands over those of a burst one by one.
+"""
 ARRIVING_BYTES = 64 << 20
 """Most memory of bodies that have not arrived, beyond which long ones are refused."""
 _SHORT_BODY = 64 << 10
@@ -115,6 +119,8 @@ class Guard:
         self._max_in_flight, self._retry_after_s = max_in_flight, retry_after_s
         self._meter, self._tracer = meter or Meter(), tracer or Tracer()
         self._in_flight = 0
+        self._awaited = 0  # bodies that have not arrived as a whole
+        self._crowd_at = -math.inf  # when there was last a crowd of them
         self._arriving = 0  # bytes of bodies that have not arrived as a whole
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -203,10 +209,21 @@ class Guard:
             timeout_s = self._limits.check_timeout(
                 given.decode("latin-1") if given is not None else None
             )
-            body = await _in_time(self._body(headers, receive, most))
+            begin = time.monotonic()
+            self._count(1)
+            try:
+                body = await _in_time(self._body(headers, receive, most))
+            finally:
+                self._count(-1)
         except RequestError as error:
             return error_response(400, "invalid_request", str(error), identifier), 0.0, b""
         except TimeoutError:
+            if self._crowd_at >= begin:
+                late = (
+                    "the body was not read in time: those of many other requests were on their way"
+                )
+                error = Overloaded(late, self._retry_after_s)
+                return fault_response(error, identifier), 0.0, b""
             message = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
             return error_response(408, "timeout", message, identifier), 0.0, b""
         except ServiceError as error:
@@ -215,6 +232,11 @@ class Guard:
             message = f"the body is longer than {most} bytes"
             return error_response(413, "body_too_large", message, identifier), 0.0, b""
         return None, timeout_s, body
+
+    def _count(self, bodies: int) -> None:
+        if max(self._awaited, self._awaited + bodies) >= CROWD:
+            self._crowd_at = time.monotonic()
+        self._awaited += bodies
 
     async def _answer(
         self,

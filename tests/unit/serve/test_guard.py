@@ -115,6 +115,21 @@ def test_a_busy_service_does_not_count_its_own_time_against_a_body(
         live.close()
 
 
+def test_a_late_body_of_many_may_come_again(
+    shared: Artifacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve.http.guard.BODY_TIMEOUT_S", 0.6)
+    live = Live(shared)
+    try:
+        with ExitStack() as slow:
+            many = [slow.enter_context(begun(live, "/v1/retrieve", 90)) for _ in range(30)]
+            received = [each.recv(4000).decode() for each in many]
+        assert {each.split(" ")[1] for each in received} == {"503"}
+        assert all("retry-after: 1" in each.lower() for each in received)
+    finally:
+        live.close()
+
+
 def test_long_bodies_that_do_not_come_are_bounded(
     shared: Artifacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
