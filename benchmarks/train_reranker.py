@@ -92,7 +92,7 @@ class Trainer:
             torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
             optimizer.step()
             schedule.step()
-            total += float(loss)
+            total += float(loss.detach())
             if step % 20 == 0:
                 left = (time.monotonic() - started) / step * (steps - step)
                 print(f"step {step}: loss {total / 20:.3f}, {left:.0f} s left", flush=True)
