@@ -222,8 +222,8 @@ class Guard:
                 late = (
                     "the body was not read in time: those of many other requests were on their way"
                 )
-                error = Overloaded(late, self._retry_after_s)
-                return fault_response(error, identifier), 0.0, b""
+                crowd = Overloaded(late, self._retry_after_s)
+                return fault_response(crowd, identifier), 0.0, b""
             message = f"the body did not arrive within {BODY_TIMEOUT_S:g} s"
             return error_response(408, "timeout", message, identifier), 0.0, b""
         except ServiceError as error:
