@@ -5,9 +5,12 @@ of its wordings, with its passage and its mined negatives; the softmax over thei
 of the titles is set aside, and says how often the passage is scored above its negatives.  Then
 
     python -m benchmarks.train_reranker --store runs/demo --out runs/reranker
-    invar-ray evaluate --config demo storage.root_uri=runs/demo search.reranker=runs/reranker
+    python -m jobs.evaluate_systems --config demo storage.root_uri=runs/demo \\
+        search.reranker=runs/reranker search.rerank_depth=16 evaluation.num_answers=0 \\
+        evaluation.arms={} evaluation.systems=[stage1,stage1_bm25,stage1_reranked]
 
-fills the report's rows with a reranker.
+fills the report's row with a reranker; with answers, stage 2 would be trained anew on what the
+reranker finds.
 """
 
 from __future__ import annotations

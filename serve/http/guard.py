@@ -44,7 +44,7 @@ BODY_TIMEOUT_S = 20.0
 for ever.
 """
 _LOOKS = 20
-CROWD = 16
+_CROWD = 16
 """A body that was on its way beside so many may have come in time and not been read: the proxy
 hands over those of a burst one by one.
 """
@@ -234,7 +234,7 @@ class Guard:
         return None, timeout_s, body
 
     def _count(self, bodies: int) -> None:
-        if max(self._awaited, self._awaited + bodies) >= CROWD:
+        if max(self._awaited, self._awaited + bodies) >= _CROWD:
             self._crowd_at = time.monotonic()
         self._awaited += bodies
 
